@@ -1,0 +1,10 @@
+//! Compiles the proto files with protox, so that no protoc binary is needed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let file = "proto/meshd/pki/v1/pki.proto";
+    println!("cargo:rerun-if-changed={file}");
+    let descriptors = protox::compile([file], ["proto"])?;
+    // No transport: callers bring their own TLS connections.
+    tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
+    Ok(())
+}

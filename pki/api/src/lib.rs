@@ -1,0 +1,12 @@
+//! The wire API between hosts and the PKI, generated from `proto/meshd/pki/v1/pki.proto`.
+
+pub mod v1 {
+    // Generated code follows its own style.
+    #![allow(clippy::all, unreachable_pub, unused_qualifications)]
+    tonic::include_proto!("meshd.pki.v1");
+}
+
+/// The most identities one `IssueBatch` may carry.
+pub const MAX_BATCH: usize = 500;
+/// A batch of the largest size with its certificates stays well below this.
+pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;

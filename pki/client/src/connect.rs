@@ -1,0 +1,140 @@
+//! One gRPC connection to a PKI server: TCP, TLS 1.3, HTTP/2, each step under a deadline.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use http::{Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use meshd_identity::Bundle;
+use meshd_pki_api::MAX_MESSAGE_BYTES;
+use meshd_pki_api::v1::host_client::HostClient;
+use rustls::ClientConfig;
+use rustls::client::Resumption;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tonic::Status;
+use tonic::body::Body;
+
+use crate::Svid;
+use crate::verify::{AnyServer, PkiServer};
+
+/// TCP, TLS and the HTTP/2 preface together.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// A full batch signs and syncs in well under a second; the rest is for a queue at the PKI.
+const RPC_DEADLINE: Duration = Duration::from_secs(20);
+/// The PKI does not select by name; the constant keeps the host's own names out of the ClientHello.
+const SERVER_NAME: &str = "pki.id.mesh.internal";
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    #[error("no answer from {address} within 5 s; check the address and the firewall for TCP")]
+    Deadline { address: String },
+    #[error("cannot reach {address}: {source}")]
+    Tcp { address: String, source: std::io::Error },
+    #[error("TLS with {address} failed: {source}")]
+    Tls { address: String, source: std::io::Error },
+    #[error("HTTP/2 with {address} failed: {source}")]
+    Http { address: String, source: hyper::Error },
+    #[error("TLS is not possible with the material at hand: {0}")]
+    Material(#[from] rustls::Error),
+    #[error("`{0}` is not a usable PKI address")]
+    Address(String),
+}
+
+pub(crate) type PkiClient = HostClient<Channel>;
+
+/// Nobody is authenticated: only for what a digest verifies.
+pub(crate) fn unverified_tls() -> Result<ClientConfig, ConnectError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    tls_config(Arc::new(AnyServer(provider)), None)
+}
+
+/// The PKI is authenticated against the bundle; the host too when it has a certificate.
+pub(crate) fn verified_tls(
+    bundle: &Bundle,
+    host: Option<&Svid>,
+    last_pki_time: SystemTime,
+) -> Result<ClientConfig, ConnectError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    tls_config(Arc::new(PkiServer::new(provider, bundle, last_pki_time)?), host)
+}
+
+fn tls_config(verifier: Arc<dyn ServerCertVerifier>, host: Option<&Svid>) -> Result<ClientConfig, ConnectError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier);
+    let mut config = match host {
+        Some(svid) => builder.with_client_auth_cert(svid.chain.clone(), svid.key.clone_key())?,
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    // A resumed session would skip the verifier.
+    config.resumption = Resumption::disabled();
+    Ok(config)
+}
+
+pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiClient, ConnectError> {
+    let handshake = handshake(address, config);
+    let channel = timeout(HANDSHAKE_DEADLINE, handshake)
+        .await
+        .map_err(|_| ConnectError::Deadline { address: address.to_owned() })??;
+    let origin: Uri = format!("https://{address}").parse().map_err(|_| ConnectError::Address(address.to_owned()))?;
+    Ok(HostClient::with_origin(channel, origin).max_decoding_message_size(MAX_MESSAGE_BYTES))
+}
+
+async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
+    let named = || address.to_owned();
+    let tcp = TcpStream::connect(address).await.map_err(|source| ConnectError::Tcp { address: named(), source })?;
+    let name = ServerName::try_from(SERVER_NAME).expect("a constant DNS name");
+    let tls = TlsConnector::from(Arc::new(config))
+        .connect(name, tcp)
+        .await
+        .map_err(|source| ConnectError::Tls { address: named(), source })?;
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .handshake(TokioIo::new(tls))
+        .await
+        .map_err(|source| ConnectError::Http { address: named(), source })?;
+    // Ends by itself when the last sender is dropped.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "connection to the PKI ended");
+        }
+    });
+    Ok(Channel(sender))
+}
+
+/// Runs one call under the RPC deadline.
+pub(crate) async fn call<T>(rpc: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
+    match timeout(RPC_DEADLINE, rpc).await {
+        Ok(result) => result.map(tonic::Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded("the PKI did not answer within 20 s; see its log and load")),
+    }
+}
+
+/// One HTTP/2 connection as the service tonic's client wants.
+#[derive(Clone)]
+pub(crate) struct Channel(http2::SendRequest<Body>);
+
+impl tower_service::Service<Request<Body>> for Channel {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Response<Incoming>, hyper::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}

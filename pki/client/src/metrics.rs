@@ -1,0 +1,63 @@
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+/// How renewal fares. Written by the agent, read by whoever exports metrics.
+#[derive(Debug, Default)]
+pub struct RenewalMetrics {
+    refreshes_ok: AtomicU64,
+    refreshes_failed: AtomicU64,
+    store_failures: AtomicU64,
+    last_success_unix: AtomicI64,
+    clock_offset_ms: AtomicI64,
+    last_error: Mutex<Option<String>>,
+}
+
+impl RenewalMetrics {
+    /// Batches the PKI answered and that were installed.
+    pub fn refreshes_ok(&self) -> u64 {
+        self.refreshes_ok.load(Relaxed)
+    }
+
+    /// Attempts that changed nothing.
+    pub fn refreshes_failed(&self) -> u64 {
+        self.refreshes_failed.load(Relaxed)
+    }
+
+    /// Times new credentials are in use but could not be written to disk.
+    pub fn store_failures(&self) -> u64 {
+        self.store_failures.load(Relaxed)
+    }
+
+    /// Seconds since 1970 of the last success; `None` before the first of this process.
+    pub fn last_success_unix(&self) -> Option<i64> {
+        Some(self.last_success_unix.load(Relaxed)).filter(|seconds| *seconds != 0)
+    }
+
+    /// This host's clock minus the PKI's, in milliseconds, at the last success.
+    pub fn clock_offset_ms(&self) -> i64 {
+        self.clock_offset_ms.load(Relaxed)
+    }
+
+    /// Why the last attempt failed; `None` after a success.
+    pub fn last_error(&self) -> Option<String> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn succeeded(&self, host_ms: u64, pki_ms: u64) {
+        let host_ms = i64::try_from(host_ms).unwrap_or(i64::MAX);
+        let pki_ms = i64::try_from(pki_ms).unwrap_or(i64::MAX);
+        self.refreshes_ok.fetch_add(1, Relaxed);
+        self.last_success_unix.store(host_ms / 1000, Relaxed);
+        self.clock_offset_ms.store(host_ms - pki_ms, Relaxed);
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    pub(crate) fn failed(&self, error: &str) {
+        self.refreshes_failed.fetch_add(1, Relaxed);
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_owned());
+    }
+
+    pub(crate) fn store_failed(&self) {
+        self.store_failures.fetch_add(1, Relaxed);
+    }
+}

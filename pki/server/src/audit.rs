@@ -1,0 +1,188 @@
+//! The audit log: one JSON line per act, each carrying the hash of the one before, so that a removed or changed line
+//! shows. Several processes append (the server and the command line); a file lock orders them.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use data_encoding::HEXLOWER;
+use meshd_identity::sha256;
+use serde::{Deserialize, Serialize};
+
+/// The previous hash of the first line.
+const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+/// No line is longer: texts in events are capped.
+const MAX_LINE: u64 = 64 * 1024;
+
+/// What happened. Absent fields are left out of the line.
+#[derive(Debug, Default, Clone, Serialize)]
+pub struct Event {
+    pub event: &'static str,
+    pub result: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub authority: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_after: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remote: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    sequence: u64,
+    time: &'a str,
+    previous: &'a str,
+    #[serde(flatten)]
+    event: &'a Event,
+}
+
+#[derive(Deserialize)]
+struct Tail {
+    sequence: u64,
+    previous: String,
+    hash: String,
+}
+
+pub struct Audit {
+    path: PathBuf,
+}
+
+impl Audit {
+    pub fn new(path: PathBuf) -> Audit {
+        Audit { path }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends all events with one sync.
+    pub fn append(&self, now: i64, events: &[Event]) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        let mut file = options.read(true).append(true).create(true).mode(0o600).open(&self.path)?;
+        file.lock()?;
+        let (mut text, mut sequence, mut previous) = continue_from(&mut file)?;
+        let time = crate::times::rfc3339(now);
+        for event in events {
+            sequence += 1;
+            let line = Line { sequence, time: &time, previous: &previous, event };
+            let body = serde_json::to_string(&line).map_err(io::Error::other)?;
+            let hash = HEXLOWER.encode(&sha256(body.as_bytes()));
+            text.push_str(&with_hash(&body, &hash));
+            text.push('\n');
+            previous = hash;
+        }
+        file.write_all(text.as_bytes())?;
+        file.sync_data()
+    }
+
+    /// Counts the lines, or names the first that breaks the chain.
+    pub fn verify(&self) -> Result<u64, String> {
+        let file = match File::open(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            Err(error) => return Err(format!("{}: {error}", self.path.display())),
+        };
+        let (mut sequence, mut previous) = (0, GENESIS.to_owned());
+        for (number, line) in BufReader::new(file).lines().enumerate() {
+            let broken = |what: &str| format!("{}:{}: {what}", self.path.display(), number + 1);
+            let line = line.map_err(|error| broken(&error.to_string()))?;
+            // A line cut by a crash is followed by a whole one that continues the chain without it.
+            let Some(tail) = read_line(&line) else {
+                tracing::warn!(file = %self.path.display(), line = number + 1, "the audit log has a torn line");
+                continue;
+            };
+            if tail.previous != previous || tail.sequence != sequence + 1 {
+                return Err(broken("the chain is broken: a line before it was removed or changed"));
+            }
+            (sequence, previous) = (tail.sequence, tail.hash);
+        }
+        Ok(sequence)
+    }
+}
+
+fn with_hash(body: &str, hash: &str) -> String {
+    format!("{},\"hash\":\"{hash}\"}}", &body[..body.len() - 1])
+}
+
+/// A whole line whose hash covers it.
+fn read_line(line: &str) -> Option<Tail> {
+    let tail: Tail = serde_json::from_str(line).ok()?;
+    let suffix = format!(",\"hash\":\"{}\"}}", tail.hash);
+    let body = format!("{}}}", line.strip_suffix(&suffix)?);
+    (HEXLOWER.encode(&sha256(body.as_bytes())) == tail.hash).then_some(tail)
+}
+
+/// Where the chain goes on: text to write first (a newline after a torn line), last sequence, last hash.
+fn continue_from(file: &mut File) -> io::Result<(String, u64, String)> {
+    let length = file.seek(SeekFrom::End(0))?;
+    file.seek(SeekFrom::Start(length.saturating_sub(2 * MAX_LINE)))?;
+    let mut end = Vec::new();
+    file.take(2 * MAX_LINE).read_to_end(&mut end)?;
+    let end = String::from_utf8_lossy(&end);
+    let first = if end.is_empty() || end.ends_with('\n') { "" } else { "\n" };
+    let last = end.lines().rev().find_map(read_line);
+    let (sequence, hash) = last.map_or((0, GENESIS.to_owned()), |tail| (tail.sequence, tail.hash));
+    Ok((first.to_owned(), sequence, hash))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn event(host: &str) -> Event {
+        Event { event: "issue", result: "ok", host: Some(host.to_owned()), ..Event::default() }
+    }
+
+    fn log() -> (tempfile::TempDir, Audit) {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::new(dir.path().join("audit.jsonl"));
+        (dir, audit)
+    }
+
+    #[test]
+    fn lines_chain_across_reopening() {
+        let (_dir, audit) = log();
+        assert_eq!(audit.verify(), Ok(0));
+        audit.append(1_700_000_000, &[event("a"), event("b")]).unwrap();
+        Audit::new(audit.path().to_owned()).append(1_700_000_001, &[event("c")]).unwrap();
+        assert_eq!(audit.verify(), Ok(3));
+        let text = fs::read_to_string(audit.path()).unwrap();
+        assert!(text.starts_with("{\"sequence\":1,\"time\":\"2023-11-14T22:13:20Z\""), "{text}");
+    }
+
+    #[test]
+    fn a_removed_or_changed_line_is_found() {
+        let (_dir, audit) = log();
+        audit.append(0, &[event("a"), event("b"), event("c")]).unwrap();
+        let text = fs::read_to_string(audit.path()).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        fs::write(audit.path(), format!("{}\n{}\n", lines[0], lines[2])).unwrap();
+        assert!(audit.verify().unwrap_err().contains(":2:"));
+        fs::write(audit.path(), text.replace("\"host\":\"b\"", "\"host\":\"x\"")).unwrap();
+        assert!(audit.verify().unwrap_err().contains(":3:"));
+    }
+
+    #[test]
+    fn a_torn_last_line_does_not_stop_the_log() {
+        let (_dir, audit) = log();
+        audit.append(0, &[event("a"), event("b")]).unwrap();
+        let text = fs::read_to_string(audit.path()).unwrap();
+        fs::write(audit.path(), &text[..text.len() - 20]).unwrap();
+        audit.append(0, &[event("c")]).unwrap();
+        assert_eq!(audit.verify(), Ok(2));
+    }
+}

@@ -1,0 +1,180 @@
+//! What the command line does on a state directory. Works beside a running server: both use the same database.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use meshd_identity::{IdError, JoinToken, Secret, SpiffeId, TokenError, TrustDomain, sha256};
+
+use crate::audit::Event;
+use crate::db::tokens::{self, TokenRow};
+use crate::db::{self, DbError, authorities, hosts};
+use crate::keys::{KeyError, random};
+use crate::state_dir::{StateDir, StateError};
+use crate::times::{rfc3339, unix};
+
+/// Longer than any installation takes; a token is a password.
+const LONGEST_TTL: Duration = Duration::from_secs(7 * 86_400);
+
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Id(#[from] IdError),
+    #[error("{0} belongs to another trust domain than this PKI's `{1}`; write it as ns/<namespace>/sa/<name>")]
+    Foreign(SpiffeId, TrustDomain),
+    #[error("{0} is in the namespace of hosts; workloads may not hold such identities, choose another namespace")]
+    Reserved(SpiffeId),
+    #[error("a token may live at most 7 days; choose a shorter --ttl")]
+    Ttl,
+    #[error("{0}")]
+    Token(#[from] TokenError),
+    #[error(
+        "no address of this PKI is known; give `--pki HOST:PORT`, or start the server with `--advertise HOST:PORT`"
+    )]
+    NoAddress,
+    #[error("host `{host}` is neither enrolled nor has an open join token; known hosts: {known}")]
+    UnknownHost { host: String, known: String },
+    #[error("host `{host}` is not permitted {identity}; see `meshd-pki entry list`")]
+    NoEntry { host: String, identity: String },
+}
+
+pub struct TokenRequest<'a> {
+    pub host: &'a str,
+    pub allow: &'a [String],
+    pub pki: &'a [String],
+    pub ttl: Duration,
+}
+
+pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
+    let mut state = StateDir::open(dir)?;
+    SpiffeId::host(&state.trust_domain, asked.host)?;
+    let allow = asked.allow.iter().map(|text| workload(&state.trust_domain, text)).collect::<Result<Vec<_>, _>>()?;
+    if asked.ttl > LONGEST_TTL {
+        return Err(CommandError::Ttl);
+    }
+    let (mut id, mut secret) = ([0; 8], [0; 32]);
+    random(&mut id)?;
+    random(&mut secret)?;
+    let recovery = authorities::recovery_keys(state.database.reader())?;
+    let incomplete = || StateError::Incomplete { dir: dir.to_owned(), what: "its recovery key" };
+    let token = JoinToken {
+        id: data_encoding::HEXLOWER.encode(&id),
+        secret: Secret(secret),
+        pki: addresses(&state, asked.pki)?,
+        bundle_digest: state.latest_bundle()?.digest(),
+        recovery_key_id: sha256(recovery.first().ok_or_else(incomplete)?),
+    };
+    token.check()?;
+    let allowed: Vec<&str> = allow.iter().map(SpiffeId::as_str).collect();
+    let row = TokenRow {
+        id: token.id.clone(),
+        secret_hash: sha256(&secret).to_vec(),
+        host_id: asked.host.to_owned(),
+        allow: allowed.join(" "),
+        created_at: unix(now),
+        expires_at: unix(now + asked.ttl),
+        used_key: None,
+        used_at: None,
+    };
+    let event = Event {
+        event: "token_create",
+        result: "ok",
+        host: Some(row.host_id.clone()),
+        token: Some(row.id.clone()),
+        not_after: Some(rfc3339(row.expires_at)),
+        detail: Some(format!("allow: {}", row.allow)),
+        ..Event::default()
+    };
+    let StateDir { database, audit, .. } = &mut state;
+    database.transaction(|transaction| -> Result<(), CommandError> {
+        tokens::insert(transaction, &row)?;
+        record(audit, now, event)
+    })?;
+    Ok(token)
+}
+
+/// What was asked for, else what the server was last told to advertise.
+fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandError> {
+    if !asked.is_empty() {
+        return Ok(asked.to_vec());
+    }
+    let advertised = db::get_meta(state.database.reader(), "advertise")?.unwrap_or_default();
+    let known: Vec<String> = advertised.split_whitespace().map(str::to_owned).collect();
+    if known.is_empty() { Err(CommandError::NoAddress) } else { Ok(known) }
+}
+
+/// Permits a host an identity. True when that is new.
+pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<bool, CommandError> {
+    let mut state = StateDir::open(dir)?;
+    let id = workload(&state.trust_domain, identity)?;
+    SpiffeId::host(&state.trust_domain, host)?;
+    let StateDir { database, audit, .. } = &mut state;
+    database.transaction(|transaction| -> Result<bool, CommandError> {
+        refuse_unknown(transaction, host, unix(now))?;
+        let new = hosts::permit(transaction, host, id.as_str(), unix(now))?;
+        if new {
+            record(audit, now, entry_event("entry_add", host, &id))?;
+        }
+        Ok(new)
+    })
+}
+
+/// Takes an identity away: it is not renewed any more, and ends with its certificate.
+pub fn remove_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<(), CommandError> {
+    let mut state = StateDir::open(dir)?;
+    let id = workload(&state.trust_domain, identity)?;
+    let StateDir { database, audit, .. } = &mut state;
+    database.transaction(|transaction| -> Result<(), CommandError> {
+        if !hosts::forbid(transaction, host, id.as_str())? {
+            return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
+        }
+        record(audit, now, entry_event("entry_remove", host, &id))
+    })
+}
+
+/// `(host, identity)` pairs, of one host or of all.
+pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, String)>, CommandError> {
+    let state = StateDir::open(dir)?;
+    let mut entries = hosts::entries(state.database.reader())?;
+    entries.retain(|(owner, _)| host.is_none_or(|host| host == owner));
+    Ok(entries)
+}
+
+/// A misspelt host would otherwise wait for ever, with nothing wrong to see.
+fn refuse_unknown(connection: &rusqlite::Connection, host: &str, now: i64) -> Result<(), CommandError> {
+    let enrolled = hosts::list(connection)?.into_iter().map(|row| row.id);
+    let invited = tokens::open(connection, now)?.into_iter().map(|token| token.host_id);
+    let known: std::collections::BTreeSet<String> = enrolled.chain(invited).collect();
+    if known.contains(host) {
+        return Ok(());
+    }
+    let known = known.into_iter().collect::<Vec<_>>().join(", ");
+    let known = if known.is_empty() { "none".to_owned() } else { known };
+    Err(CommandError::UnknownHost { host: host.to_owned(), known })
+}
+
+fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
+    let id = SpiffeId::parse_in(domain, text)?;
+    if id.trust_domain() != domain {
+        return Err(CommandError::Foreign(id, domain.clone()));
+    }
+    if id.is_system() {
+        return Err(CommandError::Reserved(id));
+    }
+    Ok(id)
+}
+
+fn entry_event(event: &'static str, host: &str, id: &SpiffeId) -> Event {
+    let (host, identity) = (Some(host.to_owned()), Some(id.to_string()));
+    Event { event, result: "ok", host, identity, ..Event::default() }
+}
+
+fn record(audit: &crate::audit::Audit, now: SystemTime, event: Event) -> Result<(), CommandError> {
+    let written = audit.append(unix(now), &[event]);
+    Ok(written.map_err(|source| StateError::Audit { path: audit.path().to_owned(), source })?)
+}

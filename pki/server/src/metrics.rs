@@ -1,0 +1,72 @@
+//! What Prometheus sees of the PKI.
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Outcome {
+    pub(crate) method: &'static str,
+    pub(crate) result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Certificate {
+    pub(crate) kind: &'static str,
+}
+
+pub struct Metrics {
+    registry: Registry,
+    pub(crate) requests: Family<Outcome, Counter>,
+    pub(crate) issued: Counter,
+    pub(crate) items_refused: Counter,
+    pub(crate) audit_failures: Counter,
+    pub(crate) maintenance_failures: Counter,
+    pub(crate) tls_failures: Counter,
+    pub(crate) connections: Gauge,
+    pub(crate) not_after: Family<Certificate, Gauge>,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Metrics {
+        let mut metrics = Metrics {
+            registry: Registry::with_prefix("meshd_pki"),
+            requests: Family::default(),
+            issued: Counter::default(),
+            items_refused: Counter::default(),
+            audit_failures: Counter::default(),
+            maintenance_failures: Counter::default(),
+            tls_failures: Counter::default(),
+            connections: Gauge::default(),
+            not_after: Family::default(),
+        };
+        let m = &mut metrics;
+        let registry = &mut m.registry;
+        registry.register("requests", "Requests by method and result", m.requests.clone());
+        registry.register("certificates_issued", "Leaf certificates issued", m.issued.clone());
+        registry.register("items_refused", "Certificates refused within served batches", m.items_refused.clone());
+        registry.register(
+            "audit_failures",
+            "Acts that could not be written to the audit log",
+            m.audit_failures.clone(),
+        );
+        registry.register("maintenance_failures", "Failed rotations", m.maintenance_failures.clone());
+        registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
+        registry.register("connections", "Open connections", m.connections.clone());
+        let expiry = "Unix time at which a certificate of the PKI itself ends";
+        registry.register("certificate_not_after_seconds", expiry, m.not_after.clone());
+        metrics
+    }
+
+    pub(crate) fn count(&self, method: &'static str, result: &'static str) {
+        self.requests.get_or_create(&Outcome { method, result }).inc();
+    }
+
+    pub fn encode(&self) -> String {
+        let mut page = String::new();
+        text::encode(&mut page, &self.registry).expect("writing to a string cannot fail");
+        page
+    }
+}

@@ -1,0 +1,193 @@
+//! One TLS port for gRPC and plain HTTP; a second, plain one for metrics.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use hyper_util::service::TowerToHyperService;
+use meshd_pki_api::MAX_MESSAGE_BYTES;
+use meshd_pki_api::v1::host_server::HostServer;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{interval, timeout};
+use tokio_rustls::TlsAcceptor;
+
+use crate::pki::Pki;
+use crate::service::{HostService, Peer};
+
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+const HEADER_DEADLINE: Duration = Duration::from_secs(10);
+/// Hosts connect for one call and leave; a restart of 3,000 of them is a matter of seconds.
+const MAX_CONNECTIONS: usize = 2048;
+const MAX_STREAMS: u32 = 32;
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+const MAINTAIN_EVERY: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Serves until `stop` completes, then lets calls in progress finish.
+pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Output = ()>) {
+    let router = router(pki.clone());
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    let maintenance = tokio::spawn(maintain(pki.clone()));
+    tokio::pin!(stop);
+    loop {
+        let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
+        tokio::select! {
+            () = &mut stop => break,
+            accepted = listener.accept() => match accepted {
+                Ok((socket, address)) => {
+                    let connection = connection(pki.clone(), router.clone(), socket, address, graceful.watcher());
+                    tokio::spawn(async move {
+                        connection.await;
+                        drop(permit);
+                    });
+                }
+                Err(error) => {
+                    // Out of file descriptors, mostly: give connections time to end.
+                    tracing::warn!(%error, "cannot accept");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    maintenance.abort();
+    if timeout(DRAIN, graceful.shutdown()).await.is_err() {
+        tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
+    }
+}
+
+/// Prometheus text over plain HTTP; bind it to loopback.
+pub async fn serve_metrics(pki: Arc<Pki>, listener: TcpListener) -> std::io::Result<()> {
+    let router = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(pki);
+    axum::serve(listener, router).await
+}
+
+async fn maintain(pki: Arc<Pki>) {
+    let mut ticks = interval(MAINTAIN_EVERY);
+    loop {
+        ticks.tick().await;
+        let worker = pki.clone();
+        match tokio::task::spawn_blocking(move || worker.maintain()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                pki.metrics.maintenance_failures.inc();
+                tracing::error!(%error, "rotation failed; what is active stays in use");
+            }
+            Err(error) => {
+                pki.metrics.maintenance_failures.inc();
+                tracing::error!(%error, "rotation panicked");
+            }
+        }
+    }
+}
+
+async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: SocketAddr, watcher: Watcher) {
+    _ = socket.set_nodelay(true);
+    let acceptor = TlsAcceptor::from(pki.signer().tls.clone());
+    let tls = match timeout(HANDSHAKE_DEADLINE, acceptor.accept(socket)).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => {
+            pki.metrics.tls_failures.inc();
+            tracing::debug!(%address, %error, "TLS handshake failed");
+            return;
+        }
+        Err(_) => {
+            pki.metrics.tls_failures.inc();
+            tracing::debug!(%address, "no TLS handshake within {} s", HANDSHAKE_DEADLINE.as_secs());
+            return;
+        }
+    };
+    let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
+    let router = router.layer(axum::Extension(Peer { certificate, address }));
+    let service = TowerToHyperService::new(tower_body(router));
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(16 * 1024)
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(HEADER_DEADLINE);
+    pki.metrics.connections.inc();
+    let served = watcher.watch(builder.serve_connection(TokioIo::new(tls), service).into_owned()).await;
+    pki.metrics.connections.dec();
+    if let Err(error) = served {
+        tracing::debug!(%address, %error, "connection ended");
+    }
+}
+
+/// The router takes hyper's bodies as they are.
+fn tower_body(
+    router: Router,
+) -> impl tower_service::Service<
+    Request<Incoming>,
+    Response = Response,
+    Error = Infallible,
+    Future = axum::routing::future::RouteFuture<Infallible>,
+> + Clone {
+    router
+}
+
+fn router(pki: Arc<Pki>) -> Router {
+    let grpc = HostServer::new(HostService(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    Router::new()
+        .route("/.well-known/spiffe-bundle", get(spiffe_bundle))
+        .route("/v1/bundle", get(bundle_by_digest))
+        .route("/healthz", get(healthz))
+        .with_state(pki)
+        .route_service("/meshd.pki.v1.Host/{method}", grpc)
+}
+
+async fn spiffe_bundle(State(pki): State<Arc<Pki>>) -> Response {
+    bundle_response(pki, Vec::new()).await
+}
+
+#[derive(serde::Deserialize)]
+struct BundleQuery {
+    #[serde(default)]
+    sha256: String,
+}
+
+async fn bundle_by_digest(State(pki): State<Arc<Pki>>, Query(query): Query<BundleQuery>) -> Response {
+    match data_encoding::HEXLOWER_PERMISSIVE.decode(query.sha256.as_bytes()) {
+        Ok(digest) => bundle_response(pki, digest).await,
+        Err(_) => (StatusCode::BAD_REQUEST, "sha256 must be 64 hexadecimal digits\n").into_response(),
+    }
+}
+
+async fn bundle_response(pki: Arc<Pki>, digest: Vec<u8>) -> Response {
+    let found = tokio::task::spawn_blocking(move || pki.bundle(&digest)).await;
+    match found {
+        Ok(Ok(bundle)) => ([(header::CONTENT_TYPE, "application/json")], bundle.jwks).into_response(),
+        Ok(Err(refused)) => (StatusCode::NOT_FOUND, format!("{refused}\n")).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+async fn healthz(State(pki): State<Arc<Pki>>) -> Response {
+    let healthy = tokio::task::spawn_blocking(move || pki.bundle(&[])).await;
+    match healthy {
+        Ok(Ok(_)) => "ok\n".into_response(),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n").into_response(),
+    }
+}
+
+async fn metrics(State(pki): State<Arc<Pki>>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], pki.metrics.encode()).into_response()
+}

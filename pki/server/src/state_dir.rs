@@ -1,0 +1,269 @@
+//! The state directory: `pki.db`, `kek`, `audit.jsonl`, and at first `recovery.key`.
+
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use meshd_identity::{Bundle, BundleError, TrustDomain, sha256};
+use rcgen::{KeyPair, PublicKeyData};
+
+use crate::audit::{Audit, Event};
+use crate::authority::{Authority, AuthorityError};
+use crate::db::authorities::{self, AuthorityRow, BundleRow};
+use crate::db::{self, Database, DbError};
+use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
+use crate::lifetimes::Lifetimes;
+use crate::times::{unix, unix_ms};
+
+const REFRESH_HINT_S: u64 = 300;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("{} already holds a PKI; use it with `meshd-pki run`, or choose an empty directory", dir.display())]
+    Initialised { dir: PathBuf },
+    #[error("{} is open to other users (mode {mode:o}); run `chmod 700` on it or choose another directory", dir.display())]
+    Open { dir: PathBuf, mode: u32 },
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("another meshd-pki runs on {}; stop it first", dir.display())]
+    Running { dir: PathBuf },
+    #[error("{} lacks {what}; restore the newest backup", dir.display())]
+    Incomplete { dir: PathBuf, what: &'static str },
+    #[error("cannot write the audit log {}: {source}", path.display())]
+    Audit { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error("cannot make the recovery key: {0}")]
+    Recovery(#[from] rcgen::Error),
+}
+
+/// An initialised PKI on disk.
+pub struct StateDir {
+    dir: PathBuf,
+    pub trust_domain: TrustDomain,
+    pub(crate) database: Database,
+    pub audit: Audit,
+}
+
+/// What `init` made.
+#[derive(Debug)]
+pub struct Initialised {
+    pub trust_domain: TrustDomain,
+    pub bundle_digest: [u8; 32],
+    pub recovery_key: PathBuf,
+    pub recovery_key_id: [u8; 32],
+}
+
+/// Makes a new PKI: root, bundle, wrapping key, and the recovery key whose private half never enters the database.
+pub fn init(
+    dir: &Path,
+    domain: &TrustDomain,
+    recovery_key: Option<&Path>,
+    now: SystemTime,
+) -> Result<Initialised, StateError> {
+    prepare_dir(dir)?;
+    let database = dir.join("pki.db");
+    if db::is_initialised(&database)? {
+        return Err(StateError::Initialised { dir: dir.to_owned() });
+    }
+    let recovery_path = recovery_key.map_or_else(|| dir.join("recovery.key"), Path::to_owned);
+    let recovery = KeyPair::generate()?;
+    write_private(&recovery_path, recovery.serialize_pem().as_bytes())?;
+    let recovery_public = recovery.subject_public_key_info();
+    let made = fill(dir, &database, domain, &recovery_public, now);
+    if made.is_err() {
+        // Not the operator's to keep: no PKI knows it. The next try makes another.
+        _ = fs::remove_file(&recovery_path);
+    }
+    let bundle_digest = made?;
+    Ok(Initialised {
+        trust_domain: domain.clone(),
+        bundle_digest,
+        recovery_key: recovery_path,
+        recovery_key_id: sha256(&recovery_public),
+    })
+}
+
+fn fill(
+    dir: &Path,
+    path: &Path,
+    domain: &TrustDomain,
+    recovery: &[u8],
+    now: SystemTime,
+) -> Result<[u8; 32], StateError> {
+    let kek = load_or_create_kek(dir)?;
+    let root = Authority::new_root(domain, &Lifetimes::default(), now)?;
+    let bundle = Bundle::new(domain.clone(), unix_ms(now), REFRESH_HINT_S, vec![root.certificate.clone()])?;
+    let wrapped = kek.wrap(&root.id, &root.pkcs8())?;
+    Database::create(path, domain, |transaction| -> Result<(), StateError> {
+        authorities::insert_active(transaction, &authority_row(&root, "root", None, wrapped, now))?;
+        let row = BundleRow { sequence: bundle.sequence, jwks: bundle.to_jwks() };
+        authorities::insert_bundle(transaction, &row, &bundle.digest(), unix(now))?;
+        authorities::insert_recovery_key(transaction, recovery, unix(now))?;
+        let audit = Audit::new(dir.join("audit.jsonl"));
+        let event = Event { event: "init", result: "ok", authority: Some(root.id.clone()), ..Event::default() };
+        append(&audit, now, &[event])
+    })?;
+    Ok(bundle.digest())
+}
+
+pub(crate) fn authority_row(
+    authority: &Authority,
+    kind: &str,
+    parent: Option<&str>,
+    wrapped_key: Vec<u8>,
+    now: SystemTime,
+) -> AuthorityRow {
+    AuthorityRow {
+        id: authority.id.clone(),
+        kind: kind.to_owned(),
+        state: "active".to_owned(),
+        parent: parent.map(str::to_owned),
+        certificate: authority.certificate.clone(),
+        wrapped_key: Some(wrapped_key),
+        activated_at: unix(now),
+        not_after: unix(authority.not_after),
+    }
+}
+
+impl StateDir {
+    pub fn open(dir: &Path) -> Result<StateDir, StateError> {
+        let database = Database::open(&dir.join("pki.db"))?;
+        let incomplete = |what| StateError::Incomplete { dir: dir.to_owned(), what };
+        let domain = db::get_meta(database.reader(), "trust_domain")?;
+        let trust_domain = domain.and_then(|name| name.parse().ok()).ok_or_else(|| incomplete("its trust domain"))?;
+        let audit = Audit::new(dir.join("audit.jsonl"));
+        Ok(StateDir { dir: dir.to_owned(), trust_domain, database, audit })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn kek(&self) -> Result<Kek, StateError> {
+        Ok(Kek::load(&kek_path(&self.dir))?)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), StateError> {
+        Ok(self.database.check(&self.dir.join("pki.db"))?)
+    }
+
+    pub(crate) fn latest_bundle(&self) -> Result<Bundle, StateError> {
+        let row = authorities::latest_bundle(self.database.reader())?;
+        let row = row.ok_or_else(|| StateError::Incomplete { dir: self.dir.clone(), what: "its bundle" })?;
+        Ok(Bundle::from_jwks(self.trust_domain.clone(), &row.jwks)?)
+    }
+
+    /// Held while a server runs; a second one would rotate the same authorities.
+    pub(crate) fn lock(&self) -> Result<File, StateError> {
+        let path = self.dir.join("run.lock");
+        let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
+        let file = File::create(&path).map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: self.dir.clone() }),
+            Err(TryLockError::Error(source)) => Err(io(source)),
+        }
+    }
+
+    pub(crate) fn record(&self, now: SystemTime, events: &[Event]) -> Result<(), StateError> {
+        append(&self.audit, now, events)
+    }
+}
+
+fn append(audit: &Audit, now: SystemTime, events: &[Event]) -> Result<(), StateError> {
+    let written = audit.append(unix(now), events);
+    written.map_err(|source| StateError::Audit { path: audit.path().to_owned(), source })
+}
+
+/// The systemd credential when there is one, else the file beside the database.
+fn kek_path(dir: &Path) -> PathBuf {
+    let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|found| Path::new(&found).join(CREDENTIAL));
+    credential.filter(|path| path.exists()).unwrap_or_else(|| dir.join("kek"))
+}
+
+fn load_or_create_kek(dir: &Path) -> Result<Kek, StateError> {
+    let path = kek_path(dir);
+    Ok(if path.exists() { Kek::load(&path)? } else { Kek::create(&path)? })
+}
+
+fn prepare_dir(dir: &Path) -> Result<(), StateError> {
+    let io = |action| move |source| StateError::Io { action, path: dir.to_owned(), source };
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io("create"))?;
+    let mode = fs::metadata(dir).map_err(io("read"))?.permissions().mode() & 0o777;
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    // An empty directory was made for us, by systemd or by hand; one with content may be anything, even /tmp.
+    if fs::read_dir(dir).map_err(io("read"))?.next().is_some() {
+        return Err(StateError::Open { dir: dir.to_owned(), mode });
+    }
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(io("chmod"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain() -> TrustDomain {
+        "prod.example.org".parse().unwrap()
+    }
+
+    #[test]
+    fn init_makes_a_private_pki_once() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("pki");
+        let made = init(&dir, &domain(), None, SystemTime::now()).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&dir), 0o700);
+        for file in ["pki.db", "kek", "recovery.key", "audit.jsonl"] {
+            assert_eq!(mode(&dir.join(file)), 0o600, "{file}");
+        }
+        let pem = fs::read_to_string(&made.recovery_key).unwrap();
+        let public = KeyPair::from_pem(&pem).unwrap().subject_public_key_info();
+        assert_eq!(sha256(&public), made.recovery_key_id);
+        let state = StateDir::open(&dir).unwrap();
+        assert_eq!(state.latest_bundle().unwrap().digest(), made.bundle_digest);
+        let again = init(&dir, &domain(), None, SystemTime::now()).unwrap_err();
+        assert!(matches!(again, StateError::Initialised { .. }), "{again}");
+        assert!(made.recovery_key.exists(), "a refused init must not take the recovery key away");
+    }
+
+    #[test]
+    fn a_directory_without_a_pki_says_what_to_run() {
+        let parent = tempfile::tempdir().unwrap();
+        let error = StateDir::open(parent.path()).err().unwrap().to_string();
+        assert!(error.contains("meshd-pki init"), "{error}");
+    }
+
+    #[test]
+    fn a_shared_directory_with_content_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        fs::set_permissions(parent.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(parent.path().join("somebody-elses"), "x").unwrap();
+        let error = init(parent.path(), &domain(), None, SystemTime::now()).unwrap_err();
+        assert!(matches!(error, StateError::Open { mode: 0o755, .. }), "{error}");
+    }
+
+    #[test]
+    fn the_key_in_the_database_is_not_readable_without_the_wrapping_key() {
+        let parent = tempfile::tempdir().unwrap();
+        init(parent.path(), &domain(), None, SystemTime::now()).unwrap();
+        let state = StateDir::open(parent.path()).unwrap();
+        let root = authorities::active(state.database.reader(), "root").unwrap().unwrap();
+        let wrapped = root.wrapped_key.unwrap();
+        let key = state.kek().unwrap().unwrap(&root.id, &wrapped).unwrap();
+        KeyPair::try_from(key.as_slice()).unwrap();
+        assert!(KeyPair::try_from(wrapped.as_slice()).is_err());
+        fs::remove_file(parent.path().join("kek")).unwrap();
+        assert!(state.kek().err().unwrap().to_string().contains("backup"));
+    }
+}
