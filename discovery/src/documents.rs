@@ -1,0 +1,391 @@
+//! The `MeshService` document: what may be in it, and what it means. Pure; docs/resources.md is its reference.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use meshd_identity::{SYSTEM_NAMESPACE, SpiffeId, TrustDomain};
+
+use crate::name::check_label;
+use crate::yaml::{self, Field, Fields, Problem};
+use crate::{Endpoint, Health, Protocol, Service, ServiceName, ServicePort, Transport};
+
+/// Where a mesh listener is unless an endpoint says otherwise.
+pub const DEFAULT_MESH_PORT: u16 = 15008;
+const DEFAULT_WEIGHT: u32 = 100;
+const MAX_WEIGHT: u32 = 1_000_000;
+const API_VERSION: &str = "meshd.dev/v1alpha1";
+const KIND: &str = "MeshService";
+
+/// What a document is read with.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) trust_domain: TrustDomain,
+    pub(crate) source: Arc<str>,
+}
+
+/// One document of a file, good or not.
+pub(crate) struct Document {
+    pub(crate) line: u64,
+    /// Known even of a bad document, as long as its name can be read.
+    pub(crate) name: Option<ServiceName>,
+    pub(crate) outcome: Result<Service, Vec<Problem>>,
+}
+
+/// Reads all documents of a file, each on its own: an error in one does not touch the next.
+pub(crate) fn parse(text: &str, context: &Context) -> Vec<Document> {
+    split(text).into_iter().map(|(line, text)| read_document(text, line, context)).collect()
+}
+
+/// Cuts at `---` lines. YAML forbids such a line inside any scalar, so this needs no parser, and broken syntax in one
+/// document cannot swallow the next.
+fn split(text: &str) -> Vec<(u64, &str)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let (mut chunks, mut start, mut start_line, mut marked, mut content, mut offset) =
+        (Vec::new(), 0, 1, false, false, 0);
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        let marker = line.strip_prefix("---").filter(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
+        if marker.is_some() && (content || marked) {
+            chunks.extend(content.then(|| (start_line, &text[start..offset])));
+            (start, start_line, content) = (offset, index as u64 + 1, false);
+        }
+        marked |= marker.is_some();
+        let body = marker.unwrap_or(line).trim();
+        content |= !(body.is_empty() || body.starts_with('#') || body == "..." || line.starts_with('%'));
+        offset += line.len();
+    }
+    chunks.extend(content.then(|| (start_line, &text[start..])));
+    chunks
+}
+
+fn read_document(text: &str, first_line: u64, context: &Context) -> Document {
+    let node = match yaml::parse(text, first_line) {
+        Ok(node) => node,
+        Err(problem) => return Document { line: problem.line, name: None, outcome: Err(vec![problem]) },
+    };
+    let mut problems = Vec::new();
+    let root = Field::root(&node);
+    let known = ["apiVersion", "kind", "metadata", "spec"];
+    let Some(fields) = root.mapping(&known, &mut problems) else {
+        return Document { line: node.line, name: None, outcome: Err(problems) };
+    };
+    check_constant(&fields, "apiVersion", API_VERSION, &mut problems);
+    check_constant(&fields, "kind", KIND, &mut problems);
+    let name = read_name(&fields, &mut problems);
+    let spec = fields.require("spec", "spec: { ports: [ { port: 80 } ] }", &mut problems);
+    let service = name.as_ref().zip(spec).and_then(|(name, spec)| read_spec(name, &spec, context, &mut problems));
+    let outcome = match service {
+        Some(service) if problems.is_empty() => Ok(service),
+        _ => Err(problems),
+    };
+    Document { line: node.line, name, outcome }
+}
+
+fn check_constant(fields: &Fields<'_>, key: &str, expected: &'static str, problems: &mut Vec<Problem>) {
+    if let Some(field) = fields.require(key, &format!("{key}: {expected}"), problems) {
+        field.choice(&[(expected, ())], problems);
+    }
+}
+
+fn read_name(fields: &Fields<'_>, problems: &mut Vec<Problem>) -> Option<ServiceName> {
+    let metadata = fields.require("metadata", "metadata: { name: payments, namespace: shop }", problems)?;
+    let metadata = metadata.mapping(&["name", "namespace"], problems)?;
+    let name = label(&metadata, "name", "name: payments", problems);
+    let namespace = label(&metadata, "namespace", "namespace: shop", problems);
+    ServiceName::new(name?, namespace?).ok()
+}
+
+fn label<'n>(metadata: &Fields<'n>, key: &'static str, example: &str, problems: &mut Vec<Problem>) -> Option<&'n str> {
+    let field = metadata.require(key, example, problems)?;
+    let text = field.text(problems)?;
+    if let Err(error) = check_label(key, text) {
+        field.refuse(problems, error.to_string());
+        return None;
+    }
+    if key == "namespace" && text == SYSTEM_NAMESPACE {
+        field.refuse(problems, format!("`{SYSTEM_NAMESPACE}` is reserved for hosts; choose another namespace"));
+        return None;
+    }
+    Some(text)
+}
+
+fn read_spec(name: &ServiceName, spec: &Field<'_>, context: &Context, problems: &mut Vec<Problem>) -> Option<Service> {
+    let fields = spec.mapping(&["ports", "identities", "allowPlaintext", "endpoints"], problems)?;
+    let ports = read_ports(&fields, problems);
+    let identities = read_identities(&fields, name, context, problems);
+    let allow_plaintext = fields.get("allowPlaintext").and_then(|field| field.boolean(problems)).unwrap_or(false);
+    let mut service = Service {
+        name: name.clone(),
+        ports,
+        identities,
+        allow_plaintext,
+        source: context.source.clone(),
+        endpoints: vec![],
+    };
+    if let Some(endpoints) = fields.get("endpoints").and_then(|field| field.list(problems)) {
+        service.endpoints = read_endpoints(&endpoints, &service, context, problems);
+    }
+    Some(service)
+}
+
+fn read_ports(fields: &Fields<'_>, problems: &mut Vec<Problem>) -> Vec<ServicePort> {
+    let Some(field) = fields.require("ports", "ports: [ { port: 80 } ]", problems) else { return Vec::new() };
+    let Some(items) = field.list(problems) else { return Vec::new() };
+    if items.is_empty() {
+        field.refuse(problems, "a service needs at least one port; add one, for example `- port: 80`");
+    }
+    let mut ports: Vec<ServicePort> = Vec::new();
+    for item in items {
+        let Some(port) = read_port(&item, problems) else { continue };
+        if ports.iter().any(|earlier| earlier.port == port.port) {
+            item.refuse(problems, format!("port {} is listed twice; remove one of them", port.port));
+        }
+        ports.push(port);
+    }
+    ports
+}
+
+fn read_port(item: &Field<'_>, problems: &mut Vec<Problem>) -> Option<ServicePort> {
+    let fields = item.mapping(&["port", "protocol"], problems)?;
+    let protocol = fields.get("protocol").and_then(|field| field.choice(&Protocol::NAMES, problems));
+    let port = fields.require("port", "port: 80", problems)?.port(problems)?;
+    Some(ServicePort { port, protocol: protocol.unwrap_or_default() })
+}
+
+fn read_identities(
+    fields: &Fields<'_>,
+    name: &ServiceName,
+    context: &Context,
+    problems: &mut Vec<Problem>,
+) -> Vec<SpiffeId> {
+    let Some(field) = fields.get("identities") else {
+        // A service name is two DNS labels, which are always valid segments of an identity.
+        return SpiffeId::workload(&context.trust_domain, name.namespace(), name.name()).into_iter().collect();
+    };
+    let Some(items) = field.list(problems) else { return Vec::new() };
+    if items.is_empty() {
+        field.refuse(
+            problems,
+            "nobody may serve this service; list an identity, or leave the field out for the default",
+        );
+    }
+    let mut identities = Vec::new();
+    for item in items {
+        let Some(identity) = read_identity(&item, context, problems) else { continue };
+        if identities.contains(&identity) {
+            item.refuse(problems, format!("`{}` is listed twice; remove one of them", identity.short()));
+        }
+        identities.push(identity);
+    }
+    identities
+}
+
+fn read_identity(field: &Field<'_>, context: &Context, problems: &mut Vec<Problem>) -> Option<SpiffeId> {
+    match SpiffeId::parse_in(&context.trust_domain, field.text(problems)?) {
+        Ok(identity) if identity.is_system() => {
+            field.refuse(problems, format!("`{}` is a host, which serves nothing; name a workload", identity.short()));
+            None
+        }
+        Ok(identity) => Some(identity),
+        Err(error) => {
+            field.refuse(problems, error.to_string());
+            None
+        }
+    }
+}
+
+fn read_endpoints(
+    items: &[Field<'_>],
+    service: &Service,
+    context: &Context,
+    problems: &mut Vec<Problem>,
+) -> Vec<Arc<Endpoint>> {
+    let mut endpoints = Vec::new();
+    let mut seen = BTreeSet::new();
+    for item in items {
+        let Some(place) = read_place(item, service, context, problems) else { continue };
+        if !seen.insert((place.address, place.mesh_port, place.target_port, place.identity.clone())) {
+            item.refuse(problems, format!("endpoint {} is listed twice; remove one of them", place.address));
+            continue;
+        }
+        endpoints.extend(service.ports.iter().map(|port| Arc::new(place.endpoint(service, port.port))));
+    }
+    endpoints
+}
+
+/// An element of `endpoints`: it serves every port of the service.
+struct Place {
+    address: IpAddr,
+    mesh_port: u16,
+    target_port: Option<u16>,
+    transport: Transport,
+    identity: SpiffeId,
+    network: String,
+    zone: String,
+    weight: u32,
+}
+
+impl Place {
+    fn endpoint(&self, service: &Service, port: u16) -> Endpoint {
+        let target = SocketAddr::new(self.address, self.target_port.unwrap_or(port));
+        let dial = match self.transport {
+            Transport::Plaintext => target,
+            Transport::Meshd | Transport::Hbone => SocketAddr::new(self.address, self.mesh_port),
+        };
+        Endpoint {
+            service: service.name.clone(),
+            port,
+            dial,
+            target,
+            transport: self.transport,
+            identity: self.identity.clone(),
+            network: self.network.clone(),
+            zone: self.zone.clone(),
+            weight: self.weight,
+            health: Health::Healthy,
+            source: service.source.clone(),
+            epoch: 0,
+        }
+    }
+}
+
+fn read_place(item: &Field<'_>, service: &Service, context: &Context, problems: &mut Vec<Problem>) -> Option<Place> {
+    let known = ["address", "meshPort", "identity", "transport", "targetPort", "network", "zone", "weight"];
+    let fields = item.mapping(&known, problems)?;
+    let transport = read_transport(&fields, service, problems);
+    let mesh_port = fields.get("meshPort").and_then(|field| field.port(problems)).unwrap_or(DEFAULT_MESH_PORT);
+    let target_port = read_target_port(&fields, transport, service, problems);
+    let network = tag(&fields, "network", problems);
+    let zone = tag(&fields, "zone", problems);
+    let weight = fields.get("weight").and_then(|field| field.integer(0..=MAX_WEIGHT, problems));
+    let identity = endpoint_identity(item, &fields, service, context, problems);
+    let address = fields.require("address", "address: 10.87.0.12", problems).and_then(|f| address(&f, problems));
+    let (address, identity) = (address?, identity?);
+    let weight = weight.unwrap_or(DEFAULT_WEIGHT);
+    Some(Place { address, mesh_port, target_port, transport, identity, network, zone, weight })
+}
+
+fn read_transport(fields: &Fields<'_>, service: &Service, problems: &mut Vec<Problem>) -> Transport {
+    let Some(field) = fields.get("transport") else { return Transport::default() };
+    let transport = field.choice(&Transport::NAMES, problems).unwrap_or_default();
+    if transport == Transport::Plaintext {
+        if !service.allow_plaintext {
+            field.refuse(
+                problems,
+                "plaintext is not allowed for this service; set `spec.allowPlaintext: true` if traffic to this \
+                 endpoint may go unencrypted and unauthenticated, or use transport meshd",
+            );
+        }
+        if let Some(mesh_port) = fields.get("meshPort") {
+            mesh_port.refuse(problems, "has no meaning with transport plaintext; use `targetPort`, or remove it");
+        }
+    }
+    transport
+}
+
+fn read_target_port(
+    fields: &Fields<'_>,
+    transport: Transport,
+    service: &Service,
+    problems: &mut Vec<Problem>,
+) -> Option<u16> {
+    let field = fields.get("targetPort")?;
+    let port = field.port(problems);
+    if transport == Transport::Meshd {
+        field.refuse(
+            problems,
+            "has no meaning with transport meshd, where the far host's enrol.d says which local port it delivers to; \
+             remove it",
+        );
+    } else if service.ports.len() > 1 {
+        field.refuse(
+            problems,
+            format!(
+                "the service has {} ports and one targetPort cannot stand for all of them; remove it, or make a service per port",
+                service.ports.len()
+            ),
+        );
+    }
+    port
+}
+
+fn endpoint_identity(
+    item: &Field<'_>,
+    fields: &Fields<'_>,
+    service: &Service,
+    context: &Context,
+    problems: &mut Vec<Problem>,
+) -> Option<SpiffeId> {
+    let allowed =
+        || service.identities.iter().map(|id| format!("`{}`", shown(id, context))).collect::<Vec<_>>().join(", ");
+    let Some(field) = fields.get("identity") else {
+        return match service.identities.as_slice() {
+            [only] => Some(only.clone()),
+            // Refused already, where the identities are listed.
+            [] => None,
+            _ => {
+                let field = format!("{}.identity", item.path);
+                let reason =
+                    format!("missing; the service has several identities, say which one answers here: {}", allowed());
+                problems.push(Problem { line: item.node.line, field, reason });
+                None
+            }
+        };
+    };
+    let identity = read_identity(&field, context, problems)?;
+    if !service.identities.is_empty() && !service.identities.contains(&identity) {
+        let reason = format!(
+            "`{}` may not serve {}; use one of {}, or add it to spec.identities",
+            shown(&identity, context),
+            service.name,
+            allowed()
+        );
+        field.refuse(problems, reason);
+    }
+    Some(identity)
+}
+
+/// Short within our trust domain, in full elsewhere.
+fn shown<'i>(identity: &'i SpiffeId, context: &Context) -> &'i str {
+    if *identity.trust_domain() == context.trust_domain { identity.short() } else { identity.as_str() }
+}
+
+fn address(field: &Field<'_>, problems: &mut Vec<Problem>) -> Option<IpAddr> {
+    let text = field.text(problems)?;
+    let Ok(address) = text.parse::<IpAddr>().map(|address| address.to_canonical()) else {
+        let hint = if text.contains(':') && text.contains('.') {
+            "; the port goes into `meshPort` or `targetPort`"
+        } else {
+            ""
+        };
+        field.refuse(
+            problems,
+            format!(
+                "`{}` is not an IP address; write an IPv4 or IPv6 address (names are not resolved){hint}",
+                yaml::printable(text)
+            ),
+        );
+        return None;
+    };
+    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+    if address.is_unspecified() || address.is_multicast() || broadcast {
+        field.refuse(problems, format!("{address} is not the address of a host; write the one peers dial"));
+        return None;
+    }
+    Some(address)
+}
+
+/// `network` and `zone` end up in metrics and messages, so they are plain words.
+fn tag(fields: &Fields<'_>, key: &str, problems: &mut Vec<Problem>) -> String {
+    let Some(field) = fields.get(key) else { return String::new() };
+    let Some(text) = field.text(problems) else { return String::new() };
+    let plain = text.len() <= 63 && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    if !plain {
+        field.refuse(problems, "at most 63 of a-z, A-Z, 0-9, `-`, `_` and `.` are allowed; choose a plain word");
+    }
+    text.to_owned()
+}
+
+#[cfg(test)]
+#[path = "documents_tests.rs"]
+mod tests;

@@ -1,0 +1,325 @@
+//! The smallest source: YAML documents in a directory, looked at twice a second.
+//!
+//! Polling is level-triggered: nothing can be missed, and it works on every file system. A change takes effect once
+//! two looks in a row saw the same file, so a file caught half-written, or between `unlink` and `create`, is never read.
+//! The directory is local and authoritative: a file that is gone takes its services with it, down to none.
+//! A directory that cannot be read, on the other hand, says nothing, and everything stays.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use meshd_identity::TrustDomain;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use crate::documents::{self, Context, Document};
+use crate::yaml::Problem;
+use crate::{Offer, Service, ServiceName, Sink, Source, SourceEvent, SourceFuture};
+
+const POLL: Duration = Duration::from_millis(500);
+/// How often an unchanged directory is reported as such.
+const IN_SYNC_EVERY: Duration = Duration::from_secs(10);
+/// About 20,000 endpoints; a larger file is a mistake.
+const MAX_FILE_BYTES: u64 = 8 * 1024 * 1024;
+const MAX_PROBLEMS_PER_FILE: usize = 20;
+
+/// `kind = "files"`: the `*.yaml` and `*.yml` files of one directory.
+pub struct FilesSource {
+    name: Arc<str>,
+    dir: PathBuf,
+    trust_domain: TrustDomain,
+}
+
+impl FilesSource {
+    pub fn new(name: &str, dir: PathBuf, trust_domain: TrustDomain) -> FilesSource {
+        FilesSource { name: name.into(), dir, trust_domain }
+    }
+}
+
+impl Source for FilesSource {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn kind(&self) -> &'static str {
+        "files"
+    }
+
+    fn watch(self: Box<Self>, sink: Sink) -> SourceFuture {
+        let context = Context { trust_domain: self.trust_domain, source: self.name };
+        Box::pin(poll(Files::new(self.dir, context), sink))
+    }
+}
+
+async fn poll(mut files: Files, sink: Sink) {
+    let mut ticks = interval(POLL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut unreadable: Option<String> = None;
+    let mut reported = Instant::now();
+    loop {
+        ticks.tick().await;
+        let look = tokio::task::spawn_blocking(move || {
+            let seen = files.look();
+            (files, seen)
+        });
+        // A panic in there is ours; the watcher reports a source that ended.
+        let Ok((same, seen)) = look.await else { return };
+        files = same;
+        let event = match seen {
+            Look::Changed(offers, problems) => SourceEvent::Snapshot { offers, problems },
+            Look::Unreadable(error) if unreadable.as_ref() == Some(&error) => continue,
+            Look::Unreadable(error) => SourceEvent::Unavailable { error },
+            Look::Unchanged if unreadable.is_none() && reported.elapsed() < IN_SYNC_EVERY => continue,
+            Look::Unchanged => SourceEvent::InSync,
+        };
+        unreadable = if let SourceEvent::Unavailable { error } = &event { Some(error.clone()) } else { None };
+        reported = Instant::now();
+        sink.send(event).await;
+    }
+}
+
+/// What one look at the directory showed.
+#[derive(Debug, PartialEq)]
+enum Look {
+    Changed(Vec<Offer>, Vec<String>),
+    Unchanged,
+    Unreadable(String),
+}
+
+/// The directory as last believed.
+struct Files {
+    dir: PathBuf,
+    context: Context,
+    files: BTreeMap<OsString, File>,
+    said: Option<(Vec<Offer>, Vec<String>)>,
+}
+
+impl Files {
+    fn new(dir: PathBuf, context: Context) -> Files {
+        Files { dir, context, files: BTreeMap::new(), said: None }
+    }
+
+    fn look(&mut self) -> Look {
+        let listing = match list(&self.dir) {
+            Ok(listing) => listing,
+            Err(error) => return Look::Unreadable(unreadable(&self.dir, &error)),
+        };
+        // At start there is nothing to wait for: what is there is taken at once, and looked at again.
+        let at_once = self.said.is_none();
+        let mut changed = self.forget_missing(&listing);
+        for name in listing {
+            let path = self.dir.join(&name);
+            let file = self.files.entry(name).or_default();
+            file.missing = false;
+            changed |= file.look(&path, at_once, &self.context);
+        }
+        if !changed && !at_once {
+            return Look::Unchanged;
+        }
+        let now = self.offers();
+        if self.said.as_ref() == Some(&now) {
+            return Look::Unchanged;
+        }
+        self.said = Some(now.clone());
+        Look::Changed(now.0, now.1)
+    }
+
+    fn forget_missing(&mut self, listing: &BTreeSet<OsString>) -> bool {
+        let before = self.files.len();
+        self.files.retain(|name, file| listing.contains(name) || !std::mem::replace(&mut file.missing, true));
+        self.files.len() != before
+    }
+
+    /// All good documents in the order of file names and lines; of a service defined twice, the first holds.
+    fn offers(&self) -> (Vec<Offer>, Vec<String>) {
+        let (mut offers, mut problems) = (Vec::new(), Vec::new());
+        let mut defined: BTreeMap<&ServiceName, Arc<str>> = BTreeMap::new();
+        for (name, file) in &self.files {
+            let path = self.dir.join(name);
+            problems.extend(file.problems.iter().cloned());
+            for good in &file.good {
+                let origin: Arc<str> = format!("{}:{}", path.display(), good.line).into();
+                match defined.entry(&good.service.name) {
+                    Entry::Occupied(first) => problems.push(duplicate(&origin, &good.service.name, first.get())),
+                    Entry::Vacant(free) => {
+                        free.insert(origin.clone());
+                        offers.push(Offer { service: good.service.clone(), origin });
+                    }
+                }
+            }
+        }
+        (offers, problems)
+    }
+}
+
+fn list(dir: &Path) -> io::Result<BTreeSet<OsString>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        // Editors and package managers leave hidden files and `x.yaml~` about.
+        let hidden = name.as_encoded_bytes().starts_with(b".");
+        let yaml = Path::new(&name).extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
+        if yaml && !hidden {
+            names.insert(name);
+        }
+    }
+    Ok(names)
+}
+
+fn unreadable(dir: &Path, error: &io::Error) -> String {
+    format!(
+        "cannot read directory {}: {error}; create it and let meshd's user read it (an existing, empty directory means \
+         no services; until then the last known services stay)",
+        dir.display()
+    )
+}
+
+fn duplicate(origin: &str, service: &ServiceName, first: &str) -> String {
+    format!("{origin}: metadata.name: service {service} is already defined at {first}, which holds; remove one of them")
+}
+
+#[derive(Default)]
+struct File {
+    /// As of the previous look; a change counts when it has been the same twice.
+    seen: Option<Fingerprint>,
+    applied: Option<Fingerprint>,
+    missing: bool,
+    good: Vec<Good>,
+    problems: Vec<String>,
+}
+
+struct Good {
+    line: u64,
+    service: Arc<Service>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Fingerprint {
+    inode: u64,
+    length: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Fingerprint {
+    fn of(metadata: &fs::Metadata) -> Fingerprint {
+        Fingerprint {
+            inode: metadata.ino(),
+            length: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+impl File {
+    /// True when there is something new to say about this file.
+    fn look(&mut self, path: &Path, at_once: bool, context: &Context) -> bool {
+        let fingerprint = match fs::metadata(path) {
+            Ok(metadata) => Fingerprint::of(&metadata),
+            Err(error) => return self.fail(unreadable_file(path, &error.to_string())),
+        };
+        if self.applied == Some(fingerprint) {
+            return false;
+        }
+        if self.seen.replace(fingerprint) != Some(fingerprint) && !at_once {
+            return false;
+        }
+        match read(path) {
+            Ok(text) => self.apply(path, documents::parse(&text, context)),
+            Err(reason) => return self.fail(unreadable_file(path, &reason)),
+        }
+        // Taken at first sight: it may still be being written, so the next look reads it again.
+        self.applied = (!at_once).then_some(fingerprint);
+        true
+    }
+
+    /// The file as a whole cannot be read: its last good documents stay.
+    fn fail(&mut self, problem: String) -> bool {
+        self.applied = None;
+        let news = self.problems != [problem.as_str()];
+        self.problems = vec![problem];
+        news
+    }
+
+    fn apply(&mut self, path: &Path, documents: Vec<Document>) {
+        let named: BTreeSet<ServiceName> = documents.iter().filter_map(|document| document.name.clone()).collect();
+        // A document whose name cannot be read might be any of those that are missing now.
+        let nameless = documents.iter().any(|document| document.name.is_none());
+        let (mut good, mut failed, mut problems) = (Vec::new(), BTreeSet::new(), Vec::new());
+        for document in documents {
+            match document.outcome {
+                Ok(service) => good.push(Good { line: document.line, service: self.reuse(service) }),
+                Err(found) => {
+                    let kept = document.name.as_ref().map_or(!self.good.is_empty(), |name| self.holds(name));
+                    problems.extend(found.iter().map(|problem| message(path, problem, kept)));
+                    failed.extend(document.name);
+                }
+            }
+        }
+        let replaced: BTreeSet<ServiceName> = good.iter().map(|good| good.service.name.clone()).collect();
+        let stays = |name: &ServiceName| {
+            !replaced.contains(name) && (failed.contains(name) || (nameless && !named.contains(name)))
+        };
+        good.extend(std::mem::take(&mut self.good).into_iter().filter(|old| stays(&old.service.name)));
+        self.good = good;
+        self.problems = capped(path, problems);
+    }
+
+    fn holds(&self, name: &ServiceName) -> bool {
+        self.good.iter().any(|good| good.service.name == *name)
+    }
+
+    fn reuse(&self, service: Service) -> Arc<Service> {
+        let same = self.good.iter().find(|good| *good.service == service);
+        same.map_or_else(|| Arc::new(service), |good| good.service.clone())
+    }
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
+    if !metadata.is_file() {
+        return Err("it is not a regular file".to_owned());
+    }
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(format!("it has {} bytes and {MAX_FILE_BYTES} are allowed; split it", metadata.len()));
+    }
+    let bytes = fs::read(path).map_err(|error| error.to_string())?;
+    String::from_utf8(bytes).map_err(|error| {
+        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = good.iter().filter(|byte| **byte == b'\n').count() + 1;
+        format!("line {line} is not UTF-8; save the file as UTF-8")
+    })
+}
+
+fn unreadable_file(path: &Path, reason: &str) -> String {
+    format!(
+        "{}: cannot be read: {reason}; its last good documents stay in force until it is corrected or removed",
+        path.display()
+    )
+}
+
+fn message(path: &Path, problem: &Problem, kept: bool) -> String {
+    let field = if problem.field.is_empty() { String::new() } else { format!("{}: ", problem.field) };
+    let kept = if kept { " (the last good version stays in force)" } else { "" };
+    format!("{}:{}: {field}{}{kept}", path.display(), problem.line, problem.reason)
+}
+
+fn capped(path: &Path, mut problems: Vec<String>) -> Vec<String> {
+    let more = problems.len().saturating_sub(MAX_PROBLEMS_PER_FILE);
+    if more > 0 {
+        problems.truncate(MAX_PROBLEMS_PER_FILE);
+        problems.push(format!("{}: and {more} more problems", path.display()));
+    }
+    problems
+}
+
+#[cfg(test)]
+#[path = "files_tests.rs"]
+mod tests;

@@ -1,0 +1,113 @@
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use meshd_identity::SpiffeId;
+use serde::Serialize;
+
+use crate::ServiceName;
+
+/// What the bytes of a port are declared to be. A declaration wins over detection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    #[default]
+    Detect,
+    Tcp,
+    Http,
+    Http2,
+    Grpc,
+    Tls,
+}
+
+impl Protocol {
+    pub const NAMES: [(&'static str, Protocol); 6] = [
+        ("detect", Protocol::Detect),
+        ("tcp", Protocol::Tcp),
+        ("http", Protocol::Http),
+        ("http2", Protocol::Http2),
+        ("grpc", Protocol::Grpc),
+        ("tls", Protocol::Tls),
+    ];
+}
+
+/// How an endpoint is reached. A property of its record, never the outcome of a failed dial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    #[default]
+    Meshd,
+    Hbone,
+    Plaintext,
+}
+
+impl Transport {
+    pub const NAMES: [(&'static str, Transport); 3] =
+        [("meshd", Transport::Meshd), ("hbone", Transport::Hbone), ("plaintext", Transport::Plaintext)];
+}
+
+/// What the source says about an endpoint, as opposed to what dialling it shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    #[default]
+    Healthy,
+    Unhealthy,
+}
+
+/// One place that serves one port of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    pub service: ServiceName,
+    /// The port of the service, which is what clients ask for.
+    pub port: u16,
+    /// Where to connect: the mesh listener, or the application itself when `transport` is plaintext.
+    pub dial: SocketAddr,
+    /// The application's own address and port: the authority of an HBONE CONNECT.
+    pub target: SocketAddr,
+    pub transport: Transport,
+    /// Who must answer there.
+    pub identity: SpiffeId,
+    pub network: String,
+    pub zone: String,
+    pub weight: u32,
+    pub health: Health,
+    /// The name of the source that said so.
+    pub source: Arc<str>,
+    /// Fences records of an earlier life of the source; always 0 for files.
+    pub epoch: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ServicePort {
+    pub port: u16,
+    pub protocol: Protocol,
+}
+
+/// A service and everything that serves it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    pub name: ServiceName,
+    pub ports: Vec<ServicePort>,
+    /// Who may serve it; every endpoint's identity is one of these.
+    pub identities: Vec<SpiffeId>,
+    pub allow_plaintext: bool,
+    pub source: Arc<str>,
+    pub endpoints: Vec<Arc<Endpoint>>,
+}
+
+impl Service {
+    pub fn port(&self, port: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|candidate| candidate.port == port)
+    }
+
+    pub fn endpoints_on(&self, port: u16) -> impl Iterator<Item = &Arc<Endpoint>> {
+        self.endpoints.iter().filter(move |endpoint| endpoint.port == port)
+    }
+
+    /// The same service, with endpoints that did not change since `old` kept as the very same allocation, so that
+    /// whoever holds state per endpoint sees which are new.
+    pub(crate) fn keeping_endpoints_of(&self, old: &Service) -> Service {
+        let keep = |new: &Arc<Endpoint>| old.endpoints.iter().find(|known| *known == new).unwrap_or(new).clone();
+        Service { endpoints: self.endpoints.iter().map(keep).collect(), ..self.clone() }
+    }
+}

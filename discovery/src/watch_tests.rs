@@ -1,0 +1,156 @@
+use super::*;
+use crate::{Authority, fake};
+
+struct Running {
+    directory: watch::Receiver<Arc<Directory>>,
+    health: watch::Receiver<Arc<Vec<SourceHealth>>>,
+    _task: JoinSet<()>,
+}
+
+fn start(sources: Vec<Configured>) -> Running {
+    let watcher = Watcher::new(sources);
+    let (directory, health) = (watcher.directory(), watcher.health());
+    let mut task = JoinSet::new();
+    task.spawn(watcher.run());
+    Running { directory, health, _task: task }
+}
+
+impl Running {
+    async fn directory_with(&mut self, wanted: impl FnMut(&Arc<Directory>) -> bool) -> Arc<Directory> {
+        self.directory.wait_for(wanted).await.unwrap().clone()
+    }
+
+    async fn health_with(&mut self, mut wanted: impl FnMut(&[SourceHealth]) -> bool) -> Vec<SourceHealth> {
+        self.health.wait_for(|health| wanted(health)).await.unwrap().to_vec()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_source_publishes_is_in_the_directory_until_it_publishes_something_else() {
+    let (script, source) = fake::source("one");
+    let mut running = start(vec![source]);
+    script.publish([fake::service("a.shop", "one", &["10.0.0.1"])]).await;
+    running.directory_with(|directory| directory.find("a.shop").is_some()).await;
+    script.publish([fake::service("b.shop", "one", &[])]).await;
+    let directory = running.directory_with(|directory| directory.find("b.shop").is_some()).await;
+    assert!(directory.find("a.shop").is_none());
+    script.publish([]).await;
+    running.directory_with(|directory| directory.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unavailable_source_keeps_its_services_and_says_why_until_it_is_back() {
+    let (script, source) = fake::source("one");
+    let mut running = start(vec![source]);
+    script.publish([fake::service("a.shop", "one", &["10.0.0.1"])]).await;
+    script.fail("connection refused").await;
+    let health = running.health_with(|health| !health[0].errors.is_empty()).await;
+    assert_eq!(health[0].errors, ["connection refused"]);
+    assert_eq!(health[0].services, 1);
+    assert!(running.directory.borrow().find("a.shop").is_some());
+    script.send(SourceEvent::InSync).await;
+    let health = running.health_with(|health| health[0].errors.is_empty()).await;
+    assert!(health[0].last_ok >= health[0].last_change && health[0].last_change.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_ends_or_panics_leaves_its_services_and_does_not_touch_the_others() {
+    struct Panics;
+    impl crate::Source for Panics {
+        fn name(&self) -> &str {
+            "panics"
+        }
+        fn kind(&self) -> &'static str {
+            "fake"
+        }
+        fn watch(self: Box<Self>, _: Sink) -> crate::SourceFuture {
+            Box::pin(async { panic!("expected by this test") })
+        }
+    }
+    let (ending, first) = fake::source("ending");
+    let (living, third) = fake::source("living");
+    let second = Configured { source: Box::new(Panics), authority: Authority::everything() };
+    let mut running = start(vec![first, second, third]);
+    ending.publish([fake::service("a.shop", "ending", &[])]).await;
+    drop(ending);
+    let health = running.health_with(|health| health[..2].iter().all(|source| !source.errors.is_empty())).await;
+    assert!(health[0].errors[0].contains("ended by itself"), "{health:?}");
+    assert!(health[1].errors[0].contains("expected by this test"), "{health:?}");
+    living.publish([fake::service("b.shop", "living", &[])]).await;
+    let directory = running.directory_with(|directory| directory.find("b.shop").is_some()).await;
+    assert!(directory.find("a.shop").is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_outside_the_authority_of_its_source_is_an_error_in_its_health() {
+    let (script, mut source) = fake::source("one");
+    source.authority = Authority::new(["billing"]).unwrap();
+    let mut running = start(vec![source]);
+    script.publish([fake::service("a.shop", "one", &[]), fake::service("b.billing", "one", &[])]).await;
+    let health = running.health_with(|health| health[0].services == 1).await;
+    assert!(health[0].errors[0].contains("no authority for namespace `shop`"), "{health:?}");
+    assert!(running.directory.borrow().find("a.shop").is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_source_takes_over_a_service_the_first_no_longer_defines() {
+    let (one, first) = fake::source("one");
+    let (two, second) = fake::source("two");
+    let mut running = start(vec![first, second]);
+    one.publish([fake::service("a.shop", "one", &["10.0.0.1"])]).await;
+    two.publish([fake::service("a.shop", "two", &["10.0.0.2"])]).await;
+    let health = running.health_with(|health| !health[1].shadowed.is_empty()).await;
+    assert_eq!((health[0].services, health[1].services), (1, 0));
+    assert_eq!(&*running.directory.borrow().find("a.shop").unwrap().source, "one");
+    one.publish([]).await;
+    running.directory_with(|directory| directory.find("a.shop").is_some_and(|service| &*service.source == "two")).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn publishing_the_same_again_wakes_nobody_and_keeps_every_allocation() {
+    let (script, source) = fake::source("one");
+    let mut running = start(vec![source]);
+    let services = || ["a.shop", "b.shop"].map(|name| fake::service(name, "one", &["10.0.0.1"]));
+    script.publish(services()).await;
+    let before = running.directory_with(|directory| directory.len() == 2).await;
+    running.directory.mark_unchanged();
+    script.publish(services()).await;
+    script.fail("seen after the second publish").await;
+    running.health_with(|health| !health[0].errors.is_empty()).await;
+    assert!(!running.directory.has_changed().unwrap());
+
+    let [a, _] = services();
+    script.publish([a, fake::service("b.shop", "one", &["10.0.0.9"])]).await;
+    running.directory.changed().await.unwrap();
+    let after = running.directory.borrow().clone();
+    assert!(Arc::ptr_eq(before.find("a.shop").unwrap(), after.find("a.shop").unwrap()));
+    assert!(!Arc::ptr_eq(before.find("b.shop").unwrap(), after.find("b.shop").unwrap()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn settled_waits_for_every_source_to_speak_be_it_bad_news() {
+    let (one, first) = fake::source("one");
+    let (two, second) = fake::source("two");
+    let mut running = start(vec![first, second]);
+    one.publish([]).await;
+    running.health_with(|health| health[0].last_ok.is_some()).await;
+    let waiting = tokio::time::timeout(std::time::Duration::from_secs(3600), settled(&mut running.health));
+    assert!(waiting.await.is_err());
+    two.fail("no route to host").await;
+    settled(&mut running.health).await;
+}
+
+#[test]
+fn health_is_shown_with_times_in_unix_seconds() {
+    let health = SourceHealth {
+        name: "files".into(),
+        kind: "files",
+        services: 1,
+        shadowed: vec!["a.shop".parse().unwrap()],
+        last_change: Some(UNIX_EPOCH + std::time::Duration::from_millis(12_345)),
+        last_ok: None,
+        errors: vec!["x".into()],
+    };
+    let expected = r#"{"name":"files","kind":"files","services":1,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"errors":["x"]}"#;
+    assert_eq!(serde_json::to_string(&health).unwrap(), expected);
+}
