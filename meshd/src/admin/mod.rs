@@ -1,0 +1,13 @@
+//! What operators ask a running daemon: a Unix socket for the CLI, an HTTP port for Prometheus.
+
+mod check;
+mod client;
+mod server;
+mod show;
+mod view;
+
+pub use check::{Verdict, check};
+pub use client::{AdminError, fetch};
+pub use server::{bind, serve_metrics, serve_socket};
+pub use show::{edges, status};
+pub use view::{EdgeView, StatusView, View};

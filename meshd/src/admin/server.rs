@@ -1,0 +1,57 @@
+//! The daemon's side of the admin socket and the metrics port.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use axum::{Json, Router};
+use tokio::net::{TcpListener, UnixListener};
+
+use super::view::View;
+use crate::telemetry;
+
+/// Binds the admin socket, replacing one a killed daemon left behind.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    // Reading the mesh's state is for root and meshd's own group.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+pub async fn serve_socket(listener: UnixListener, view: Arc<View>) {
+    let routes = Router::new()
+        .route("/status", get(|State(view): State<Arc<View>>| async move { Json(view.status()) }))
+        .route("/edges", get(|State(view): State<Arc<View>>| async move { Json(view.edges()) }))
+        .with_state(view);
+    if let Err(error) = axum::serve(listener, routes).await {
+        tracing::error!(%error, "the admin socket is closed");
+    }
+}
+
+pub async fn serve_metrics(listener: TcpListener, view: Arc<View>) {
+    let routes = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/live", get(|| async { "live\n" }))
+        .route("/ready", get(|| async { "ready\n" }))
+        .with_state(view);
+    if let Err(error) = axum::serve(listener, routes).await {
+        tracing::error!(%error, "the metrics port is closed");
+    }
+}
+
+async fn metrics(State(view): State<Arc<View>>) -> impl IntoResponse {
+    let content_type = [(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    match telemetry::encode(view.telemetry(), view.metrics()) {
+        Ok(text) => (StatusCode::OK, content_type, text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, content_type, format!("cannot encode metrics: {error}\n")),
+    }
+}

@@ -1,0 +1,261 @@
+//! The daemon's state as operators see it: one struct per answer, serialized as it is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use meshd_discovery::SourceHealth;
+use meshd_identity::SpiffeId;
+use meshd_pki_client::{Credentials, RenewalMetrics};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::enrol::Mode;
+use crate::proxy::Shared;
+use crate::telemetry::{Direction, Exposition, Telemetry, Tls};
+
+/// Everything answers are made of.
+pub struct View {
+    started: Instant,
+    shared: Arc<Shared>,
+    credentials: watch::Receiver<Arc<Credentials>>,
+    sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
+    renewals: Arc<RenewalMetrics>,
+    domain: String,
+}
+
+/// `meshd status`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StatusView {
+    pub version: String,
+    pub host_id: String,
+    pub trust_domain: String,
+    pub uptime_s: u64,
+    pub workers: usize,
+    pub open_connections: u64,
+    pub identities: Vec<IdentityView>,
+    pub refused_identities: BTreeMap<String, String>,
+    pub serves: Vec<DeliveryView>,
+    pub services: Vec<ServiceView>,
+    pub sources: Vec<Value>,
+    pub renewals_ok: u64,
+    pub renewals_failed: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct IdentityView {
+    pub id: String,
+    /// The unit that holds it; `meshd` for the host's own.
+    pub unit: String,
+    /// Seconds until the certificate chain expires; negative when it has.
+    pub expires_in_s: i64,
+    pub serial: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DeliveryView {
+    pub service: String,
+    pub port: u16,
+    pub unit: String,
+    pub deliver: String,
+    pub mode: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ServiceView {
+    pub name: String,
+    pub dns: String,
+    pub vip: Option<String>,
+    pub ports: Vec<u16>,
+    pub endpoints: usize,
+    pub source: String,
+    /// Endpoints that are reached in clear.
+    pub plaintext: bool,
+}
+
+/// A row of `meshd edges`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EdgeView {
+    pub direction: String,
+    pub client_id: Option<String>,
+    pub server_id: Option<String>,
+    pub unit: Option<String>,
+    pub service: Option<String>,
+    pub secured: bool,
+    pub open: u64,
+    pub opened: u64,
+    pub failed: u64,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+}
+
+impl View {
+    pub fn new(
+        config: &Config,
+        shared: Arc<Shared>,
+        credentials: watch::Receiver<Arc<Credentials>>,
+        sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
+        renewals: Arc<RenewalMetrics>,
+    ) -> View {
+        let domain = config.dns.domain.to_string();
+        View { started: Instant::now(), shared, credentials, sources, renewals, domain }
+    }
+
+    pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
+        &self.shared.telemetry
+    }
+
+    pub fn status(&self) -> StatusView {
+        let credentials = self.credentials.borrow().clone();
+        let rows = self.shared.telemetry.edges.rows();
+        let refused = credentials.refused.iter().map(|(id, reason)| (id.to_string(), reason.clone()));
+        let sources = self.sources.borrow().clone();
+        StatusView {
+            version: env!("CARGO_PKG_VERSION").into(),
+            host_id: credentials.host_id.clone(),
+            trust_domain: credentials.trust_domain.to_string(),
+            uptime_s: self.started.elapsed().as_secs(),
+            workers: self.shared.config.worker_count(),
+            open_connections: rows.values().map(|row| row.opened.saturating_sub(row.closed())).sum(),
+            identities: self.identities(&credentials),
+            refused_identities: refused.collect(),
+            serves: self.serves(),
+            services: self.services(),
+            sources: sources.iter().filter_map(|health| serde_json::to_value(health).ok()).collect(),
+            renewals_ok: self.renewals.refreshes_ok(),
+            renewals_failed: self.renewals.refreshes_failed(),
+        }
+    }
+
+    fn identities(&self, credentials: &Credentials) -> Vec<IdentityView> {
+        let enrolment = self.shared.enrolment.load();
+        let unit_of = |id: &SpiffeId| {
+            let workload = enrolment.workloads().iter().find(|workload| workload.identity == *id);
+            workload.map_or_else(|| "(no longer enrolled)".to_owned(), |workload| workload.unit.to_string())
+        };
+        let host = std::iter::once((&credentials.host, "meshd".to_owned()));
+        let workloads = credentials.workloads.values().map(|svid| (svid, unit_of(&svid.id)));
+        host.chain(workloads)
+            .map(|(svid, unit)| IdentityView {
+                id: svid.id.to_string(),
+                unit,
+                expires_in_s: seconds_until(svid.not_after),
+                serial: svid.serial.clone(),
+            })
+            .collect()
+    }
+
+    fn serves(&self) -> Vec<DeliveryView> {
+        let enrolment = self.shared.enrolment.load();
+        let row = |delivery: &Arc<crate::enrol::Delivery>| DeliveryView {
+            service: delivery.service.to_string(),
+            port: delivery.port,
+            unit: delivery.owner.unit.to_string(),
+            deliver: delivery.deliver.to_string(),
+            mode: match delivery.mode {
+                Mode::Strict => "strict".into(),
+                Mode::Permissive => "permissive".into(),
+            },
+        };
+        enrolment.deliveries().iter().map(row).collect()
+    }
+
+    fn services(&self) -> Vec<ServiceView> {
+        let directory = self.shared.directory.load();
+        directory
+            .services()
+            .map(|service| ServiceView {
+                name: service.name.to_string(),
+                dns: format!("{}.{}", service.name, self.domain),
+                vip: self.shared.vips.get(&service.name).map(|vip| vip.v4.to_string()),
+                ports: service.ports.iter().map(|port| port.port).collect(),
+                endpoints: service.endpoints.len(),
+                source: service.source.to_string(),
+                plaintext: service.allow_plaintext,
+            })
+            .collect()
+    }
+
+    pub fn edges(&self) -> Vec<EdgeView> {
+        let rows = self.shared.telemetry.edges.rows();
+        rows.into_iter()
+            .map(|(key, row)| {
+                let far =
+                    if key.overflow { Some("__overflow__".to_owned()) } else { key.peer.map(|id| id.to_string()) };
+                let own = key.own.map(|id| id.to_string());
+                let outbound = key.direction == Direction::Outbound;
+                let (client_id, server_id) = if outbound { (own, far) } else { (far, own) };
+                EdgeView {
+                    direction: key.direction.label().into(),
+                    client_id,
+                    server_id,
+                    unit: key.unit.map(|unit| unit.to_string()),
+                    service: key.service.map(|service| service.to_string()),
+                    secured: key.tls == Tls::Mutual,
+                    open: row.opened.saturating_sub(row.closed()),
+                    opened: row.opened,
+                    failed: row.closed_fault.values().sum(),
+                    bytes_sent: row.up_bytes,
+                    bytes_received: row.down_bytes,
+                }
+            })
+            .collect()
+    }
+
+    /// Metrics of identity and discovery; the data plane's are its own.
+    pub(super) fn metrics(&self) -> Vec<Exposition> {
+        let credentials = self.credentials.borrow().clone();
+        let svids = std::iter::once(&credentials.host).chain(credentials.workloads.values());
+        let expirations = svids.map(|svid| (vec![("id", svid.id.to_string().into())], unix(svid.not_after))).collect();
+        let result = |result: &'static str, count: u64| (vec![("result", result.into())], count as f64);
+        let sources = self.sources.borrow().clone();
+        let per_source = |value: &dyn Fn(&SourceHealth) -> f64| {
+            sources.iter().map(|health| (vec![("source", health.name.clone().into())], value(health))).collect()
+        };
+        vec![
+            Exposition::gauge(
+                "identity_cert_expiration_timestamp_seconds",
+                "When each certificate chain ends (Unix time)",
+                expirations,
+            ),
+            Exposition::counter(
+                "identity_cert_refreshes",
+                "Certificates asked of the PKI, by result",
+                vec![result("ok", self.renewals.refreshes_ok()), result("failed", self.renewals.refreshes_failed())],
+            ),
+            Exposition::gauge(
+                "identity_cert_refresh_timestamp_seconds",
+                "When the PKI last answered (Unix time, 0 never since start)",
+                vec![(Vec::new(), self.renewals.last_success_unix().unwrap_or(0) as f64)],
+            ),
+            Exposition::gauge(
+                "meshd_source_services",
+                "Services by source",
+                per_source(&|health| health.services as f64),
+            ),
+            Exposition::gauge(
+                "meshd_source_errors",
+                "What is wrong with a source now",
+                per_source(&|health| health.errors.len() as f64),
+            ),
+            Exposition::gauge(
+                "meshd_source_last_ok_timestamp_seconds",
+                "When a source was last known to be current (Unix time)",
+                per_source(&|health| health.last_ok.map_or(0.0, unix)),
+            ),
+        ]
+    }
+}
+
+fn unix(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+fn seconds_until(time: SystemTime) -> i64 {
+    match time.duration_since(SystemTime::now()) {
+        Ok(left) => left.as_secs() as i64,
+        Err(past) => -(past.duration().as_secs() as i64),
+    }
+}

@@ -1,0 +1,302 @@
+//! The composition root: the only place that knows all parts. Binds and checks everything first, so that
+//! a mistake ends the start with one clear error; then runs until told to stop.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use meshd_discovery::{SourceConfig, Watcher};
+use meshd_identity::SpiffeId;
+use meshd_pki_client::{Agent, Credentials};
+use meshd_sys::inherit;
+use meshd_sys::sockets::{self, Mark};
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::admin::{self, View};
+use crate::capture::{self, StrictPort};
+use crate::config::{Config, identity_in};
+use crate::dns::{self, Vips};
+use crate::enrol::{self, Enrolment, Mode, Selector};
+use crate::lifecycle::{self, Conductor, Stage};
+use crate::proxy::{self, Listeners, Shared, Workers};
+use crate::telemetry::{AccessLog, Telemetry};
+use crate::transport::tls::TlsState;
+
+/// How long the first reading of the sources may take before we serve with what there is.
+const SETTLE: Duration = Duration::from_secs(5);
+/// How often a drain looks whether it is done.
+const DRAIN_TICK: Duration = Duration::from_millis(50);
+
+/// Why meshd cannot start.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct StartError(String);
+
+/// Names what failed in front of why.
+fn failed(what: impl std::fmt::Display) -> impl FnOnce(&dyn std::fmt::Display) -> StartError {
+    move |why| StartError(format!("{what}: {why}"))
+}
+
+macro_rules! start {
+    ($result:expr, $($what:tt)+) => {
+        $result.map_err(|error| failed(format_args!($($what)+).to_string())(&error))
+    };
+}
+
+/// A daemon that has everything it needs and serves already.
+pub struct App {
+    config: Config,
+    config_path: PathBuf,
+    shared: Arc<Shared>,
+    conductor: Conductor,
+    workers: Workers,
+    credentials: watch::Receiver<Arc<Credentials>>,
+    wanted: watch::Sender<BTreeSet<SpiffeId>>,
+    tls_generation: watch::Sender<u64>,
+    /// Held while we run: a second daemon would share our listeners and steal half the connections.
+    _lock: File,
+}
+
+impl App {
+    pub async fn start(config: Config, config_path: &Path) -> Result<App, StartError> {
+        let inherited = inherit::listeners();
+        let lock = lock_run_dir(&config)?;
+        let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
+        let credentials = agent.watch();
+        let renewals = agent.metrics();
+        let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
+        let (wanted, wanted_receiver) = watch::channel(enrolment.identities());
+        let sources =
+            start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
+        let watcher = Watcher::new(sources);
+        let (directory, mut health) = (watcher.directory(), watcher.health());
+        let vips = Arc::new(start!(
+            Vips::open(&config.state_dir.join("vips.json"), config.capture.vip4, config.capture.vip6),
+            "virtual IPs"
+        )?);
+        let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
+        let tls = start!(TlsState::build(&credentials.borrow(), default_identity.as_ref(), 0), "certificates")?;
+        let access_log = match &config.proxy.access_log {
+            Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
+            None => AccessLog::off(),
+        };
+        let workers = config.proxy.worker_count();
+        let shared = Arc::new(Shared {
+            config: config.proxy.clone(),
+            mark: Mark(config.capture.mark),
+            directory: ArcSwap::from(directory.borrow().clone()),
+            enrolment: ArcSwap::from_pointee(enrolment),
+            tls: ArcSwap::from_pointee(tls),
+            vips: vips.clone(),
+            telemetry: Telemetry::new(workers, access_log),
+        });
+        let listeners = bind_workers(&config, workers, inherited)?;
+        let dns = bind_dns(&config).await?;
+        let metrics =
+            start!(TcpListener::bind(config.metrics.listen).await, "[metrics] listen {}", config.metrics.listen)?;
+        let admin_socket = start!(admin::bind(&config.admin_socket()), "{}", config.admin_socket().display())?;
+
+        let (conductor, lifecycle) = lifecycle::channel();
+        let (tls_generation, tls_generation_receiver) = watch::channel(0);
+        tokio::spawn(agent.run(wanted_receiver));
+        tokio::spawn(watcher.run());
+        if tokio::time::timeout(SETTLE, meshd_discovery::settled(&mut health)).await.is_err() {
+            tracing::warn!("a discovery source has not answered yet; serving with what is known");
+        }
+        shared.directory.store(directory.borrow().clone());
+        vips.sync(&directory.borrow());
+        tokio::spawn(follow_directory(shared.clone(), directory.clone()));
+        let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
+        // Only now: what is captured must find somebody who listens and knows where to.
+        start!(apply_capture(&config, &shared.enrolment.load()), "capture")?;
+        tokio::spawn(dns::serve(dns.0, dns.1, config.dns.domain.clone(), directory, vips));
+        let view = Arc::new(View::new(&config, shared.clone(), credentials.clone(), health, renewals));
+        tokio::spawn(admin::serve_metrics(metrics, view.clone()));
+        tokio::spawn(admin::serve_socket(admin_socket, view));
+        let config_path = config_path.to_owned();
+        Ok(App { config, config_path, shared, conductor, workers, credentials, wanted, tls_generation, _lock: lock })
+    }
+
+    /// Serves until SIGTERM or SIGINT, then drains.
+    pub async fn run(mut self) -> io::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), "meshd ready");
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => self.reload_enrolment(),
+                changed = self.credentials.changed() => {
+                    if changed.is_err() {
+                        // The renewal task is gone; what we hold stays in force until it expires.
+                        std::future::pending::<()>().await;
+                    }
+                    self.install_credentials();
+                }
+            }
+        }
+        self.drain(terminate).await;
+        Ok(())
+    }
+
+    async fn drain(self, mut again: tokio::signal::unix::Signal) {
+        let limit = Duration::from_secs(self.config.proxy.drain_timeout_s);
+        tracing::info!(under_way = self.workers.work.under_way(), "draining");
+        self.conductor.enter(Stage::Draining);
+        let drained = async {
+            // Two quiet looks in a row: a stream may be between a peer's socket and our count.
+            let mut quiet = 0;
+            while quiet < 2 {
+                tokio::time::sleep(DRAIN_TICK).await;
+                quiet = if self.workers.work.under_way() == 0 { quiet + 1 } else { 0 };
+            }
+        };
+        tokio::select! {
+            () = drained => {}
+            () = tokio::time::sleep(limit) => {
+                tracing::warn!(cut = self.workers.work.under_way(), "drain timeout: cutting what is left");
+            }
+            _ = again.recv() => tracing::warn!("told to stop again: cutting what is left"),
+        }
+        self.conductor.enter(Stage::Stopped);
+        // Rules stay on purpose: virtual IPs are refused and strict ports closed until meshd is back or reverted.
+        self.workers.join();
+        // Best effort: the next start replaces a stale socket.
+        let _ = std::fs::remove_file(self.config.admin_socket());
+        tracing::info!("meshd stopped");
+    }
+
+    /// New certificates: all or nothing, and nothing changes when they are unusable.
+    fn install_credentials(&mut self) {
+        let credentials = self.credentials.borrow_and_update().clone();
+        let generation = *self.tls_generation.borrow() + 1;
+        let default = default_identity(&self.config, &self.config_path, &credentials).ok().flatten();
+        match TlsState::build(&credentials, default.as_ref(), generation) {
+            Ok(tls) => {
+                self.shared.tls.store(Arc::new(tls));
+                self.tls_generation.send_replace(generation);
+            }
+            Err(error) => tracing::error!(%error, "new certificates are unusable; keeping the ones in force"),
+        }
+    }
+
+    fn reload_enrolment(&self) {
+        let trust_domain = self.credentials.borrow().clone();
+        let enrolment = match load_enrolment(&self.config, &trust_domain) {
+            Ok(enrolment) => enrolment,
+            Err(error) => return tracing::error!(%error, "enrolment not reloaded; the last good one stays in force"),
+        };
+        if let Err(error) = apply_capture(&self.config, &enrolment) {
+            return tracing::error!(%error, "enrolment not reloaded; the last good one stays in force");
+        }
+        self.wanted.send_replace(enrolment.identities());
+        self.shared.enrolment.store(Arc::new(enrolment));
+        tracing::info!("enrolment reloaded");
+    }
+}
+
+fn lock_run_dir(config: &Config) -> Result<File, StartError> {
+    start!(std::fs::create_dir_all(&config.run_dir), "run_dir {}", config.run_dir.display())?;
+    let path = config.run_dir.join("meshd.lock");
+    let lock = start!(File::create(&path), "{}", path.display())?;
+    lock.try_lock().map_err(|_| {
+        StartError(format!("{}: another meshd runs on this host; stop it first, or set run_dir", path.display()))
+    })?;
+    Ok(lock)
+}
+
+fn load_enrolment(config: &Config, credentials: &Credentials) -> Result<Enrolment, enrol::EnrolError> {
+    enrol::load(&config.enrol_dir, &credentials.trust_domain, &own_listeners(config))
+}
+
+/// Addresses a peer must never be connected to through us.
+fn own_listeners(config: &Config) -> Vec<SocketAddr> {
+    let capture = SocketAddr::from((Ipv4Addr::LOCALHOST, config.proxy.capture_port));
+    let others = [capture, config.metrics.listen, config.dns.listen];
+    config.proxy.mesh_listen.iter().copied().chain(others).collect()
+}
+
+fn default_identity(config: &Config, path: &Path, credentials: &Credentials) -> Result<Option<SpiffeId>, StartError> {
+    let Some(text) = &config.proxy.default_identity else { return Ok(None) };
+    let id = identity_in(&credentials.trust_domain, text, path, "proxy.default_identity");
+    id.map(Some).map_err(|error| StartError(error.to_string()))
+}
+
+fn bind_workers(
+    config: &Config,
+    workers: usize,
+    mut inherited: Vec<(String, StdListener)>,
+) -> Result<Vec<Listeners>, StartError> {
+    let port = config.proxy.capture_port;
+    let capture = [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))];
+    // An inherited listener carries its queue of waiting connections over: it must not be bound anew.
+    let mut take = |name: &str| {
+        let at = inherited.iter().position(|(given, _)| given == name)?;
+        Some(inherited.swap_remove(at).1)
+    };
+    let mut all = Vec::new();
+    for worker in 0..workers {
+        let mut captured = Vec::new();
+        for address in capture {
+            match take(&format!("capture-{worker}-{}", address.ip()))
+                .map_or_else(|| sockets::listen_transparent(address), Ok)
+            {
+                Ok(listener) => captured.push(listener),
+                Err(error) if address.is_ipv6() && error.kind() == io::ErrorKind::AddrNotAvailable => {}
+                Err(error) => return Err(failed(format!("capture listener {address}"))(&error)),
+            }
+        }
+        let mut mesh = Vec::new();
+        for address in &config.proxy.mesh_listen {
+            let listener = take(&format!("mesh-{worker}-{address}")).map_or_else(|| sockets::listen(*address), Ok);
+            mesh.push(start!(listener, "[proxy] mesh_listen {address}")?);
+        }
+        all.push(Listeners { captured, mesh });
+    }
+    Ok(all)
+}
+
+async fn bind_dns(config: &Config) -> Result<(UdpSocket, TcpListener), StartError> {
+    let address = config.dns.listen;
+    let udp = start!(UdpSocket::bind(address).await, "[dns] listen {address} (UDP)")?;
+    let tcp = start!(TcpListener::bind(address).await, "[dns] listen {address} (TCP)")?;
+    Ok((udp, tcp))
+}
+
+fn apply_capture(config: &Config, enrolment: &Enrolment) -> Result<(), capture::CaptureError> {
+    let strict = strict_ports(enrolment);
+    let uid = nix::unistd::getuid().as_raw();
+    capture::apply(&config.capture, &capture::render(&config.capture, config.proxy.capture_port, uid, &strict))
+}
+
+fn strict_ports(enrolment: &Enrolment) -> Vec<StrictPort> {
+    let strict = enrolment.deliveries().iter().filter(|delivery| delivery.mode == Mode::Strict);
+    let ports: BTreeSet<StrictPort> = strict
+        .map(|delivery| {
+            let mut local_uids = delivery.local_ok.clone();
+            if let Selector::Uid(owner) = delivery.owner.selector {
+                local_uids.push(owner);
+            }
+            local_uids.sort_unstable();
+            local_uids.dedup();
+            StrictPort { port: delivery.deliver.port(), local_uids }
+        })
+        .collect();
+    ports.into_iter().collect()
+}
+
+async fn follow_directory(shared: Arc<Shared>, mut directory: watch::Receiver<Arc<meshd_discovery::Directory>>) {
+    while directory.changed().await.is_ok() {
+        let current = directory.borrow_and_update().clone();
+        shared.directory.store(current);
+    }
+}

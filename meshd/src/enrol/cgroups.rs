@@ -1,0 +1,144 @@
+//! From a socket's cgroup id to the systemd unit it runs in, by systemd's own rule.
+//!
+//! A cgroup-v2 id is the inode of the cgroup's directory, so a walk of the hierarchy translates every
+//! id at once. Ids are never reused, so what one walk found stays true.
+
+use std::collections::{HashMap, HashSet};
+use std::os::unix::fs::DirEntryExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Ids of cgroups that were gone when asked about; forgotten beyond this many, at the price of a walk each.
+const GONE_MAX: usize = 4096;
+/// Hierarchies are shallow: units sit at depth 2-4, delegated subtrees a few below.
+const MAX_DEPTH: usize = 24;
+
+/// What is known of a cgroup id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UnitLookup {
+    Unit(Arc<str>),
+    /// Below no unit, or the cgroup is gone.
+    Unknown,
+}
+
+/// The translation table; one per worker, so that lookups need no lock.
+pub struct CgroupUnits {
+    root: Option<PathBuf>,
+    /// None: a cgroup of the hierarchy that is below no unit.
+    units: HashMap<u64, Option<Arc<str>>>,
+    gone: HashSet<u64>,
+}
+
+impl CgroupUnits {
+    /// Uses the cgroup-v2 hierarchy of this host, also where it is mounted beside v1.
+    pub fn discover() -> CgroupUnits {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        CgroupUnits::at(cgroup2_mount(&mounts))
+    }
+
+    pub fn at(root: Option<PathBuf>) -> CgroupUnits {
+        CgroupUnits { root, units: HashMap::new(), gone: HashSet::new() }
+    }
+
+    pub fn available(&self) -> bool {
+        self.root.is_some()
+    }
+
+    /// Walks the hierarchy (about a millisecond) only for an id never seen before: a unit that just started.
+    pub fn unit_of(&mut self, cgroup: u64) -> UnitLookup {
+        if !self.units.contains_key(&cgroup) && !self.gone.contains(&cgroup) {
+            self.walk();
+            if !self.units.contains_key(&cgroup) {
+                self.remember_gone(cgroup);
+            }
+        }
+        self.units.get(&cgroup).cloned().flatten().map_or(UnitLookup::Unknown, UnitLookup::Unit)
+    }
+
+    fn remember_gone(&mut self, cgroup: u64) {
+        if self.gone.len() >= GONE_MAX {
+            self.gone.clear();
+        }
+        self.gone.insert(cgroup);
+    }
+
+    /// Rebuilt whole, so that cgroups of ended units do not pile up.
+    fn walk(&mut self) {
+        self.units.clear();
+        if let Some(root) = self.root.clone() {
+            self.descend(&root, None, MAX_DEPTH);
+        }
+    }
+
+    fn descend(&mut self, directory: &Path, unit: Option<&Arc<str>>, depth: usize) {
+        let Ok(entries) = std::fs::read_dir(directory) else { return };
+        for entry in entries.flatten() {
+            if depth == 0 || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let below = match unit {
+                // All below the unit is named by the unit itself, so it belongs to it whatever it is called.
+                Some(unit) => Some(unit.clone()),
+                None if name.ends_with(".slice") => None,
+                None => Some(Arc::from(name.as_ref())),
+            };
+            self.units.insert(entry.ino(), below.clone());
+            self.descend(&entry.path(), below.as_ref(), depth - 1);
+        }
+    }
+}
+
+fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        kind.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4).map(PathBuf::from))?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    fn inode(root: &Path, path: &str) -> u64 {
+        let path = root.join(path);
+        std::fs::create_dir_all(&path).unwrap();
+        std::fs::metadata(path).unwrap().ino()
+    }
+
+    #[test]
+    fn the_first_component_below_the_slices_is_the_unit() {
+        let root = tempfile::tempdir().unwrap();
+        let web = inode(root.path(), "system.slice/web.service");
+        let nested = inode(root.path(), "system.slice/web.service/evil.slice/sshd.service");
+        let templated = inode(root.path(), "system.slice/system-pg.slice/pg@15.service");
+        let user = inode(root.path(), "user.slice/user-1000.slice/user@1000.service/app.slice/shell.scope");
+        let slice = inode(root.path(), "system.slice");
+        let mut units = CgroupUnits::at(Some(root.path().into()));
+        let unit = |name: &str| UnitLookup::Unit(name.into());
+        assert_eq!(units.unit_of(web), unit("web.service"));
+        assert_eq!(units.unit_of(nested), unit("web.service"));
+        assert_eq!(units.unit_of(templated), unit("pg@15.service"));
+        assert_eq!(units.unit_of(user), unit("user@1000.service"));
+        assert_eq!(units.unit_of(slice), UnitLookup::Unknown);
+    }
+
+    #[test]
+    fn a_unit_started_later_is_found_at_its_first_connection() {
+        let root = tempfile::tempdir().unwrap();
+        let mut units = CgroupUnits::at(Some(root.path().into()));
+        assert_eq!(units.unit_of(42), UnitLookup::Unknown);
+        let late = inode(root.path(), "system.slice/late.service");
+        assert_eq!(units.unit_of(late), UnitLookup::Unit("late.service".into()));
+    }
+
+    #[test]
+    fn the_mount_is_found_in_hybrid_hierarchies() {
+        let mountinfo = "31 25 0:27 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
+                         42 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+        assert_eq!(cgroup2_mount(mountinfo), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(cgroup2_mount("31 25 0:27 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n"), None);
+    }
+}

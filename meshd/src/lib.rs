@@ -1,0 +1,20 @@
+//! meshd: the mesh daemon of one host.
+//!
+//! An application's connection is captured by the kernel (`capture`), arrives at a worker (`proxy`),
+//! is identified, resolved, balanced and carried over mutual TLS (`transport`) to the meshd of another
+//! host, whose `proxy::inbound` authorizes and delivers it. What the steps need to know comes from
+//! `enrol` (which units of this host are whom), the discovery crate (where services are) and
+//! `meshd-pki-client` (certificates); `dns` gives services names and virtual IPs. `telemetry` counts,
+//! `admin` shows, `app` puts it all together, `lifecycle` ends it.
+
+pub mod admin;
+pub mod app;
+pub mod capture;
+pub mod config;
+pub mod dns;
+pub mod enrol;
+pub mod fault;
+pub mod lifecycle;
+pub mod proxy;
+pub mod telemetry;
+pub mod transport;

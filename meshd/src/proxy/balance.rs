@@ -1,0 +1,292 @@
+//! WHICH endpoint: power of two choices by peak-EWMA cost (as Linkerd and Finagle do). Pure; takes `now`.
+//!
+//! The cost of an endpoint is the recent peak of its time from CONNECT to 200, times the streams in
+//! flight on it + 1, divided by its weight. A failed dial counts as the connect timeout.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use meshd_discovery::{Endpoint, Health, Service};
+
+/// How fast a peak is forgotten (Linkerd's default for its peak-EWMA).
+const DECAY: Duration = Duration::from_secs(10);
+/// Cost of an endpoint nobody has tried, unless a sibling is cheaper: a LAN connect, in seconds.
+const UNTRIED: f64 = 1e-3;
+/// Choices compared per pick.
+const CHOICES: usize = 2;
+
+/// The endpoints of one service port on one worker, with what connecting to them cost.
+#[derive(Debug, Default)]
+pub(super) struct Balancer {
+    members: RefCell<Vec<Rc<Member>>>,
+    service: RefCell<Option<Arc<Service>>>,
+}
+
+#[derive(Debug)]
+struct Member {
+    endpoint: Arc<Endpoint>,
+    cost: Cell<Option<Peak>>,
+    in_flight: Cell<u32>,
+}
+
+/// An exponentially weighted moving average that jumps to peaks and decays from them.
+#[derive(Clone, Copy, Debug)]
+struct Peak {
+    seconds: f64,
+    at: Instant,
+}
+
+impl Peak {
+    fn at(self, now: Instant) -> f64 {
+        self.seconds * decay(now.saturating_duration_since(self.at))
+    }
+
+    fn observe(previous: Option<Peak>, sample: f64, now: Instant) -> Peak {
+        let Some(previous) = previous else { return Peak { seconds: sample, at: now } };
+        let seconds = if sample >= previous.seconds {
+            sample
+        } else {
+            let old = decay(now.saturating_duration_since(previous.at));
+            previous.seconds * old + sample * (1.0 - old)
+        };
+        Peak { seconds, at: now }
+    }
+}
+
+fn decay(elapsed: Duration) -> f64 {
+    (-elapsed.as_secs_f64() / DECAY.as_secs_f64()).exp()
+}
+
+/// One endpoint to try; counts as in flight until dropped.
+#[derive(Debug)]
+pub(super) struct Candidate(Rc<Member>);
+
+impl Candidate {
+    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.0.endpoint
+    }
+
+    /// It answered (or failed, which counts as the connect timeout) after `elapsed`.
+    pub(super) fn observe(&self, elapsed: Duration, now: Instant) {
+        self.0.cost.set(Some(Peak::observe(self.0.cost.get(), elapsed.as_secs_f64(), now)));
+    }
+}
+
+impl Drop for Candidate {
+    fn drop(&mut self) {
+        self.0.in_flight.set(self.0.in_flight.get() - 1);
+    }
+}
+
+/// The candidates of one connection, best first, each at most once.
+pub(super) struct Candidates<'a> {
+    balancer: &'a Balancer,
+    tried: Vec<Rc<Member>>,
+}
+
+impl Balancer {
+    /// Takes over the endpoints of `service`; those that stay keep their costs.
+    pub(super) fn update(&self, service: &Arc<Service>, port: u16) {
+        if self.service.borrow().as_ref().is_some_and(|current| Arc::ptr_eq(current, service)) {
+            return;
+        }
+        let mut members = self.members.borrow_mut();
+        let updated = service
+            .endpoints_on(port)
+            .map(|endpoint| match members.iter().find(|member| same_place(&member.endpoint, endpoint)) {
+                Some(known) if known.endpoint == *endpoint => known.clone(),
+                Some(known) => {
+                    Rc::new(Member { endpoint: endpoint.clone(), cost: known.cost.clone(), in_flight: Cell::new(0) })
+                }
+                None => Rc::new(Member { endpoint: endpoint.clone(), cost: Cell::new(None), in_flight: Cell::new(0) }),
+            })
+            .collect();
+        *members = updated;
+        *self.service.borrow_mut() = Some(service.clone());
+    }
+
+    pub(super) fn candidates(&self) -> Candidates<'_> {
+        Candidates { balancer: self, tried: Vec::new() }
+    }
+
+    fn pick(&self, tried: &[Rc<Member>], now: Instant, draw: &mut impl FnMut(usize) -> usize) -> Option<Rc<Member>> {
+        let members = self.members.borrow();
+        let untried = |member: &&Rc<Member>| !tried.iter().any(|other| Rc::ptr_eq(other, member));
+        let usable = |member: &&Rc<Member>| member.endpoint.weight > 0 && member.endpoint.health != Health::Unhealthy;
+        let mut left: Vec<&Rc<Member>> = members.iter().filter(usable).filter(untried).collect();
+        let fallback = Balancer::untried_cost(&members, now);
+        let mut best: Option<(f64, &Rc<Member>)> = None;
+        for _ in 0..CHOICES.min(left.len()) {
+            let member = left.swap_remove(draw(left.len()));
+            let load = member.load(fallback, now);
+            if best.is_none_or(|(lowest, _)| load < lowest) {
+                best = Some((load, member));
+            }
+        }
+        best.map(|(_, member)| member.clone())
+    }
+
+    /// What an untried endpoint is taken to cost: as much as its cheapest sibling, so that it is neither
+    /// flooded nor starved, and never as much as one that only failed.
+    fn untried_cost(members: &[Rc<Member>], now: Instant) -> f64 {
+        let known = members.iter().filter_map(|member| Some(member.cost.get()?.at(now)));
+        known.fold(UNTRIED, f64::min)
+    }
+}
+
+/// The same application at the same address, whatever else its record says.
+fn same_place(a: &Endpoint, b: &Endpoint) -> bool {
+    a.dial == b.dial && a.identity == b.identity && a.target == b.target
+}
+
+impl Member {
+    fn load(&self, fallback: f64, now: Instant) -> f64 {
+        let cost = self.cost.get().map_or(fallback, |peak| peak.at(now));
+        cost * f64::from(self.in_flight.get() + 1) * 100.0 / f64::from(self.endpoint.weight)
+    }
+}
+
+impl Candidates<'_> {
+    pub(super) fn next(&mut self, now: Instant) -> Option<Candidate> {
+        let member = self.balancer.pick(&self.tried, now, &mut |bound| fastrand::usize(..bound))?;
+        member.in_flight.set(member.in_flight.get() + 1);
+        self.tried.push(member.clone());
+        Some(Candidate(member))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use meshd_discovery::Transport;
+    use proptest::prelude::*;
+
+    fn endpoint(n: u8, weight: u32) -> Arc<Endpoint> {
+        Arc::new(Endpoint {
+            service: "payments.shop".parse().unwrap(),
+            port: 80,
+            dial: format!("10.0.0.{n}:15008").parse().unwrap(),
+            target: format!("10.0.0.{n}:80").parse().unwrap(),
+            transport: Transport::Meshd,
+            identity: "spiffe://mesh.example/ns/shop/sa/payments".parse().unwrap(),
+            network: String::new(),
+            zone: String::new(),
+            weight,
+            health: Health::Healthy,
+            source: "test".into(),
+            epoch: 0,
+        })
+    }
+
+    fn service(endpoints: Vec<Arc<Endpoint>>) -> Arc<Service> {
+        Arc::new(Service {
+            name: "payments.shop".parse().unwrap(),
+            ports: vec![],
+            identities: vec![],
+            allow_plaintext: false,
+            source: "test".into(),
+            endpoints,
+        })
+    }
+
+    fn balancer(weights: &[u32]) -> Balancer {
+        let balancer = Balancer::default();
+        balancer.update(&service((1..).zip(weights).map(|(n, weight)| endpoint(n, *weight)).collect()), 80);
+        balancer
+    }
+
+    fn all_in_order(balancer: &Balancer, now: Instant) -> Vec<Candidate> {
+        let mut candidates = balancer.candidates();
+        std::iter::from_fn(|| candidates.next(now)).collect()
+    }
+
+    #[test]
+    fn the_cheaper_of_two_comes_first() {
+        let balancer = balancer(&[100, 100]);
+        let now = Instant::now();
+        let both = all_in_order(&balancer, now);
+        both[0].observe(Duration::from_millis(1), now);
+        both[1].observe(Duration::from_millis(50), now);
+        let cheap = both[0].endpoint().clone();
+        drop(both);
+        for _ in 0..20 {
+            assert_eq!(all_in_order(&balancer, now)[0].endpoint(), &cheap);
+        }
+    }
+
+    #[test]
+    fn a_failed_endpoint_is_avoided_and_returns_as_its_peak_decays() {
+        let balancer = balancer(&[100, 100]);
+        let start = Instant::now();
+        let both = all_in_order(&balancer, start);
+        both[0].observe(Duration::from_secs(1), start);
+        let failed = both[0].endpoint().clone();
+        drop(both);
+        let later = start + Duration::from_secs(100);
+        let other = all_in_order(&balancer, start).remove(0);
+        assert_ne!(other.endpoint(), &failed);
+        other.observe(Duration::from_millis(1), later);
+        drop(other);
+        assert_eq!(all_in_order(&balancer, later)[0].endpoint(), &failed);
+    }
+
+    #[test]
+    fn streams_in_flight_spread_the_load() {
+        let balancer = balancer(&[100, 100]);
+        let now = Instant::now();
+        let mut held = Vec::new();
+        for _ in 0..10 {
+            held.push(balancer.candidates().next(now).unwrap());
+        }
+        let first = held.iter().filter(|candidate| candidate.endpoint().dial.ip().to_string() == "10.0.0.1").count();
+        assert_eq!(first, 5);
+    }
+
+    #[test]
+    fn weight_zero_is_never_chosen() {
+        let balancer = balancer(&[0, 100]);
+        let chosen = all_in_order(&balancer, Instant::now());
+        assert_eq!(chosen.len(), 1);
+        assert_eq!(chosen[0].endpoint().weight, 100);
+    }
+
+    #[test]
+    fn endpoints_that_stay_keep_their_cost() {
+        let balancer = balancer(&[100, 100]);
+        let now = Instant::now();
+        for candidate in all_in_order(&balancer, now) {
+            let slow = candidate.endpoint().dial.ip().to_string() == "10.0.0.1";
+            candidate.observe(Duration::from_millis(if slow { 500 } else { 1 }), now);
+        }
+        balancer.update(&service(vec![endpoint(1, 100), endpoint(2, 100)]), 80);
+        assert_eq!(all_in_order(&balancer, now)[0].endpoint().dial.ip().to_string(), "10.0.0.2");
+    }
+
+    proptest! {
+        #[test]
+        fn every_usable_endpoint_is_offered_exactly_once(weights in proptest::collection::vec(0u32..200, 0..12)) {
+            let balancer = balancer(&weights);
+            let offered = all_in_order(&balancer, Instant::now());
+            let mut addresses: Vec<_> = offered.iter().map(|candidate| candidate.endpoint().dial).collect();
+            addresses.sort();
+            addresses.dedup();
+            prop_assert_eq!(addresses.len(), offered.len());
+            prop_assert_eq!(offered.len(), weights.iter().filter(|weight| **weight > 0).count());
+        }
+
+        #[test]
+        fn costs_stay_finite_and_never_exceed_the_highest_sample(samples in proptest::collection::vec((0.0f64..5.0, 0u64..30_000), 1..50)) {
+            let mut now = Instant::now();
+            let mut peak = None;
+            let highest = samples.iter().map(|(sample, _)| *sample).fold(0.0, f64::max);
+            for (sample, pause) in samples {
+                now += Duration::from_millis(pause);
+                let updated = Peak::observe(peak, sample, now);
+                prop_assert!(updated.at(now).is_finite() && updated.at(now) <= highest + 1e-9);
+                peak = Some(updated);
+            }
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! CONNECT: the first candidate that answers, proven to be who its record says.
+//!
+//! A failed candidate is left at once for the next one, and what the application already said is kept
+//! for it. One thing is never done: repeating bytes that an application may already have received.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use http::{Method, Request, Uri};
+use meshd_discovery::{Endpoint, Transport};
+use tokio::net::TcpStream;
+
+use super::balance::{Candidate, Candidates};
+use crate::enrol::Workload;
+use crate::fault::Fault;
+use crate::telemetry::Tls;
+use crate::transport::chunk;
+use crate::transport::dial::Dialer;
+use crate::transport::pool::{Pool, PoolKey, Slot};
+use crate::transport::tls::TlsState;
+use crate::transport::wire::{self, EARLY_DATA, WireVersion};
+
+/// The far side, ready to exchange bytes.
+pub(super) struct Connected {
+    pub upstream: Upstream,
+    pub endpoint: SocketAddr,
+    pub candidate: Candidate,
+    /// Read from the application already; `chunks` is what still has to be sent.
+    pub early: Early,
+}
+
+pub(super) enum Upstream {
+    Mesh { send: SendStream<Bytes>, receive: RecvStream, slot: Slot },
+    Plain(TcpStream),
+}
+
+impl Upstream {
+    pub(super) fn tls(&self) -> Tls {
+        match self {
+            Upstream::Mesh { .. } => Tls::Mutual,
+            Upstream::Plain(_) => Tls::Disabled,
+        }
+    }
+}
+
+/// What the application said before anybody answered, kept for the next candidate.
+#[derive(Debug, Default)]
+pub(super) struct Early {
+    pub chunks: Vec<Bytes>,
+    pub length: usize,
+    /// The application has ended its side (and will say so again when it is read again).
+    finished: bool,
+}
+
+impl Early {
+    fn wants_more(&self) -> bool {
+        !self.finished && self.length < EARLY_DATA
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        self.finished = chunk.is_empty();
+        self.length += chunk.len();
+        if !self.finished {
+            self.chunks.push(chunk);
+        }
+    }
+}
+
+/// What went wrong with one candidate, and whether the far application may have seen our bytes.
+struct Failure {
+    fault: Fault,
+    delivered: bool,
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Failure {
+        Failure { fault, delivered: false }
+    }
+}
+
+/// How to reach candidates.
+pub(super) struct Connector<'a> {
+    pub pool: &'a Pool,
+    pub dialer: &'a Dialer,
+    pub tls: &'a TlsState,
+}
+
+pub(super) async fn first(
+    connector: Connector<'_>,
+    who: &Workload,
+    mut candidates: Candidates<'_>,
+    app: &mut TcpStream,
+) -> Result<Connected, Fault> {
+    let mut early = Early::default();
+    let mut last = Fault::NoEndpoints;
+    while let Some(candidate) = candidates.next(Instant::now()) {
+        let started = Instant::now();
+        match attempt(&connector, who, candidate.endpoint(), app, &mut early).await {
+            Ok(upstream) => {
+                let now = Instant::now();
+                candidate.observe(now - started, now);
+                let endpoint = candidate.endpoint().dial;
+                return Ok(Connected { upstream, endpoint, candidate, early });
+            }
+            Err(failure) => {
+                if failure.fault == Fault::AppReset {
+                    return Err(failure.fault);
+                }
+                candidate.observe(connector.dialer.connect_timeout, Instant::now());
+                if failure.delivered || !failure.fault.retryable() {
+                    return Err(failure.fault);
+                }
+                last = failure.fault;
+            }
+        }
+    }
+    Err(last)
+}
+
+async fn attempt(
+    connector: &Connector<'_>,
+    who: &Workload,
+    endpoint: &Endpoint,
+    app: &mut TcpStream,
+    early: &mut Early,
+) -> Result<Upstream, Failure> {
+    let version = match endpoint.transport {
+        Transport::Meshd => WireVersion::Meshd1,
+        Transport::Hbone => WireVersion::Hbone,
+        Transport::Plaintext => return Ok(Upstream::Plain(connector.dialer.tcp(endpoint.dial).await?)),
+    };
+    let key =
+        PoolKey { source: who.identity.clone(), expected: endpoint.identity.clone(), address: endpoint.dial, version };
+    loop {
+        let slot = connector.pool.checkout(connector.dialer, connector.tls, &key).await?;
+        // A connection that was told to go away since it was pooled is no fault of the endpoint's.
+        match open_stream(&slot, endpoint, version) {
+            Ok((response, send)) => {
+                let may_send = version == WireVersion::Meshd1 && slot.lively(Instant::now());
+                let limit = connector.dialer.connect_timeout;
+                return answered(slot, response, send, app, early, may_send, limit).await;
+            }
+            Err(_) => slot.retire(),
+        }
+    }
+}
+
+type Opening = (h2::client::ResponseFuture, SendStream<Bytes>);
+
+fn open_stream(slot: &Slot, endpoint: &Endpoint, version: WireVersion) -> Result<Opening, h2::Error> {
+    let authority = match version {
+        WireVersion::Meshd1 => format!("{}:{}", endpoint.service, endpoint.port),
+        WireVersion::Hbone => endpoint.target.to_string(),
+    };
+    let mut parts = http::uri::Parts::default();
+    parts.authority = authority.parse().ok();
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    slot.request().send_request(request, false)
+}
+
+/// Waits for the 200, passing on what the application says meanwhile.
+async fn answered(
+    slot: Slot,
+    response: h2::client::ResponseFuture,
+    mut send: SendStream<Bytes>,
+    app: &mut TcpStream,
+    early: &mut Early,
+    may_send: bool,
+    limit: Duration,
+) -> Result<Upstream, Failure> {
+    let mut sent = 0;
+    if may_send {
+        for chunk in &early.chunks {
+            send.send_data(chunk.clone(), false).map_err(|_| Fault::PeerReset)?;
+            sent += 1;
+        }
+    }
+    let mut response = pin!(response);
+    let mut patience = pin!(tokio::time::sleep(limit));
+    let outcome = poll_fn(|cx| {
+        while early.wants_more() {
+            match chunk::poll_chunk(app, cx, EARLY_DATA - early.length) {
+                Poll::Ready(Ok(chunk)) => {
+                    if may_send && !chunk.is_empty() {
+                        if send.send_data(chunk.clone(), false).is_err() {
+                            break;
+                        }
+                        sent += 1;
+                    }
+                    early.push(chunk);
+                }
+                Poll::Ready(Err(_)) => return Poll::Ready(Outcome::AppGone),
+                Poll::Pending => break,
+            }
+        }
+        if let Poll::Ready(response) = response.as_mut().poll(cx) {
+            return Poll::Ready(Outcome::Answer(response));
+        }
+        patience.as_mut().poll(cx).map(|()| Outcome::TimedOut)
+    })
+    .await;
+    match outcome {
+        Outcome::Answer(Ok(response)) if response.status() == http::StatusCode::OK => {
+            early.chunks.drain(..sent);
+            Ok(Upstream::Mesh { send, receive: response.into_body(), slot })
+        }
+        // A refusal is a promise that nothing was delivered.
+        Outcome::Answer(Ok(response)) => Err(wire::refusal(response.status().as_u16(), response.headers()).into()),
+        Outcome::Answer(Err(error)) => Err(broken(&slot, &error, sent > 0)),
+        Outcome::TimedOut => {
+            slot.suspect(Instant::now());
+            Err(Failure { fault: Fault::ConnectTimeout, delivered: sent > 0 })
+        }
+        Outcome::AppGone => Err(Fault::AppReset.into()),
+    }
+}
+
+enum Outcome {
+    Answer(Result<http::Response<RecvStream>, h2::Error>),
+    TimedOut,
+    AppGone,
+}
+
+/// GOAWAY and REFUSED_STREAM mean the stream was never looked at (RFC 9113, 8.7); anything else may
+/// have happened after the far application got our bytes.
+fn broken(slot: &Slot, error: &h2::Error, bytes_sent: bool) -> Failure {
+    // Once the connection itself is gone, its last GOAWAY is reported for streams that were under way, too.
+    let told_off = error.is_go_away() && error.is_remote() && !slot.ended();
+    let untouched = told_off || error.reason() == Some(h2::Reason::REFUSED_STREAM);
+    slot.retire();
+    let fault = if untouched { Fault::Drain } else { Fault::ConnectRefused };
+    Failure { fault, delivered: bytes_sent && !untouched }
+}

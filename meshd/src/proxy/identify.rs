@@ -1,0 +1,63 @@
+//! WHO opened the connection: its socket's owner as the kernel knows it, mapped to an enrolled workload.
+//!
+//! First thing after accept and before reading: a socket that closes meanwhile answers "uid 0".
+
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use meshd_sys::sock_diag::{Lookup, SocketDiag, SocketOwner};
+
+use crate::enrol::{CgroupUnits, Enrolment, UnitLookup, Workload};
+use crate::fault::Fault;
+
+/// The worker's means of asking the kernel.
+pub(super) struct Identifier {
+    diag: RefCell<SocketDiag>,
+    units: RefCell<CgroupUnits>,
+}
+
+/// Why nobody was identified, with all an operator needs to enrol the caller.
+#[derive(Debug)]
+pub(super) struct Unidentified {
+    pub fault: Fault,
+    pub unit: Option<Arc<str>>,
+    pub uid: Option<u32>,
+}
+
+impl Identifier {
+    pub(super) fn open() -> std::io::Result<Identifier> {
+        Ok(Identifier { diag: RefCell::new(SocketDiag::open()?), units: RefCell::new(CgroupUnits::discover()) })
+    }
+
+    /// The workload whose socket is bound to `client` and connected to `original`.
+    pub(super) fn local(
+        &self,
+        enrolment: &Enrolment,
+        client: SocketAddr,
+        original: SocketAddr,
+    ) -> Result<Arc<Workload>, Unidentified> {
+        let unknown = Unidentified { fault: Fault::IdentifyUnknown, unit: None, uid: None };
+        let owner = match self.diag.borrow_mut().owner(client, original) {
+            Ok(Lookup::Owned(owner)) => owner,
+            Ok(Lookup::Orphaned { .. } | Lookup::Missing) => return Err(unknown),
+            Err(error) => {
+                tracing::warn!(%client, %error, "the kernel does not answer who opened a connection");
+                return Err(unknown);
+            }
+        };
+        let unit = self.unit_of(owner);
+        enrolment.workload_of(unit.as_ref(), owner.uid).cloned().ok_or(Unidentified {
+            fault: Fault::Unenrolled,
+            unit,
+            uid: Some(owner.uid),
+        })
+    }
+
+    fn unit_of(&self, owner: SocketOwner) -> Option<Arc<str>> {
+        match self.units.borrow_mut().unit_of(owner.cgroup?) {
+            UnitLookup::Unit(unit) => Some(unit),
+            UnitLookup::Unknown => None,
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Mesh to local application: the whole story of a connection and of each stream on it.
+
+use std::net::{SocketAddr, TcpStream as StdStream};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream};
+use http::{Method, Request, Response, StatusCode};
+use meshd_identity::SpiffeId;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsAcceptor;
+
+use super::authorize::{self, Policy};
+use super::limits::Admission;
+use super::report::Report;
+use super::serve::Counters;
+use super::worker::Env;
+use super::{deliver, serve};
+use crate::enrol::Delivery;
+use crate::fault::Fault;
+use crate::lifecycle::Stage;
+use crate::telemetry::{Direction, Tls};
+use crate::transport::mesh::{self, Server};
+use crate::transport::secure_io::SecureIo;
+use crate::transport::tls::{TlsState, peer_certificate};
+use crate::transport::wire::{self, HANDSHAKE_DEADLINE, Target, WireVersion};
+
+/// A peer's connection, its certificate verified.
+struct Peer {
+    server: Server,
+    facts: Rc<PeerFacts>,
+    expires: SystemTime,
+}
+
+/// What every stream of the connection needs to know about it.
+struct PeerFacts {
+    id: SpiffeId,
+    address: SocketAddr,
+    /// Our own address as the peer dialled it.
+    dialled: SocketAddr,
+    presented: SpiffeId,
+    /// The peer chose by SNI which identity it wanted to see.
+    chosen: bool,
+    version: WireVersion,
+}
+
+/// One peer connection, from handshake to its last stream.
+pub(super) async fn connection(env: Rc<Env>, socket: StdStream, address: SocketAddr, mut admission: Admission) {
+    let tls = env.shared.tls.load_full();
+    let handshakes = &env.shared.telemetry.handshakes;
+    let shaken = timeout(HANDSHAKE_DEADLINE, handshake(&tls, socket, address)).await;
+    admission.shaken();
+    match shaken {
+        Ok(Ok(peer)) => {
+            handshakes.accepted.fetch_add(1, Ordering::Relaxed);
+            streams(env, &tls, peer).await;
+        }
+        Ok(Err(reason)) => {
+            handshakes.accept_failed.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(%address, %reason, "refused a peer");
+        }
+        Err(_) => {
+            handshakes.accept_failed.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(%address, "a peer did not finish its handshake in time");
+        }
+    }
+}
+
+async fn handshake(tls: &TlsState, socket: StdStream, address: SocketAddr) -> Result<Peer, String> {
+    let socket = TcpStream::from_std(socket).map_err(|error| error.to_string())?;
+    let dialled = socket.local_addr().map_err(|error| error.to_string())?;
+    let stream = TlsAcceptor::from(tls.server.clone()).accept(socket).await.map_err(|error| error.to_string())?;
+    let (socket, session) = stream.into_inner();
+    let version = WireVersion::from_alpn(session.alpn_protocol()).ok_or("no common wire version")?;
+    let certificate = peer_certificate(session.peer_certificates()).ok_or("the client certificate is no SVID")?;
+    let (presented, chosen) = tls.presented(session.server_name()).ok_or("no identity of this name here")?;
+    let facts = PeerFacts { id: certificate.id, address, dialled, presented: presented.clone(), chosen, version };
+    let own = tls.identity(presented).map_or(SystemTime::UNIX_EPOCH, |identity| identity.not_after);
+    let server = mesh::server(SecureIo::new(socket, session.into())).await.map_err(|error| error.to_string())?;
+    Ok(Peer { server, facts: Rc::new(facts), expires: own.min(certificate.not_after) })
+}
+
+/// Accepts streams until the connection ends; told to go elsewhere at drain, rotation or expiry.
+async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
+    let mut lifecycle = env.lifecycle.clone();
+    let mut rotated = env.tls_generation.clone();
+    let lifetime = peer.expires.duration_since(SystemTime::now()).unwrap_or_default();
+    let mut farewell = false;
+    let expiry = tokio::time::sleep_until(Instant::now() + lifetime);
+    tokio::pin!(expiry);
+    loop {
+        let go_away = async {
+            tokio::select! {
+                () = lifecycle.reached(Stage::Draining) => {}
+                _ = rotated.wait_for(|generation| *generation != tls.generation) => {}
+                () = &mut expiry => {}
+            }
+        };
+        tokio::select! {
+            biased;
+            incoming = peer.server.accept() => match incoming {
+                Some(Ok((request, respond))) => spawn_stream(&env, &peer.facts, request, respond),
+                Some(Err(error)) => {
+                    tracing::debug!(address = %peer.facts.address, peer = %peer.facts.id, %error, "peer connection broke");
+                    return;
+                }
+                None => return,
+            },
+            () = go_away, if !farewell => {
+                farewell = true;
+                peer.server.drain();
+            }
+        }
+    }
+}
+
+fn spawn_stream(env: &Rc<Env>, facts: &Rc<PeerFacts>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
+    let (env, facts) = (env.clone(), facts.clone());
+    let working = env.work.begin();
+    tokio::task::spawn_local(async move {
+        let _working = working;
+        stream(&env, &facts, request, respond).await;
+    });
+}
+
+/// One stream: target, authorize, deliver, serve, report.
+async fn stream(env: &Env, peer: &PeerFacts, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    let Some(target) = target(peer.version, &request) else {
+        return malformed(env, &mut respond);
+    };
+    let mut report = Report::opened(&env.shared.telemetry, env.worker, Direction::Inbound, peer.address);
+    report.peer_identity(&peer.id);
+    report.own_identity(&peer.presented);
+    let outcome = match accept_target(env, peer, &target, &mut report).await {
+        Ok((delivery, app)) => {
+            report.connected(delivery.deliver, Tls::Mutual);
+            serve_stream(app, request.into_body(), &mut respond, &report).await
+        }
+        Err(fault) => {
+            refuse(&mut respond, fault);
+            Err(fault)
+        }
+    };
+    report.finish(outcome);
+}
+
+/// None: not a CONNECT, or not one of this wire version.
+fn target(version: WireVersion, request: &Request<RecvStream>) -> Option<Target> {
+    if request.method() != Method::CONNECT {
+        return None;
+    }
+    Target::parse(version, request.uri().authority()?.as_str())
+}
+
+async fn accept_target(
+    env: &Env,
+    peer: &PeerFacts,
+    target: &Target,
+    report: &mut Report,
+) -> Result<(Arc<Delivery>, TcpStream), Fault> {
+    let enrolment = env.shared.enrolment.load_full();
+    let delivery = deliver::find(&enrolment, target, peer.dialled, &peer.presented, peer.chosen)?;
+    report.unit(Some(delivery.owner.unit.clone()));
+    report.target(&delivery.service, delivery.port);
+    let permit = authorize::check(Policy::default(), &peer.id, &delivery)?;
+    let app = deliver::connect(&env.dialer, &delivery, permit).await?;
+    Ok((delivery, app))
+}
+
+async fn serve_stream(
+    app: TcpStream,
+    receive: RecvStream,
+    respond: &mut SendResponse<Bytes>,
+    report: &Report,
+) -> Result<(), Fault> {
+    let send = respond.send_response(Response::new(()), false).map_err(|_| Fault::PeerReset)?;
+    let counters = Counters { from_app: |bytes| report.count_down(bytes), to_app: |bytes| report.count_up(bytes) };
+    serve::opaque(app, send, receive, Vec::new(), &counters).await
+}
+
+fn refuse(respond: &mut SendResponse<Bytes>, fault: Fault) {
+    let status = StatusCode::from_u16(fault.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    response.headers_mut().insert(wire::ERROR_HEADER, wire::error_header(fault));
+    // Fails only when the peer has given up already.
+    let _ = respond.send_response(response, true);
+}
+
+fn malformed(env: &Env, respond: &mut SendResponse<Bytes>) {
+    env.shared.telemetry.refused.count(Direction::Inbound, Fault::UnknownTarget);
+    let mut response = Response::new(());
+    *response.status_mut() = StatusCode::BAD_REQUEST;
+    if respond.send_response(response, true).is_err() {
+        respond.send_reset(Reason::PROTOCOL_ERROR);
+    }
+}

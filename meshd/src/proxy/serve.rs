@@ -1,0 +1,132 @@
+//! SERVE: copies bytes both ways between a local application and a stream of the mesh, keeping half-closes.
+
+use std::future::poll_fn;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use socket2::SockRef;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+use crate::fault::Fault;
+use crate::transport::chunk::{CHUNK, poll_chunk};
+
+/// Told of every byte as it passes.
+pub(super) struct Counters<F: Fn(usize), G: Fn(usize)> {
+    pub from_app: F,
+    pub to_app: G,
+}
+
+/// Application <-> mesh stream, until both sides have ended or either broke.
+pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
+    mut app: TcpStream,
+    mut send: SendStream<Bytes>,
+    mut receive: RecvStream,
+    already_read: Vec<Bytes>,
+    counters: &Counters<F, G>,
+) -> Result<(), Fault> {
+    for chunk in already_read {
+        // At most the early data limit, which HTTP/2 queues whatever the window.
+        send.send_data(chunk, false).map_err(|_| Fault::PeerReset)?;
+    }
+    let outcome = {
+        let (read, write) = app.split();
+        let upload = from_app(read, &mut send, &counters.from_app);
+        let download = to_app(write, &mut receive, &counters.to_app);
+        tokio::try_join!(upload, download).map(|_| ())
+    };
+    if outcome.is_err() {
+        // The far application must see a broken connection, not a clean end.
+        send.send_reset(h2::Reason::CANCEL);
+        abort(&app);
+    }
+    outcome
+}
+
+async fn from_app(mut app: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: &impl Fn(usize)) -> Result<(), Fault> {
+    loop {
+        let room = capacity(send).await?;
+        let chunk = poll_fn(|cx| poll_chunk(&mut app, cx, room)).await.map_err(|_| Fault::AppReset)?;
+        let end = chunk.is_empty();
+        count(chunk.len());
+        send.send_data(chunk, end).map_err(|_| Fault::PeerReset)?;
+        if end {
+            return Ok(());
+        }
+    }
+}
+
+/// How much the peer lets us send; waits while it is nothing, so that a slow far side slows the local
+/// application instead of filling our memory.
+async fn capacity(send: &mut SendStream<Bytes>) -> Result<usize, Fault> {
+    send.reserve_capacity(CHUNK);
+    loop {
+        let room = send.capacity();
+        if room > 0 {
+            return Ok(room);
+        }
+        match poll_fn(|cx| send.poll_capacity(cx)).await {
+            Some(Ok(_)) => {}
+            Some(Err(_)) | None => return Err(Fault::PeerReset),
+        }
+    }
+}
+
+async fn to_app(mut app: WriteHalf<'_>, receive: &mut RecvStream, count: &impl Fn(usize)) -> Result<(), Fault> {
+    while let Some(data) = receive.data().await {
+        let data = data.map_err(|_| Fault::PeerReset)?;
+        app.write_all(&data).await.map_err(|_| Fault::AppReset)?;
+        count(data.len());
+        // Only now may the peer send as much again: what an application does not take stays with its sender.
+        receive.flow_control().release_capacity(data.len()).map_err(|_| Fault::PeerReset)?;
+    }
+    app.shutdown().await.map_err(|_| Fault::AppReset)
+}
+
+/// Application <-> plaintext endpoint.
+pub(super) async fn plain<F: Fn(usize), G: Fn(usize)>(
+    mut app: TcpStream,
+    mut far: TcpStream,
+    already_read: Vec<Bytes>,
+    counters: &Counters<F, G>,
+) -> Result<(), Fault> {
+    for chunk in already_read {
+        far.write_all(&chunk).await.map_err(|_| Fault::PeerReset)?;
+    }
+    let outcome = {
+        let (app_read, app_write) = app.split();
+        let (far_read, far_write) = far.split();
+        let upload = copy(app_read, far_write, &counters.from_app, Fault::AppReset, Fault::PeerReset);
+        let download = copy(far_read, app_write, &counters.to_app, Fault::PeerReset, Fault::AppReset);
+        tokio::try_join!(upload, download).map(|_| ())
+    };
+    if outcome.is_err() {
+        abort(&app);
+        abort(&far);
+    }
+    outcome
+}
+
+async fn copy(
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
+    count: &impl Fn(usize),
+    from_broke: Fault,
+    to_broke: Fault,
+) -> Result<(), Fault> {
+    loop {
+        let chunk = poll_fn(|cx| poll_chunk(&mut from, cx, CHUNK)).await.map_err(|_| from_broke)?;
+        if chunk.is_empty() {
+            return to.shutdown().await.map_err(|_| to_broke);
+        }
+        to.write_all(&chunk).await.map_err(|_| to_broke)?;
+        count(chunk.len());
+    }
+}
+
+/// Closing then sends a reset.
+pub(super) fn abort(socket: &TcpStream) {
+    // Fails only for a socket that is gone already.
+    let _ = SockRef::from(socket).set_linger(Some(std::time::Duration::ZERO));
+}

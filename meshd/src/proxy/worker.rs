@@ -1,0 +1,382 @@
+//! Worker threads: each a single-threaded runtime with its own listeners, connections, balancer state
+//! and counters. Nothing on a connection's path is shared, so nothing is locked.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use meshd_discovery::ServiceName;
+use meshd_identity::SpiffeId;
+use meshd_sys::sockets::AcceptQueue;
+use nix::time::{ClockId, clock_gettime};
+use tokio::sync::{mpsc, watch};
+
+use super::balance::Balancer;
+use super::identify::Identifier;
+use super::limits::{Admission, SourceLimits};
+use super::outbound::{self, Admitted};
+use super::resolve::Place;
+use super::{Shared, inbound};
+use crate::fault::Fault;
+use crate::lifecycle::{Lifecycle, Stage};
+use crate::telemetry::Direction;
+use crate::transport::dial::Dialer;
+use crate::transport::pool::Pool;
+
+/// Connections on their way between workers; one that finds the queue full is carried where it arrived.
+const HANDOVER_QUEUE: usize = 1024;
+/// A worker this busy keeps what arrives elsewhere away from itself.
+const BUSY_PERCENT: u32 = 70;
+/// How often a worker's load is measured, at most.
+const LOAD_SAMPLE: Duration = Duration::from_millis(100);
+/// One log line per refused caller in this time.
+const LOG_PAUSE: Duration = Duration::from_secs(10);
+/// Distinct refused callers remembered for that.
+const LOG_CALLERS: usize = 256;
+/// Rest after a failed accept, so that a lasting failure does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How often unused connections are looked for.
+const SWEEP: Duration = Duration::from_secs(15);
+
+/// The listeners of one worker, bound already.
+pub struct Listeners {
+    pub captured: Vec<StdListener>,
+    pub mesh: Vec<StdListener>,
+}
+
+/// What a worker publishes about itself.
+#[derive(Default)]
+struct Load {
+    busy_percent: AtomicU32,
+    peers: AtomicUsize,
+}
+
+/// Everything the steps need on this worker.
+pub(super) struct Env {
+    pub(super) worker: usize,
+    pub(super) shared: Arc<Shared>,
+    pub(super) identifier: Identifier,
+    pub(super) dialer: Dialer,
+    pub(super) pool: Pool,
+    pub(super) lifecycle: Lifecycle,
+    pub(super) tls_generation: watch::Receiver<u64>,
+    pub(super) work: Arc<Work>,
+    limits: SourceLimits,
+    balancers: RefCell<HashMap<(SpiffeId, ServiceName, u16), Rc<Balancer>>>,
+    captured: Vec<SocketAddr>,
+    team: Arc<Vec<Teammate>>,
+    measured: Cell<(Instant, Duration)>,
+    logged: RefCell<HashMap<String, Instant>>,
+}
+
+struct Teammate {
+    load: Load,
+    handover: mpsc::Sender<Handover>,
+}
+
+/// A connection given to another worker; its socket is registered with no runtime yet.
+enum Handover {
+    Outbound(Box<Admitted>),
+    Inbound(StdStream, SocketAddr, Admission),
+}
+
+/// Streams and connections under way, so that a drain knows when it is done.
+#[derive(Default)]
+pub struct Work(AtomicU64);
+
+pub(super) struct Working(Arc<Work>);
+
+impl Work {
+    pub(super) fn begin(self: &Arc<Work>) -> Working {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Working(self.clone())
+    }
+
+    pub fn under_way(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The running workers.
+pub struct Workers {
+    threads: Vec<JoinHandle<()>>,
+    pub work: Arc<Work>,
+}
+
+impl Workers {
+    /// Waits for the threads; they end when the lifecycle reaches Stopped.
+    pub fn join(self) {
+        for thread in self.threads {
+            // A worker that panicked outside a connection has been logged by its own hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts one thread per set of listeners.
+pub fn start(
+    shared: &Arc<Shared>,
+    listeners: Vec<Listeners>,
+    lifecycle: &Lifecycle,
+    tls_generation: &watch::Receiver<u64>,
+) -> io::Result<Workers> {
+    let (team, inboxes): (Vec<_>, Vec<_>) = listeners
+        .iter()
+        .map(|_| {
+            let (handover, inbox) = mpsc::channel(HANDOVER_QUEUE);
+            (Teammate { load: Load::default(), handover }, inbox)
+        })
+        .unzip();
+    let team = Arc::new(team);
+    let limits = SourceLimits::default();
+    let work = Arc::new(Work::default());
+    let mut threads = Vec::new();
+    for (worker, (listeners, inbox)) in listeners.into_iter().zip(inboxes).enumerate() {
+        let parts = Parts {
+            worker,
+            shared: shared.clone(),
+            lifecycle: lifecycle.clone(),
+            tls_generation: tls_generation.clone(),
+            work: work.clone(),
+            limits: limits.clone(),
+            team: team.clone(),
+        };
+        let thread = std::thread::Builder::new().name(format!("worker-{worker}"));
+        threads.push(thread.spawn(move || parts.run(listeners, inbox))?);
+    }
+    Ok(Workers { threads, work })
+}
+
+/// What a worker is made of before it has a thread of its own.
+struct Parts {
+    worker: usize,
+    shared: Arc<Shared>,
+    lifecycle: Lifecycle,
+    tls_generation: watch::Receiver<u64>,
+    work: Arc<Work>,
+    limits: SourceLimits,
+    team: Arc<Vec<Teammate>>,
+}
+
+impl Parts {
+    fn run(self, listeners: Listeners, inbox: mpsc::Receiver<Handover>) {
+        let worker = self.worker;
+        let ran = tokio::runtime::LocalRuntime::new().and_then(|runtime| {
+            runtime.block_on(async {
+                let env = Rc::new(self.into_env(&listeners)?);
+                work(env, listeners, inbox).await
+            })
+        });
+        if let Err(error) = ran {
+            tracing::error!(worker, %error, "a worker cannot start");
+        }
+    }
+
+    fn into_env(self, listeners: &Listeners) -> io::Result<Env> {
+        let dialer = Dialer {
+            mark: self.shared.mark,
+            connect_timeout: self.shared.config.connect_timeout(),
+            telemetry: self.shared.telemetry.clone(),
+        };
+        Ok(Env {
+            worker: self.worker,
+            identifier: Identifier::open()?,
+            dialer,
+            pool: Pool::default(),
+            lifecycle: self.lifecycle,
+            tls_generation: self.tls_generation,
+            work: self.work,
+            limits: self.limits,
+            balancers: RefCell::default(),
+            captured: listeners.captured.iter().map(StdListener::local_addr).collect::<io::Result<_>>()?,
+            team: self.team,
+            measured: Cell::new((Instant::now(), Duration::ZERO)),
+            logged: RefCell::default(),
+            shared: self.shared,
+        })
+    }
+}
+
+async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Handover>) -> io::Result<()> {
+    for listener in listeners.captured {
+        spawn_accept(&env, listener, captured)?;
+    }
+    for listener in listeners.mesh {
+        spawn_accept(&env, listener, peer)?;
+    }
+    let mut lifecycle = env.lifecycle.clone();
+    let mut sweep = tokio::time::interval(SWEEP);
+    loop {
+        tokio::select! {
+            given = inbox.recv() => match given {
+                Some(Handover::Outbound(admitted)) => spawn_outbound(&env, *admitted),
+                Some(Handover::Inbound(socket, address, admission)) => spawn_inbound(&env, socket, address, admission),
+                None => return Ok(()),
+            },
+            _ = sweep.tick() => env.pool.sweep(&env.shared.tls.load(), Instant::now()),
+            () = lifecycle.reached(Stage::Stopped) => return Ok(()),
+        }
+    }
+}
+
+type Take = fn(&Rc<Env>, StdStream, SocketAddr);
+
+fn spawn_accept(env: &Rc<Env>, listener: StdListener, take: Take) -> io::Result<()> {
+    tokio::task::spawn_local(accept(env.clone(), AcceptQueue::new(listener)?, take));
+    Ok(())
+}
+
+/// Accepts until the drain begins; the listener closes then, so that peers are refused at once and go elsewhere.
+async fn accept(env: Rc<Env>, listener: AcceptQueue, take: Take) {
+    let mut lifecycle = env.lifecycle.clone();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = lifecycle.reached(Stage::Draining) => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((socket, address)) => take(&env, socket, address),
+            Err(error) if transient(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, "cannot accept connections; raise LimitNOFILE if descriptors ran out");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The connection died in the queue; the next one may be fine.
+fn transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+fn captured(env: &Rc<Env>, socket: StdStream, client: SocketAddr) {
+    let Some(mut admitted) = outbound::admit(env, socket, client) else { return };
+    let owner = env.owner(&admitted.who.identity, &admitted.place);
+    if owner == env.worker {
+        return spawn_outbound(env, admitted);
+    }
+    admitted.report.move_to(owner);
+    match env.team[owner].handover.try_send(Handover::Outbound(Box::new(admitted))) {
+        Ok(()) => {}
+        Err(mpsc::error::TrySendError::Full(given) | mpsc::error::TrySendError::Closed(given)) => {
+            let Handover::Outbound(mut admitted) = given else { return };
+            admitted.report.move_to(env.worker);
+            spawn_outbound(env, *admitted);
+        }
+    }
+}
+
+fn peer(env: &Rc<Env>, socket: StdStream, address: SocketAddr) {
+    let admission = match env.limits.admit(address.ip()) {
+        Ok(admission) => admission,
+        Err(fault) => {
+            env.shared.telemetry.handshakes.accept_limited.fetch_add(1, Ordering::Relaxed);
+            env.shared.telemetry.refused.count(Direction::Inbound, fault);
+            return;
+        }
+    };
+    // A peer's connection carries many streams and stays: it goes where the fewest are.
+    let least = (0..env.team.len()).min_by_key(|worker| env.team[*worker].load.peers.load(Ordering::Relaxed));
+    let owner = least.unwrap_or(env.worker);
+    env.team[owner].load.peers.fetch_add(1, Ordering::Relaxed);
+    if owner == env.worker {
+        return spawn_inbound(env, socket, address, admission);
+    }
+    let given = Handover::Inbound(socket, address, admission);
+    if env.team[owner].handover.try_send(given).is_err() {
+        // A full queue means that worker is overwhelmed; the peer will dial again.
+        env.team[owner].load.peers.fetch_sub(1, Ordering::Relaxed);
+        env.shared.telemetry.refused.count(Direction::Inbound, Fault::Limit);
+    }
+}
+
+fn spawn_outbound(env: &Rc<Env>, admitted: Admitted) {
+    env.measure();
+    let working = env.work.begin();
+    let env = env.clone();
+    tokio::task::spawn_local(async move {
+        let _working = working;
+        outbound::carry(env, admitted).await;
+    });
+}
+
+fn spawn_inbound(env: &Rc<Env>, socket: StdStream, address: SocketAddr, admission: Admission) {
+    let env = env.clone();
+    tokio::task::spawn_local(async move {
+        let team = env.team.clone();
+        let worker = env.worker;
+        inbound::connection(env, socket, address, admission).await;
+        team[worker].load.peers.fetch_sub(1, Ordering::Relaxed);
+    });
+}
+
+impl Env {
+    pub(super) fn is_capture_listener(&self, address: SocketAddr) -> bool {
+        self.captured.contains(&address)
+    }
+
+    /// The balancer of a service port, up to date with `place`.
+    pub(super) fn balancer(&self, source: &SpiffeId, place: &Place) -> Rc<Balancer> {
+        let key = (source.clone(), place.service.name.clone(), place.port);
+        let balancer = self.balancers.borrow_mut().entry(key).or_default().clone();
+        balancer.update(&place.service, place.port);
+        balancer
+    }
+
+    /// The worker that owns the connections of `source` to a service: few connections with many streams
+    /// cost less than many with few. While the owner is busy, we keep what came to us.
+    fn owner(&self, source: &SpiffeId, place: &Place) -> usize {
+        let mut hasher = DefaultHasher::new();
+        (source, &place.service.name).hash(&mut hasher);
+        let owner = (hasher.finish() % self.team.len() as u64) as usize;
+        let busy = |worker: usize| self.team[worker].load.busy_percent.load(Ordering::Relaxed);
+        if busy(owner) > BUSY_PERCENT && busy(self.worker) < busy(owner) { self.worker } else { owner }
+    }
+
+    /// Publishes how much of its time this thread was running.
+    fn measure(&self) {
+        let now = Instant::now();
+        let (since, cpu_then) = self.measured.get();
+        let elapsed = now.saturating_duration_since(since);
+        if elapsed < LOAD_SAMPLE {
+            return;
+        }
+        let Ok(cpu) = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID) else { return };
+        let cpu = Duration::from(cpu);
+        let percent = 100.0 * cpu.saturating_sub(cpu_then).as_secs_f64() / elapsed.as_secs_f64();
+        self.team[self.worker].load.busy_percent.store(percent as u32, Ordering::Relaxed);
+        self.measured.set((now, cpu));
+    }
+
+    /// Whether to log about `caller` again.
+    pub(super) fn may_log(&self, caller: &str) -> bool {
+        let mut logged = self.logged.borrow_mut();
+        let now = Instant::now();
+        if logged.get(caller).is_some_and(|last| now.saturating_duration_since(*last) < LOG_PAUSE) {
+            return false;
+        }
+        if logged.len() >= LOG_CALLERS {
+            logged.clear();
+        }
+        logged.insert(caller.to_owned(), now);
+        true
+    }
+}

@@ -1,0 +1,82 @@
+//! What operators see: counters with Linkerd's names, one access-log event per connection, edges.
+//! A leaf: it knows labels and numbers, never the pipeline.
+
+mod access_log;
+mod edges;
+mod exposition;
+mod process;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Deserialize;
+
+pub use access_log::{AccessLog, ConnectionEvent};
+pub use edges::{Direction, Edge, EdgeKey, EdgeRow, Edges, Tls};
+pub use exposition::{Exposition, encode};
+
+use crate::fault::Fault;
+
+/// `[metrics]` in meshd.toml.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsConfig {
+    pub listen: SocketAddr,
+}
+
+impl Default for MetricsConfig {
+    fn default() -> MetricsConfig {
+        MetricsConfig { listen: SocketAddr::from(([127, 0, 0, 1], 15020)) }
+    }
+}
+
+/// Every counter of the data plane.
+#[derive(Debug)]
+pub struct Telemetry {
+    pub edges: Edges,
+    pub access_log: AccessLog,
+    pub refused: RefusedCounters,
+    pub handshakes: HandshakeCounters,
+    /// A panic ends one connection; the operator must see that it happened.
+    pub panics: AtomicU64,
+    /// Bytes received from peers that the local side has not taken yet.
+    pub buffered_bytes: AtomicU64,
+}
+
+impl Telemetry {
+    pub fn new(workers: usize, access_log: AccessLog) -> Arc<Telemetry> {
+        Arc::new(Telemetry {
+            edges: Edges::new(workers),
+            access_log,
+            refused: RefusedCounters::default(),
+            handshakes: HandshakeCounters::default(),
+            panics: AtomicU64::new(0),
+            buffered_bytes: AtomicU64::new(0),
+        })
+    }
+}
+
+/// `meshd_refused_total{direction,error}`: connections that never reached their other side.
+#[derive(Debug, Default)]
+pub struct RefusedCounters([[AtomicU64; Fault::ALL.len()]; 2]);
+
+impl RefusedCounters {
+    pub fn count(&self, direction: Direction, fault: Fault) {
+        self.0[direction as usize][fault as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn value(&self, direction: Direction, fault: Fault) -> u64 {
+        self.0[direction as usize][fault as usize].load(Ordering::Relaxed)
+    }
+}
+
+/// `meshd_handshakes_total{direction,result}`: mutual TLS handshakes with peers.
+#[derive(Debug, Default)]
+pub struct HandshakeCounters {
+    pub accepted: AtomicU64,
+    pub accept_failed: AtomicU64,
+    pub accept_limited: AtomicU64,
+    pub dialled: AtomicU64,
+    pub dial_failed: AtomicU64,
+}

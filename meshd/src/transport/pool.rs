@@ -1,0 +1,193 @@
+//! Connections to peers, shared by the streams of one worker. The key holds the source identity,
+//! because a connection proves one: streams of two workloads never share it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use meshd_identity::SpiffeId;
+
+use super::dial::{Dialer, Opened};
+use super::tls::TlsState;
+use super::wire::{STREAMS, WireVersion};
+use crate::fault::Fault;
+
+/// Connections without streams are kept this long (as ztunnel does).
+const IDLE_MAX: Duration = Duration::from_secs(300);
+/// A connection heard within this time is trusted with bytes before the peer has answered for the
+/// stream: long against round trips, short against the time a dead peer goes unnoticed.
+const LIVELY: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PoolKey {
+    pub source: SpiffeId,
+    pub expected: SpiffeId,
+    pub address: SocketAddr,
+    pub version: WireVersion,
+}
+
+/// One worker's connections.
+#[derive(Default)]
+pub struct Pool {
+    links: RefCell<HashMap<PoolKey, Vec<Rc<Link>>>>,
+    /// One dial at a time per key; what the last one failed with answers everybody who waited for it.
+    gates: RefCell<HashMap<PoolKey, Rc<Gate>>>,
+}
+
+type Gate = tokio::sync::Mutex<Option<(Instant, Fault)>>;
+
+/// One connection.
+pub struct Link {
+    send: SendRequest<Bytes>,
+    streams: Cell<u32>,
+    retired: Cell<bool>,
+    /// The connection is over, not merely closed to new streams.
+    ended: Cell<bool>,
+    generation: u64,
+    expires: SystemTime,
+    heard: Rc<Cell<Instant>>,
+    used: Cell<Instant>,
+    /// Set when the peer let a stream time out: no new streams until it is heard again.
+    suspected: Cell<Option<Instant>>,
+}
+
+/// The right to one stream on a connection; gives it back when dropped.
+pub struct Slot(Rc<Link>);
+
+impl Slot {
+    fn take(link: &Rc<Link>) -> Slot {
+        link.streams.set(link.streams.get() + 1);
+        Slot(link.clone())
+    }
+
+    pub fn request(&self) -> SendRequest<Bytes> {
+        self.0.send.clone()
+    }
+
+    /// Whether bytes may be sent before the peer has answered.
+    pub fn lively(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.0.heard.get()) < LIVELY
+    }
+
+    /// The connection takes no more streams: the peer said so, or broke it.
+    pub fn retire(&self) {
+        self.0.retired.set(true);
+    }
+
+    pub fn ended(&self) -> bool {
+        self.0.ended.get()
+    }
+
+    /// The peer let a stream time out.
+    pub fn suspect(&self, now: Instant) {
+        self.0.suspected.set(Some(now));
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.used.set(Instant::now());
+    }
+}
+
+impl Link {
+    fn usable(&self, tls: &TlsState) -> bool {
+        !self.retired.get()
+            && self.generation == tls.generation
+            && self.streams.get() < STREAMS.min(self.send.current_max_send_streams() as u32)
+            && self.suspected.get().is_none_or(|since| self.heard.get() > since)
+            && self.expires > SystemTime::now()
+    }
+
+    /// Nothing will ever use it again.
+    fn finished(&self, tls: &TlsState, now: Instant) -> bool {
+        let stale = self.retired.get() || self.generation != tls.generation;
+        let idle = now.saturating_duration_since(self.used.get()) >= IDLE_MAX;
+        self.streams.get() == 0 && (stale || idle)
+    }
+}
+
+impl Pool {
+    /// A stream slot on a connection of `key`, dialling one if none has room.
+    pub async fn checkout(&self, dialer: &Dialer, tls: &TlsState, key: &PoolKey) -> Result<Slot, Fault> {
+        if let Some(slot) = self.usable(tls, key) {
+            return Ok(slot);
+        }
+        let asked = Instant::now();
+        let gate = self.gates.borrow_mut().entry(key.clone()).or_default().clone();
+        let mut last_failure = gate.lock().await;
+        if let Some(slot) = self.usable(tls, key) {
+            return Ok(slot);
+        }
+        if let Some((at, fault)) = *last_failure
+            && at > asked
+        {
+            return Err(fault);
+        }
+        match dialer.mesh(tls, &key.source, &key.expected, key.address, key.version).await {
+            Ok(opened) => Ok(self.adopt(key, opened, tls.generation)),
+            Err(fault) => {
+                *last_failure = Some((Instant::now(), fault));
+                Err(fault)
+            }
+        }
+    }
+
+    fn usable(&self, tls: &TlsState, key: &PoolKey) -> Option<Slot> {
+        let links = self.links.borrow();
+        links.get(key)?.iter().find(|link| link.usable(tls)).map(Slot::take)
+    }
+
+    fn adopt(&self, key: &PoolKey, opened: Opened, generation: u64) -> Slot {
+        let now = Instant::now();
+        let link = Rc::new(Link {
+            send: opened.send,
+            streams: Cell::new(0),
+            retired: Cell::new(false),
+            ended: Cell::new(false),
+            generation,
+            expires: opened.expires,
+            heard: opened.io.heard(),
+            used: Cell::new(now),
+            suspected: Cell::new(None),
+        });
+        let slot = Slot::take(&link);
+        self.links.borrow_mut().entry(key.clone()).or_default().push(link.clone());
+        let address = key.address;
+        let driven = Rc::downgrade(&link);
+        tokio::task::spawn_local(async move {
+            let watched = driven.clone();
+            let busy = move || watched.upgrade().is_some_and(|link| link.streams.get() > 0);
+            if let Err(error) = opened.driver.run(busy).await {
+                tracing::debug!(%address, %error, "connection to peer ended");
+            }
+            if let Some(link) = driven.upgrade() {
+                link.retired.set(true);
+                link.ended.set(true);
+            }
+        });
+        slot
+    }
+
+    /// Lets go of connections nobody needs: dropping the last handle closes them.
+    pub fn sweep(&self, tls: &TlsState, now: Instant) {
+        self.links.borrow_mut().retain(|_, links| {
+            links.retain(|link| !link.finished(tls, now));
+            !links.is_empty()
+        });
+        let links = self.links.borrow();
+        self.gates.borrow_mut().retain(|key, gate| links.contains_key(key) || Rc::strong_count(gate) > 1);
+    }
+
+    /// Open connections and their streams, for `status`.
+    pub fn size(&self) -> (usize, u32) {
+        let links = self.links.borrow();
+        let all = links.values().flatten();
+        all.fold((0, 0), |(count, streams), link| (count + 1, streams + link.streams.get()))
+    }
+}

@@ -1,0 +1,286 @@
+//! Mutual TLS 1.3 between hosts: which certificate we show, whom we believe. Rebuilt whole whenever
+//! certificates or bundle change; open connections keep what they were opened with.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use meshd_identity::{SpiffeId, TrustDomain, inspect_svid, server_name};
+use meshd_pki_client::{Credentials, Svid};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
+};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
+
+use super::wire::{ALPN_HBONE, ALPN_MESHD};
+
+/// Everything handshakes need, of one generation of certificates.
+pub struct TlsState {
+    pub generation: u64,
+    pub trust_domain: TrustDomain,
+    pub server: Arc<ServerConfig>,
+    keys: HashMap<SpiffeId, Identity>,
+    by_sni: HashMap<String, SpiffeId>,
+    default_identity: Option<SpiffeId>,
+    roots: Arc<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+}
+
+/// A certificate ready to sign with.
+#[derive(Clone)]
+pub struct Identity {
+    pub key: Arc<CertifiedKey>,
+    pub not_after: SystemTime,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("the private key of {id} is unusable: {source}; `meshd join` again to get a new one")]
+    Key { id: SpiffeId, source: Error },
+    #[error("the trust bundle holds no usable root: {0}; `meshd join` again")]
+    Roots(String),
+}
+
+/// The peer's certificate, once a handshake has verified it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerCertificate {
+    pub id: SpiffeId,
+    pub not_after: SystemTime,
+}
+
+impl TlsState {
+    pub fn build(credentials: &Credentials, default: Option<&SpiffeId>, generation: u64) -> Result<TlsState, TlsError> {
+        let provider = Arc::new(provider());
+        let roots = Arc::new(roots(credentials)?);
+        let mut keys = HashMap::new();
+        for (id, svid) in &credentials.workloads {
+            let key = Arc::new(certified_key(svid, &provider)?);
+            keys.insert(id.clone(), Identity { key, not_after: svid.not_after });
+        }
+        let by_sni: HashMap<String, SpiffeId> = keys.keys().map(|id| (server_name(id), id.clone())).collect();
+        let default_identity = default.filter(|id| keys.contains_key(*id)).cloned();
+        let resolver = SniResolver {
+            keys: by_sni.iter().map(|(sni, id)| (sni.clone(), keys[id].key.clone())).collect(),
+            default: default_identity.as_ref().map(|id| keys[id].key.clone()),
+        };
+        let server = server_config(&credentials.trust_domain, &roots, &provider, resolver)?;
+        Ok(TlsState {
+            generation,
+            trust_domain: credentials.trust_domain.clone(),
+            server: Arc::new(server),
+            keys,
+            by_sni,
+            default_identity,
+            roots,
+            provider,
+        })
+    }
+
+    pub fn identity(&self, id: &SpiffeId) -> Option<&Identity> {
+        self.keys.get(id)
+    }
+
+    /// The identity we presented to a client that asked for `sni`, and whether the client chose it.
+    pub fn presented(&self, sni: Option<&str>) -> Option<(&SpiffeId, bool)> {
+        match sni {
+            Some(sni) => self.by_sni.get(sni).map(|id| (id, true)),
+            None => self.default_identity.as_ref().map(|id| (id, false)),
+        }
+    }
+
+    /// To dial as `source` and accept nobody but `expected`. None: we hold no certificate for `source`.
+    pub fn client(&self, source: &SpiffeId, expected: &SpiffeId, alpn: &[&[u8]]) -> Option<ClientConfig> {
+        let identity = self.keys.get(source)?;
+        let verifier =
+            ExpectedServer { roots: self.roots.clone(), expected: expected.clone(), provider: self.provider.clone() };
+        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .ok()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(identity.key.clone())));
+        config.alpn_protocols = alpn.iter().map(|token| token.to_vec()).collect();
+        // A resumed session would skip verification.
+        config.resumption = Resumption::disabled();
+        Some(config)
+    }
+}
+
+/// The peer of a finished handshake.
+pub fn peer_certificate(chain: Option<&[CertificateDer<'_>]>) -> Option<PeerCertificate> {
+    let info = inspect_svid(chain?.first()?).ok()?;
+    Some(PeerCertificate { id: info.id, not_after: info.not_after })
+}
+
+/// AES-GCM only, as ztunnel; hybrid post-quantum key exchange preferred.
+fn provider() -> CryptoProvider {
+    use aws_lc_rs::{cipher_suite, kx_group};
+    CryptoProvider {
+        cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
+        kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
+        ..aws_lc_rs::default_provider()
+    }
+}
+
+fn roots(credentials: &Credentials) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    for root in &credentials.bundle.roots {
+        store.add(CertificateDer::from(root.clone())).map_err(|error| TlsError::Roots(error.to_string()))?;
+    }
+    Ok(store)
+}
+
+fn certified_key(svid: &Svid, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
+    let unusable = |source| TlsError::Key { id: svid.id.clone(), source };
+    let key = provider.key_provider.load_private_key(svid.key.clone_key()).map_err(unusable)?;
+    Ok(CertifiedKey::new(svid.chain.clone(), key))
+}
+
+fn server_config(
+    trust_domain: &TrustDomain,
+    roots: &Arc<RootCertStore>,
+    provider: &Arc<CryptoProvider>,
+    resolver: SniResolver,
+) -> Result<ServerConfig, TlsError> {
+    let unusable = |error: &dyn fmt::Display| TlsError::Roots(error.to_string());
+    let chain = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+        .build()
+        .map_err(|error| unusable(&error))?;
+    let verifier = MeshClient { chain, trust_domain: trust_domain.clone() };
+    let mut config = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| unusable(&error))?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(resolver));
+    config.alpn_protocols = vec![ALPN_MESHD.to_vec(), ALPN_HBONE.to_vec()];
+    // A resumed session would bring an old client certificate along unverified.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+/// SNI selects which of our identities a client gets; it is never trusted for anything else.
+#[derive(Debug)]
+struct SniResolver {
+    keys: HashMap<String, Arc<CertifiedKey>>,
+    default: Option<Arc<CertifiedKey>>,
+}
+
+impl ResolvesServerCert for SniResolver {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        match hello.server_name() {
+            Some(sni) => self.keys.get(sni).cloned(),
+            None => self.default.clone(),
+        }
+    }
+}
+
+/// Believes a server that chains to our roots and proves exactly the identity the endpoint record names.
+#[derive(Debug)]
+struct ExpectedServer {
+    roots: Arc<RootCertStore>,
+    expected: SpiffeId,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for ExpectedServer {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _sni: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let certificate = ParsedCertificate::try_from(end_entity)?;
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
+        let info = inspect_svid(end_entity).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        if info.id != self.expected {
+            return Err(Error::InvalidCertificate(CertificateError::NotValidForName));
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.2 is not offered".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Believes clients that chain to our roots and hold one identity of our own trust domain.
+#[derive(Debug)]
+struct MeshClient {
+    chain: Arc<dyn ClientCertVerifier>,
+    trust_domain: TrustDomain,
+}
+
+impl ClientCertVerifier for MeshClient {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Hints would only tell strangers our authorities' names and cost every handshake bytes.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let info = inspect_svid(end_entity).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        if *info.id.trust_domain() != self.trust_domain {
+            return Err(Error::InvalidCertificate(CertificateError::NotValidForName));
+        }
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
