@@ -1,0 +1,90 @@
+//! Programs for labs: servers that name themselves, and clients that load, hold, stall and talk.
+//! One thread, few allocations: in a benchmark they must cost little beside the proxies.
+
+mod bulk;
+mod client;
+mod hold;
+mod load;
+mod pace;
+mod serve;
+mod talk;
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use anyhow::Result;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+#[derive(Parser)]
+#[command(about)]
+enum Verb {
+    /// HTTP/1.1 server: `/bytes/N` answers N bytes, any other path its name
+    EchoHttp(serve::Listen),
+    /// Server that speaks first, echoes lines, and answers a half-close with a last line
+    Greeter(serve::Listen),
+    /// Requests: closed loop, one connection per request, or at a fixed rate; ends with one JSON line
+    Load(load::Args),
+    /// Downloads as fast as it goes; ends with one JSON line
+    Bulk(bulk::Args),
+    /// Connections with one exchanged byte each, held until SIGTERM
+    Idle(hold::Args),
+    /// Connections that ask for a large body and never read it, held until SIGTERM
+    Stall(hold::Args),
+    /// Reads a greeting, says a line, half-closes, prints all it was told
+    Talk(talk::Args),
+}
+
+fn main() -> Result<()> {
+    let verb = Verb::parse();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, run(verb))
+}
+
+async fn run(verb: Verb) -> Result<()> {
+    match verb {
+        Verb::EchoHttp(listen) => serve::echo_http(listen).await,
+        Verb::Greeter(listen) => serve::greeter(listen).await,
+        Verb::Load(args) => load::run(args, Stop::on_sigterm()?).await,
+        Verb::Bulk(args) => bulk::run(args).await,
+        Verb::Idle(args) => hold::idle(args, Stop::on_sigterm()?).await,
+        Verb::Stall(args) => hold::stall(args, Stop::on_sigterm()?).await,
+        Verb::Talk(args) => talk::run(args).await,
+    }
+}
+
+/// Raised once, by SIGTERM or by the program itself.
+#[derive(Default)]
+struct Stop {
+    raised: Cell<bool>,
+    notify: Notify,
+}
+
+impl Stop {
+    fn on_sigterm() -> Result<Rc<Self>> {
+        let stop = Rc::new(Self::default());
+        let mut terminate = signal(SignalKind::terminate())?;
+        let raised = stop.clone();
+        tokio::task::spawn_local(async move {
+            terminate.recv().await;
+            raised.raise();
+        });
+        Ok(stop)
+    }
+
+    fn raise(&self) {
+        self.raised.set(true);
+        self.notify.notify_waiters();
+    }
+
+    fn is_raised(&self) -> bool {
+        self.raised.get()
+    }
+
+    async fn raised(&self) {
+        while !self.is_raised() {
+            self.notify.notified().await;
+        }
+    }
+}

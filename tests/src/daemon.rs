@@ -1,0 +1,225 @@
+//! One host's meshd: its files, its process, and what can be asked of it.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::access_log::{self, AccessEvent};
+use crate::host::Host;
+use crate::http;
+use crate::metrics::Metrics;
+use crate::process::{Finished, Process, Program};
+use crate::wait::until;
+
+/// The daemon's own user, as on a real host.
+pub const UID: u32 = 990;
+const METRICS: ([u8; 4], u16) = ([127, 0, 0, 1], 15020);
+const READY: Duration = Duration::from_secs(30);
+
+pub struct Daemon {
+    host: Host,
+    directory: PathBuf,
+    process: Mutex<Option<Process>>,
+    earlier_logs: Mutex<String>,
+    environment: Mutex<Vec<(String, String)>>,
+}
+
+impl Daemon {
+    /// Lays out `etc`, `state` and `run` on the host and writes meshd.toml.
+    pub(crate) fn create(host: Host, access_log: bool, proxy_settings: &str) -> Result<Self> {
+        let directory = host.directory().join("meshd");
+        for part in ["etc/enrol.d", "etc/resources.d"] {
+            fs::create_dir_all(directory.join(part))?;
+        }
+        for part in ["state", "run", "log"] {
+            fs::create_dir_all(directory.join(part))?;
+            chown(directory.join(part), Some(UID), Some(UID))?;
+        }
+        let daemon = Self {
+            host,
+            directory,
+            process: Mutex::new(None),
+            earlier_logs: Mutex::default(),
+            environment: Mutex::default(),
+        };
+        fs::write(daemon.config(), daemon.config_text(access_log, proxy_settings))?;
+        Ok(daemon)
+    }
+
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("etc/meshd.toml")
+    }
+
+    pub fn etc(&self, name: &str) -> PathBuf {
+        self.directory.join("etc").join(name)
+    }
+
+    /// Runs `meshd join` with a token, as meshd's user.
+    pub fn join(&self, token: &str) -> Result<Finished> {
+        let file = self.directory.join("state").join("token");
+        fs::write(&file, token)?;
+        chown(&file, Some(UID), Some(UID))?;
+        let program = self.program(&["join", "--config"]).arg(self.config()).arg("--token-file").arg(&file).uid(UID);
+        let finished = self.host.run(&program);
+        fs::remove_file(&file)?;
+        finished
+    }
+
+    /// Variables for the next start, say a log filter.
+    pub fn set_environment(&self, variables: &[(&str, &str)]) {
+        let owned = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        *lock(&self.environment) = owned;
+    }
+
+    /// Starts meshd without waiting for it.
+    pub fn spawn(&self) -> Result<()> {
+        let mut program = self.program(&["run", "--config"]).arg(self.config()).uid_with_net_admin(UID);
+        for (name, value) in lock(&self.environment).iter() {
+            program = program.env(name, value);
+        }
+        let mut process = lock(&self.process);
+        ensure!(!process.as_mut().is_some_and(Process::is_running), "meshd on {} runs already", self.host.name());
+        if let Some(ended) = process.take() {
+            lock(&self.earlier_logs).push_str(&ended.output());
+        }
+        *process = Some(self.host.spawn(&program)?);
+        Ok(())
+    }
+
+    pub fn start(&self) -> Result<()> {
+        self.spawn()?;
+        self.wait_ready()
+    }
+
+    pub fn wait_ready(&self) -> Result<()> {
+        let is_ready = || self.with_process(|process| process.output().contains("meshd ready")).unwrap_or(false);
+        let ended = || self.with_process(|process| !process.is_running()).unwrap_or(true);
+        until(READY, "meshd ready", || is_ready() || ended()).with_context(|| self.describe())?;
+        ensure!(is_ready() && !ended(), "meshd ended before it was ready; {}", self.describe());
+        Ok(())
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.with_process(Process::is_running).unwrap_or(false)
+    }
+
+    pub fn pid(&self) -> Result<u32> {
+        self.with_process(|process| process.pid())
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.with_process(|process| process.signal(signal))?
+    }
+
+    /// SIGTERM, and the end of it; an exit code other than 0 is an error.
+    pub fn stop(&self) -> Result<()> {
+        let status = self.with_process(Process::stop)??;
+        ensure!(status.success(), "meshd stopped with {status}; {}", self.describe());
+        Ok(())
+    }
+
+    /// SIGKILL, and the end of it.
+    pub fn kill(&self) -> Result<()> {
+        self.with_process(Process::kill)?
+    }
+
+    pub fn restart(&self) -> Result<()> {
+        self.stop()?;
+        self.start()
+    }
+
+    /// Everything it logged, over all its runs.
+    pub fn log(&self) -> String {
+        let current = self.with_process(|process| process.output()).unwrap_or_default();
+        lock(&self.earlier_logs).clone() + &current
+    }
+
+    /// A meshd verb as the operator (root) runs it.
+    pub fn run(&self, verb: &[&str]) -> Result<Finished> {
+        self.host.run(&self.program(verb).arg("--config").arg(self.config()).unit("admin.service"))
+    }
+
+    /// A verb's `-o json`.
+    pub fn json(&self, verb: &str) -> Result<serde_json::Value> {
+        let output =
+            self.run(&[verb, "-o", "json"])?.expect_success(&format!("meshd {verb} on {}", self.host.name()))?;
+        serde_json::from_str(&output).with_context(|| format!("meshd {verb} -o json gave:\n{output}"))
+    }
+
+    pub fn metrics_text(&self) -> Result<String> {
+        let (status, body) = self.host.within(|| http::get(SocketAddr::from(METRICS), "/metrics"))??;
+        ensure!(status == 200, "metrics of {} answered {status}: {body}", self.host.name());
+        Ok(body)
+    }
+
+    pub fn metrics(&self) -> Result<Metrics> {
+        Ok(Metrics::parse(&self.metrics_text()?))
+    }
+
+    pub fn access_log(&self) -> Vec<AccessEvent> {
+        access_log::read(&self.access_log_file())
+    }
+
+    pub fn enrol(&self, text: &str) -> Result<()> {
+        Ok(fs::write(self.etc("enrol.d/harness.toml"), text)?)
+    }
+
+    /// Writes a resource file as a tool would: whole, by rename.
+    pub fn resource(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.etc("resources.d").join(name);
+        let temporary = path.with_extension("tmp");
+        fs::write(&temporary, text)?;
+        Ok(fs::rename(&temporary, &path)?)
+    }
+
+    fn access_log_file(&self) -> PathBuf {
+        self.directory.join("log/access.jsonl")
+    }
+
+    fn program(&self, args: &[&str]) -> Program {
+        Program::new(self.host.binary("meshd")).args(args).unit("meshd.service")
+    }
+
+    fn with_process<T>(&self, work: impl FnOnce(&mut Process) -> T) -> Result<T> {
+        let mut process = lock(&self.process);
+        let process = process.as_mut().with_context(|| format!("meshd on {} was never started", self.host.name()))?;
+        Ok(work(process))
+    }
+
+    fn describe(&self) -> String {
+        format!("host {}, log:\n{}", self.host.name(), self.log())
+    }
+
+    fn config_text(&self, access_log: bool, proxy_settings: &str) -> String {
+        let path = |name: &str| quoted(&self.directory.join(name));
+        let access_log =
+            if access_log { format!("access_log = {}\n", quoted(&self.access_log_file())) } else { String::new() };
+        format!(
+            "state_dir = {}\nrun_dir = {}\nenrol_dir = {}\n\
+             [proxy]\nthreads = 2\n{access_log}{proxy_settings}\n\
+             [[source]]\nkind = \"files\"\nname = \"files\"\ndir = {}\nauthority = [\"*\"]\n",
+            path("state"),
+            path("run"),
+            path("etc/enrol.d"),
+            path("etc/resources.d"),
+        )
+    }
+}
+
+fn quoted(path: &Path) -> String {
+    format!("{:?}", path.display().to_string())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

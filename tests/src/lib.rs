@@ -1,0 +1,22 @@
+//! The harness: hosts as network namespaces on one machine, a mesh built on them, faults, captures, and asserts on
+//! metrics and access logs. Scenarios and `cargo xtask demo|bench` stand on it; nothing here is specific to one of them.
+
+pub mod access_log;
+pub mod binaries;
+pub mod capture;
+mod cgroup;
+pub mod command;
+pub mod daemon;
+pub mod fault;
+pub mod host;
+pub mod http;
+pub mod lab;
+pub mod load;
+pub mod mesh;
+pub mod metrics;
+pub mod packages;
+pub mod pcap;
+pub mod plan;
+pub mod process;
+pub mod root;
+pub mod wait;

@@ -1,0 +1,201 @@
+//! A whole mesh on a lab: the PKI, a meshd per host, the programs behind it.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::chown;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::binaries;
+use crate::daemon::Daemon;
+use crate::host::Host;
+use crate::lab::Lab;
+use crate::plan::{self, App, HostPlan, PKI_PORT, Plan, ServicePlan, Workload};
+use crate::process::{Finished, Process, Program};
+use crate::wait::until;
+
+const PKI_UID: u32 = 991;
+const READY: Duration = Duration::from_secs(30);
+
+// Fields drop in order: programs first, the lab they run in last.
+pub struct Mesh {
+    apps: Vec<Process>,
+    pki: Option<Process>,
+    daemons: Vec<Daemon>,
+    plan: Plan,
+    lab: Arc<Lab>,
+}
+
+impl Mesh {
+    /// A lab of its own, everything joined and ready, every program serving.
+    pub fn start(plan: Plan) -> Result<Self> {
+        let lab = Arc::new(Lab::new(&plan.host_names())?);
+        let mut mesh = Self::prepare(lab, plan)?;
+        mesh.start_pki()?;
+        mesh.join_all()?;
+        mesh.start_all()?;
+        Ok(mesh)
+    }
+
+    /// Files in place and the PKI initialised, nothing running.
+    pub fn prepare(lab: Arc<Lab>, plan: Plan) -> Result<Self> {
+        binaries::check()?;
+        let daemons = plan
+            .hosts
+            .iter()
+            .map(|host| Daemon::create(lab.host(&host.name), plan.access_log, &plan.proxy_settings))
+            .collect::<Result<Vec<_>>>()?;
+        let mesh = Self { apps: Vec::new(), pki: None, daemons, plan, lab };
+        for (host, daemon) in mesh.plan.hosts.iter().zip(&mesh.daemons) {
+            daemon.enrol(&plan::enrolment(&host.workloads, mesh.lab.has_units()))?;
+            mesh.write_documents(daemon)?;
+        }
+        mesh.init_pki()?;
+        Ok(mesh)
+    }
+
+    pub fn start_pki(&mut self) -> Result<()> {
+        let listen = format!("{}:{PKI_PORT}", self.pki_host().address());
+        let program = self.pki_program(&["run"]).args(["--listen", &listen]);
+        let mut process = self.pki_host().spawn(&program)?;
+        until(READY, "meshd-pki ready", || process.output().contains("meshd-pki ready") || !process.is_running())?;
+        ensure!(process.is_running(), "meshd-pki ended:\n{}", process.output());
+        self.pki = Some(process);
+        Ok(())
+    }
+
+    pub fn stop_pki(&mut self) -> Result<()> {
+        self.pki.take().context("the PKI does not run")?.stop()?;
+        Ok(())
+    }
+
+    /// A one-use token for a host, allowing the identities of its workloads.
+    pub fn token(&self, host: &HostPlan) -> Result<String> {
+        let address = format!("{}:{PKI_PORT}", self.pki_host().address());
+        let mut program = self.pki_program(&["token", "create"]).args(["--host", &host.name, "--pki", &address]);
+        for workload in &host.workloads {
+            program = program.args(["--allow", &workload.identity()]);
+        }
+        let token = self.pki_host().run(&program)?.expect_success("meshd-pki token create")?;
+        Ok(token.trim().to_owned())
+    }
+
+    pub fn join_all(&self) -> Result<()> {
+        for (host, daemon) in self.plan.hosts.iter().zip(&self.daemons) {
+            daemon.join(&self.token(host)?)?.expect_success(&format!("meshd join on {}", host.name))?;
+        }
+        Ok(())
+    }
+
+    /// The programs behind the mesh, then every meshd at once.
+    pub fn start_all(&mut self) -> Result<()> {
+        for host in self.plan.hosts.clone() {
+            for workload in &host.workloads {
+                self.start_app(&host.name, workload)?;
+            }
+        }
+        for daemon in &self.daemons {
+            daemon.spawn()?;
+        }
+        self.daemons.iter().try_for_each(Daemon::wait_ready)
+    }
+
+    pub fn lab(&self) -> &Arc<Lab> {
+        &self.lab
+    }
+
+    pub fn host(&self, name: &str) -> Host {
+        self.lab.host(name)
+    }
+
+    pub fn daemon(&self, host: &str) -> &Daemon {
+        let found = self.daemons.iter().find(|daemon| daemon.host().name() == host);
+        found.unwrap_or_else(|| panic!("no meshd on {host}"))
+    }
+
+    pub fn spiffe_id(&self, name: &str) -> String {
+        format!("spiffe://{}/ns/shop/sa/{name}", self.plan.trust_domain)
+    }
+
+    /// A program as a unit of the plan would run it: its cgroup and its user.
+    pub fn in_unit(&self, host: &str, name: &str, program: Program) -> Program {
+        let host = self.plan.hosts.iter().find(|planned| planned.name == host);
+        let workload = host.and_then(|host| host.workloads.iter().find(|workload| workload.name == name));
+        let uid = workload.map_or(STRAY_UID, |workload| workload.uid);
+        program.unit(&format!("{name}.service")).uid(uid)
+    }
+
+    /// `curl` as a workload of a host; a name the plan does not know is an un-enrolled unit.
+    pub fn curl(&self, host: &str, name: &str, args: &[&str]) -> Result<Finished> {
+        let curl = Program::new("curl").args(["--silent", "--show-error", "--max-time", "20"]).args(args);
+        self.host(host).run(&self.in_unit(host, name, curl))
+    }
+
+    /// `testkit` as a workload of a host.
+    pub fn testkit(&self, host: &str, name: &str, args: &[&str]) -> Program {
+        self.in_unit(host, name, self.host(host).testkit(args))
+    }
+
+    /// The virtual address a host's DNS gives for a service name.
+    pub fn virtual_address(&self, host: &str, name: &str) -> Result<Ipv4Addr> {
+        let lookup = Program::new("getent").args(["ahostsv4", name]).uid(STRAY_UID);
+        let found = self.host(host).run(&lookup)?.expect_success(&format!("looking up {name} on {host}"))?;
+        found.split_whitespace().next().unwrap_or_default().parse().with_context(|| format!("{name}: {found}"))
+    }
+
+    /// Where a service's endpoints are, as its document says.
+    pub fn endpoints(&self, service: &ServicePlan) -> Vec<String> {
+        service.hosts.iter().map(|host| self.lab.host(host).address().to_string()).collect()
+    }
+
+    fn write_documents(&self, daemon: &Daemon) -> Result<()> {
+        let documents = self.plan.services.iter();
+        let documents = documents.map(|service| (service, plan::document(service, &self.endpoints(service))));
+        for (service, document) in documents {
+            daemon.resource(&format!("{}.yaml", service.name), &document)?;
+        }
+        Ok(())
+    }
+
+    fn start_app(&mut self, host: &str, workload: &Workload) -> Result<()> {
+        let Some(app) = workload.app else { return Ok(()) };
+        let name = format!("{} on {host}", workload.name);
+        let (verb, listen) = match app {
+            App::EchoHttp { listen } => ("echo-http", listen),
+            App::Greeter { listen } => ("greeter", listen),
+        };
+        let program = self.testkit(host, &workload.name, &[verb, "--listen", listen, "--name", &name]);
+        let process = self.host(host).start_testkit(&program)?;
+        self.apps.push(process);
+        Ok(())
+    }
+
+    fn init_pki(&self) -> Result<()> {
+        let directory = self.pki_directory();
+        fs::create_dir_all(&directory)?;
+        chown(&directory, Some(PKI_UID), Some(PKI_UID))?;
+        let program = self.pki_program(&["init"]).args(["--trust-domain", &self.plan.trust_domain]);
+        self.pki_host().run(&program)?.expect_success("meshd-pki init")?;
+        Ok(())
+    }
+
+    fn pki_host(&self) -> Host {
+        self.lab.host(&self.plan.pki_host)
+    }
+
+    fn pki_directory(&self) -> PathBuf {
+        self.pki_host().directory().join("meshd-pki")
+    }
+
+    fn pki_program(&self, verb: &[&str]) -> Program {
+        let binary = self.pki_host().binary("meshd-pki");
+        let state = self.pki_directory().join("state");
+        Program::new(binary).args(verb).arg("--state").arg(state).unit("meshd-pki.service").uid(PKI_UID)
+    }
+}
+
+/// The user of units nobody enrolled.
+pub const STRAY_UID: u32 = 2005;

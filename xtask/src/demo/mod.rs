@@ -1,0 +1,6 @@
+use anyhow::Result;
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+pub(crate) fn run(_: &Args) -> Result<bool> {
+    Ok(true)
+}

@@ -1,0 +1,227 @@
+//! `cargo xtask test`: format, clippy, unit and property tests, and scenarios on namespace hosts.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use meshd_tests::{packages, root};
+
+use crate::built::{self, cargo, cargo_command};
+use crate::lint;
+
+/// The part that runs as root, after everything was built.
+const SCENARIOS: &str = "MESHD_XTASK_SCENARIOS";
+const RESULT: &str = "scenarios: ";
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Leave out format and clippy
+    #[arg(long)]
+    no_lint: bool,
+    /// Only scenarios whose name has this in it
+    #[arg(long)]
+    only: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    if let Some(program) = std::env::var_os(SCENARIOS) {
+        return run_scenarios_as_root(&program.into(), args.only.as_deref());
+    }
+    let mut summary = Summary::default();
+    if args.only.is_none() {
+        if args.no_lint {
+            summary.add("lint", Outcome::Skipped("--no-lint".to_owned()));
+        } else {
+            lint::check(&mut summary)?;
+        }
+        let unit = run_tests(cargo_command(&["test", "--workspace"]))?;
+        summary.add("unit and property tests", unit);
+    }
+    summary.add("scenarios on namespace hosts", scenarios(args)?);
+    Ok(summary.print())
+}
+
+fn scenarios(args: &Args) -> Result<Outcome> {
+    ensure!(cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests"])?, "the build failed");
+    let built = built::describe()?;
+    let program = scenario_program()?;
+    if let Some(reason) = cannot_have_root() {
+        return Ok(skip_unless_ci(reason));
+    }
+    let mut command = if root::is_root() { Command::new("env") } else { Command::new("sudo") };
+    if !root::is_root() {
+        println!("The scenarios need root (network namespaces); running them with sudo.");
+        command.args(["-E", "env"]);
+        command.arg(format!("PATH={}", std::env::var("PATH").unwrap_or_default()));
+    }
+    for (name, value) in built.marks() {
+        command.arg(format!("{name}={value}"));
+    }
+    command.arg(format!("{SCENARIOS}={}", program.display())).arg(std::env::current_exe()?).arg("test");
+    command.args(args.only.iter().flat_map(|only| ["--only", only]));
+    run_tests(command)
+}
+
+fn cannot_have_root() -> Option<String> {
+    (!root::is_root() && packages::find("sudo").is_none())
+        .then(|| "they need root (network namespaces) and there is no sudo; run `cargo xtask test` as root".to_owned())
+}
+
+/// CI that silently tests less is worse than CI that fails.
+fn skip_unless_ci(reason: String) -> Outcome {
+    if std::env::var_os("CI").is_some() {
+        Outcome::failed(format!("not run: {reason}"))
+    } else {
+        Outcome::Skipped(reason)
+    }
+}
+
+fn run_scenarios_as_root(program: &PathBuf, only: Option<&str>) -> Result<bool> {
+    let built = built::before_sudo().context("started by hand: run `cargo xtask test`")?;
+    if let Err(error) = packages::ensure(&[packages::FOR_LABS]) {
+        println!("{RESULT}{error:#}");
+        return Ok(false);
+    }
+    // Each scenario is mostly waiting, and has hosts of its own.
+    let mut command = Command::new(program);
+    command.arg("--test-threads=4").args(only).current_dir(built.target);
+    Ok(command.status()?.success())
+}
+
+fn scenario_program() -> Result<PathBuf> {
+    let args = ["test", "-p", "meshd-tests", "--test", "scenarios", "--no-run", "--message-format=json"];
+    let output = cargo_command(&args).stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "the scenarios do not build");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let mut programs = messages.filter(|message| message["target"]["name"] == "scenarios");
+    let program = programs.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    program.context("cargo did not say where the scenarios' program is")
+}
+
+/// Runs tests with their output shown, and counts what libtest says in the end.
+fn run_tests(mut command: Command) -> Result<Outcome> {
+    let mut child = command.stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn()?;
+    let output = child.stdout.take().context("no stdout")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        println!("{line}");
+        counts.add(&line);
+    }
+    let status = child.wait()?;
+    if !status.success() && counts.failed == 0 {
+        counts.failed = 1;
+        counts.reason.get_or_insert_with(|| "did not build or did not run".to_owned());
+    }
+    Ok(Outcome::Counted(counts))
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+    reason: Option<String>,
+}
+
+impl Counts {
+    /// `test result: ok. 3 passed; 0 failed; 1 ignored; ...`
+    fn add(&mut self, line: &str) {
+        if let Some(reason) = line.strip_prefix(RESULT) {
+            self.reason = Some(reason.to_owned());
+        }
+        let Some(result) = line.strip_prefix("test result: ") else { return };
+        let words: Vec<&str> = result.split([' ', ';']).filter(|word| !word.is_empty()).collect();
+        for pair in words.windows(2) {
+            let Ok(count) = pair[0].parse::<usize>() else { continue };
+            match pair[1] {
+                "passed" => self.passed += count,
+                "failed" => self.failed += count,
+                "ignored" => self.ignored += count,
+                _ => {}
+            }
+        }
+    }
+}
+
+pub(crate) enum Outcome {
+    Counted(Counts),
+    Skipped(String),
+}
+
+impl Outcome {
+    pub(crate) fn of(passed: bool) -> Self {
+        Self::Counted(Counts { passed: passed.into(), failed: (!passed).into(), ..Counts::default() })
+    }
+
+    fn failed(reason: String) -> Self {
+        Self::Counted(Counts { failed: 1, reason: Some(reason), ..Counts::default() })
+    }
+}
+
+/// What ran, for the end of the output.
+#[derive(Default)]
+pub(crate) struct Summary {
+    tiers: Vec<(&'static str, Outcome)>,
+}
+
+impl Summary {
+    pub(crate) fn add(&mut self, tier: &'static str, outcome: Outcome) {
+        self.tiers.push((tier, outcome));
+    }
+
+    /// Whether nothing failed.
+    pub(crate) fn print(&self) -> bool {
+        println!("\nSummary");
+        for (tier, outcome) in &self.tiers {
+            println!("  {tier:<30} {}", describe(outcome));
+        }
+        let counted = |count: fn(&Counts) -> usize| -> usize {
+            let tiers = self.tiers.iter().filter_map(|(_, outcome)| match outcome {
+                Outcome::Counted(counts) => Some(counts),
+                Outcome::Skipped(_) => None,
+            });
+            tiers.map(count).sum()
+        };
+        let failed = counted(|counts| counts.failed);
+        println!("{} passed, {failed} failed", counted(|counts| counts.passed));
+        failed == 0
+    }
+}
+
+fn describe(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Skipped(reason) => format!("SKIPPED: {reason}"),
+        Outcome::Counted(Counts { passed, failed, ignored, reason }) => {
+            let ignored = if *ignored > 0 { format!(", {ignored} ignored") } else { String::new() };
+            let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+            format!("{passed} passed, {failed} failed{ignored}{reason}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_several_test_programs_add_up() {
+        let mut counts = Counts::default();
+        counts.add("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s");
+        counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
+        counts.add("test a::b ... ok");
+        assert_eq!(counts, Counts { passed: 4, failed: 2, ignored: 1, reason: None });
+    }
+
+    #[test]
+    fn a_failed_tier_fails_the_run() {
+        let mut summary = Summary::default();
+        summary.add("one", Outcome::of(true));
+        summary.add("two", Outcome::Skipped("not here".to_owned()));
+        assert!(summary.print());
+        summary.add("three", Outcome::of(false));
+        assert!(!summary.print());
+    }
+}
