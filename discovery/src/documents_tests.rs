@@ -299,3 +299,15 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn the_examples_of_the_reference_are_valid() {
+    let reference = include_str!("../../docs/resources.md");
+    let examples: Vec<&str> =
+        reference.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert_eq!(examples.len(), 2);
+    for example in examples {
+        assert_eq!(problems(example), [""; 0], "{example}");
+        assert_eq!(parse(example, &context()).len(), 1);
+    }
+}

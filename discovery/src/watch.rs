@@ -52,6 +52,8 @@ struct State {
     offers: Vec<Offer>,
     problems: Vec<String>,
     unavailable: Option<String>,
+    /// The source's task is over. Its last events may still be in the inbox then, and do not bring it back.
+    ended: Option<String>,
     last_change: Option<SystemTime>,
     last_ok: Option<SystemTime>,
 }
@@ -102,7 +104,7 @@ impl Watcher {
                 }
                 Some(ended) = tasks.join_next_with_id(), if !tasks.is_empty() => {
                     let (id, reason) = why_it_ended(ended);
-                    self.states[indexes[&id]].unavailable = Some(reason);
+                    self.states[indexes[&id]].ended = Some(reason);
                 }
             }
             self.publish(&authorities);
@@ -151,7 +153,8 @@ impl State {
     }
 
     fn health(&self, old: &SourceHealth, report: LayerReport) -> SourceHealth {
-        let errors = self.unavailable.iter().cloned().chain(report.refused).chain(self.problems.iter().cloned());
+        let own = self.ended.iter().chain(&self.unavailable).cloned();
+        let errors = own.chain(report.refused).chain(self.problems.iter().cloned());
         SourceHealth {
             name: old.name.clone(),
             kind: old.kind,

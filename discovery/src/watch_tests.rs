@@ -81,6 +81,15 @@ async fn a_source_that_ends_or_panics_leaves_its_services_and_does_not_touch_the
     assert!(directory.find("a.shop").is_some());
 }
 
+#[test]
+fn the_end_of_a_source_outlasts_what_it_sent_before() {
+    let mut state = State { ended: Some("over".into()), ..State::default() };
+    state.note(SourceEvent::Snapshot { offers: Vec::new(), problems: Vec::new() });
+    state.note(SourceEvent::InSync);
+    let before = Watcher::new(vec![fake::source("one").1]).health().borrow()[0].clone();
+    assert_eq!(state.health(&before, LayerReport::default()).errors, ["over"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_service_outside_the_authority_of_its_source_is_an_error_in_its_health() {
     let (script, mut source) = fake::source("one");

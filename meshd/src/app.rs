@@ -7,6 +7,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -97,6 +98,7 @@ impl App {
             vips: vips.clone(),
             telemetry: Telemetry::new(workers, access_log),
         });
+        count_panics(&shared.telemetry);
         let listeners = bind_workers(&config, workers, inherited)?;
         let dns = bind_dns(&config).await?;
         let metrics =
@@ -202,6 +204,16 @@ impl App {
         self.shared.enrolment.store(Arc::new(enrolment));
         tracing::info!("enrolment reloaded");
     }
+}
+
+/// A panic ends one connection (its task); the operator sees it counted, and in the log with its place.
+fn count_panics(telemetry: &Arc<Telemetry>) {
+    let telemetry = telemetry.clone();
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        telemetry.panics.fetch_add(1, Ordering::Relaxed);
+        print(panic);
+    }));
 }
 
 fn lock_run_dir(config: &Config) -> Result<File, StartError> {

@@ -132,7 +132,16 @@ impl Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
-        let edge = self.connected.take().unwrap_or_else(|| self.never_connected());
+        if std::thread::panicking() {
+            self.outcome = Err(Fault::Internal);
+        }
+        let edge = match self.connected.take() {
+            Some(edge) => {
+                edge.connected_closed.fetch_add(1, Ordering::Relaxed);
+                edge
+            }
+            None => self.never_connected(),
+        };
         edge.close(self.outcome);
         if self.telemetry.access_log.enabled() {
             self.telemetry.access_log.record(self.event());

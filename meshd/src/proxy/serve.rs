@@ -1,5 +1,6 @@
 //! SERVE: copies bytes both ways between a local application and a stream of the mesh, keeping half-closes.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 
 use bytes::Bytes;
@@ -32,8 +33,13 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
     }
     let outcome = {
         let (read, write) = app.split();
-        let upload = from_app(read, &mut send, &counters.from_app);
-        let download = to_app(write, &mut receive, &counters.to_app);
+        let upload_over = Cell::new(false);
+        let upload = async {
+            let outcome = from_app(read, &mut send, &counters.from_app).await;
+            upload_over.set(true);
+            outcome
+        };
+        let download = to_app(write, &mut receive, &counters.to_app, &upload_over);
         tokio::try_join!(upload, download).map(|_| ())
     };
     if outcome.is_err() {
@@ -73,13 +79,22 @@ async fn capacity(send: &mut SendStream<Bytes>) -> Result<usize, Fault> {
     }
 }
 
-async fn to_app(mut app: WriteHalf<'_>, receive: &mut RecvStream, count: &impl Fn(usize)) -> Result<(), Fault> {
+async fn to_app(
+    mut app: WriteHalf<'_>,
+    receive: &mut RecvStream,
+    count: &impl Fn(usize),
+    upload_over: &Cell<bool>,
+) -> Result<(), Fault> {
     while let Some(data) = receive.data().await {
         let data = data.map_err(|_| Fault::PeerReset)?;
         app.write_all(&data).await.map_err(|_| Fault::AppReset)?;
         count(data.len());
         // Only now may the peer send as much again: what an application does not take stays with its sender.
         receive.flow_control().release_capacity(data.len()).map_err(|_| Fault::PeerReset)?;
+    }
+    if upload_over.get() {
+        // Both sides have ended: closing says so, without a system call of its own.
+        return Ok(());
     }
     app.shutdown().await.map_err(|_| Fault::AppReset)
 }

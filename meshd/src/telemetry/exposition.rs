@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -58,15 +58,24 @@ impl Collector for Scrape {
             let kind = if metric.counter { MetricType::Counter } else { MetricType::Gauge };
             let mut family = encoder.encode_descriptor(metric.name, metric.help, None, kind)?;
             for (labels, value) in &metric.series {
-                let series = family.encode_family(labels)?;
-                if metric.counter {
-                    ConstCounter::new(*value).encode(series)?;
-                } else {
-                    ConstGauge::new(*value).encode(series)?;
+                if labels.is_empty() {
+                    encode_value(metric.counter, *value, family)?;
+                    break;
                 }
+                encode_value(metric.counter, *value, family.encode_family(labels)?)?;
             }
         }
         Ok(())
+    }
+}
+
+/// Counts and bytes are whole numbers and look like it.
+fn encode_value(counter: bool, value: f64, series: MetricEncoder<'_>) -> fmt::Result {
+    match (counter, value.fract() == 0.0 && value >= 0.0) {
+        (true, true) => ConstCounter::new(value as u64).encode(series),
+        (true, false) => ConstCounter::new(value).encode(series),
+        (false, true) => ConstGauge::new(value as i64).encode(series),
+        (false, false) => ConstGauge::new(value).encode(series),
     }
 }
 

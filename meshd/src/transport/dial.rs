@@ -103,9 +103,9 @@ impl Dialer {
 
 fn client_config(tls: &TlsState, source: &SpiffeId, expected: &SpiffeId, version: WireVersion) -> Option<ClientConfig> {
     match version {
-        WireVersion::Meshd1 => tls.client(source, expected, &[ALPN_MESHD, ALPN_HBONE]),
+        WireVersion::Meshd1 => tls.client(source, expected, ALPN_MESHD),
         WireVersion::Hbone => {
-            let mut config = tls.client(source, expected, &[ALPN_HBONE])?;
+            let mut config = tls.client(source, expected, ALPN_HBONE)?;
             // ztunnel ignores SNI and sends none.
             config.enable_sni = false;
             Some(config)

@@ -99,7 +99,7 @@ impl TlsState {
     }
 
     /// To dial as `source` and accept nobody but `expected`. None: we hold no certificate for `source`.
-    pub fn client(&self, source: &SpiffeId, expected: &SpiffeId, alpn: &[&[u8]]) -> Option<ClientConfig> {
+    pub fn client(&self, source: &SpiffeId, expected: &SpiffeId, alpn: &[u8]) -> Option<ClientConfig> {
         let identity = self.keys.get(source)?;
         let verifier =
             ExpectedServer { roots: self.roots.clone(), expected: expected.clone(), provider: self.provider.clone() };
@@ -109,7 +109,7 @@ impl TlsState {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(identity.key.clone())));
-        config.alpn_protocols = alpn.iter().map(|token| token.to_vec()).collect();
+        config.alpn_protocols = vec![alpn.to_vec()];
         // A resumed session would skip verification.
         config.resumption = Resumption::disabled();
         Some(config)
