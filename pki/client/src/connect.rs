@@ -48,6 +48,19 @@ pub(crate) enum ConnectError {
     Address(String),
 }
 
+impl ConnectError {
+    /// Whether the same address may work in a moment. A certificate that does not verify will not.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            ConnectError::Deadline { .. } | ConnectError::Tcp { .. } | ConnectError::Http { .. } => true,
+            ConnectError::Tls { source, .. } => {
+                source.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>()).is_none()
+            }
+            ConnectError::Material(_) | ConnectError::Address(_) => false,
+        }
+    }
+}
+
 pub(crate) type PkiClient = HostClient<Channel>;
 
 /// Nobody is authenticated: only for what a digest verifies.

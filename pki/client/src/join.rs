@@ -10,7 +10,7 @@ use meshd_identity::{Bundle, IdError, JoinToken, SpiffeId, TrustDomain, sha256};
 use meshd_pki_api::v1;
 use tonic::{Code, Status};
 
-use crate::connect::{call, connect, unverified_tls, verified_tls};
+use crate::connect::{ConnectError, call, connect, unverified_tls, verified_tls};
 use crate::key::NewKey;
 use crate::reply::{problem, read_bundle, read_svid};
 use crate::schedule::retry_delay;
@@ -21,7 +21,7 @@ use crate::{Credentials, refusal_text};
 /// The key of an enrolment under way. Kept so that a second try proves to be the same host: the token is bound to
 /// the key of its first use, and the reply to that one may have been lost.
 const PENDING_KEY: &str = "enrol.key";
-/// Each round tries every address once.
+/// Each round tries every address that may still do once.
 const ROUNDS: u32 = 3;
 
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +90,9 @@ fn pending_key(store: &Store, token: &JoinToken) -> Result<NewKey, JoinError> {
 
 /// How one attempt at one address ended.
 enum Failed {
-    /// Another address or another try may do better.
+    /// The same address may do better in a moment.
+    Now(String),
+    /// This address will not do; another may.
     Here(String),
     /// The answer is final.
     Everywhere(JoinError),
@@ -102,17 +104,23 @@ async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) 
     let mut delay = Duration::ZERO;
     let mut attempts = BTreeMap::new();
     for round in 0..ROUNDS {
-        if round > 0 {
+        if round > 0 && !addresses.is_empty() {
             delay = retry_delay(delay, None, fastrand::f64());
             tokio::time::sleep(delay).await;
         }
-        for address in &addresses {
-            match enrol_at(address, token, host_id, key).await {
+        let mut again = Vec::new();
+        for address in addresses {
+            match enrol_at(&address, token, host_id, key).await {
                 Ok(state) => return Ok(state),
                 Err(Failed::Everywhere(error)) => return Err(error),
-                Err(Failed::Here(reason)) => attempts.insert(address.clone(), reason),
-            };
+                Err(Failed::Here(reason)) => _ = attempts.insert(address, reason),
+                Err(Failed::Now(reason)) => {
+                    attempts.insert(address.clone(), reason);
+                    again.push(address);
+                }
+            }
         }
+        addresses = again;
     }
     let attempts = attempts.into_iter().map(|(address, reason)| format!("  {address}: {reason}\n")).collect();
     Err(JoinError::Unreachable { attempts })
@@ -121,7 +129,7 @@ async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) 
 async fn enrol_at(address: &str, token: &JoinToken, host_id: Option<&str>, key: &NewKey) -> Result<State, Failed> {
     let bundle = fetch_pinned_bundle(address, token).await?;
     let tls = verified_tls(&bundle, None, SystemTime::UNIX_EPOCH).map_err(here)?;
-    let mut pki = connect(address, tls).await.map_err(here)?;
+    let mut pki = connect(address, tls).await.map_err(unconnected)?;
     let join_token = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
     let request = v1::EnrollRequest {
         attestation: Some(v1::enroll_request::Attestation::JoinToken(join_token)),
@@ -140,9 +148,9 @@ async fn enrol_at(address: &str, token: &JoinToken, host_id: Option<&str>, key: 
 /// Asks a server we cannot yet authenticate for the bundle the token pins. Nothing secret is sent; whatever comes
 /// back either has the right digest or is not used.
 async fn fetch_pinned_bundle(address: &str, token: &JoinToken) -> Result<Bundle, Failed> {
-    let mut pki = connect(address, unverified_tls().map_err(here)?).await.map_err(here)?;
+    let mut pki = connect(address, unverified_tls().map_err(here)?).await.map_err(unconnected)?;
     let request = v1::BundleRequest { sha256: token.bundle_digest.to_vec() };
-    let reply = call(pki.bundle(request)).await.map_err(|status| Failed::Here(refusal_text(&status)))?;
+    let reply = call(pki.bundle(request)).await.map_err(|status| unanswered(&status))?;
     let bundle = reply.bundle.unwrap_or_default();
     if sha256(&bundle.jwks) != token.bundle_digest {
         return Err(Failed::Here(
@@ -186,17 +194,28 @@ fn here(error: impl std::fmt::Display) -> Failed {
     Failed::Here(error.to_string())
 }
 
-/// A clear no is final; everything that may be about this server or this moment is not.
+fn unconnected(error: ConnectError) -> Failed {
+    if error.may_pass() { Failed::Now(error.to_string()) } else { here(error) }
+}
+
+/// A clear no to the token is final; everything that may be about this server or this moment is not.
 fn refused(address: &str, status: &Status) -> Failed {
+    match unanswered(status) {
+        Failed::Here(message) => Failed::Everywhere(JoinError::Refused { address: address.to_owned(), message }),
+        other => other,
+    }
+}
+
+fn unanswered(status: &Status) -> Failed {
+    let text = refusal_text(status);
     match status.code() {
         Code::InvalidArgument
         | Code::NotFound
         | Code::AlreadyExists
         | Code::PermissionDenied
         | Code::FailedPrecondition
-        | Code::Unauthenticated => {
-            Failed::Everywhere(JoinError::Refused { address: address.to_owned(), message: refusal_text(status) })
-        }
-        _ => Failed::Here(refusal_text(status)),
+        | Code::Unimplemented
+        | Code::Unauthenticated => Failed::Here(text),
+        _ => Failed::Now(text),
     }
 }

@@ -63,7 +63,8 @@ pub(crate) fn due(
     if is_due(&held.host) {
         due.push(held.host.id.clone());
     }
-    for id in wanted {
+    // The host's own identity is renewed above whether or not somebody lists it.
+    for id in wanted.iter().filter(|id| **id != held.host.id) {
         let may_ask = waiting.get(id).is_none_or(|until| *until <= now);
         if may_ask && held.workloads.get(id).is_none_or(|svid| is_due(svid)) {
             due.push(id.clone());
@@ -139,6 +140,14 @@ mod tests {
         let held = FakeCa::new(domain()).credentials("web", from_ref(&id));
         let end = held.host.not_after;
         assert_eq!(due(&held, &BTreeSet::new(), &BTreeMap::new(), end), vec![held.host.id.clone()]);
+    }
+
+    #[test]
+    fn the_hosts_own_identity_is_asked_for_once_however_often_it_is_wanted() {
+        let held = FakeCa::new(domain()).credentials("web", &[]);
+        let wanted = BTreeSet::from([held.host.id.clone()]);
+        assert_eq!(due(&held, &wanted, &BTreeMap::new(), held.host.issued_at), vec![]);
+        assert_eq!(due(&held, &wanted, &BTreeMap::new(), held.host.not_after), vec![held.host.id.clone()]);
     }
 
     #[test]

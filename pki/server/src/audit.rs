@@ -54,6 +54,32 @@ struct Tail {
     hash: String,
 }
 
+/// How many refusals of strangers are written. Anybody who reaches the port can be refused as often as they like, and
+/// must not fill the disk with it: after a burst, one line in six seconds.
+#[derive(Debug)]
+pub(crate) struct Allowance {
+    left: i64,
+    counted_at: i64,
+}
+
+const BURST: i64 = 50;
+const SECONDS_PER_LINE: i64 = 6;
+
+impl Allowance {
+    pub(crate) fn new(now: i64) -> Allowance {
+        Allowance { left: BURST, counted_at: now }
+    }
+
+    pub(crate) fn take(&mut self, now: i64) -> bool {
+        let earned = (now - self.counted_at).max(0) / SECONDS_PER_LINE;
+        self.left = (self.left + earned).min(BURST);
+        self.counted_at += earned * SECONDS_PER_LINE;
+        let may = self.left > 0;
+        self.left -= i64::from(may);
+        may
+    }
+}
+
 pub struct Audit {
     path: PathBuf,
 }
@@ -151,6 +177,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::new(dir.path().join("audit.jsonl"));
         (dir, audit)
+    }
+
+    #[test]
+    fn strangers_get_a_burst_of_lines_and_then_one_in_six_seconds() {
+        let mut allowance = Allowance::new(1000);
+        assert_eq!((0..200).filter(|_| allowance.take(1000)).count(), 50);
+        assert_eq!((1001..1061).filter(|now| allowance.take(*now)).count(), 10);
+        assert_eq!((0..200).filter(|_| allowance.take(10_000)).count(), 50, "what was saved is capped");
     }
 
     #[test]

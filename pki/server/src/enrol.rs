@@ -16,8 +16,6 @@ use crate::refused::Refused;
 use crate::state_dir::StateDir;
 use crate::times::{rfc3339, unix};
 
-const NEW_TOKEN: &str = "make a new one with `meshd-pki token create`";
-
 impl Pki {
     pub fn enrol(&self, request: &v1::EnrollRequest, remote: &str) -> Result<v1::EnrollReply, Refused> {
         let Some(Attestation::JoinToken(proof)) = &request.attestation else {
@@ -26,7 +24,7 @@ impl Pki {
         };
         let result = self.enrol_by_token(proof, request, remote);
         if let Err(refused) = &result {
-            let event = Event {
+            self.record_refusal(Event {
                 event: "enrol",
                 result: "refused",
                 host: Some(excerpt(&request.host_id)).filter(|host| !host.is_empty()),
@@ -34,9 +32,7 @@ impl Pki {
                 remote: Some(remote.to_owned()),
                 detail: Some(refused.to_string()),
                 ..Event::default()
-            };
-            // The refusal stands whether or not it could be written.
-            _ = self.record(&self.state().audit, &[event]);
+            });
         }
         result
     }
@@ -113,13 +109,14 @@ fn check_token(
     // One answer for an unknown id and a wrong secret: ids are not secret, but nothing is gained by telling.
     let known = token.filter(|token| verify_slices_are_equal(&token.secret_hash, &secret_hash).is_ok());
     let Some(token) = known else {
-        return Err(Refused::Unauthenticated(format!("the join token is not known to this PKI; {NEW_TOKEN}")));
+        let text = "the join token is not known to this PKI; make a new one with `meshd-pki token create --host ID`";
+        return Err(Refused::Unauthenticated(text.to_owned()));
     };
     let host = &token.host_id;
     if token.expires_at <= now {
         let (id, ended) = (&token.id, rfc3339(token.expires_at));
         return Err(Refused::Forbidden(format!(
-            "join token {id} for host `{host}` expired at {ended}; {NEW_TOKEN} --host {host}"
+            "join token {id} for host `{host}` expired at {ended}; run `meshd-pki token create --host {host}`"
         )));
     }
     if !asked_host.is_empty() && asked_host != host {
@@ -133,7 +130,7 @@ fn check_token(
         let (id, used) = (&token.id, rfc3339(token.used_at.unwrap_or_default()));
         return Err(Refused::Forbidden(format!(
             "join token {id} was already used at {used} by another key, and serves only once; if that was not you, \
-             somebody else enrolled as `{host}`: find out first. {NEW_TOKEN} --host {host}"
+             somebody else enrolled as `{host}`: find out first, then run `meshd-pki token create --host {host}`"
         )));
     }
     refuse_if_banned(connection, host)?;

@@ -42,6 +42,27 @@ impl Pki {
         request: &v1::IssueBatchRequest,
         remote: &str,
     ) -> Result<v1::IssueBatchReply, Refused> {
+        let result = self.issue_for_caller(certificate, request, remote);
+        if let Err(refused) = &result {
+            let identity = certificate.and_then(|der| inspect_svid(der).ok()).map(|info| info.id.to_string());
+            self.record_refusal(Event {
+                event: "issue",
+                result: "refused",
+                identity,
+                remote: Some(remote.to_owned()),
+                detail: Some(refused.to_string()),
+                ..Event::default()
+            });
+        }
+        result
+    }
+
+    fn issue_for_caller(
+        &self,
+        certificate: Option<&[u8]>,
+        request: &v1::IssueBatchRequest,
+        remote: &str,
+    ) -> Result<v1::IssueBatchReply, Refused> {
         if request.items.len() > MAX_BATCH {
             let count = request.items.len();
             return Err(Refused::Invalid(format!("{count} certificates asked for at once; {MAX_BATCH} are allowed")));

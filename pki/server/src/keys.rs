@@ -16,7 +16,7 @@ pub(crate) const CREDENTIAL: &str = "meshd-pki.kek";
 pub enum KeyError {
     #[error("cannot read the wrapping key {}: {source}; restore it from a backup, without it the PKI cannot sign", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("cannot create {}: {source}", path.display())]
+    #[error("cannot create {}: {source}; if an `init` that failed left it, remove it", path.display())]
     Create { path: PathBuf, source: io::Error },
     #[error("the wrapping key {} has {length} bytes, 32 are needed; restore it from a backup", path.display())]
     Length { path: PathBuf, length: usize },
@@ -27,7 +27,7 @@ pub enum KeyError {
 }
 
 /// The key-encryption key.
-pub struct Kek(LessSafeKey);
+pub(crate) struct Kek(LessSafeKey);
 
 impl Kek {
     pub(crate) fn load(path: &Path) -> Result<Kek, KeyError> {

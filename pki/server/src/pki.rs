@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use meshd_identity::TrustDomain;
 use meshd_pki_api::v1;
 
-use crate::audit::{Audit, Event};
+use crate::audit::{Allowance, Audit, Event};
 use crate::db::{self, authorities};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
@@ -55,6 +55,7 @@ pub struct Pki {
     /// One connection behind one lock: the single writer of this process.
     state: Mutex<StateDir>,
     signer: RwLock<Arc<Signer>>,
+    refusals: Mutex<Allowance>,
     _running: File,
 }
 
@@ -80,6 +81,7 @@ impl Pki {
             kek,
             state: Mutex::new(state),
             signer: RwLock::new(Arc::new(signer)),
+            refusals: Mutex::new(Allowance::new(unix(now))),
             _running: running,
         };
         pki.export_expiry()?;
@@ -155,12 +157,22 @@ impl Pki {
         written
     }
 
+    /// Writes that a call was refused as a whole, unless strangers have already written enough. The refusal stands
+    /// either way, and the metrics count each.
+    pub(crate) fn record_refusal(&self, event: Event) {
+        let allowed = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(unix(self.now()));
+        if allowed {
+            _ = self.record(&self.state().audit, &[event]);
+        }
+    }
+
     fn export_expiry(&self) -> Result<(), PkiError> {
         let signer = self.signer();
         let root = authorities::active(self.state().database.reader(), "root").map_err(StateError::from)?;
         let ends = [
             ("root", root.map_or(SystemTime::UNIX_EPOCH, |row| from_unix(row.not_after))),
             ("intermediate", signer.intermediate.not_after),
+            ("endpoint", signer.endpoint_not_after),
         ];
         for (kind, end) in ends {
             self.metrics.not_after.get_or_create(&Certificate { kind }).set(unix(end));

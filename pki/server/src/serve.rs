@@ -1,6 +1,5 @@
 //! One TLS port for gRPC and plain HTTP; a second, plain one for metrics.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,8 +10,6 @@ use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use hyper::Request;
-use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
@@ -20,7 +17,7 @@ use hyper_util::service::TowerToHyperService;
 use meshd_pki_api::MAX_MESSAGE_BYTES;
 use meshd_pki_api::v1::host_server::HostServer;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
@@ -36,24 +33,21 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const MAINTAIN_EVERY: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Serves until `stop` completes, then lets calls in progress finish.
+/// Serves until `stop` completes, then lets calls in progress finish. Nothing of it runs on afterwards.
 pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Output = ()>) {
     let router = router(pki.clone());
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let graceful = GracefulShutdown::new();
-    let maintenance = tokio::spawn(maintain(pki.clone()));
+    let mut maintenance = JoinSet::new();
+    maintenance.spawn(maintain(pki.clone()));
+    let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {
-        let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
         tokio::select! {
             () = &mut stop => break,
-            accepted = listener.accept() => match accepted {
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((socket, address)) => {
-                    let connection = connection(pki.clone(), router.clone(), socket, address, graceful.watcher());
-                    tokio::spawn(async move {
-                        connection.await;
-                        drop(permit);
-                    });
+                    connections.spawn(connection(pki.clone(), router.clone(), socket, address, graceful.watcher()));
                 }
                 Err(error) => {
                     // Out of file descriptors, mostly: give connections time to end.
@@ -64,10 +58,11 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
         }
     }
     drop(listener);
-    maintenance.abort();
+    maintenance.shutdown().await;
     if timeout(DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
     }
+    connections.shutdown().await;
 }
 
 /// Prometheus text over plain HTTP; bind it to loopback.
@@ -113,7 +108,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
     };
     let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
     let router = router.layer(axum::Extension(Peer { certificate, address }));
-    let service = TowerToHyperService::new(tower_body(router));
+    let service = TowerToHyperService::new(router);
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE);
     builder
@@ -131,20 +126,8 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
     }
 }
 
-/// The router takes hyper's bodies as they are.
-fn tower_body(
-    router: Router,
-) -> impl tower_service::Service<
-    Request<Incoming>,
-    Response = Response,
-    Error = Infallible,
-    Future = axum::routing::future::RouteFuture<Infallible>,
-> + Clone {
-    router
-}
-
 fn router(pki: Arc<Pki>) -> Router {
-    let grpc = HostServer::new(HostService(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let grpc = HostServer::new(HostService::new(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Router::new()
         .route("/.well-known/spiffe-bundle", get(spiffe_bundle))
         .route("/v1/bundle", get(bundle_by_digest))

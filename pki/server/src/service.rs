@@ -6,6 +6,7 @@ use std::sync::Arc;
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host;
 use rustls::pki_types::CertificateDer;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use crate::pki::Pki;
@@ -19,7 +20,13 @@ pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
 }
 
-pub(crate) struct HostService(pub(crate) Arc<Pki>);
+/// Calls worked on at once. All of them share one database, so more would only wait with a thread each.
+const AT_ONCE: usize = 8;
+
+pub(crate) struct HostService {
+    pki: Arc<Pki>,
+    permits: Semaphore,
+}
 
 #[tonic::async_trait]
 impl Host for HostService {
@@ -52,19 +59,24 @@ impl Host for HostService {
 }
 
 impl HostService {
+    pub(crate) fn new(pki: Arc<Pki>) -> HostService {
+        HostService { pki, permits: Semaphore::new(AT_ONCE) }
+    }
+
     async fn run<T: Send + 'static>(
         &self,
         method: &'static str,
         act: impl FnOnce(&Pki) -> Result<T, Refused> + Send + 'static,
     ) -> Result<Response<T>, Status> {
-        let pki = self.0.clone();
+        let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
+        let pki = self.pki.clone();
         let result = tokio::task::spawn_blocking(move || act(&pki)).await;
         let result = result.map_err(|error| {
             tracing::error!(%error, method, "a request panicked");
-            self.0.metrics.count(method, "internal");
+            self.pki.metrics.count(method, "internal");
             Status::internal("the PKI failed; see the log of meshd-pki")
         })?;
-        self.0.metrics.count(method, result.as_ref().map_or_else(Refused::kind, |_| "ok"));
+        self.pki.metrics.count(method, result.as_ref().map_or_else(Refused::kind, |_| "ok"));
         if let Err(refused) = &result {
             tracing::warn!(method, reason = %refused, "refused");
         }

@@ -24,6 +24,7 @@ pub(crate) struct Signer {
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) replace_intermediate_at: SystemTime,
     pub(crate) replace_endpoint_at: SystemTime,
+    pub(crate) endpoint_not_after: SystemTime,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -54,13 +55,14 @@ impl Signer {
             None => (renew_intermediate(state, kek, lifetimes, now)?, now + lifetimes.intermediate_every),
         };
         let bundle = state.latest_bundle()?;
-        let tls = server_tls(&intermediate, &bundle, &state.trust_domain, now)?;
+        let (tls, endpoint_not_after) = server_tls(&intermediate, &bundle, &state.trust_domain, now)?;
         Ok(Signer {
             intermediate,
             bundle,
             tls,
             replace_intermediate_at: replace_at,
             replace_endpoint_at: now + ENDPOINT_EVERY,
+            endpoint_not_after,
         })
     }
 
@@ -119,7 +121,7 @@ fn server_tls(
     bundle: &Bundle,
     domain: &TrustDomain,
     now: SystemTime,
-) -> Result<Arc<ServerConfig>, SignerError> {
+) -> Result<(Arc<ServerConfig>, SystemTime), SignerError> {
     let key = KeyPair::generate().map_err(AuthorityError::from)?;
     let leaf = intermediate.issue(&SpiffeId::pki(domain), &key, ENDPOINT, now)?;
     let chain = [leaf.certificate, intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
@@ -141,5 +143,5 @@ fn server_tls(
     // A resumed session would skip the verification of the client.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Arc::new(config))
+    Ok((Arc::new(config), leaf.not_after))
 }

@@ -30,6 +30,8 @@ pub struct Status {
     pub audit_lines: Option<u64>,
     /// What needs the operator; empty when all is well.
     pub problems: Vec<String>,
+    /// What would be better, but hurts nobody yet.
+    pub advice: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -77,8 +79,9 @@ impl Status {
         if let Err(problem) = &audit {
             problems.push(problem.clone());
         }
+        let mut advice = Vec::new();
         if dir.join("recovery.key").exists() {
-            problems.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));
+            advice.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));
         }
         let kept = all.into_iter().filter(|row| row.state != "old" || row.not_after > now);
         Ok(Status {
@@ -92,6 +95,7 @@ impl Status {
             valid_certificates: authorities::count_valid_issued(reader, now)?,
             audit_lines: audit.ok(),
             problems,
+            advice,
         })
     }
 
@@ -127,7 +131,7 @@ impl Status {
         if let Some(lines) = self.audit_lines {
             writeln!(text, "√ audit log: {lines} lines, chain whole")?;
         }
-        for problem in &self.problems {
+        for problem in self.problems.iter().chain(&self.advice) {
             writeln!(text, "‼ {problem}")?;
         }
         Ok(())

@@ -57,7 +57,7 @@ pub enum DbError {
     Damaged { path: PathBuf, detail: String },
 }
 
-pub struct Database {
+pub(crate) struct Database {
     connection: Connection,
 }
 

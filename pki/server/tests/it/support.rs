@@ -1,0 +1,182 @@
+//! A PKI with its server, and hosts that join it.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use meshd_identity::{JoinToken, SpiffeId, TrustDomain};
+use meshd_pki::commands::{TokenRequest, create_token};
+use meshd_pki::lifetimes::Lifetimes;
+use meshd_pki::serve::serve;
+use meshd_pki::{Options, Pki, state_dir};
+use meshd_pki_client::{Agent, Credentials, JoinError, RenewalMetrics, join};
+use rcgen::KeyPair;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{interval, timeout};
+
+/// Far more than anything here needs; a test that hangs fails.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) fn domain() -> TrustDomain {
+    "prod.example.org".parse().unwrap()
+}
+
+pub(crate) fn workload(name: &str) -> SpiffeId {
+    SpiffeId::workload(&domain(), "shop", name).unwrap()
+}
+
+pub(crate) struct Lab {
+    dir: TempDir,
+    lifetimes: Lifetimes,
+    address: SocketAddr,
+    running: Option<(Arc<Pki>, oneshot::Sender<()>, JoinHandle<()>)>,
+}
+
+impl Lab {
+    pub(crate) async fn start() -> Lab {
+        Lab::start_with(Lifetimes::default()).await
+    }
+
+    pub(crate) async fn start_with(lifetimes: Lifetimes) -> Lab {
+        let dir = tempfile::tempdir().unwrap();
+        state_dir::init(&dir.path().join("pki"), &domain(), None, SystemTime::now()).unwrap();
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut lab = Lab { dir, lifetimes, address: any, running: None };
+        lab.run().await;
+        lab
+    }
+
+    /// Starts the server on the address it had before, if any.
+    pub(crate) async fn run(&mut self) {
+        let listener = TcpListener::bind(self.address).await.unwrap();
+        self.address = listener.local_addr().unwrap();
+        let options =
+            Options { lifetimes: self.lifetimes, advertise: vec![self.address.to_string()], ..Options::default() };
+        let pki = Arc::new(Pki::open(&self.state(), options).unwrap());
+        let (stop, stopped) = oneshot::channel();
+        let server = tokio::spawn(serve(pki.clone(), listener, async move {
+            _ = stopped.await;
+        }));
+        self.running = Some((pki, stop, server));
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        let (pki, stop, server) = self.running.take().expect("the server runs");
+        stop.send(()).unwrap();
+        timeout(PATIENCE, server).await.expect("the server stops in time").unwrap();
+        assert_eq!(Arc::strong_count(&pki), 1, "something of the stopped server still runs");
+    }
+
+    pub(crate) fn pki(&self) -> &Pki {
+        &self.running.as_ref().expect("the server runs").0
+    }
+
+    pub(crate) fn state(&self) -> PathBuf {
+        self.dir.path().join("pki")
+    }
+
+    pub(crate) fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    pub(crate) fn host_dir(&self, name: &str) -> PathBuf {
+        self.dir.path().join("hosts").join(name)
+    }
+
+    pub(crate) fn token(&self, host: &str, allow: &[&SpiffeId]) -> JoinToken {
+        let allow: Vec<String> = allow.iter().map(|id| id.short().to_owned()).collect();
+        let pki = [self.address()];
+        let request = TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600) };
+        create_token(&self.state(), &request, SystemTime::now()).unwrap()
+    }
+
+    pub(crate) async fn join(&self, host: &str, allow: &[&SpiffeId]) -> Result<Credentials, JoinError> {
+        join(&self.host_dir(host), &self.token(host, allow), None).await
+    }
+
+    pub(crate) fn host(&self, name: &str) -> Host {
+        Host::open(&self.host_dir(name))
+    }
+
+    pub(crate) fn audit_log(&self) -> String {
+        std::fs::read_to_string(self.state().join("audit.jsonl")).unwrap()
+    }
+}
+
+/// A running agent, its wishes and its credentials.
+pub(crate) struct Host {
+    pub(crate) credentials: watch::Receiver<Arc<Credentials>>,
+    pub(crate) metrics: Arc<RenewalMetrics>,
+    wanted: watch::Sender<BTreeSet<SpiffeId>>,
+    agent: JoinHandle<()>,
+}
+
+impl Host {
+    pub(crate) fn open(dir: &Path) -> Host {
+        Host::run(Agent::open(dir).unwrap())
+    }
+
+    pub(crate) fn run(agent: Agent) -> Host {
+        let (wanted, wishes) = watch::channel(BTreeSet::new());
+        let (credentials, metrics) = (agent.watch(), agent.metrics());
+        Host { credentials, metrics, wanted, agent: tokio::spawn(agent.run(wishes)) }
+    }
+
+    pub(crate) fn want(&self, ids: &[&SpiffeId]) {
+        self.wanted.send_replace(ids.iter().map(|id| (*id).clone()).collect());
+    }
+
+    pub(crate) fn now(&self) -> Arc<Credentials> {
+        self.credentials.borrow().clone()
+    }
+
+    /// Waits for credentials like this.
+    pub(crate) async fn until(&mut self, like: impl Fn(&Credentials) -> bool) -> Arc<Credentials> {
+        let found = timeout(PATIENCE, self.credentials.wait_for(|held| like(held))).await;
+        let error = self.metrics.last_error();
+        found.unwrap_or_else(|_| panic!("the credentials never came; last error: {error:?}")).unwrap().clone()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.agent.abort();
+    }
+}
+
+/// Waits for something that announces itself nowhere.
+pub(crate) async fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    let mut ticks = interval(Duration::from_millis(10));
+    let waiting = async {
+        while !is_so() {
+            ticks.tick().await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// A certificate request over a key.
+pub(crate) fn request_over(key: &KeyPair) -> Vec<u8> {
+    rcgen::CertificateParams::default().serialize_request(key).unwrap().der().to_vec()
+}
+
+pub(crate) async fn openssl(arguments: &[&str], stdin: &[u8]) -> Output {
+    let arguments: Vec<String> = arguments.iter().map(|one| (*one).to_owned()).collect();
+    let stdin = stdin.to_vec();
+    let run = move || {
+        use std::io::Write;
+        use std::process::Stdio;
+        let mut command = Command::new("openssl");
+        command.args(&arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the openssl program is installed (Debian package openssl)");
+        child.stdin.take().unwrap().write_all(&stdin).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    tokio::task::spawn_blocking(run).await.unwrap()
+}
