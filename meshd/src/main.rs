@@ -10,6 +10,9 @@ use meshd::app::App;
 use meshd::capture;
 use meshd::config::Config;
 use meshd_identity::JoinToken;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// A service mesh for VMs and bare metal: the daemon of one host, and its command line.
 #[derive(Parser)]
@@ -125,10 +128,12 @@ fn run(config: &Config, path: &Path) -> anyhow::Result<ExitCode> {
     })
 }
 
+/// To standard error, for journald; `RUST_LOG=debug` or `RUST_LOG=meshd::transport=debug,info` says how much.
 fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let wanted = std::env::var("RUST_LOG").ok().and_then(|filter| filter.parse::<Targets>().ok());
+    let filter = wanted.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(lines).with(filter).init();
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {

@@ -1,10 +1,12 @@
 //! WHICH endpoint: power of two choices by peak-EWMA cost (as Linkerd and Finagle do). Pure; takes `now`.
 //!
 //! The cost of an endpoint is the recent peak of its time from CONNECT to 200, times the streams in
-//! flight on it + 1, divided by its weight. A failed dial counts as the connect timeout.
+//! flight on it + 1, divided by its weight. A failed dial counts as the connect timeout. Such a penalty
+//! takes a minute to decay below what a healthy endpoint costs, so whoever probes a failed endpoint
+//! (`probe`) clears it as soon as the endpoint answers.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +16,9 @@ use meshd_discovery::{Endpoint, Health, Service};
 const DECAY: Duration = Duration::from_secs(10);
 /// Cost of an endpoint nobody has tried, unless a sibling is cheaper: a LAN connect, in seconds.
 const UNTRIED: f64 = 1e-3;
+/// Failed endpoints are probed after this, then after twice as long, up to the limit.
+const PROBE_FIRST: Duration = Duration::from_secs(1);
+const PROBE_MAX: Duration = Duration::from_secs(30);
 /// Choices compared per pick.
 const CHOICES: usize = 2;
 
@@ -29,6 +34,21 @@ struct Member {
     endpoint: Arc<Endpoint>,
     cost: Cell<Option<Peak>>,
     in_flight: Cell<u32>,
+    /// Failures since the last success.
+    failures: Cell<u32>,
+    probed: Cell<bool>,
+}
+
+impl Member {
+    fn new(endpoint: &Arc<Endpoint>) -> Member {
+        Member {
+            endpoint: endpoint.clone(),
+            cost: Cell::default(),
+            in_flight: Cell::default(),
+            failures: Cell::default(),
+            probed: Cell::default(),
+        }
+    }
 }
 
 /// An exponentially weighted moving average that jumps to peaks and decays from them.
@@ -68,9 +88,52 @@ impl Candidate {
         &self.0.endpoint
     }
 
-    /// It answered (or failed, which counts as the connect timeout) after `elapsed`.
-    pub(super) fn observe(&self, elapsed: Duration, now: Instant) {
+    /// It answered after `elapsed`.
+    pub(super) fn answered(&self, elapsed: Duration, now: Instant) {
+        self.0.failures.set(0);
+        self.observe(elapsed, now);
+    }
+
+    /// It failed, which costs as much as `timeout`. Who gets a `Failed` must probe it; None: somebody does.
+    pub(super) fn failed(&self, timeout: Duration, now: Instant) -> Option<Failed> {
+        self.0.failures.set(self.0.failures.get() + 1);
+        self.observe(timeout, now);
+        (!self.0.probed.replace(true)).then(|| Failed(Rc::downgrade(&self.0)))
+    }
+
+    fn observe(&self, elapsed: Duration, now: Instant) {
         self.0.cost.set(Some(Peak::observe(self.0.cost.get(), elapsed.as_secs_f64(), now)));
+    }
+}
+
+/// An endpoint that failed, for as long as the balancer has it.
+pub(super) struct Failed(Weak<Member>);
+
+impl Failed {
+    /// How long to wait before the next probe; None: the endpoint is gone.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        let doublings = self.0.upgrade()?.failures.get().saturating_sub(1).min(5);
+        Some((PROBE_FIRST * 2u32.pow(doublings)).min(PROBE_MAX))
+    }
+
+    pub(super) fn endpoint(&self) -> Option<Arc<Endpoint>> {
+        Some(self.0.upgrade()?.endpoint.clone())
+    }
+
+    /// A probe failed as well.
+    pub(super) fn still_failing(&self) {
+        if let Some(member) = self.0.upgrade() {
+            member.failures.set(member.failures.get() + 1);
+        }
+    }
+
+    /// The endpoint answers again: its penalty goes, but not its record of failures, which only a
+    /// connection to the application clears.
+    pub(super) fn recovered(self) {
+        if let Some(member) = self.0.upgrade() {
+            member.cost.set(None);
+            member.probed.set(false);
+        }
     }
 }
 
@@ -98,9 +161,12 @@ impl Balancer {
             .map(|endpoint| match members.iter().find(|member| same_place(&member.endpoint, endpoint)) {
                 Some(known) if known.endpoint == *endpoint => known.clone(),
                 Some(known) => {
-                    Rc::new(Member { endpoint: endpoint.clone(), cost: known.cost.clone(), in_flight: Cell::new(0) })
+                    let member = Member::new(endpoint);
+                    // A changed record deserves a try where the old one had failed.
+                    member.cost.set(known.cost.get().filter(|_| !known.probed.get()));
+                    Rc::new(member)
                 }
-                None => Rc::new(Member { endpoint: endpoint.clone(), cost: Cell::new(None), in_flight: Cell::new(0) }),
+                None => Rc::new(Member::new(endpoint)),
             })
             .collect();
         *members = updated;
@@ -207,8 +273,8 @@ mod tests {
         let balancer = balancer(&[100, 100]);
         let now = Instant::now();
         let both = all_in_order(&balancer, now);
-        both[0].observe(Duration::from_millis(1), now);
-        both[1].observe(Duration::from_millis(50), now);
+        both[0].answered(Duration::from_millis(1), now);
+        both[1].answered(Duration::from_millis(50), now);
         let cheap = both[0].endpoint().clone();
         drop(both);
         for _ in 0..20 {
@@ -221,15 +287,48 @@ mod tests {
         let balancer = balancer(&[100, 100]);
         let start = Instant::now();
         let both = all_in_order(&balancer, start);
-        both[0].observe(Duration::from_secs(1), start);
+        both[0].failed(Duration::from_secs(1), start);
         let failed = both[0].endpoint().clone();
         drop(both);
         let later = start + Duration::from_secs(100);
         let other = all_in_order(&balancer, start).remove(0);
         assert_ne!(other.endpoint(), &failed);
-        other.observe(Duration::from_millis(1), later);
+        other.answered(Duration::from_millis(1), later);
         drop(other);
         assert_eq!(all_in_order(&balancer, later)[0].endpoint(), &failed);
+    }
+
+    #[test]
+    fn a_probe_brings_a_failed_endpoint_back_at_once() {
+        let balancer = balancer(&[100, 100]);
+        let now = Instant::now();
+        let both = all_in_order(&balancer, now);
+        let failed = both[0].failed(Duration::from_secs(1), now).unwrap();
+        assert!(both[0].failed(Duration::from_secs(1), now).is_none(), "one prober is enough");
+        both[1].answered(Duration::from_millis(1), now);
+        let away = both[0].endpoint().clone();
+        drop(both);
+        assert_ne!(all_in_order(&balancer, now)[0].endpoint(), &away);
+        failed.recovered();
+        let busy = all_in_order(&balancer, now).into_iter().find(|candidate| candidate.endpoint() != &away);
+        assert_eq!(all_in_order(&balancer, now)[0].endpoint(), &away);
+        drop(busy);
+    }
+
+    #[test]
+    fn probes_back_off_and_end_with_the_endpoint() {
+        let balancer = balancer(&[100]);
+        let candidate = balancer.candidates().next(Instant::now()).unwrap();
+        let failed = candidate.failed(Duration::from_secs(1), Instant::now()).unwrap();
+        let mut pauses = Vec::new();
+        for _ in 0..7 {
+            pauses.push(failed.pause().unwrap().as_secs());
+            failed.still_failing();
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
+        drop(candidate);
+        balancer.update(&service(vec![]), 80);
+        assert!(failed.pause().is_none() && failed.endpoint().is_none());
     }
 
     #[test]
@@ -258,7 +357,7 @@ mod tests {
         let now = Instant::now();
         for candidate in all_in_order(&balancer, now) {
             let slow = candidate.endpoint().dial.ip().to_string() == "10.0.0.1";
-            candidate.observe(Duration::from_millis(if slow { 500 } else { 1 }), now);
+            candidate.answered(Duration::from_millis(if slow { 500 } else { 1 }), now);
         }
         balancer.update(&service(vec![endpoint(1, 100), endpoint(2, 100)]), 80);
         assert_eq!(all_in_order(&balancer, now)[0].endpoint().dial.ip().to_string(), "10.0.0.2");

@@ -13,9 +13,10 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use http::{Method, Request, Uri};
 use meshd_discovery::{Endpoint, Transport};
+use meshd_identity::SpiffeId;
 use tokio::net::TcpStream;
 
-use super::balance::{Candidate, Candidates};
+use super::balance::{Candidate, Candidates, Failed};
 use crate::enrol::Workload;
 use crate::fault::Fault;
 use crate::telemetry::Tls;
@@ -95,6 +96,7 @@ pub(super) async fn first(
     who: &Workload,
     mut candidates: Candidates<'_>,
     app: &mut TcpStream,
+    mut probe: impl FnMut(Failed),
 ) -> Result<Connected, Fault> {
     let mut early = Early::default();
     let mut last = Fault::NoEndpoints;
@@ -103,7 +105,7 @@ pub(super) async fn first(
         match attempt(&connector, who, candidate.endpoint(), app, &mut early).await {
             Ok(upstream) => {
                 let now = Instant::now();
-                candidate.observe(now - started, now);
+                candidate.answered(now - started, now);
                 let endpoint = candidate.endpoint().dial;
                 return Ok(Connected { upstream, endpoint, candidate, early });
             }
@@ -111,7 +113,9 @@ pub(super) async fn first(
                 if failure.fault == Fault::AppReset {
                     return Err(failure.fault);
                 }
-                candidate.observe(connector.dialer.connect_timeout, Instant::now());
+                if let Some(failed) = candidate.failed(connector.dialer.connect_timeout, Instant::now()) {
+                    probe(failed);
+                }
                 if failure.delivered || !failure.fault.retryable() {
                     return Err(failure.fault);
                 }
@@ -148,6 +152,16 @@ async fn attempt(
             Err(_) => slot.retire(),
         }
     }
+}
+
+/// Which pooled connection leads to `endpoint`; None for one reached in clear.
+pub(super) fn pool_key(source: &SpiffeId, endpoint: &Endpoint) -> Option<PoolKey> {
+    let version = match endpoint.transport {
+        Transport::Meshd => WireVersion::Meshd1,
+        Transport::Hbone => WireVersion::Hbone,
+        Transport::Plaintext => return None,
+    };
+    Some(PoolKey { source: source.clone(), expected: endpoint.identity.clone(), address: endpoint.dial, version })
 }
 
 type Opening = (h2::client::ResponseFuture, SendStream<Bytes>);

@@ -14,6 +14,7 @@ mod identify;
 mod inbound;
 mod limits;
 mod outbound;
+mod probe;
 mod report;
 mod resolve;
 mod serve;

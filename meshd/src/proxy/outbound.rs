@@ -15,7 +15,7 @@ use super::report::Report;
 use super::resolve::Place;
 use super::serve::Counters;
 use super::worker::Env;
-use super::{connect, detect, resolve, serve};
+use super::{connect, detect, probe, resolve, serve};
 use crate::enrol::Workload;
 use crate::fault::Fault;
 use crate::telemetry::Direction;
@@ -73,7 +73,7 @@ pub(super) async fn carry(env: Rc<Env>, admitted: Admitted) {
 }
 
 async fn connect_and_serve(
-    env: &Env,
+    env: &Rc<Env>,
     socket: StdStream,
     who: &Workload,
     place: &Place,
@@ -84,7 +84,8 @@ async fn connect_and_serve(
     let balancer = env.balancer(&who.identity, place);
     let tls = env.shared.tls.load_full();
     let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
-    match connect::first(connector, who, balancer.candidates(), &mut app).await {
+    let probe = |failed| probe::start(env, &who.identity, failed);
+    match connect::first(connector, who, balancer.candidates(), &mut app, probe).await {
         Ok(connected) => {
             report.peer_identity(&connected.candidate.endpoint().identity);
             report.connected(connected.endpoint, connected.upstream.tls());

@@ -22,6 +22,11 @@ const READ_BUFFER: usize = 64 * 1024;
 const GATHER_MAX: usize = 128 * 1024;
 /// A gather buffer that grew beyond this is given back when it runs empty.
 const GATHER_KEEP: usize = 16 * 1024;
+/// Writes of at least a full TLS record are encrypted where they are instead of being gathered first.
+const RECORD: usize = 16 * 1024;
+/// Ciphertext taken in per turn. Then the streams have their turn while what was decrypted is still in
+/// the CPU's cache, and its memory is used again instead of piling up.
+const TURN_MAX: usize = 256 * 1024;
 
 thread_local! {
     static CIPHERTEXT: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER].into_boxed_slice());
@@ -35,6 +40,10 @@ struct Inner {
     unread_at: usize,
     /// Plaintext waiting for the end of the turn.
     gathered: Vec<u8>,
+    /// Bytes encrypted and not yet sent, at most.
+    encrypted: usize,
+    /// Ciphertext taken in this turn.
+    taken: usize,
     ended: bool,
     heard: Rc<Cell<Instant>>,
 }
@@ -54,6 +63,8 @@ impl SecureIo {
             unread: Vec::new(),
             unread_at: 0,
             gathered: Vec::new(),
+            encrypted: 0,
+            taken: 0,
             ended: false,
             heard,
         })))
@@ -64,32 +75,41 @@ impl SecureIo {
         self.0.borrow().heard.clone()
     }
 
-    /// Encrypts and sends what was gathered. Pending: the socket is full, and the task is woken when it drains.
+    /// Ends the turn: encrypts and sends what was gathered. An error is the connection's end; a full
+    /// socket wakes the task when it drains.
     pub fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.borrow_mut().poll_send(cx)
+        let mut inner = self.0.borrow_mut();
+        inner.taken = 0;
+        inner.poll_send(cx)
     }
 }
 
 impl Inner {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        loop {
-            while self.tls.wants_write() {
-                let mut socket = PolledWriter { socket: &mut self.socket, cx };
-                match self.tls.write_tls(&mut socket) {
-                    Ok(_) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
-                    Err(error) => return Poll::Ready(Err(error)),
-                }
-            }
-            if self.gathered.is_empty() {
-                return Poll::Ready(Ok(()));
-            }
-            self.tls.writer().write_all(&self.gathered)?;
-            self.gathered.clear();
-            if self.gathered.capacity() > GATHER_KEEP {
-                self.gathered = Vec::new();
+        self.encrypt_gathered()?;
+        while self.tls.wants_write() {
+            let mut socket = PolledWriter { socket: &mut self.socket, cx };
+            match self.tls.write_tls(&mut socket) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
+                Err(error) => return Poll::Ready(Err(error)),
             }
         }
+        self.encrypted = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    fn encrypt_gathered(&mut self) -> io::Result<()> {
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
+        self.tls.writer().write_all(&self.gathered)?;
+        self.encrypted += self.gathered.len();
+        self.gathered.clear();
+        if self.gathered.capacity() > GATHER_KEEP {
+            self.gathered = Vec::new();
+        }
+        Ok(())
     }
 
     fn poll_plaintext(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -128,6 +148,10 @@ impl Inner {
     }
 
     fn poll_ciphertext(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.taken >= TURN_MAX {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         CIPHERTEXT.with_borrow_mut(|buffer| {
             let mut read = ReadBuf::new(buffer);
             ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
@@ -137,6 +161,7 @@ impl Inner {
                 self.tls.read_tls(&mut received)?;
                 return Poll::Ready(Ok(()));
             }
+            self.taken += received.len();
             self.heard.set(Instant::now());
             self.feed(&mut received)?;
             self.unread.extend_from_slice(received);
@@ -193,14 +218,20 @@ impl AsyncWrite for SecureIo {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let mut inner = self.0.borrow_mut();
-        if inner.gathered.len() >= GATHER_MAX {
+        if inner.gathered.len() + inner.encrypted >= GATHER_MAX {
             ready!(inner.poll_send(cx))?;
         }
-        let before = inner.gathered.len();
+        let length = slices.iter().map(|slice| slice.len()).sum();
+        if length >= RECORD {
+            inner.encrypt_gathered()?;
+            let written = inner.tls.writer().write_vectored(slices)?;
+            inner.encrypted += written;
+            return Poll::Ready(Ok(written));
+        }
         for slice in slices {
             inner.gathered.extend_from_slice(slice);
         }
-        Poll::Ready(Ok(inner.gathered.len() - before))
+        Poll::Ready(Ok(length))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -25,7 +25,7 @@ pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
 pub const MAX_FRAME: u32 = 64 * 1024;
 pub const MAX_HEADERS: u32 = 16 * 1024;
 /// Bytes one stream may have queued for a connection that does not drain.
-pub const SEND_BUFFER: usize = 256 * 1024;
+pub const SEND_BUFFER: usize = 128 * 1024;
 
 /// A peer's time for its TLS handshake and HTTP/2 preface.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(3);

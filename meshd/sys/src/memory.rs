@@ -7,7 +7,8 @@ pub fn tune(arenas: usize) {
     // SAFETY: mallopt only changes parameters of the allocator; it is called before worker threads start.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, arenas as libc::c_int);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 20);
+        // High enough that a burst of bulk traffic does not give memory back and fault it in again per turn.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 4 << 20);
         // Otherwise freeing one large block raises the threshold for good, and with it the heap.
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
     }
