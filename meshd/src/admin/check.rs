@@ -81,13 +81,18 @@ pub async fn check(config_path: &Path) -> Vec<Finding> {
 }
 
 fn expiry(credentials: &Credentials) -> Finding {
+    let now = SystemTime::now();
     let svids = std::iter::once(&credentials.host).chain(credentials.workloads.values());
-    let soon = SystemTime::now() + EXPIRY_WARNING;
-    let short: Vec<String> = svids.filter(|svid| svid.not_after < soon).map(|svid| svid.id.to_string()).collect();
-    let result = if short.is_empty() {
-        Ok(())
-    } else {
-        Err(format!("less than 6 h left for {}; is the PKI reachable, and the clock right?", short.join(", ")))
+    let short: Vec<String> = svids
+        .filter(|svid| svid.not_after < now + EXPIRY_WARNING)
+        .map(|svid| match svid.not_after.duration_since(now) {
+            Ok(left) => format!("{} ends in {} min", svid.id, left.as_secs() / 60),
+            Err(ended) => format!("{} EXPIRED {} min ago", svid.id, ended.duration().as_secs() / 60),
+        })
+        .collect();
+    let result = match short.is_empty() {
+        true => Ok(()),
+        false => Err(format!("{}; is the PKI reachable, and the clock right?", short.join(", "))),
     };
     Finding::new("certificates are valid for at least 6 h", result, Verdict::Failed)
 }

@@ -8,15 +8,16 @@ use std::sync::Arc;
 use meshd_discovery::ServiceName;
 use meshd_identity::{SpiffeId, TrustDomain};
 use serde::Deserialize;
+use toml::Spanned;
 
 use super::{Delivery, Enrolment, Mode, Selector, Workload};
-use crate::config::{ConfigError, read_toml};
+use crate::config::{ConfigError, line_of, read_toml_text};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct EnrolFile {
     #[serde(default, rename = "workload")]
-    workloads: Vec<WorkloadEntry>,
+    workloads: Vec<Spanned<WorkloadEntry>>,
 }
 
 #[derive(Deserialize)]
@@ -27,7 +28,7 @@ struct WorkloadEntry {
     namespace: String,
     name: String,
     #[serde(default)]
-    serve: Vec<ServeEntry>,
+    serve: Vec<Spanned<ServeEntry>>,
 }
 
 #[derive(Deserialize)]
@@ -63,45 +64,45 @@ pub fn load(dir: &Path, trust_domain: &TrustDomain, reserved: &[SocketAddr]) -> 
     paths.sort();
     let mut enrolment = Enrolment::default();
     for path in &paths {
-        let file: EnrolFile = read_toml(path)?;
+        let (file, text): (EnrolFile, String) = read_toml_text(path)?;
         for entry in file.workloads {
-            enrolment.add(path, entry, trust_domain, reserved)?;
+            enrolment.add(&Origin { path, text: &text }, entry, trust_domain, reserved)?;
         }
     }
     Ok(enrolment)
 }
 
+/// Where an entry was read, to say so when it is refused.
+struct Origin<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Origin<'_> {
+    fn refuse<T>(&self, entry: &Spanned<T>, field: &str, reason: &str) -> ConfigError {
+        let line = line_of(self.text, entry.span().start);
+        ConfigError::Parse { path: self.path.into(), line, reason: format!("{field}: {reason}") }
+    }
+}
+
 impl Enrolment {
     fn add(
         &mut self,
-        path: &Path,
-        entry: WorkloadEntry,
+        origin: &Origin<'_>,
+        entry: Spanned<WorkloadEntry>,
         trust_domain: &TrustDomain,
         reserved: &[SocketAddr],
     ) -> Result<(), ConfigError> {
-        let refuse =
-            |field: &str, reason: String| ConfigError::Value { path: path.into(), field: field.into(), reason };
-        let selector = match (&entry.unit, entry.uid) {
-            (Some(unit), None) => Selector::Unit(unit.as_str().into()),
-            (None, Some(uid)) => Selector::Uid(uid),
-            _ => return Err(refuse("workload", format!("{}: give either `unit` or `uid`", entry.name))),
-        };
-        let identity = SpiffeId::workload(trust_domain, &entry.namespace, &entry.name)
-            .map_err(|error| refuse("workload.namespace/name", error.to_string()))?;
-        if identity.namespace() == "meshd-system" {
-            return Err(refuse("workload.namespace", "`meshd-system` is reserved for meshd; choose another".into()));
-        }
-        let unit: Arc<str> = match &selector {
-            Selector::Unit(unit) => unit.clone(),
-            Selector::Uid(uid) => format!("uid:{uid}").into(),
-        };
-        let workload = Arc::new(Workload { identity, unit, selector: selector.clone() });
-        match self.by_selector.entry(selector) {
-            Entry::Occupied(_) => return Err(refuse("workload", format!("{} is enrolled twice", workload.unit))),
+        let workload = Arc::new(workload(origin, &entry, trust_domain)?);
+        match self.by_selector.entry(workload.selector.clone()) {
+            Entry::Occupied(_) => {
+                return Err(origin.refuse(&entry, "workload", &format!("{} is enrolled twice", workload.unit)));
+            }
             Entry::Vacant(slot) => slot.insert(workload.clone()),
         };
-        for serve in entry.serve {
-            self.add_delivery(&workload, serve, reserved).map_err(|(field, reason)| refuse(field, reason))?;
+        for serve in &entry.get_ref().serve {
+            self.add_delivery(&workload, serve.get_ref(), reserved)
+                .map_err(|(field, reason)| origin.refuse(serve, field, &reason))?;
         }
         self.workloads.push(workload);
         Ok(())
@@ -110,7 +111,7 @@ impl Enrolment {
     fn add_delivery(
         &mut self,
         owner: &Arc<Workload>,
-        serve: ServeEntry,
+        serve: &ServeEntry,
         reserved: &[SocketAddr],
     ) -> Result<(), (&'static str, String)> {
         let service: ServiceName =
@@ -129,7 +130,7 @@ impl Enrolment {
             owner: owner.clone(),
             deliver: serve.deliver,
             mode: serve.mode,
-            local_ok: serve.local_ok,
+            local_ok: serve.local_ok.clone(),
         });
         if self.by_target.insert((service.clone(), serve.port), delivery.clone()).is_some() {
             return Err(("workload.serve", format!("{service}:{} is served twice on this host", serve.port)));
@@ -137,6 +138,30 @@ impl Enrolment {
         self.deliveries.push(delivery);
         Ok(())
     }
+}
+
+fn workload(
+    origin: &Origin<'_>,
+    entry: &Spanned<WorkloadEntry>,
+    trust_domain: &TrustDomain,
+) -> Result<Workload, ConfigError> {
+    let WorkloadEntry { unit, uid, namespace, name, .. } = entry.get_ref();
+    let selector = match (unit, uid) {
+        (Some(unit), None) => Selector::Unit(unit.as_str().into()),
+        (None, Some(uid)) => Selector::Uid(*uid),
+        _ => return Err(origin.refuse(entry, "workload", &format!("{name}: give either `unit` or `uid`"))),
+    };
+    let identity = SpiffeId::workload(trust_domain, namespace, name)
+        .map_err(|error| origin.refuse(entry, "workload.namespace/name", &error.to_string()))?;
+    if identity.is_system() {
+        let reason = "`meshd-system` is reserved for meshd; choose another";
+        return Err(origin.refuse(entry, "workload.namespace", reason));
+    }
+    let unit = match &selector {
+        Selector::Unit(unit) => unit.clone(),
+        Selector::Uid(uid) => format!("uid:{uid}").into(),
+    };
+    Ok(Workload { identity, unit, selector })
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use super::authorize::{self, Policy};
 use super::limits::Admission;
 use super::report::Report;
-use super::serve::Counters;
+use super::serve::Watch;
 use super::worker::Env;
 use super::{deliver, serve};
 use crate::enrol::Delivery;
@@ -109,7 +109,7 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
                     tracing::debug!(address = %peer.facts.address, peer = %peer.facts.id, %error, "peer connection broke");
                     return;
                 }
-                None => return,
+                None => return peer.server.close().await,
             },
             () = go_away, if !farewell => {
                 farewell = true;
@@ -139,7 +139,7 @@ async fn stream(env: &Env, peer: &PeerFacts, request: Request<RecvStream>, mut r
     let outcome = match accept_target(env, peer, &target, &mut report).await {
         Ok((delivery, app)) => {
             report.connected(delivery.deliver, Tls::Mutual);
-            serve_stream(app, request.into_body(), &mut respond, &report).await
+            serve_stream(env, app, request.into_body(), &mut respond, &report).await
         }
         Err(fault) => {
             refuse(&mut respond, fault);
@@ -173,14 +173,23 @@ async fn accept_target(
 }
 
 async fn serve_stream(
+    env: &Env,
     app: TcpStream,
     receive: RecvStream,
     respond: &mut SendResponse<Bytes>,
     report: &Report,
 ) -> Result<(), Fault> {
-    let send = respond.send_response(Response::new(()), false).map_err(|_| Fault::PeerReset)?;
-    let counters = Counters { from_app: |bytes| report.count_down(bytes), to_app: |bytes| report.count_up(bytes) };
-    serve::opaque(app, send, receive, Vec::new(), &counters).await
+    let Ok(send) = respond.send_response(Response::new(()), false) else {
+        // The peer has given the stream up: the application must see an abort, not an empty connection.
+        serve::abort(&app);
+        return Err(Fault::PeerReset);
+    };
+    let watch = Watch {
+        from_app: |bytes| report.count_down(bytes),
+        to_app: |bytes| report.count_up(bytes),
+        budget: &env.budget,
+    };
+    serve::opaque(app, send, receive, Vec::new(), &watch).await
 }
 
 fn refuse(respond: &mut SendResponse<Bytes>, fault: Fault) {

@@ -10,6 +10,7 @@ mod balance;
 mod connect;
 mod deliver;
 mod detect;
+mod held;
 mod identify;
 mod inbound;
 mod limits;
@@ -55,8 +56,8 @@ pub struct ProxyConfig {
     pub drain_timeout_s: u64,
     /// The identity shown to peers that send no SNI (Istio's ztunnel), as `ns/<namespace>/sa/<name>`.
     pub default_identity: Option<String>,
-    /// Peers' bytes held for local applications that do not read, in all; beyond it, connections of
-    /// slow readers are no longer read from.
+    /// Peers' bytes held for local applications that do not read, in all; streams that would go beyond
+    /// it are reset as `limit`.
     pub max_buffered_mib: u64,
 }
 

@@ -13,7 +13,7 @@ use super::detect::Served;
 use super::identify::Unidentified;
 use super::report::Report;
 use super::resolve::Place;
-use super::serve::Counters;
+use super::serve::Watch;
 use super::worker::Env;
 use super::{connect, detect, probe, resolve, serve};
 use crate::enrol::Workload;
@@ -89,7 +89,7 @@ async fn connect_and_serve(
         Ok(connected) => {
             report.peer_identity(&connected.candidate.endpoint().identity);
             report.connected(connected.endpoint, connected.upstream.tls());
-            serve(served, app, connected, report).await
+            serve(env, served, app, connected, report).await
         }
         Err(fault) => {
             serve::abort(&app);
@@ -98,16 +98,18 @@ async fn connect_and_serve(
     }
 }
 
-async fn serve(served: Served, app: TcpStream, connected: Connected, report: &Report) -> Result<(), Fault> {
+async fn serve(env: &Env, served: Served, app: TcpStream, connected: Connected, report: &Report) -> Result<(), Fault> {
     let Served::Opaque = served;
     let Connected { upstream, early, candidate: _in_flight, .. } = connected;
-    let counters = Counters { from_app: |bytes| report.count_up(bytes), to_app: |bytes| report.count_down(bytes) };
+    let watch = Watch {
+        from_app: |bytes| report.count_up(bytes),
+        to_app: |bytes| report.count_down(bytes),
+        budget: &env.budget,
+    };
     report.count_up(early.length);
     match upstream {
-        Upstream::Mesh { send, receive, slot: _slot } => {
-            serve::opaque(app, send, receive, early.chunks, &counters).await
-        }
-        Upstream::Plain(far) => serve::plain(app, far, early.chunks, &counters).await,
+        Upstream::Mesh { send, receive, slot: _slot } => serve::opaque(app, send, receive, early.chunks, &watch).await,
+        Upstream::Plain(far) => serve::plain(app, far, early.chunks, &watch).await,
     }
 }
 

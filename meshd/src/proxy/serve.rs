@@ -2,21 +2,25 @@
 
 use std::cell::Cell;
 use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use socket2::SockRef;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
+use super::held::{self, Budget};
 use crate::fault::Fault;
 use crate::transport::chunk::{CHUNK, poll_chunk};
 
-/// Told of every byte as it passes.
-pub(super) struct Counters<F: Fn(usize), G: Fn(usize)> {
+/// Told of every byte as it passes, and how much may pile up.
+pub(super) struct Watch<'a, F: Fn(usize), G: Fn(usize)> {
     pub from_app: F,
     pub to_app: G,
+    pub budget: &'a Budget,
 }
 
 /// Application <-> mesh stream, until both sides have ended or either broke.
@@ -25,7 +29,7 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
     mut send: SendStream<Bytes>,
     mut receive: RecvStream,
     already_read: Vec<Bytes>,
-    counters: &Counters<F, G>,
+    watch: &Watch<'_, F, G>,
 ) -> Result<(), Fault> {
     for chunk in already_read {
         // At most the early data limit, which HTTP/2 queues whatever the window.
@@ -35,11 +39,11 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
         let (read, write) = app.split();
         let upload_over = Cell::new(false);
         let upload = async {
-            let outcome = from_app(read, &mut send, &counters.from_app).await;
+            let outcome = from_app(read, &mut send, &watch.from_app).await;
             upload_over.set(true);
             outcome
         };
-        let download = to_app(write, &mut receive, &counters.to_app, &upload_over);
+        let download = to_app(write, &mut receive, watch, &upload_over);
         tokio::try_join!(upload, download).map(|_| ())
     };
     if outcome.is_err() {
@@ -52,7 +56,12 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
 
 async fn from_app(mut app: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: &impl Fn(usize)) -> Result<(), Fault> {
     loop {
-        let room = capacity(send).await?;
+        let room = tokio::select! {
+            biased;
+            room = capacity(send) => room?,
+            // Nothing is read while the far side takes nothing; an application that is gone must be noticed all the same.
+            _ = app.ready(Interest::ERROR) => return Err(Fault::AppReset),
+        };
         let chunk = poll_fn(|cx| poll_chunk(&mut app, cx, room)).await.map_err(|_| Fault::AppReset)?;
         let end = chunk.is_empty();
         count(chunk.len());
@@ -79,16 +88,16 @@ async fn capacity(send: &mut SendStream<Bytes>) -> Result<usize, Fault> {
     }
 }
 
-async fn to_app(
+async fn to_app<F: Fn(usize), G: Fn(usize)>(
     mut app: WriteHalf<'_>,
     receive: &mut RecvStream,
-    count: &impl Fn(usize),
+    watch: &Watch<'_, F, G>,
     upload_over: &Cell<bool>,
 ) -> Result<(), Fault> {
     while let Some(data) = receive.data().await {
         let data = data.map_err(|_| Fault::PeerReset)?;
-        app.write_all(&data).await.map_err(|_| Fault::AppReset)?;
-        count(data.len());
+        write(&mut app, &data, receive, watch.budget).await?;
+        (watch.to_app)(data.len());
         // Only now may the peer send as much again: what an application does not take stays with its sender.
         receive.flow_control().release_capacity(data.len()).map_err(|_| Fault::PeerReset)?;
     }
@@ -99,12 +108,29 @@ async fn to_app(
     app.shutdown().await.map_err(|_| Fault::AppReset)
 }
 
+/// Writes all of `data`. While the application does not take it, what piles up behind counts against the budget.
+async fn write(app: &mut WriteHalf<'_>, data: &[u8], receive: &mut RecvStream, budget: &Budget) -> Result<(), Fault> {
+    let mut writing = pin!(app.write_all(data));
+    let at_once = poll_fn(|cx| Poll::Ready(writing.as_mut().poll(cx))).await;
+    if let Poll::Ready(written) = at_once {
+        return written.map_err(|_| Fault::AppReset);
+    }
+    let mut held = budget.hold_nothing();
+    loop {
+        tokio::select! {
+            biased;
+            written = &mut writing => return written.map_err(|_| Fault::AppReset),
+            () = tokio::time::sleep(held::LOOK) => held.update(receive.flow_control().used_capacity())?,
+        }
+    }
+}
+
 /// Application <-> plaintext endpoint.
 pub(super) async fn plain<F: Fn(usize), G: Fn(usize)>(
     mut app: TcpStream,
     mut far: TcpStream,
     already_read: Vec<Bytes>,
-    counters: &Counters<F, G>,
+    watch: &Watch<'_, F, G>,
 ) -> Result<(), Fault> {
     for chunk in already_read {
         far.write_all(&chunk).await.map_err(|_| Fault::PeerReset)?;
@@ -112,8 +138,8 @@ pub(super) async fn plain<F: Fn(usize), G: Fn(usize)>(
     let outcome = {
         let (app_read, app_write) = app.split();
         let (far_read, far_write) = far.split();
-        let upload = copy(app_read, far_write, &counters.from_app, Fault::AppReset, Fault::PeerReset);
-        let download = copy(far_read, app_write, &counters.to_app, Fault::PeerReset, Fault::AppReset);
+        let upload = copy(app_read, far_write, &watch.from_app, Fault::AppReset, Fault::PeerReset);
+        let download = copy(far_read, app_write, &watch.to_app, Fault::PeerReset, Fault::AppReset);
         tokio::try_join!(upload, download).map(|_| ())
     };
     if outcome.is_err() {

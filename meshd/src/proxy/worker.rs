@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -19,6 +20,7 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, watch};
 
 use super::balance::Balancer;
+use super::held::Budget;
 use super::identify::Identifier;
 use super::limits::{Admission, SourceLimits};
 use super::outbound::{self, Admitted};
@@ -68,6 +70,7 @@ pub(super) struct Env {
     pub(super) lifecycle: Lifecycle,
     pub(super) tls_generation: watch::Receiver<u64>,
     pub(super) work: Arc<Work>,
+    pub(super) budget: Budget,
     limits: SourceLimits,
     balancers: RefCell<HashMap<(SpiffeId, ServiceName, u16), Rc<Balancer>>>,
     captured: Vec<SocketAddr>,
@@ -199,6 +202,10 @@ impl Parts {
             lifecycle: self.lifecycle,
             tls_generation: self.tls_generation,
             work: self.work,
+            budget: Budget {
+                telemetry: self.shared.telemetry.clone(),
+                limit: self.shared.config.max_buffered_mib * 1024 * 1024,
+            },
             limits: self.limits,
             balancers: RefCell::default(),
             captured: listeners.captured.iter().map(StdListener::local_addr).collect::<io::Result<_>>()?,
@@ -249,7 +256,8 @@ async fn accept(env: Rc<Env>, listener: AcceptQueue, take: Take) {
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((socket, address)) => take(&env, socket, address),
+            // A defect met while admitting one connection must not take the listener with it.
+            Ok((socket, address)) => drop(catch_unwind(AssertUnwindSafe(|| take(&env, socket, address)))),
             Err(error) if transient(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections; raise LimitNOFILE if descriptors ran out");

@@ -67,7 +67,9 @@ impl ClientDriver {
     }
 
     pub async fn run(mut self, busy: impl Fn() -> bool) -> Result<(), MeshError> {
-        poll_fn(|cx| self.poll(cx, busy())).await
+        poll_fn(|cx| self.poll(cx, busy())).await?;
+        self.io.linger().await;
+        Ok(())
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, busy: bool) -> Poll<Result<(), MeshError>> {
@@ -127,6 +129,13 @@ impl Server {
             accepted.map(|ended| ended.map(|result| result.map_err(Into::into)))
         })
         .await
+    }
+
+    /// After `accept` has said that it is over: lets the peer read all of it.
+    pub async fn close(self) {
+        let Server { connection, io, .. } = self;
+        drop(connection);
+        io.linger().await;
     }
 
     /// GOAWAY: streams under way and in flight are served, no new ones.

@@ -6,11 +6,12 @@
 //! its turn. Reads go through one 64 KiB buffer per worker thread, so an idle connection holds none.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io::{self, Read, Write};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustls::Connection;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -27,6 +28,8 @@ const RECORD: usize = 16 * 1024;
 /// Ciphertext taken in per turn. Then the streams have their turn while what was decrypted is still in
 /// the CPU's cache, and its memory is used again instead of piling up.
 const TURN_MAX: usize = 256 * 1024;
+/// How long a connection that has ended waits for its peer to have read everything.
+const LINGER: Duration = Duration::from_secs(5);
 
 thread_local! {
     static CIPHERTEXT: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER].into_boxed_slice());
@@ -75,6 +78,14 @@ impl SecureIo {
         self.0.borrow().heard.clone()
     }
 
+    /// After an orderly end: reads and throws away until the peer has closed, too. Closing earlier would
+    /// answer what it still sends with a reset, which takes what it has not yet read from us with it.
+    pub async fn linger(&self) {
+        let peer_closed = poll_fn(|cx| self.0.borrow_mut().poll_discard(cx));
+        // Whoever does not close within this time has lost interest in the rest.
+        let _ = tokio::time::timeout(LINGER, peer_closed).await;
+    }
+
     /// Ends the turn: encrypts and sends what was gathered. An error is the connection's end; a full
     /// socket wakes the task when it drains.
     pub fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -97,6 +108,18 @@ impl Inner {
         }
         self.encrypted = 0;
         Poll::Ready(Ok(()))
+    }
+
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        CIPHERTEXT.with_borrow_mut(|buffer| {
+            loop {
+                let mut read = ReadBuf::new(buffer);
+                let result = ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read));
+                if result.is_err() || read.filled().is_empty() {
+                    return Poll::Ready(());
+                }
+            }
+        })
     }
 
     fn encrypt_gathered(&mut self) -> io::Result<()> {
