@@ -30,7 +30,7 @@ use crate::proxy::{self, Listeners, Shared, Workers};
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::tls::TlsState;
 
-/// How long the first reading of the sources may take before we serve with what there is.
+/// How long the first certificates and the first reading of the sources may take before we serve with what there is.
 const SETTLE: Duration = Duration::from_secs(5);
 /// How often a drain looks whether it is done.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
@@ -74,6 +74,9 @@ impl App {
         let renewals = agent.metrics();
         let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
         let (wanted, wanted_receiver) = watch::channel(enrolment.identities());
+        tokio::spawn(agent.run(wanted_receiver));
+        let mut credentials = credentials;
+        wait_for_certificates(&mut credentials, &enrolment.identities()).await;
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
         let watcher = Watcher::new(sources);
@@ -107,7 +110,6 @@ impl App {
 
         let (conductor, lifecycle) = lifecycle::channel();
         let (tls_generation, tls_generation_receiver) = watch::channel(0);
-        tokio::spawn(agent.run(wanted_receiver));
         tokio::spawn(watcher.run());
         if tokio::time::timeout(SETTLE, meshd_discovery::settled(&mut health)).await.is_err() {
             tracing::warn!("a discovery source has not answered yet; serving with what is known");
@@ -203,6 +205,17 @@ impl App {
         self.wanted.send_replace(enrolment.identities());
         self.shared.enrolment.store(Arc::new(enrolment));
         tracing::info!("enrolment reloaded");
+    }
+}
+
+/// "Ready" should mean that workloads can be reached: waits for the certificates of newly enrolled ones,
+/// but not for a PKI that is away. What was on disk already is served at once.
+async fn wait_for_certificates(credentials: &mut watch::Receiver<Arc<Credentials>>, wanted: &BTreeSet<SpiffeId>) {
+    let settled = credentials.wait_for(|credentials| {
+        wanted.iter().all(|id| credentials.workloads.contains_key(id) || credentials.refused.contains_key(id))
+    });
+    if tokio::time::timeout(SETTLE, settled).await.is_err() {
+        tracing::warn!("the PKI has not issued every certificate yet; serving with those that are there");
     }
 }
 

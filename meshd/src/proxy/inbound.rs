@@ -136,7 +136,8 @@ async fn stream(env: &Env, peer: &PeerFacts, request: Request<RecvStream>, mut r
     let mut report = Report::opened(&env.shared.telemetry, env.worker, Direction::Inbound, peer.address);
     report.peer_identity(&peer.id);
     report.own_identity(&peer.presented);
-    let outcome = match accept_target(env, peer, &target, &mut report).await {
+    // Boxed: connecting takes more memory than serving, and only for a moment.
+    let outcome = match Box::pin(accept_target(env, peer, &target, &mut report)).await {
         Ok((delivery, app)) => {
             report.connected(delivery.deliver, Tls::Mutual);
             serve_stream(env, app, request.into_body(), &mut respond, &report).await

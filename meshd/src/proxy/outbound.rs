@@ -85,7 +85,9 @@ async fn connect_and_serve(
     let tls = env.shared.tls.load_full();
     let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
     let probe = |failed| probe::start(env, &who.identity, failed);
-    match connect::first(connector, who, balancer.candidates(), &mut app, probe).await {
+    // Boxed: connecting takes ten times the memory of serving, and only for a moment.
+    let connecting = Box::pin(connect::first(connector, who, balancer.candidates(), &mut app, probe));
+    match connecting.await {
         Ok(connected) => {
             report.peer_identity(&connected.candidate.endpoint().identity);
             report.connected(connected.endpoint, connected.upstream.tls());

@@ -83,7 +83,8 @@ impl Dialer {
         address: SocketAddr,
         version: WireVersion,
     ) -> Result<Opened, Fault> {
-        let own = tls.identity(source).ok_or(Fault::CertExpired)?.not_after;
+        // Claimed by this host, not (yet) permitted by the PKI: both are needed to be enrolled.
+        let own = tls.identity(source).ok_or(Fault::Unenrolled)?.not_after;
         if own <= SystemTime::now() {
             return Err(Fault::CertExpired);
         }
