@@ -14,8 +14,8 @@ use arc_swap::ArcSwap;
 use meshd_discovery::{SourceConfig, Watcher};
 use meshd_identity::SpiffeId;
 use meshd_pki_client::{Agent, Credentials};
-use meshd_sys::inherit;
 use meshd_sys::sockets::{self, Mark};
+use meshd_sys::{inherit, memory};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -134,6 +134,7 @@ impl App {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "meshd ready");
+        memory::forget_startup_code();
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,

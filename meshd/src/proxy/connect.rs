@@ -36,7 +36,12 @@ pub(super) struct Connected {
 }
 
 pub(super) enum Upstream {
-    Mesh { send: SendStream<Bytes>, receive: RecvStream, slot: Slot },
+    /// The slot is given back when the stream is done with.
+    Mesh {
+        send: SendStream<Bytes>,
+        receive: RecvStream,
+        _slot: Slot,
+    },
     Plain(TcpStream),
 }
 
@@ -223,7 +228,7 @@ async fn answered(
     match outcome {
         Outcome::Answer(Ok(response)) if response.status() == http::StatusCode::OK => {
             early.chunks.drain(..sent);
-            Ok(Upstream::Mesh { send, receive: response.into_body(), slot })
+            Ok(Upstream::Mesh { send, receive: response.into_body(), _slot: slot })
         }
         // A refusal is a promise that nothing was delivered.
         Outcome::Answer(Ok(response)) => Err(wire::refusal(response.status().as_u16(), response.headers()).into()),

@@ -2,7 +2,6 @@
 
 use std::net::{SocketAddr, TcpStream as StdStream};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
@@ -19,9 +18,8 @@ use super::authorize::{self, Policy};
 use super::limits::Admission;
 use super::report::Report;
 use super::serve::Watch;
-use super::worker::Env;
+use super::worker::{Env, STREAM_TASK_MAX};
 use super::{deliver, serve};
-use crate::enrol::Delivery;
 use crate::fault::Fault;
 use crate::lifecycle::Stage;
 use crate::telemetry::{Direction, Tls};
@@ -119,29 +117,34 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
     }
 }
 
-fn spawn_stream(env: &Rc<Env>, facts: &Rc<PeerFacts>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-    let (env, facts) = (env.clone(), facts.clone());
+fn spawn_stream(env: &Rc<Env>, facts: &Rc<PeerFacts>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    let Some(target) = target(facts.version, &request) else {
+        return malformed(env, &mut respond);
+    };
+    let (env, facts, receive) = (env.clone(), facts.clone(), request.into_body());
     let working = env.work.begin();
-    tokio::task::spawn_local(async move {
+    let task = async move {
         let _working = working;
-        stream(&env, &facts, request, respond).await;
-    });
+        stream(&env, &facts, target, receive, respond).await;
+    };
+    debug_assert!(size_of_val(&task) <= STREAM_TASK_MAX, "an idle stream costs {} bytes", size_of_val(&task));
+    tokio::task::spawn_local(task);
 }
 
 /// One stream: target, authorize, deliver, serve, report.
-async fn stream(env: &Env, peer: &PeerFacts, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-    let Some(target) = target(peer.version, &request) else {
-        return malformed(env, &mut respond);
-    };
-    let mut report = Report::opened(&env.shared.telemetry, env.worker, Direction::Inbound, peer.address);
+async fn stream(
+    env: &Env,
+    peer: &PeerFacts,
+    target: Target,
+    mut receive: RecvStream,
+    mut respond: SendResponse<Bytes>,
+) {
+    let mut report = Box::new(Report::opened(&env.shared.telemetry, env.worker, Direction::Inbound, peer.address));
     report.peer_identity(&peer.id);
     report.own_identity(&peer.presented);
     // Boxed: connecting takes more memory than serving, and only for a moment.
-    let outcome = match Box::pin(accept_target(env, peer, &target, &mut report)).await {
-        Ok((delivery, app)) => {
-            report.connected(delivery.deliver, Tls::Mutual);
-            serve_stream(env, app, request.into_body(), &mut respond, &report).await
-        }
+    let outcome = match Box::pin(accept_target(env, peer, target, &mut report)).await {
+        Ok(mut app) => serve_stream(env, &mut app, &mut receive, &mut respond, &report).await,
         Err(fault) => {
             refuse(&mut respond, fault);
             Err(fault)
@@ -158,31 +161,27 @@ fn target(version: WireVersion, request: &Request<RecvStream>) -> Option<Target>
     Target::parse(version, request.uri().authority()?.as_str())
 }
 
-async fn accept_target(
-    env: &Env,
-    peer: &PeerFacts,
-    target: &Target,
-    report: &mut Report,
-) -> Result<(Arc<Delivery>, TcpStream), Fault> {
+async fn accept_target(env: &Env, peer: &PeerFacts, target: Target, report: &mut Report) -> Result<TcpStream, Fault> {
     let enrolment = env.shared.enrolment.load_full();
-    let delivery = deliver::find(&enrolment, target, peer.dialled, &peer.presented, peer.chosen)?;
+    let delivery = deliver::find(&enrolment, &target, peer.dialled, &peer.presented, peer.chosen)?;
     report.unit(Some(delivery.owner.unit.clone()));
     report.target(&delivery.service, delivery.port);
     let permit = authorize::check(Policy::default(), &peer.id, &delivery)?;
     let app = deliver::connect(&env.dialer, &delivery, permit).await?;
-    Ok((delivery, app))
+    report.connected(delivery.deliver, Tls::Mutual);
+    Ok(app)
 }
 
 async fn serve_stream(
     env: &Env,
-    app: TcpStream,
-    receive: RecvStream,
+    app: &mut TcpStream,
+    receive: &mut RecvStream,
     respond: &mut SendResponse<Bytes>,
     report: &Report,
 ) -> Result<(), Fault> {
-    let Ok(send) = respond.send_response(Response::new(()), false) else {
+    let Ok(mut send) = respond.send_response(Response::new(()), false) else {
         // The peer has given the stream up: the application must see an abort, not an empty connection.
-        serve::abort(&app);
+        serve::abort(app);
         return Err(Fault::PeerReset);
     };
     let watch = Watch {
@@ -190,7 +189,7 @@ async fn serve_stream(
         to_app: |bytes| report.count_up(bytes),
         budget: &env.budget,
     };
-    serve::opaque(app, send, receive, Vec::new(), &watch).await
+    serve::opaque(app, &mut send, receive, Vec::new(), &watch).await
 }
 
 fn refuse(respond: &mut SendResponse<Bytes>, fault: Fault) {

@@ -22,17 +22,18 @@ use crate::telemetry::Direction;
 
 /// A connection known to be allowed out, on its way to the worker that will carry it.
 pub(super) struct Admitted {
-    socket: StdStream,
+    /// Some until it is registered with the worker that carries it.
+    socket: Option<StdStream>,
     pub(super) who: Arc<Workload>,
     pub(super) place: Place,
     pub(super) report: Report,
 }
 
 /// The steps that need no waiting, right after accept: identify, resolve.
-pub(super) fn admit(env: &Env, socket: StdStream, client: SocketAddr) -> Option<Admitted> {
+pub(super) fn admit(env: &Env, socket: StdStream, client: SocketAddr) -> Option<Box<Admitted>> {
     let mut report = Report::opened(&env.shared.telemetry, env.worker, Direction::Outbound, client);
     match identify_and_resolve(env, &socket, client, &mut report) {
-        Ok((who, place)) => Some(Admitted { socket, who, place, report }),
+        Ok((who, place)) => Some(Box::new(Admitted { socket: Some(socket), who, place, report })),
         Err(fault) => {
             refuse(&socket);
             report.finish(Err(fault));
@@ -66,32 +67,23 @@ fn identify_and_resolve(
 }
 
 /// The rest of the story, on the worker that owns the connections to this service.
-pub(super) async fn carry(env: Rc<Env>, admitted: Admitted) {
-    let Admitted { socket, who, place, mut report } = admitted;
-    let outcome = connect_and_serve(&env, socket, &who, &place, &mut report).await;
-    report.finish(outcome);
+///
+/// Boxed and borrowed on purpose: what these futures hold by value is what an idle connection costs.
+pub(super) async fn carry(env: Rc<Env>, mut admitted: Box<Admitted>) {
+    let outcome = connect_and_serve(&env, &mut admitted).await;
+    admitted.report.finish(outcome);
 }
 
-async fn connect_and_serve(
-    env: &Rc<Env>,
-    socket: StdStream,
-    who: &Workload,
-    place: &Place,
-    report: &mut Report,
-) -> Result<(), Fault> {
+async fn connect_and_serve(env: &Rc<Env>, admitted: &mut Admitted) -> Result<(), Fault> {
+    let Admitted { socket, who, place, report } = admitted;
+    let socket = socket.take().ok_or(Fault::Internal)?;
     let mut app = TcpStream::from_std(socket).map_err(|_| Fault::Internal)?;
     let served = detect::protocol(place.protocol);
-    let balancer = env.balancer(&who.identity, place);
-    let tls = env.shared.tls.load_full();
-    let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
-    let probe = |failed| probe::start(env, &who.identity, failed);
-    // Boxed: connecting takes ten times the memory of serving, and only for a moment.
-    let connecting = Box::pin(connect::first(connector, who, balancer.candidates(), &mut app, probe));
-    match connecting.await {
-        Ok(connected) => {
+    match Box::pin(connect(env, who, place, &mut app)).await {
+        Ok(mut connected) => {
             report.peer_identity(&connected.candidate.endpoint().identity);
             report.connected(connected.endpoint, connected.upstream.tls());
-            serve(env, served, app, connected, report).await
+            serve(env, served, &mut app, &mut connected, report).await
         }
         Err(fault) => {
             serve::abort(&app);
@@ -100,18 +92,32 @@ async fn connect_and_serve(
     }
 }
 
-async fn serve(env: &Env, served: Served, app: TcpStream, connected: Connected, report: &Report) -> Result<(), Fault> {
+async fn connect(env: &Rc<Env>, who: &Workload, place: &Place, app: &mut TcpStream) -> Result<Box<Connected>, Fault> {
+    let balancer = env.balancer(&who.identity, place);
+    let tls = env.shared.tls.load_full();
+    let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
+    let probe = |failed| probe::start(env, &who.identity, failed);
+    connect::first(connector, who, balancer.candidates(), app, probe).await.map(Box::new)
+}
+
+async fn serve(
+    env: &Env,
+    served: Served,
+    app: &mut TcpStream,
+    connected: &mut Connected,
+    report: &Report,
+) -> Result<(), Fault> {
     let Served::Opaque = served;
-    let Connected { upstream, early, candidate: _in_flight, .. } = connected;
     let watch = Watch {
         from_app: |bytes| report.count_up(bytes),
         to_app: |bytes| report.count_down(bytes),
         budget: &env.budget,
     };
-    report.count_up(early.length);
-    match upstream {
-        Upstream::Mesh { send, receive, slot: _slot } => serve::opaque(app, send, receive, early.chunks, &watch).await,
-        Upstream::Plain(far) => serve::plain(app, far, early.chunks, &watch).await,
+    let already_read = std::mem::take(&mut connected.early);
+    report.count_up(already_read.length);
+    match &mut connected.upstream {
+        Upstream::Mesh { send, receive, .. } => serve::opaque(app, send, receive, already_read.chunks, &watch).await,
+        Upstream::Plain(far) => Box::pin(serve::plain(app, far, already_read.chunks, &watch)).await,
     }
 }
 

@@ -101,8 +101,8 @@ impl Report {
         }
     }
 
-    /// The end of the story.
-    pub(super) fn finish(mut self, outcome: Result<(), Fault>) {
+    /// The end of the story; told when the report is dropped.
+    pub(super) fn finish(&mut self, outcome: Result<(), Fault>) {
         self.outcome = outcome;
     }
 
@@ -179,6 +179,7 @@ mod tests {
         report.connected("127.0.0.1:2".parse().unwrap(), Tls::Mutual);
         assert_eq!(outcomes(&telemetry), (1, 0, 0));
         report.finish(Ok(()));
+        drop(report);
         assert_eq!(outcomes(&telemetry), (1, 1, 1));
     }
 

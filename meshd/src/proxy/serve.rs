@@ -2,13 +2,13 @@
 
 use std::cell::Cell;
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::Poll;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use socket2::SockRef;
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::{AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -25,9 +25,9 @@ pub(super) struct Watch<'a, F: Fn(usize), G: Fn(usize)> {
 
 /// Application <-> mesh stream, until both sides have ended or either broke.
 pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
-    mut app: TcpStream,
-    mut send: SendStream<Bytes>,
-    mut receive: RecvStream,
+    app: &mut TcpStream,
+    send: &mut SendStream<Bytes>,
+    receive: &mut RecvStream,
     already_read: Vec<Bytes>,
     watch: &Watch<'_, F, G>,
 ) -> Result<(), Fault> {
@@ -39,28 +39,27 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
         let (read, write) = app.split();
         let upload_over = Cell::new(false);
         let upload = async {
-            let outcome = from_app(read, &mut send, &watch.from_app).await;
+            let outcome = from_app(read, send, &watch.from_app).await;
             upload_over.set(true);
             outcome
         };
-        let download = to_app(write, &mut receive, watch, &upload_over);
+        let download = to_app(write, receive, watch, &upload_over);
         tokio::try_join!(upload, download).map(|_| ())
     };
     if outcome.is_err() {
         // The far application must see a broken connection, not a clean end.
         send.send_reset(h2::Reason::CANCEL);
-        abort(&app);
+        abort(app);
     }
     outcome
 }
 
 async fn from_app(mut app: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: &impl Fn(usize)) -> Result<(), Fault> {
     loop {
-        let room = tokio::select! {
-            biased;
-            room = capacity(send) => room?,
-            // Nothing is read while the far side takes nothing; an application that is gone must be noticed all the same.
-            _ = app.ready(Interest::ERROR) => return Err(Fault::AppReset),
+        send.reserve_capacity(CHUNK);
+        let room = match send.capacity() {
+            0 => Box::pin(capacity(&app, send)).await?,
+            room => room,
         };
         let chunk = poll_fn(|cx| poll_chunk(&mut app, cx, room)).await.map_err(|_| Fault::AppReset)?;
         let end = chunk.is_empty();
@@ -72,18 +71,18 @@ async fn from_app(mut app: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: &i
     }
 }
 
-/// How much the peer lets us send; waits while it is nothing, so that a slow far side slows the local
-/// application instead of filling our memory.
-async fn capacity(send: &mut SendStream<Bytes>) -> Result<usize, Fault> {
-    send.reserve_capacity(CHUNK);
+/// Waits until the peer lets us send, so that a slow far side slows the local application instead of
+/// filling our memory. Nothing is read meanwhile; an application that is gone is noticed all the same.
+async fn capacity(app: &ReadHalf<'_>, send: &mut SendStream<Bytes>) -> Result<usize, Fault> {
     loop {
-        let room = send.capacity();
-        if room > 0 {
-            return Ok(room);
-        }
-        match poll_fn(|cx| send.poll_capacity(cx)).await {
-            Some(Ok(_)) => {}
-            Some(Err(_)) | None => return Err(Fault::PeerReset),
+        tokio::select! {
+            biased;
+            room = poll_fn(|cx| send.poll_capacity(cx)) => match room {
+                Some(Ok(0)) => {}
+                Some(Ok(room)) => return Ok(room),
+                Some(Err(_)) | None => return Err(Fault::PeerReset),
+            },
+            _ = app.ready(Interest::ERROR) => return Err(Fault::AppReset),
         }
     }
 }
@@ -108,13 +107,26 @@ async fn to_app<F: Fn(usize), G: Fn(usize)>(
     app.shutdown().await.map_err(|_| Fault::AppReset)
 }
 
-/// Writes all of `data`. While the application does not take it, what piles up behind counts against the budget.
+/// Writes all of `data`, at once if the application takes it.
 async fn write(app: &mut WriteHalf<'_>, data: &[u8], receive: &mut RecvStream, budget: &Budget) -> Result<(), Fault> {
-    let mut writing = pin!(app.write_all(data));
-    let at_once = poll_fn(|cx| Poll::Ready(writing.as_mut().poll(cx))).await;
-    if let Poll::Ready(written) = at_once {
-        return written.map_err(|_| Fault::AppReset);
+    let written = poll_fn(|cx| match Pin::new(&mut *app).poll_write(cx, data) {
+        Poll::Pending => Poll::Ready(Ok(0)),
+        done => done,
+    });
+    match written.await.map_err(|_| Fault::AppReset)? {
+        all if all == data.len() => Ok(()),
+        some => Box::pin(write_patiently(app, &data[some..], receive, budget)).await,
     }
+}
+
+/// While the application does not take `data`, what piles up behind it counts against the budget.
+async fn write_patiently(
+    app: &mut WriteHalf<'_>,
+    data: &[u8],
+    receive: &mut RecvStream,
+    budget: &Budget,
+) -> Result<(), Fault> {
+    let mut writing = pin!(app.write_all(data));
     let mut held = budget.hold_nothing();
     loop {
         tokio::select! {
@@ -127,8 +139,8 @@ async fn write(app: &mut WriteHalf<'_>, data: &[u8], receive: &mut RecvStream, b
 
 /// Application <-> plaintext endpoint.
 pub(super) async fn plain<F: Fn(usize), G: Fn(usize)>(
-    mut app: TcpStream,
-    mut far: TcpStream,
+    app: &mut TcpStream,
+    far: &mut TcpStream,
     already_read: Vec<Bytes>,
     watch: &Watch<'_, F, G>,
 ) -> Result<(), Fault> {
@@ -143,8 +155,8 @@ pub(super) async fn plain<F: Fn(usize), G: Fn(usize)>(
         tokio::try_join!(upload, download).map(|_| ())
     };
     if outcome.is_err() {
-        abort(&app);
-        abort(&far);
+        abort(app);
+        abort(far);
     }
     outcome
 }

@@ -44,6 +44,8 @@ const LOG_PAUSE: Duration = Duration::from_secs(10);
 const LOG_CALLERS: usize = 256;
 /// Rest after a failed accept, so that a lasting failure does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// What the task of one connection may take: with thousands of idle ones, this is what meshd costs.
+pub(super) const STREAM_TASK_MAX: usize = 1024;
 /// How often unused connections are looked for.
 const SWEEP: Duration = Duration::from_secs(15);
 
@@ -229,7 +231,7 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
     loop {
         tokio::select! {
             given = inbox.recv() => match given {
-                Some(Handover::Outbound(admitted)) => spawn_outbound(&env, *admitted),
+                Some(Handover::Outbound(admitted)) => spawn_outbound(&env, admitted),
                 Some(Handover::Inbound(socket, address, admission)) => spawn_inbound(&env, socket, address, admission),
                 None => return Ok(()),
             },
@@ -282,12 +284,12 @@ fn captured(env: &Rc<Env>, socket: StdStream, client: SocketAddr) {
         return spawn_outbound(env, admitted);
     }
     admitted.report.move_to(owner);
-    match env.team[owner].handover.try_send(Handover::Outbound(Box::new(admitted))) {
+    match env.team[owner].handover.try_send(Handover::Outbound(admitted)) {
         Ok(()) => {}
         Err(mpsc::error::TrySendError::Full(given) | mpsc::error::TrySendError::Closed(given)) => {
             let Handover::Outbound(mut admitted) = given else { return };
             admitted.report.move_to(env.worker);
-            spawn_outbound(env, *admitted);
+            spawn_outbound(env, admitted);
         }
     }
 }
@@ -316,19 +318,23 @@ fn peer(env: &Rc<Env>, socket: StdStream, address: SocketAddr) {
     }
 }
 
-fn spawn_outbound(env: &Rc<Env>, admitted: Admitted) {
+fn spawn_outbound(env: &Rc<Env>, admitted: Box<Admitted>) {
     env.measure();
     let working = env.work.begin();
     let env = env.clone();
-    tokio::task::spawn_local(async move {
+    let task = async move {
         let _working = working;
         outbound::carry(env, admitted).await;
-    });
+    };
+    debug_assert!(size_of_val(&task) <= STREAM_TASK_MAX, "an idle connection costs {} bytes", size_of_val(&task));
+    tokio::task::spawn_local(task);
 }
 
 fn spawn_inbound(env: &Rc<Env>, socket: StdStream, address: SocketAddr, admission: Admission) {
     let env = env.clone();
     tokio::task::spawn_local(async move {
+        // Work until it is closed: what its last streams sent may still be on its way when they have ended.
+        let _working = env.work.begin();
         let team = env.team.clone();
         let worker = env.worker;
         inbound::connection(env, socket, address, admission).await;

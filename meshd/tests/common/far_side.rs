@@ -1,0 +1,96 @@
+//! The far side of a connection, played by the test: shows whatever certificate and says whatever it is told to.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::{Connection, SendResponse};
+use http::{Request, Response};
+use meshd_pki_client::Svid;
+use rustls::ServerConfig;
+use rustls::crypto::aws_lc_rs;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::within;
+
+pub(crate) struct FarSide {
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+}
+
+impl FarSide {
+    pub(crate) async fn new(shown: &Svid, alpn: &[&[u8]]) -> FarSide {
+        let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(shown.chain.clone(), shown.key.clone_key())
+            .unwrap();
+        config.alpn_protocols = alpn.iter().map(|token| token.to_vec()).collect();
+        FarSide { listener: TcpListener::bind("127.0.0.1:0").await.unwrap(), config: Arc::new(config) }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap()
+    }
+
+    pub(crate) async fn tls(&self) -> io::Result<TlsStream<TcpStream>> {
+        let (socket, _) = within("a connection to the far side", self.listener.accept()).await?;
+        TlsAcceptor::from(self.config.clone()).accept(socket).await
+    }
+
+    pub(crate) async fn connection(&self) -> Connection<TlsStream<TcpStream>, Bytes> {
+        h2::server::handshake(self.tls().await.unwrap()).await.unwrap()
+    }
+}
+
+/// What the far side does with a stream it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reaction {
+    Echo,
+    /// Refuses it unseen.
+    Refuse,
+    /// Takes the first bytes, then breaks the whole connection.
+    BreakAfterBytes,
+}
+
+/// Serves streams of one connection, one after the other, each as told; gives all bytes it got.
+pub(crate) async fn react(far: FarSide, reactions: &[Reaction]) -> Vec<u8> {
+    let mut got = Vec::new();
+    let mut connection = far.connection().await;
+    for reaction in reactions {
+        let (request, respond) = connection.accept().await.unwrap().unwrap();
+        let mut connection_moves = async || while connection.accept().await.is_some() {};
+        tokio::select! {
+            bytes = stream(*reaction, request, respond) => got.extend(bytes),
+            () = connection_moves() => panic!("the connection ended during a stream"),
+        }
+    }
+    if !reactions.contains(&Reaction::BreakAfterBytes) {
+        while connection.accept().await.is_some() {}
+    }
+    got
+}
+
+async fn stream(reaction: Reaction, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Vec<u8> {
+    let mut body = request.into_body();
+    match reaction {
+        Reaction::Refuse => {
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+            Vec::new()
+        }
+        Reaction::BreakAfterBytes => body.data().await.unwrap().unwrap().to_vec(),
+        Reaction::Echo => {
+            let mut send = respond.send_response(Response::new(()), false).unwrap();
+            while let Some(data) = body.data().await {
+                send.send_data(data.unwrap(), false).unwrap();
+            }
+            send.send_data(Bytes::new(), true).unwrap();
+            Vec::new()
+        }
+    }
+}
