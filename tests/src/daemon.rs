@@ -32,7 +32,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// Lays out `etc`, `state` and `run` on the host and writes meshd.toml.
-    pub(crate) fn create(host: Host, access_log: bool, proxy_settings: &str) -> Result<Self> {
+    pub(crate) fn create(host: Host, access_log: bool, threads: usize) -> Result<Self> {
         let directory = host.directory().join("meshd");
         for part in ["etc/enrol.d", "etc/resources.d"] {
             fs::create_dir_all(directory.join(part))?;
@@ -48,7 +48,7 @@ impl Daemon {
             earlier_logs: Mutex::default(),
             environment: Mutex::default(),
         };
-        fs::write(daemon.config(), daemon.config_text(access_log, proxy_settings))?;
+        fs::write(daemon.config(), daemon.config_text(access_log, threads))?;
         Ok(daemon)
     }
 
@@ -70,12 +70,13 @@ impl Daemon {
         fs::write(&file, token)?;
         chown(&file, Some(UID), Some(UID))?;
         let program = self.program(&["join", "--config"]).arg(self.config()).arg("--token-file").arg(&file).uid(UID);
+        let program = self.with_environment(program);
         let finished = self.host.run(&program);
         fs::remove_file(&file)?;
         finished
     }
 
-    /// Variables for the next start, say a log filter.
+    /// Variables for the next join or start, say another clock.
     pub fn set_environment(&self, variables: &[(&str, &str)]) {
         let owned = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         *lock(&self.environment) = owned;
@@ -83,10 +84,8 @@ impl Daemon {
 
     /// Starts meshd without waiting for it.
     pub fn spawn(&self) -> Result<()> {
-        let mut program = self.program(&["run", "--config"]).arg(self.config()).uid_with_net_admin(UID);
-        for (name, value) in lock(&self.environment).iter() {
-            program = program.env(name, value);
-        }
+        let program = self.program(&["run", "--config"]).arg(self.config()).uid_with_net_admin(UID);
+        let program = self.with_environment(program);
         let mut process = lock(&self.process);
         ensure!(!process.as_mut().is_some_and(Process::is_running), "meshd on {} runs already", self.host.name());
         if let Some(ended) = process.take() {
@@ -190,6 +189,11 @@ impl Daemon {
         Program::new(self.host.binary("meshd")).args(args).unit("meshd.service")
     }
 
+    fn with_environment(&self, program: Program) -> Program {
+        let environment = lock(&self.environment);
+        environment.iter().fold(program, |program, (name, value)| program.env(name, value))
+    }
+
     fn with_process<T>(&self, work: impl FnOnce(&mut Process) -> T) -> Result<T> {
         let mut process = lock(&self.process);
         let process = process.as_mut().with_context(|| format!("meshd on {} was never started", self.host.name()))?;
@@ -200,13 +204,13 @@ impl Daemon {
         format!("host {}, log:\n{}", self.host.name(), self.log())
     }
 
-    fn config_text(&self, access_log: bool, proxy_settings: &str) -> String {
+    fn config_text(&self, access_log: bool, threads: usize) -> String {
         let path = |name: &str| quoted(&self.directory.join(name));
         let access_log =
             if access_log { format!("access_log = {}\n", quoted(&self.access_log_file())) } else { String::new() };
         format!(
             "state_dir = {}\nrun_dir = {}\nenrol_dir = {}\n\
-             [proxy]\nthreads = 2\n{access_log}{proxy_settings}\n\
+             [proxy]\nthreads = {threads}\n{access_log}\n\
              [[source]]\nkind = \"files\"\nname = \"files\"\ndir = {}\nauthority = [\"*\"]\n",
             path("state"),
             path("run"),

@@ -12,7 +12,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub fn get(server: SocketAddr, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&server, TIMEOUT).with_context(|| format!("cannot reach {server}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {server}\r\nConnection: close\r\n\r\n")?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n")?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     parse(&String::from_utf8_lossy(&answer)).with_context(|| format!("{server}{path} did not answer with HTTP"))

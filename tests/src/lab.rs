@@ -17,6 +17,8 @@ use crate::host::Host;
 use crate::{binaries, cgroup};
 
 const PREFIX: &str = "ml";
+/// Not TMPDIR: programs of several users must get there.
+const DIRECTORY: &str = "/tmp";
 const NETNS_DIRECTORY: &str = "/run/netns";
 const SWITCH: &str = "switch";
 const SUBNET: u8 = 87;
@@ -26,7 +28,6 @@ pub struct Lab {
     directory: PathBuf,
     slice: Option<PathBuf>,
     hosts: Vec<Host>,
-    keep: bool,
 }
 
 impl Lab {
@@ -44,13 +45,7 @@ impl Lab {
         let directory = directory_of(name);
         fs::create_dir(&directory)
             .with_context(|| format!("cannot create the lab directory {}", directory.display()))?;
-        let mut lab = Self {
-            name: name.to_owned(),
-            directory,
-            slice: cgroup::create_slice(name),
-            hosts: Vec::new(),
-            keep: false,
-        };
+        let mut lab = Self { name: name.to_owned(), directory, slice: cgroup::create_slice(name), hosts: Vec::new() };
         lab.write_enter_script()?;
         lab.make_switch()?;
         for (index, host) in hosts.iter().enumerate() {
@@ -78,10 +73,6 @@ impl Lab {
         self.slice.is_some()
     }
 
-    pub fn keep(&mut self) {
-        self.keep = true;
-    }
-
     /// Ends every process of a lab and removes all traces; fine to call when there is nothing left.
     pub fn remove(name: &str) {
         cgroup::remove_slice(name);
@@ -94,6 +85,26 @@ impl Lab {
 
     pub fn exists(name: &str) -> bool {
         directory_of(name).exists() || namespaces().iter().any(|netns| lab_of(netns) == name)
+    }
+
+    /// What programs of a test said stays in `target/<profile>/lab-logs/<test>`.
+    fn save_logs(&self) {
+        let thread = std::thread::current();
+        let (Some(test), Ok(programs)) = (thread.name().filter(|name| name.contains("::")), binaries::directory())
+        else {
+            return;
+        };
+        let kept = programs.join("lab-logs").join(test);
+        let _ = fs::remove_dir_all(&kept);
+        for host in &self.hosts {
+            let _ = fs::create_dir_all(kept.join(host.name()));
+            for logs in ["log", "meshd/log"] {
+                let files = fs::read_dir(host.directory().join(logs)).into_iter().flatten().filter_map(Result::ok);
+                for file in files {
+                    let _ = fs::copy(file.path(), kept.join(host.name()).join(file.file_name()));
+                }
+            }
+        }
     }
 
     fn write_enter_script(&self) -> Result<()> {
@@ -152,14 +163,13 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if !self.keep {
-            Self::remove(&self.name);
-        }
+        self.save_logs();
+        Self::remove(&self.name);
     }
 }
 
 fn directory_of(name: &str) -> PathBuf {
-    std::env::temp_dir().join(name)
+    Path::new(DIRECTORY).join(name)
 }
 
 fn namespaces() -> Vec<String> {
@@ -182,7 +192,7 @@ fn end_processes_in(netns: &str) {
 
 /// Removes the labs of processes that are gone.
 fn sweep() {
-    let directories = fs::read_dir(std::env::temp_dir()).into_iter().flatten();
+    let directories = fs::read_dir(DIRECTORY).into_iter().flatten();
     let directories = directories.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let names = namespaces().into_iter().map(|netns| lab_of(&netns).to_owned());
     for name in names.chain(cgroup::labs()).chain(directories) {

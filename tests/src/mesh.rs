@@ -46,7 +46,7 @@ impl Mesh {
         let daemons = plan
             .hosts
             .iter()
-            .map(|host| Daemon::create(lab.host(&host.name), plan.access_log, &plan.proxy_settings))
+            .map(|host| Daemon::create(lab.host(&host.name), plan.access_log, plan.threads))
             .collect::<Result<Vec<_>>>()?;
         let mesh = Self { apps: Vec::new(), pki: None, daemons, plan, lab };
         for (host, daemon) in mesh.plan.hosts.iter().zip(&mesh.daemons) {
@@ -58,8 +58,16 @@ impl Mesh {
     }
 
     pub fn start_pki(&mut self) -> Result<()> {
+        self.start_pki_with(&[])
+    }
+
+    /// With environment variables of its own, say another clock.
+    pub fn start_pki_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
         let listen = format!("{}:{PKI_PORT}", self.pki_host().address());
-        let program = self.pki_program(&["run"]).args(["--listen", &listen]);
+        let mut program = self.pki_program(&["run"]).args(["--listen", &listen]);
+        for (name, value) in environment {
+            program = program.env(name, value);
+        }
         let mut process = self.pki_host().spawn(&program)?;
         until(READY, "meshd-pki ready", || process.output().contains("meshd-pki ready") || !process.is_running())?;
         ensure!(process.is_running(), "meshd-pki ended:\n{}", process.output());

@@ -25,6 +25,7 @@ pub const FOR_LABS: &[Package] = &[
     package("libc-bin", "getent"),
     package("curl", "curl"),
     package("tcpdump", "tcpdump"),
+    package("faketime", "faketime"),
 ];
 
 pub const FOR_BENCH: &[Package] = &[package("openssl", "openssl"), package("haproxy", "haproxy")];

@@ -13,8 +13,8 @@ pub struct Plan {
     pub hosts: Vec<HostPlan>,
     pub services: Vec<ServicePlan>,
     pub access_log: bool,
-    /// Lines put at the top of every meshd.toml's `[proxy]` table.
-    pub proxy_settings: String,
+    /// Proxy threads of every meshd.
+    pub threads: usize,
 }
 
 #[derive(Clone)]
@@ -73,7 +73,7 @@ impl Plan {
             hosts: vec![HostPlan { name: "web".to_owned(), workloads: clients }, api("api-1"), api("api-2")],
             services: vec![ServicePlan::new("payments", 80), ServicePlan::new("smtp", 25)],
             access_log: true,
-            proxy_settings: String::new(),
+            threads: 2,
         }
     }
 

@@ -73,6 +73,18 @@ impl Program {
         self
     }
 
+    /// For the program alone: what starts it, as root, must not see them.
+    fn assignments(&self) -> Vec<OsString> {
+        let env = (!self.environment.is_empty()).then(|| OsString::from("env"));
+        let assignments = self.environment.iter().map(|(name, value)| {
+            let mut word = name.clone();
+            word.push("=");
+            word.push(value);
+            word
+        });
+        env.into_iter().chain(assignments).collect()
+    }
+
     pub fn label(&self) -> String {
         let program = Path::new(&self.words[0]).file_name().unwrap_or_default().to_string_lossy();
         format!("{}-{program}", self.unit)
@@ -103,8 +115,8 @@ impl Process {
         let child = Command::new(enter)
             .args([host, &program.unit])
             .args(&program.privileges)
+            .args(program.assignments())
             .args(&program.words)
-            .envs(program.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?)

@@ -35,7 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         } else {
             lint::check(&mut summary)?;
         }
-        let unit = run_tests(cargo_command(&["test", "--workspace"]))?;
+        let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
         summary.add("unit and property tests", unit);
     }
     summary.add("scenarios on namespace hosts", scenarios(args)?);
@@ -86,6 +86,8 @@ fn run_scenarios_as_root(program: &PathBuf, only: Option<&str>) -> Result<bool> 
     // Each scenario is mostly waiting, and has hosts of its own.
     let mut command = Command::new(program);
     command.arg("--test-threads=4").args(only).current_dir(built.target);
+    // Where in the harness an error arose says nothing about the mesh.
+    command.env("RUST_LIB_BACKTRACE", "0");
     Ok(command.status()?.success())
 }
 

@@ -164,12 +164,12 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::AccessLog;
+    use crate::telemetry::{AccessLog, EdgeRow};
 
     fn outcomes(telemetry: &Telemetry) -> (u64, u64, u64) {
         let rows = telemetry.edges.rows();
-        let sum = |value: fn(&crate::telemetry::EdgeRow) -> u64| rows.values().map(value).sum();
-        (sum(|row| row.opened), sum(|row| row.closed_ok), sum(|row| row.closed()))
+        let sum = |value: fn(&EdgeRow) -> u64| rows.values().map(value).sum();
+        (sum(|row| row.opened), sum(|row| row.closed_ok), sum(EdgeRow::closed))
     }
 
     #[test]

@@ -20,9 +20,8 @@ use super::subject::Subject;
 use super::{envoy, haproxy};
 use crate::interrupt;
 
-/// Where the near proxies listen, and the far ones.
-pub(crate) const NEAR: &str = "127.0.0.1:9000";
-pub(crate) const FAR_PORT: u16 = 9443;
+/// Where near proxies listen, as in their configurations.
+const NEAR: &str = "127.0.0.1:9000";
 pub(crate) const APP: &str = "127.0.0.1:8080";
 const APP_PORT: u16 = 8080;
 const UNIT: &str = "client";
@@ -47,7 +46,7 @@ pub(crate) struct Running {
     pub(crate) target: String,
     /// Near and far; none for direct.
     pub(crate) pids: Vec<u32>,
-    _processes: Vec<Process>,
+    processes: Vec<Process>,
 }
 
 impl Bed {
@@ -88,16 +87,14 @@ impl Bed {
     pub(crate) fn start(&self, subject: Subject) -> Result<Running> {
         let running = match subject {
             Subject::Direct => {
-                Running { target: format!("{}:{APP_PORT}", self.far.address()), pids: vec![], _processes: vec![] }
+                Running { target: format!("{}:{APP_PORT}", self.far.address()), pids: vec![], processes: vec![] }
             }
-            Subject::Haproxy => {
-                self.start_pair(subject, haproxy::near_config, haproxy::far_config, haproxy::arguments)?
-            }
-            Subject::Envoy => self.start_pair(subject, envoy::near_config, envoy::far_config, envoy::arguments)?,
+            Subject::Haproxy => self.start_pair(subject, haproxy::NEAR, haproxy::FAR, haproxy::ARGUMENTS)?,
+            Subject::Envoy => self.start_pair(subject, envoy::NEAR, envoy::FAR, envoy::ARGUMENTS)?,
             Subject::Meshd => {
                 let mesh = self.mesh.as_ref().context("meshd was not prepared")?;
                 let (target, pids) = mesh.start()?;
-                Running { target, pids, _processes: vec![] }
+                Running { target, pids, processes: vec![] }
             }
         };
         self.wait_answer(subject, &running)?;
@@ -121,27 +118,19 @@ impl Bed {
         &self.near
     }
 
-    fn start_pair(
-        &self,
-        subject: Subject,
-        near_config: fn(&Certificates, &str) -> String,
-        far_config: fn(&Certificates) -> String,
-        arguments: fn(&str) -> Vec<String>,
-    ) -> Result<Running> {
+    fn start_pair(&self, subject: Subject, near: &str, far: &str, arguments: &[&str]) -> Result<Running> {
         let program = self.programs.get(&subject).context("not prepared")?;
         let certificates = self.certificates.as_ref().context("no certificates")?;
         let far_address = self.far.address().to_string();
-        let configs = [(&self.far, far_config(certificates)), (&self.near, near_config(certificates, &far_address))];
         let mut processes = Vec::new();
-        for (host, config) in configs {
-            let path = host.directory().join(format!("{subject}.conf.yaml"));
-            fs::write(&path, config)?;
-            let path = path.to_str().context("odd path")?;
-            let program = Program::new(program).args(arguments(path)).unit("proxy.service");
-            processes.insert(0, host.spawn(&program)?);
+        for (host, template) in [(&self.near, near), (&self.far, far)] {
+            let config = host.directory().join(format!("{subject}.yaml"));
+            fs::write(&config, certificates.fill(template, &far_address))?;
+            let program = Program::new(program).args(arguments).arg(&config).unit("proxy.service");
+            processes.push(host.spawn(&program)?);
         }
         let pids = processes.iter().map(Process::pid).collect();
-        Ok(Running { target: NEAR.to_owned(), pids, _processes: processes })
+        Ok(Running { target: NEAR.to_owned(), pids, processes })
     }
 
     fn wait_answer(&self, subject: Subject, running: &Running) -> Result<()> {
@@ -157,7 +146,7 @@ impl Bed {
         let answers =
             || self.near.within(|| http::get(target, "/")).is_ok_and(|got| got.is_ok_and(|(code, _)| code == 200));
         until(READY, &format!("{subject} to answer"), answers)
-            .with_context(|| running._processes.iter().map(Process::output).collect::<String>())
+            .with_context(|| running.processes.iter().map(Process::output).collect::<String>())
     }
 
     fn certificates(&mut self) -> Result<()> {

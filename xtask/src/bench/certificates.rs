@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use meshd_tests::command::run;
 
-pub(crate) const SERVER_NAME: &str = "far.bench.test";
-
 pub(crate) struct Certificates {
     directory: PathBuf,
 }
@@ -23,7 +21,12 @@ impl Certificates {
         Ok(certificates)
     }
 
-    pub(crate) fn path(&self, name: &str) -> String {
+    /// A configuration with its places filled in.
+    pub(crate) fn fill(&self, template: &str, far: &str) -> String {
+        template.replace("@CERTIFICATES@", &self.directory.display().to_string()).replace("@FAR@", far)
+    }
+
+    fn path(&self, name: &str) -> String {
         self.directory.join(name).display().to_string()
     }
 

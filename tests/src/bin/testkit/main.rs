@@ -10,6 +10,7 @@ mod serve;
 mod talk;
 
 use std::cell::Cell;
+use std::process::ExitCode;
 use std::rc::Rc;
 
 use anyhow::Result;
@@ -36,8 +37,18 @@ enum Verb {
     Talk(talk::Args),
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let verb = Verb::parse();
+    match start(verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("testkit: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(verb: Verb) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     tokio::task::LocalSet::new().block_on(&runtime, run(verb))
 }
