@@ -16,27 +16,31 @@ pub fn tune(arenas: usize) {
     let _ = arenas;
 }
 
-/// Unmaps code that only starting up needed: resident memory then shows the working set, and what runs
-/// is mapped again from the page cache at the price of some dozen minor faults.
+/// Unmaps code and constants that only starting up needed: resident memory then shows the working set, and
+/// what runs is mapped again from the page cache at the price of some dozen minor faults.
 pub fn forget_startup_code() {
     let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
-    for (start, length) in maps.lines().filter_map(code_mapping) {
-        // SAFETY: these are private, never written mappings of executable code (relocations live in other
-        // mappings), so dropping their pages loses nothing: the next access reads the same file again.
+    for (start, length) in maps.lines().filter_map(immutable_mapping) {
+        // SAFETY: these are private mappings of code and constants that nothing ever writes (what is relocated
+        // lies in the writable segment, also where it is read-only by now), so dropping their pages loses
+        // nothing: the next access reads the same file again.
         unsafe {
             libc::madvise(std::ptr::with_exposed_provenance_mut(start), length, libc::MADV_DONTNEED);
         }
     }
 }
 
-/// Start and length of a line of /proc/self/maps that maps code of a file.
-fn code_mapping(line: &str) -> Option<(usize, usize)> {
+/// Start and length of a line of /proc/self/maps that maps code of a file, or the constants at its beginning:
+/// the first segment of an ELF file is never relocated.
+fn immutable_mapping(line: &str) -> Option<(usize, usize)> {
     let mut fields = line.split_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
-    let code = fields.next()? == "r-xp" && fields.nth(3)?.starts_with('/');
+    let (permissions, offset) = (fields.next()?, fields.next()?);
+    let immutable = permissions == "r-xp" || permissions == "r--p" && offset == "00000000";
+    let of_a_file = fields.nth(2)?.starts_with('/');
     let start = usize::from_str_radix(start, 16).ok()?;
     let end = usize::from_str_radix(end, 16).ok()?;
-    code.then_some((start, end - start))
+    (immutable && of_a_file).then_some((start, end - start))
 }
 
 #[cfg(test)]
@@ -44,9 +48,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_code_of_files_is_forgotten() {
-        let code = "55d0-56d0 r-xp 00001000 fe:00 42                  /usr/bin/meshd";
-        assert_eq!(code_mapping(code), Some((0x55d0, 0x100)));
+    fn only_what_nobody_ever_writes_is_forgotten() {
+        for forgotten in [
+            "55d0-56d0 r-xp 00001000 fe:00 42                  /usr/bin/meshd",
+            "55d0-56d0 r--p 00000000 fe:00 42                  /usr/bin/meshd",
+        ] {
+            assert_eq!(immutable_mapping(forgotten), Some((0x55d0, 0x100)), "{forgotten}");
+        }
         for other in [
             "55d0-56d0 r--p 00001000 fe:00 42                  /usr/bin/meshd",
             "55d0-56d0 rw-p 00001000 fe:00 42                  /usr/bin/meshd",
@@ -54,7 +62,7 @@ mod tests {
             "55d0-56d0 r-xp 00000000 00:00 0",
             "",
         ] {
-            assert_eq!(code_mapping(other), None, "{other}");
+            assert_eq!(immutable_mapping(other), None, "{other}");
         }
     }
 
