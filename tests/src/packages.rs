@@ -28,6 +28,9 @@ pub const FOR_LABS: &[Package] = &[
     package("faketime", "faketime"),
 ];
 
+/// What unit and integration tests run besides our own programs.
+pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl")];
+
 pub const FOR_BENCH: &[Package] = &[package("openssl", "openssl"), package("haproxy", "haproxy")];
 
 /// Installs what is missing, or says in one line what to install.
@@ -37,7 +40,7 @@ pub fn ensure(wanted: &[&[Package]]) -> Result<()> {
         return Ok(());
     }
     let names = missing.join(" ");
-    if !nix::unistd::geteuid().is_root() || find("apt-get").is_none() {
+    if !may_install() {
         bail!("missing system packages: {names}; install them (Debian, Ubuntu: apt-get install {names})");
     }
     println!("Installing system packages: {names}");
@@ -48,6 +51,10 @@ pub fn ensure(wanted: &[&[Package]]) -> Result<()> {
         [] => Ok(()),
         ref still => bail!("still missing after apt-get: {}; install them by hand", still.join(" ")),
     }
+}
+
+fn may_install() -> bool {
+    find("apt-get").is_some() && (crate::root::is_root() || find("sudo").is_some())
 }
 
 pub fn missing(wanted: &[&[Package]]) -> Vec<&'static str> {
@@ -65,8 +72,9 @@ pub fn find(program: &str) -> Option<PathBuf> {
 }
 
 fn apt_get(args: &[&str]) -> Result<()> {
-    let status =
-        Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).status()?;
+    let mut command = if crate::root::is_root() { Command::new("env") } else { Command::new("sudo") };
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+    let status = command.args(args).stdin(Stdio::null()).status()?;
     anyhow::ensure!(status.success(), "`apt-get {}` failed ({status}); install the packages by hand", args.join(" "));
     Ok(())
 }

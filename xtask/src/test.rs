@@ -28,6 +28,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     if let Some(program) = std::env::var_os(SCENARIOS) {
         return run_scenarios_as_root(&program.into(), args.only.as_deref());
     }
+    packages::ensure(&[packages::FOR_TESTS])?;
     let mut summary = Summary::default();
     if args.only.is_none() {
         if args.no_lint {

@@ -26,6 +26,10 @@ use crate::transport::pool::{Pool, PoolKey, Slot};
 use crate::transport::tls::TlsState;
 use crate::transport::wire::{self, EARLY_DATA, WireVersion};
 
+/// Connections tried per endpoint: each may be told to go away between the pool and its first frame, but a
+/// peer that does so to fresh ones is leaving.
+const OPEN_TRIES: usize = 3;
+
 /// The far side, ready to exchange bytes.
 pub(super) struct Connected {
     pub upstream: Upstream,
@@ -138,25 +142,22 @@ async fn attempt(
     app: &mut TcpStream,
     early: &mut Early,
 ) -> Result<Upstream, Failure> {
-    let version = match endpoint.transport {
-        Transport::Meshd => WireVersion::Meshd1,
-        Transport::Hbone => WireVersion::Hbone,
-        Transport::Plaintext => return Ok(Upstream::Plain(connector.dialer.tcp(endpoint.dial).await?)),
+    let Some(key) = pool_key(&who.identity, endpoint) else {
+        return Ok(Upstream::Plain(connector.dialer.tcp(endpoint.dial).await?));
     };
-    let key =
-        PoolKey { source: who.identity.clone(), expected: endpoint.identity.clone(), address: endpoint.dial, version };
-    loop {
+    let limit = connector.dialer.connect_timeout;
+    for _ in 0..OPEN_TRIES {
         let slot = connector.pool.checkout(connector.dialer, connector.tls, &key).await?;
         // A connection that was told to go away since it was pooled is no fault of the endpoint's.
-        match open_stream(&slot, endpoint, version) {
-            Ok((response, send)) => {
-                let may_send = version == WireVersion::Meshd1 && slot.lively(Instant::now());
-                let limit = connector.dialer.connect_timeout;
-                return answered(slot, response, send, app, early, may_send, limit).await;
+        match open_stream(&slot, endpoint, key.version) {
+            Ok(opening) => {
+                let may_send = key.version == WireVersion::Meshd1 && slot.lively(Instant::now());
+                return answered(slot, opening, app, early, may_send, limit).await;
             }
             Err(_) => slot.retire(),
         }
     }
+    Err(Fault::Drain.into())
 }
 
 /// Which pooled connection leads to `endpoint`; None for one reached in clear.
@@ -187,8 +188,7 @@ fn open_stream(slot: &Slot, endpoint: &Endpoint, version: WireVersion) -> Result
 /// Waits for the 200, passing on what the application says meanwhile.
 async fn answered(
     slot: Slot,
-    response: h2::client::ResponseFuture,
-    mut send: SendStream<Bytes>,
+    (response, mut send): Opening,
     app: &mut TcpStream,
     early: &mut Early,
     may_send: bool,

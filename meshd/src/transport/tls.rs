@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use meshd_identity::{SpiffeId, TrustDomain, inspect_svid, server_name};
-use meshd_pki_client::{Credentials, Svid};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use meshd_pki_client::{Credentials, Judgement, ServerJudge, Svid};
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{
     ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
@@ -101,8 +101,8 @@ impl TlsState {
     /// To dial as `source` and accept nobody but `expected`. None: we hold no certificate for `source`.
     pub fn client(&self, source: &SpiffeId, expected: &SpiffeId, alpn: &[u8]) -> Option<ClientConfig> {
         let identity = self.keys.get(source)?;
-        let verifier =
-            ExpectedServer { roots: self.roots.clone(), expected: expected.clone(), provider: self.provider.clone() };
+        let judgement = exactly(expected.clone(), self.roots.clone(), &self.provider);
+        let verifier = ServerJudge::new(self.provider.clone(), judgement);
         let mut config = ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .ok()?
@@ -186,52 +186,16 @@ impl ResolvesServerCert for SniResolver {
 }
 
 /// Believes a server that chains to our roots and proves exactly the identity the endpoint record names.
-#[derive(Debug)]
-struct ExpectedServer {
-    roots: Arc<RootCertStore>,
-    expected: SpiffeId,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for ExpectedServer {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _sni: &ServerName<'_>,
-        _ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        let certificate = ParsedCertificate::try_from(end_entity)?;
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
-        let info = inspect_svid(end_entity).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        if info.id != self.expected {
-            return Err(Error::InvalidCertificate(CertificateError::NotValidForName));
+fn exactly(expected: SpiffeId, roots: Arc<RootCertStore>, provider: &Arc<CryptoProvider>) -> impl Judgement + 'static {
+    let algorithms = provider.signature_verification_algorithms.all;
+    move |leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime| {
+        let certificate = ParsedCertificate::try_from(leaf)?;
+        verify_server_cert_signed_by_trust_anchor(&certificate, &roots, rest, now, algorithms)?;
+        let info = inspect_svid(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        match info.id == expected {
+            true => Ok(()),
+            false => Err(Error::InvalidCertificate(CertificateError::NotValidForName)),
         }
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not offered".into()))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

@@ -23,7 +23,7 @@ use tonic::Status;
 use tonic::body::Body;
 
 use crate::Svid;
-use crate::verify::{AnyServer, PkiServer};
+use crate::verify::{any_server, pki_server};
 
 /// TCP, TLS and the HTTP/2 preface together.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
@@ -66,7 +66,7 @@ pub(crate) type PkiClient = HostClient<Channel>;
 /// Nobody is authenticated: only for what a digest verifies.
 pub(crate) fn unverified_tls() -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    tls_config(Arc::new(AnyServer(provider)), None)
+    tls_config(any_server(provider), None)
 }
 
 /// The PKI is authenticated against the bundle; the host too when it has a certificate.
@@ -76,7 +76,7 @@ pub(crate) fn verified_tls(
     last_pki_time: SystemTime,
 ) -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    tls_config(Arc::new(PkiServer::new(provider, bundle, last_pki_time)?), host)
+    tls_config(pki_server(provider, bundle, last_pki_time)?, host)
 }
 
 fn tls_config(verifier: Arc<dyn ServerCertVerifier>, host: Option<&Svid>) -> Result<ClientConfig, ConnectError> {

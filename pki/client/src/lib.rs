@@ -13,6 +13,7 @@ mod credentials;
 #[cfg(feature = "testing")]
 pub mod fake;
 mod join;
+mod judge;
 mod key;
 mod metrics;
 mod reply;
@@ -24,6 +25,7 @@ mod verify;
 pub use agent::{Agent, Surroundings};
 pub use credentials::{Credentials, Svid};
 pub use join::{JoinError, join};
+pub use judge::{Judgement, ServerJudge};
 pub use metrics::RenewalMetrics;
 pub use store::StoreError;
 

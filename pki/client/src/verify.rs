@@ -1,24 +1,38 @@
 //! Who is the PKI: rustls verifiers, and the check of what it issued.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::{Bundle, SpiffeId, inspect_svid};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::ServerCertVerifier;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, DigitallySignedStruct, Error, PeerIncompatible, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, Error, RootCertStore};
+
+use crate::judge::ServerJudge;
 
 /// Accepts any server. For the one connection that fetches a bundle whose digest is already known: nothing secret
 /// is sent on it, and nothing read from it is believed without the digest.
-#[derive(Debug)]
-pub(crate) struct AnyServer(pub(crate) Arc<CryptoProvider>);
+pub(crate) fn any_server(provider: Arc<CryptoProvider>) -> Arc<dyn ServerCertVerifier> {
+    Arc::new(ServerJudge::new(provider, |_: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: UnixTime| Ok(())))
+}
 
 /// Accepts a PKI server of one trust domain: its chain ends in the bundle and its SPIFFE ID is the PKI's.
-pub(crate) struct PkiServer {
+pub(crate) fn pki_server(
+    provider: Arc<CryptoProvider>,
+    bundle: &Bundle,
+    last_pki_time: SystemTime,
+) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+    let expected = SpiffeId::pki(&bundle.trust_domain);
+    let server = PkiServer { provider: provider.clone(), roots: root_store(bundle)?, expected, last_pki_time };
+    let judgement =
+        move |leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime| server.verify(leaf, rest, now);
+    Ok(Arc::new(ServerJudge::new(provider, judgement)))
+}
+
+struct PkiServer {
     provider: Arc<CryptoProvider>,
     roots: RootCertStore,
     expected: SpiffeId,
@@ -27,13 +41,17 @@ pub(crate) struct PkiServer {
 }
 
 impl PkiServer {
-    pub(crate) fn new(
-        provider: Arc<CryptoProvider>,
-        bundle: &Bundle,
-        last_pki_time: SystemTime,
-    ) -> Result<PkiServer, Error> {
-        let expected = SpiffeId::pki(&bundle.trust_domain);
-        Ok(PkiServer { provider, roots: root_store(bundle)?, expected, last_pki_time })
+    fn verify(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<(), Error> {
+        let domain = self.expected.trust_domain();
+        self.verify_chain(leaf, rest, now).map_err(|error| {
+            Error::General(format!("the server's certificate does not verify against the bundle of {domain}: {error}"))
+        })?;
+        let found = inspect_svid(leaf).map_err(|error| Error::General(error.to_string()))?;
+        if found.id == self.expected {
+            return Ok(());
+        }
+        let expected = &self.expected;
+        Err(Error::General(format!("the server is {}, expected {expected}; check the PKI address", found.id)))
     }
 
     fn verify_chain(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<(), Error> {
@@ -54,91 +72,6 @@ impl PkiServer {
             }
             other => other,
         }
-    }
-}
-
-impl ServerCertVerifier for PkiServer {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        let domain = self.expected.trust_domain();
-        self.verify_chain(end_entity, intermediates, now).map_err(|error| {
-            Error::General(format!("the server's certificate does not verify against the bundle of {domain}: {error}"))
-        })?;
-        let found = inspect_svid(end_entity).map_err(|error| Error::General(error.to_string()))?;
-        if found.id == self.expected {
-            return Ok(ServerCertVerified::assertion());
-        }
-        let expected = &self.expected;
-        Err(Error::General(format!("the server is {}, expected {expected}; check the PKI address", found.id)))
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(PeerIncompatible::Tls12NotOffered.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ServerCertVerifier for AnyServer {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(PeerIncompatible::Tls12NotOffered.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl fmt::Debug for PkiServer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PkiServer").field("expected", &self.expected).finish_non_exhaustive()
     }
 }
 
@@ -172,6 +105,7 @@ fn since_epoch(time: SystemTime) -> Duration {
 #[cfg(test)]
 mod tests {
     use meshd_identity::TrustDomain;
+    use rustls::pki_types::ServerName;
 
     use super::*;
     use crate::Svid;
@@ -185,7 +119,7 @@ mod tests {
 
     fn verify(ca: &FakeCa, svid: &Svid, last_pki_time: SystemTime, now: SystemTime) -> Result<(), String> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let verifier = PkiServer::new(provider, &ca.bundle(), last_pki_time).unwrap();
+        let verifier = pki_server(provider, &ca.bundle(), last_pki_time).unwrap();
         let name = ServerName::try_from("pki.id.mesh.internal").unwrap();
         let now = UnixTime::since_unix_epoch(since_epoch(now));
         let verified = verifier.verify_server_cert(&svid.chain[0], &svid.chain[1..], &name, &[], now);
