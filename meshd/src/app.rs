@@ -121,7 +121,7 @@ impl App {
         // Only now: what is captured must find somebody who listens and knows where to.
         start!(apply_capture(&config, &shared.enrolment.load()), "capture")?;
         tokio::spawn(dns::serve(dns.0, dns.1, config.dns.domain.clone(), directory, vips));
-        let view = Arc::new(View::new(&config, shared.clone(), credentials.clone(), health, renewals));
+        let view = Arc::new(View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals));
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
         tokio::spawn(admin::serve_socket(admin_socket, view));
         let config_path = config_path.to_owned();
@@ -135,17 +135,22 @@ impl App {
         let mut hangup = signal(SignalKind::hangup())?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "meshd ready");
         memory::forget_startup_code();
+        let mut renewing = true;
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                _ = hangup.recv() => self.reload_enrolment(),
-                changed = self.credentials.changed() => {
-                    if changed.is_err() {
-                        // The renewal task is gone; what we hold stays in force until it expires.
-                        std::future::pending::<()>().await;
+                _ = hangup.recv() => {
+                    self.shared.telemetry.access_log.reopen();
+                    self.reload_enrolment();
+                }
+                changed = self.credentials.changed(), if renewing => {
+                    renewing = changed.is_ok();
+                    if renewing {
+                        self.install_credentials();
+                    } else {
+                        tracing::error!("certificates are not renewed any more; restart meshd before they expire");
                     }
-                    self.install_credentials();
                 }
             }
         }
@@ -222,10 +227,13 @@ async fn wait_for_certificates(credentials: &mut watch::Receiver<Arc<Credentials
 
 /// A panic ends one connection (its task); the operator sees it counted, and in the log with its place.
 fn count_panics(telemetry: &Arc<Telemetry>) {
-    let telemetry = telemetry.clone();
+    // Weak: the hook lives for ever, and the access log is written out when the last owner goes.
+    let telemetry = Arc::downgrade(telemetry);
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        telemetry.panics.fetch_add(1, Ordering::Relaxed);
+        if let Some(telemetry) = telemetry.upgrade() {
+            telemetry.panics.fetch_add(1, Ordering::Relaxed);
+        }
         print(panic);
     }));
 }
@@ -241,14 +249,7 @@ fn lock_run_dir(config: &Config) -> Result<File, StartError> {
 }
 
 fn load_enrolment(config: &Config, credentials: &Credentials) -> Result<Enrolment, enrol::EnrolError> {
-    enrol::load(&config.enrol_dir, &credentials.trust_domain, &own_listeners(config))
-}
-
-/// Addresses a peer must never be connected to through us.
-fn own_listeners(config: &Config) -> Vec<SocketAddr> {
-    let capture = SocketAddr::from((Ipv4Addr::LOCALHOST, config.proxy.capture_port));
-    let others = [capture, config.metrics.listen, config.dns.listen];
-    config.proxy.mesh_listen.iter().copied().chain(others).collect()
+    enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.own_listeners())
 }
 
 fn default_identity(config: &Config, path: &Path, credentials: &Credentials) -> Result<Option<SpiffeId>, StartError> {

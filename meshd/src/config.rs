@@ -1,5 +1,6 @@
 //! `meshd.toml`: composed of each subsystem's own Config; unknown keys are refused with line and suggestion.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use meshd_discovery::SourceConfig;
@@ -47,7 +48,20 @@ impl Default for Config {
 
 impl Config {
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        read_toml(path)
+        let config: Config = read_toml(path)?;
+        match config.capture.problem() {
+            None => Ok(config),
+            Some((field, reason)) => {
+                Err(ConfigError::Value { path: path.into(), field: field.into(), reason: reason.into() })
+            }
+        }
+    }
+
+    /// Addresses a peer must never be connected to through us.
+    pub fn own_listeners(&self) -> Vec<SocketAddr> {
+        let capture = SocketAddr::from((Ipv4Addr::LOCALHOST, self.proxy.capture_port));
+        let others = [capture, self.metrics.listen, self.dns.listen];
+        self.proxy.mesh_listen.iter().copied().chain(others).collect()
     }
 
     pub fn identity_dir(&self) -> PathBuf {
@@ -149,6 +163,21 @@ mod tests {
     fn a_wrong_type_names_the_line() {
         let message = refused("[proxy]\nthreads = \"two\"\n");
         assert!(message.starts_with("meshd.toml:2: invalid type: string \"two\""), "{message}");
+    }
+
+    #[test]
+    fn the_hosts_own_routing_tables_are_no_place_for_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meshd.toml");
+        for (text, field) in [
+            ("[capture]\ntable = 254\n", "capture.table"),
+            ("[capture]\nmark = 0\n", "capture.mark"),
+            ("[capture]\nmark = 1\n", "capture.mark"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let message = Config::load(&path).unwrap_err().to_string();
+            assert!(message.contains(field), "{message}");
+        }
     }
 
     #[test]

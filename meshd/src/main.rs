@@ -10,6 +10,7 @@ use meshd::app::App;
 use meshd::capture;
 use meshd::config::Config;
 use meshd_identity::JoinToken;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -93,7 +94,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Status { output } => status(&load(&cli.config)?, *output),
         Command::Edges { output } => edges(&load(&cli.config)?, *output),
         Command::Check { output } => check(&cli.config, *output),
-        Command::Intercept { action } => intercept(&load(&cli.config)?, action),
+        Command::Intercept { action } => intercept(&cli.config, action),
     }
 }
 
@@ -120,12 +121,22 @@ fn join(config: &Config, token_file: &Path, host: Option<&str>) -> anyhow::Resul
 
 fn run(config: &Config, path: &Path) -> anyhow::Result<ExitCode> {
     log();
+    raise_descriptor_limit();
     // One arena per worker and one for everything else.
     meshd_sys::memory::tune(config.proxy.worker_count() + 1);
     on_runtime(async {
         App::start(config.clone(), path).await?.run().await?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Each connection takes a descriptor; the usual soft limit of 1024 is for programs that use select(2).
+fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open descriptors; connections beyond it are refused");
+    }
 }
 
 /// To standard error, for journald; `RUST_LOG=debug` or `RUST_LOG=meshd::transport=debug,info` says how much.
@@ -164,10 +175,20 @@ fn check(path: &Path, output: Output) -> anyhow::Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn intercept(config: &Config, action: &Intercept) -> anyhow::Result<ExitCode> {
+fn intercept(path: &Path, action: &Intercept) -> anyhow::Result<ExitCode> {
     match action {
-        Intercept::Plan => print!("{}", capture::render(&config.capture, config.proxy.capture_port, 0, &[])),
-        Intercept::Revert => capture::revert(&config.capture)?,
+        Intercept::Plan => {
+            let config = load(path)?;
+            print!("{}", capture::render(&config.capture, config.proxy.capture_port, 0, &[]));
+        }
+        Intercept::Revert => {
+            // The way out must work when everything else is broken, the configuration included.
+            let config = load(path).unwrap_or_else(|error| {
+                eprintln!("meshd: {error:#}; reverting what the default configuration installs");
+                Config::default()
+            });
+            capture::revert(&config.capture)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

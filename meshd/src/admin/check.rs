@@ -104,7 +104,9 @@ fn permitted(credentials: &Credentials) -> Finding {
 }
 
 fn enrolment(config: &Config, credentials: &Credentials) -> Finding {
-    let result = enrol::load(&config.enrol_dir, &credentials.trust_domain, &[]).map(|_| ()).map_err(|e| e.to_string());
+    let result = enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.own_listeners())
+        .map(|_| ())
+        .map_err(|e| e.to_string());
     Finding::new("enrolment files are valid", result, Verdict::Failed)
 }
 

@@ -13,6 +13,7 @@ use axum::{Json, Router};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::view::View;
+use crate::lifecycle::Stage;
 use crate::telemetry;
 
 /// Binds the admin socket, replacing one a killed daemon left behind.
@@ -41,10 +42,18 @@ pub async fn serve_metrics(listener: TcpListener, view: Arc<View>) {
     let routes = Router::new()
         .route("/metrics", get(metrics))
         .route("/live", get(|| async { "live\n" }))
-        .route("/ready", get(|| async { "ready\n" }))
+        .route("/ready", get(ready))
         .with_state(view);
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the metrics port is closed");
+    }
+}
+
+/// Not ready from the moment of draining: whoever looks should send its traffic elsewhere.
+async fn ready(State(view): State<Arc<View>>) -> (StatusCode, &'static str) {
+    match view.stage() {
+        Stage::Running => (StatusCode::OK, "ready\n"),
+        Stage::Draining | Stage::Stopped => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
     }
 }
 

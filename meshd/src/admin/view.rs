@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::enrol::Mode;
+use crate::lifecycle::{Lifecycle, Stage};
 use crate::proxy::Shared;
 use crate::telemetry::{Direction, Exposition, Telemetry, Tls};
 
@@ -20,6 +21,7 @@ use crate::telemetry::{Direction, Exposition, Telemetry, Tls};
 pub struct View {
     started: Instant,
     shared: Arc<Shared>,
+    lifecycle: Lifecycle,
     credentials: watch::Receiver<Arc<Credentials>>,
     sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
     renewals: Arc<RenewalMetrics>,
@@ -95,16 +97,21 @@ impl View {
     pub fn new(
         config: &Config,
         shared: Arc<Shared>,
+        lifecycle: Lifecycle,
         credentials: watch::Receiver<Arc<Credentials>>,
         sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
         renewals: Arc<RenewalMetrics>,
     ) -> View {
         let domain = config.dns.domain.to_string();
-        View { started: Instant::now(), shared, credentials, sources, renewals, domain }
+        View { started: Instant::now(), shared, lifecycle, credentials, sources, renewals, domain }
     }
 
     pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
         &self.shared.telemetry
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        self.lifecycle.stage()
     }
 
     pub fn status(&self) -> StatusView {

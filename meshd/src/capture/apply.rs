@@ -30,8 +30,8 @@ pub fn revert(config: &CaptureConfig) -> Result<(), CaptureError> {
     nft("table inet meshd\ndelete table inet meshd\n")?;
     for setup in routes(config).iter().filter(|setup| family_present(setup.family)) {
         while ip(setup.family, &setup.delete_rule).is_ok() {}
-        // Fails when the table was never used: then there is nothing to flush.
-        let _ = ip(setup.family, &setup.flush_route);
+        // Fails when it is not there: then there is nothing to remove.
+        let _ = ip(setup.family, &setup.delete_route);
     }
     Ok(())
 }

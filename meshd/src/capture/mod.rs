@@ -28,6 +28,20 @@ pub struct CaptureConfig {
     pub table: u32,
 }
 
+impl CaptureConfig {
+    /// What would hurt the host or switch off our own rules: the field, and what to do.
+    pub fn problem(&self) -> Option<(&'static str, &'static str)> {
+        // unspec, default, main and local (rt_tables): removing our routes must never touch the host's.
+        if matches!(self.table, 0 | 253..=255) {
+            return Some(("capture.table", "this is one of the host's own routing tables; choose another number"));
+        }
+        if self.mark == 0 || self.mark & !self.mark_mask != 0 {
+            return Some(("capture.mark", "must have a bit, and only bits of capture.mark_mask"));
+        }
+        None
+    }
+}
+
 impl Default for CaptureConfig {
     fn default() -> CaptureConfig {
         CaptureConfig {

@@ -27,8 +27,8 @@ pub fn render(config: &CaptureConfig, capture_port: u16, daemon_uid: u32, strict
          \x20   iif lo ip6 daddr {vip6} meta l4proto tcp tproxy ip6 to [::1]:{capture_port} accept\n\
          \x20   iif lo ip daddr {vip4} meta l4proto tcp reject with tcp reset\n\
          \x20   iif lo ip6 daddr {vip6} meta l4proto tcp reject with tcp reset\n\
-         \x20   ip daddr {vip4} drop\n\
-         \x20   ip6 daddr {vip6} drop\n\
+         \x20   ip daddr {vip4} reject\n\
+         \x20   ip6 daddr {vip6} reject\n\
          \x20 }}\n"
     );
     render_strict(&mut text, config, daemon_uid, strict);
@@ -79,7 +79,7 @@ pub(super) fn routes(config: &CaptureConfig) -> Vec<RouteSetup> {
             // `protocol kernel` keeps systemd-networkd from deleting them as foreign (systemd#19106).
             route: words(&format!("route replace local {net} dev lo src {source} table {table} protocol kernel")),
             rule: words(&format!("rule add to {net} lookup {table} pref 100 protocol kernel")),
-            flush_route: words(&format!("route flush table {table}")),
+            delete_route: words(&format!("route del local {net} dev lo table {table}")),
             delete_rule: words(&format!("rule del to {net} lookup {table} pref 100")),
         })
         .collect()
@@ -89,7 +89,7 @@ pub(super) struct RouteSetup {
     pub family: &'static str,
     pub route: Vec<String>,
     pub rule: Vec<String>,
-    pub flush_route: Vec<String>,
+    pub delete_route: Vec<String>,
     pub delete_rule: Vec<String>,
 }
 
@@ -113,8 +113,8 @@ table inet meshd {
     iif lo ip6 daddr fd6d:6573:6864::/64 meta l4proto tcp tproxy ip6 to [::1]:15001 accept
     iif lo ip daddr 240.240.0.0/16 meta l4proto tcp reject with tcp reset
     iif lo ip6 daddr fd6d:6573:6864::/64 meta l4proto tcp reject with tcp reset
-    ip daddr 240.240.0.0/16 drop
-    ip6 daddr fd6d:6573:6864::/64 drop
+    ip daddr 240.240.0.0/16 reject
+    ip6 daddr fd6d:6573:6864::/64 reject
   }
 }
 ";

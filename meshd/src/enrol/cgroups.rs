@@ -40,10 +40,6 @@ impl CgroupUnits {
         CgroupUnits { root, units: HashMap::new(), gone: HashSet::new() }
     }
 
-    pub fn available(&self) -> bool {
-        self.root.is_some()
-    }
-
     /// Walks the hierarchy (about a millisecond) only for an id never seen before: a unit that just started.
     pub fn unit_of(&mut self, cgroup: u64) -> UnitLookup {
         if !self.units.contains_key(&cgroup) && !self.gone.contains(&cgroup) {

@@ -147,6 +147,10 @@ fn workload(
 ) -> Result<Workload, ConfigError> {
     let WorkloadEntry { unit, uid, namespace, name, .. } = entry.get_ref();
     let selector = match (unit, uid) {
+        (Some(unit), None) if !unit.contains('.') => {
+            let reason = format!("`{unit}` names no unit; write it with its kind, like `{unit}.service`");
+            return Err(origin.refuse(entry, "workload.unit", &reason));
+        }
         (Some(unit), None) => Selector::Unit(unit.as_str().into()),
         (None, Some(uid)) => Selector::Uid(*uid),
         _ => return Err(origin.refuse(entry, "workload", &format!("{name}: give either `unit` or `uid`"))),
@@ -205,6 +209,7 @@ mode = "strict"
         for (text, expected) in [
             (PAYMENTS.replace("unit =", "unti ="), "10-test.toml:3: unknown field `unti`"),
             (PAYMENTS.replace("unit = \"payments.service\"", ""), "give either `unit` or `uid`"),
+            (PAYMENTS.replace("payments.service", "payments"), "like `payments.service`"),
             (PAYMENTS.replace("\"shop\"", "\"meshd-system\""), "reserved for meshd"),
             (PAYMENTS.replace("8080", "15008"), "meshd's own listeners"),
             (PAYMENTS.replace("\"payments\"", "\"pay ments\""), "workload.namespace/name"),

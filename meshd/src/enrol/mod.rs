@@ -87,8 +87,4 @@ impl Enrolment {
     pub fn delivery_at(&self, port: u16) -> Option<&Arc<Delivery>> {
         self.deliveries.iter().find(|delivery| delivery.deliver.port() == port)
     }
-
-    pub fn enrols_units(&self) -> bool {
-        self.by_selector.keys().any(|selector| matches!(selector, Selector::Unit(_)))
-    }
 }

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 use super::balance::{Candidate, Candidates, Failed};
 use crate::enrol::Workload;
-use crate::fault::Fault;
+use crate::fault::{Fault, Side};
 use crate::telemetry::Tls;
 use crate::transport::chunk;
 use crate::transport::dial::Dialer;
@@ -122,7 +122,10 @@ pub(super) async fn first(
                 if failure.fault == Fault::AppReset {
                     return Err(failure.fault);
                 }
-                if let Some(failed) = candidate.failed(connector.dialer.connect_timeout, Instant::now()) {
+                // What is our own doing, or a decision about the caller, says nothing of the endpoint.
+                if failure.fault.side() == Side::Peer
+                    && let Some(failed) = candidate.failed(connector.dialer.connect_timeout, Instant::now())
+                {
                     probe(failed);
                 }
                 if failure.delivered || !failure.fault.retryable() {
@@ -191,7 +194,7 @@ async fn answered(
     (response, mut send): Opening,
     app: &mut TcpStream,
     early: &mut Early,
-    may_send: bool,
+    mut may_send: bool,
     limit: Duration,
 ) -> Result<Upstream, Failure> {
     let mut sent = 0;
@@ -207,13 +210,12 @@ async fn answered(
         while early.wants_more() {
             match chunk::poll_chunk(app, cx, EARLY_DATA - early.length) {
                 Poll::Ready(Ok(chunk)) => {
+                    // Kept before it is sent: a refusal that comes in between must not cost the next candidate a byte.
+                    early.push(chunk.clone());
                     if may_send && !chunk.is_empty() {
-                        if send.send_data(chunk.clone(), false).is_err() {
-                            break;
-                        }
-                        sent += 1;
+                        may_send = send.send_data(chunk, false).is_ok();
+                        sent += usize::from(may_send);
                     }
-                    early.push(chunk);
                 }
                 Poll::Ready(Err(_)) => return Poll::Ready(Outcome::AppGone),
                 Poll::Pending => break,

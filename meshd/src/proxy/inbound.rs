@@ -23,6 +23,7 @@ use super::{deliver, serve};
 use crate::fault::Fault;
 use crate::lifecycle::Stage;
 use crate::telemetry::{Direction, Tls};
+use crate::transport::dial::tls_fault;
 use crate::transport::mesh::{self, Server};
 use crate::transport::secure_io::SecureIo;
 use crate::transport::tls::{TlsState, peer_certificate};
@@ -58,28 +59,53 @@ pub(super) async fn connection(env: Rc<Env>, socket: StdStream, address: SocketA
             handshakes.accepted.fetch_add(1, Ordering::Relaxed);
             streams(env, &tls, peer).await;
         }
-        Ok(Err(reason)) => {
-            handshakes.accept_failed.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(%address, %reason, "refused a peer");
-        }
-        Err(_) => {
-            handshakes.accept_failed.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(%address, "a peer did not finish its handshake in time");
-        }
+        Ok(Err(refusal)) => refuse_peer(&env, address, &refusal),
+        Err(_) => refuse_peer(&env, address, &Refusal::of(Fault::TlsHandshake, "it did not finish in time")),
     }
 }
 
-async fn handshake(tls: &TlsState, socket: StdStream, address: SocketAddr) -> Result<Peer, String> {
-    let socket = TcpStream::from_std(socket).map_err(|error| error.to_string())?;
-    let dialled = socket.local_addr().map_err(|error| error.to_string())?;
-    let stream = TlsAcceptor::from(tls.server.clone()).accept(socket).await.map_err(|error| error.to_string())?;
+/// Why a peer was turned away before it could ask for anything.
+struct Refusal {
+    fault: Fault,
+    reason: String,
+}
+
+impl Refusal {
+    fn of(fault: Fault, reason: impl ToString) -> Refusal {
+        Refusal { fault, reason: reason.to_string() }
+    }
+}
+
+/// Counted always, told once in a while per address: strangers must not fill the log.
+fn refuse_peer(env: &Env, address: SocketAddr, refusal: &Refusal) {
+    env.shared.telemetry.handshakes.accept_failed.fetch_add(1, Ordering::Relaxed);
+    env.shared.telemetry.refused.count(Direction::Inbound, refusal.fault);
+    if env.may_log(&address.ip().to_string()) {
+        let remedy = match refusal.fault {
+            Fault::CertExpired => "; look at `meshd check` on that host, and at both clocks",
+            Fault::IdentityMismatch => "; that host belongs to another trust domain",
+            _ => "",
+        };
+        let (error, reason) = (refusal.fault.label(), &refusal.reason);
+        tracing::warn!(%address, error, "refused a peer's handshake: {reason}{remedy}");
+    }
+}
+
+async fn handshake(tls: &TlsState, socket: StdStream, address: SocketAddr) -> Result<Peer, Refusal> {
+    let broken = |reason: &str| Refusal::of(Fault::TlsHandshake, reason);
+    let socket = TcpStream::from_std(socket).map_err(|error| Refusal::of(Fault::Internal, error))?;
+    let dialled = socket.local_addr().map_err(|error| Refusal::of(Fault::Internal, error))?;
+    let accepting = TlsAcceptor::from(tls.server.clone()).accept(socket);
+    let stream = accepting.await.map_err(|error| Refusal::of(tls_fault(&error), error))?;
     let (socket, session) = stream.into_inner();
-    let version = WireVersion::from_alpn(session.alpn_protocol()).ok_or("no common wire version")?;
-    let certificate = peer_certificate(session.peer_certificates()).ok_or("the client certificate is no SVID")?;
-    let (presented, chosen) = tls.presented(session.server_name()).ok_or("no identity of this name here")?;
+    let version = WireVersion::from_alpn(session.alpn_protocol()).ok_or_else(|| broken("no common wire version"))?;
+    let certificate = peer_certificate(session.peer_certificates()).ok_or_else(|| broken("no SVID"))?;
+    let (presented, chosen) = tls.presented(session.server_name()).ok_or_else(|| broken("no such identity here"))?;
     let facts = PeerFacts { id: certificate.id, address, dialled, presented: presented.clone(), chosen, version };
     let own = tls.identity(presented).map_or(SystemTime::UNIX_EPOCH, |identity| identity.not_after);
-    let server = mesh::server(SecureIo::new(socket, session.into())).await.map_err(|error| error.to_string())?;
+    let server = mesh::server(SecureIo::new(socket, session.into()))
+        .await
+        .map_err(|error| Refusal::of(Fault::TlsHandshake, error))?;
     Ok(Peer { server, facts: Rc::new(facts), expires: own.min(certificate.not_after) })
 }
 
@@ -164,7 +190,7 @@ fn target(version: WireVersion, request: &Request<RecvStream>) -> Option<Target>
 async fn accept_target(env: &Env, peer: &PeerFacts, target: Target, report: &mut Report) -> Result<TcpStream, Fault> {
     let enrolment = env.shared.enrolment.load_full();
     let delivery = deliver::find(&enrolment, &target, peer.dialled, &peer.presented, peer.chosen)?;
-    report.unit(Some(delivery.owner.unit.clone()));
+    report.unit(&delivery.owner.unit);
     report.target(&delivery.service, delivery.port);
     let permit = authorize::check(Policy::default(), &peer.id, &delivery)?;
     let app = deliver::connect(&env.dialer, &delivery, permit).await?;

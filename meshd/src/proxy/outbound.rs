@@ -18,7 +18,7 @@ use super::worker::Env;
 use super::{connect, detect, probe, resolve, serve};
 use crate::enrol::Workload;
 use crate::fault::Fault;
-use crate::telemetry::Direction;
+use crate::telemetry::{Direction, Tls};
 
 /// A connection known to be allowed out, on its way to the worker that will carry it.
 pub(super) struct Admitted {
@@ -57,10 +57,12 @@ fn identify_and_resolve(
         .identifier
         .local(&env.shared.enrolment.load(), client, original)
         .map_err(|unidentified| explain(env, &unidentified, original, report))?;
-    report.unit(Some(who.unit.clone()));
+    report.unit(&who.unit);
     report.own_identity(&who.identity);
     let place = resolve::service(&env.shared.directory.load(), &env.shared.vips, original).inspect_err(|_| {
-        tracing::warn!(unit = %who.unit, %original, "no service at this virtual IP and port");
+        if env.may_log(&who.unit) {
+            tracing::warn!(unit = %who.unit, %original, "no service at this virtual IP and port; see `meshd status`");
+        }
     })?;
     report.target(&place.service.name, place.port);
     Ok((who, place))
@@ -81,7 +83,9 @@ async fn connect_and_serve(env: &Rc<Env>, admitted: &mut Admitted) -> Result<(),
     let served = detect::protocol(place.protocol);
     match Box::pin(connect(env, who, place, &mut app)).await {
         Ok(mut connected) => {
-            report.peer_identity(&connected.candidate.endpoint().identity);
+            if connected.upstream.tls() == Tls::Mutual {
+                report.peer_identity(&connected.candidate.endpoint().identity);
+            }
             report.connected(connected.endpoint, connected.upstream.tls());
             serve(env, served, &mut app, &mut connected, report).await
         }
@@ -95,6 +99,15 @@ async fn connect_and_serve(env: &Rc<Env>, admitted: &mut Admitted) -> Result<(),
 async fn connect(env: &Rc<Env>, who: &Workload, place: &Place, app: &mut TcpStream) -> Result<Box<Connected>, Fault> {
     let balancer = env.balancer(&who.identity, place);
     let tls = env.shared.tls.load_full();
+    if tls.identity(&who.identity).is_none() {
+        // Claimed by this host, not (yet) permitted by the PKI: both are needed to be enrolled.
+        if env.may_log(&who.unit) {
+            let short = who.identity.short();
+            tracing::warn!(unit = %who.unit, identity = %who.identity,
+                "the PKI has issued no certificate; permit it there: meshd-pki entry add --host <this host> {short}");
+        }
+        return Err(Fault::Unenrolled);
+    }
     let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
     let probe = |failed| probe::start(env, &who.identity, failed);
     connect::first(connector, who, balancer.candidates(), app, probe).await.map(Box::new)
@@ -125,12 +138,14 @@ async fn serve(
 fn explain(env: &Env, caller: &Unidentified, original: SocketAddr, report: &mut Report) -> Fault {
     let service = env.shared.vips.service_of(original.ip());
     let service = service.map_or_else(|| original.to_string(), |service| service.to_string());
-    report.unit(caller.unit.clone());
+    report.stray_unit(caller.unit.clone());
     let selector = match (&caller.unit, caller.uid) {
         (Some(unit), _) => format!("unit = \"{unit}\""),
         (None, Some(uid)) => format!("uid = {uid}"),
         (None, None) => {
-            tracing::warn!(%service, "refused a connection whose owner the kernel no longer knows");
+            if env.may_log("unknown owner") {
+                tracing::warn!(%service, "refused a connection whose owner the kernel no longer knows");
+            }
             return caller.fault;
         }
     };

@@ -20,6 +20,8 @@ pub(super) struct Report {
     key: EdgeKey,
     port: u16,
     endpoint: Option<SocketAddr>,
+    /// A caller's unit that is not enrolled: for the log only, as any user can make up units without end.
+    stray_unit: Option<Arc<str>>,
     connected: Option<Arc<Edge>>,
     up_bytes: std::cell::Cell<u64>,
     down_bytes: std::cell::Cell<u64>,
@@ -34,7 +36,8 @@ impl Report {
             service: None,
             peer: None,
             own: None,
-            tls: Tls::Disabled,
+            // A peer has proven itself before it can ask for anything.
+            tls: if direction == Direction::Inbound { Tls::Mutual } else { Tls::Disabled },
             overflow: false,
         };
         Report {
@@ -45,6 +48,7 @@ impl Report {
             key,
             port: 0,
             endpoint: None,
+            stray_unit: None,
             connected: None,
             up_bytes: 0.into(),
             down_bytes: 0.into(),
@@ -58,8 +62,12 @@ impl Report {
         self.worker = worker;
     }
 
-    pub(super) fn unit(&mut self, unit: Option<Arc<str>>) {
-        self.key.unit = unit;
+    pub(super) fn unit(&mut self, unit: &Arc<str>) {
+        self.key.unit = Some(unit.clone());
+    }
+
+    pub(super) fn stray_unit(&mut self, unit: Option<Arc<str>>) {
+        self.stray_unit = unit;
     }
 
     pub(super) fn own_identity(&mut self, own: &SpiffeId) {
@@ -116,7 +124,7 @@ impl Report {
             at: SystemTime::now() - duration,
             duration,
             direction: self.key.direction,
-            unit: self.key.unit.clone(),
+            unit: self.key.unit.clone().or_else(|| self.stray_unit.clone()),
             client_id,
             server_id,
             service: self.key.service.clone(),

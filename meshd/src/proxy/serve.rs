@@ -31,11 +31,11 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
     already_read: Vec<Bytes>,
     watch: &Watch<'_, F, G>,
 ) -> Result<(), Fault> {
-    for chunk in already_read {
-        // At most the early data limit, which HTTP/2 queues whatever the window.
-        send.send_data(chunk, false).map_err(|_| Fault::PeerReset)?;
-    }
-    let outcome = {
+    let outcome = async {
+        for chunk in already_read {
+            // At most the early data limit, which HTTP/2 queues whatever the window.
+            send.send_data(chunk, false).map_err(|_| Fault::PeerReset)?;
+        }
         let (read, write) = app.split();
         let upload_over = Cell::new(false);
         let upload = async {
@@ -45,7 +45,8 @@ pub(super) async fn opaque<F: Fn(usize), G: Fn(usize)>(
         };
         let download = to_app(write, receive, watch, &upload_over);
         tokio::try_join!(upload, download).map(|_| ())
-    };
+    }
+    .await;
     if outcome.is_err() {
         // The far application must see a broken connection, not a clean end.
         send.send_reset(h2::Reason::CANCEL);
@@ -61,7 +62,12 @@ async fn from_app(mut app: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: &i
             0 => Box::pin(capacity(&app, send)).await?,
             room => room,
         };
-        let chunk = poll_fn(|cx| poll_chunk(&mut app, cx, room)).await.map_err(|_| Fault::AppReset)?;
+        let chunk = poll_fn(|cx| match poll_chunk(&mut app, cx, room) {
+            Poll::Ready(chunk) => Poll::Ready(chunk.map_err(|_| Fault::AppReset)),
+            // A peer that has ended its own side can still break the stream, and nobody else would notice.
+            Poll::Pending => send.poll_reset(cx).map(|_| Err(Fault::PeerReset)),
+        })
+        .await?;
         let end = chunk.is_empty();
         count(chunk.len());
         send.send_data(chunk, end).map_err(|_| Fault::PeerReset)?;
@@ -144,16 +150,17 @@ pub(super) async fn plain<F: Fn(usize), G: Fn(usize)>(
     already_read: Vec<Bytes>,
     watch: &Watch<'_, F, G>,
 ) -> Result<(), Fault> {
-    for chunk in already_read {
-        far.write_all(&chunk).await.map_err(|_| Fault::PeerReset)?;
-    }
-    let outcome = {
+    let outcome = async {
+        for chunk in already_read {
+            far.write_all(&chunk).await.map_err(|_| Fault::PeerReset)?;
+        }
         let (app_read, app_write) = app.split();
         let (far_read, far_write) = far.split();
         let upload = copy(app_read, far_write, &watch.from_app, Fault::AppReset, Fault::PeerReset);
         let download = copy(far_read, app_write, &watch.to_app, Fault::PeerReset, Fault::AppReset);
         tokio::try_join!(upload, download).map(|_| ())
-    };
+    }
+    .await;
     if outcome.is_err() {
         abort(app);
         abort(far);

@@ -26,7 +26,6 @@ use super::limits::{Admission, SourceLimits};
 use super::outbound::{self, Admitted};
 use super::resolve::Place;
 use super::{Shared, inbound};
-use crate::fault::Fault;
 use crate::lifecycle::{Lifecycle, Stage};
 use crate::telemetry::Direction;
 use crate::transport::dial::Dialer;
@@ -46,6 +45,8 @@ const LOG_CALLERS: usize = 256;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What the task of one connection may take: with thousands of idle ones, this is what meshd costs.
 pub(super) const STREAM_TASK_MAX: usize = 1024;
+/// Exit code for a worker that cannot run (EX_OSERR of sysexits.h).
+const WORKER_FAILED: i32 = 71;
 /// How often unused connections are looked for.
 const SWEEP: Duration = Duration::from_secs(15);
 
@@ -186,7 +187,9 @@ impl Parts {
             })
         });
         if let Err(error) = ran {
-            tracing::error!(worker, %error, "a worker cannot start");
+            // Half a data plane looks alive and drops connections; the service manager can do better.
+            tracing::error!(worker, %error, "a worker cannot run; ending meshd so that it is started anew");
+            std::process::exit(WORKER_FAILED);
         }
     }
 
@@ -235,7 +238,7 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
                 Some(Handover::Inbound(socket, address, admission)) => spawn_inbound(&env, socket, address, admission),
                 None => return Ok(()),
             },
-            _ = sweep.tick() => env.pool.sweep(&env.shared.tls.load(), Instant::now()),
+            _ = sweep.tick() => env.sweep(),
             () = lifecycle.reached(Stage::Stopped) => return Ok(()),
         }
     }
@@ -306,15 +309,15 @@ fn peer(env: &Rc<Env>, socket: StdStream, address: SocketAddr) {
     // A peer's connection carries many streams and stays: it goes where the fewest are.
     let least = (0..env.team.len()).min_by_key(|worker| env.team[*worker].load.peers.load(Ordering::Relaxed));
     let owner = least.unwrap_or(env.worker);
-    env.team[owner].load.peers.fetch_add(1, Ordering::Relaxed);
     if owner == env.worker {
         return spawn_inbound(env, socket, address, admission);
     }
-    let given = Handover::Inbound(socket, address, admission);
-    if env.team[owner].handover.try_send(given).is_err() {
-        // A full queue means that worker is overwhelmed; the peer will dial again.
-        env.team[owner].load.peers.fetch_sub(1, Ordering::Relaxed);
-        env.shared.telemetry.refused.count(Direction::Inbound, Fault::Limit);
+    match env.team[owner].handover.try_send(Handover::Inbound(socket, address, admission)) {
+        Ok(()) => {}
+        Err(mpsc::error::TrySendError::Full(given) | mpsc::error::TrySendError::Closed(given)) => {
+            let Handover::Inbound(socket, address, admission) = given else { return };
+            spawn_inbound(env, socket, address, admission);
+        }
     }
 }
 
@@ -335,14 +338,42 @@ fn spawn_inbound(env: &Rc<Env>, socket: StdStream, address: SocketAddr, admissio
     tokio::task::spawn_local(async move {
         // Work until it is closed: what its last streams sent may still be on its way when they have ended.
         let _working = env.work.begin();
-        let team = env.team.clone();
-        let worker = env.worker;
+        let _counted = Counted::peer(&env);
         inbound::connection(env, socket, address, admission).await;
-        team[worker].load.peers.fetch_sub(1, Ordering::Relaxed);
     });
 }
 
+/// A peer's connection counted on its worker, also when its task panics.
+struct Counted(Arc<Vec<Teammate>>, usize);
+
+impl Counted {
+    fn peer(env: &Env) -> Counted {
+        env.team[env.worker].load.peers.fetch_add(1, Ordering::Relaxed);
+        Counted(env.team.clone(), env.worker)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0[self.1].load.peers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Env {
+    /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
+    fn sweep(&self) {
+        self.measure();
+        self.pool.sweep(&self.shared.tls.load(), Instant::now());
+        let directory = self.shared.directory.load();
+        self.balancers.borrow_mut().retain(|(_, name, port), balancer| {
+            let service = directory.get(name);
+            if let Some(service) = service {
+                balancer.update(service, *port);
+            }
+            service.is_some()
+        });
+    }
+
     pub(super) fn is_capture_listener(&self, address: SocketAddr) -> bool {
         self.captured.contains(&address)
     }

@@ -3,8 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -43,8 +44,15 @@ pub struct ConnectionEvent {
 #[derive(Debug, Default)]
 pub struct AccessLog {
     queue: Option<SyncSender<ConnectionEvent>>,
-    dropped: AtomicU64,
+    state: Arc<State>,
     writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What queue and writer tell each other.
+#[derive(Debug, Default)]
+struct State {
+    dropped: AtomicU64,
+    reopen: AtomicBool,
 }
 
 impl AccessLog {
@@ -53,11 +61,17 @@ impl AccessLog {
     }
 
     pub fn to_file(path: &Path) -> std::io::Result<AccessLog> {
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        let file = open(path)?;
         let (queue, events) = sync_channel(QUEUE);
-        let writer =
-            std::thread::Builder::new().name("access-log".into()).spawn(move || write_events(file, &events))?;
-        Ok(AccessLog { queue: Some(queue), dropped: AtomicU64::new(0), writer: Mutex::new(Some(writer)) })
+        let state = Arc::new(State::default());
+        let writer = Writer { path: path.into(), state: state.clone(), out: buffered(file) };
+        let thread = std::thread::Builder::new().name("access-log".into()).spawn(move || writer.run(&events))?;
+        Ok(AccessLog { queue: Some(queue), state, writer: Mutex::new(Some(thread)) })
+    }
+
+    /// From the next event on into a new file of the same name: the old one has been rotated away.
+    pub fn reopen(&self) {
+        self.state.reopen.store(true, Ordering::Relaxed);
     }
 
     pub fn enabled(&self) -> bool {
@@ -68,12 +82,12 @@ impl AccessLog {
         if let Some(queue) = &self.queue
             && queue.try_send(event).is_err()
         {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.state.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
+        self.state.dropped.load(Ordering::Relaxed)
     }
 }
 
@@ -110,16 +124,50 @@ struct Line<'a> {
     outcome: &'a str,
 }
 
-fn write_events(file: File, events: &Receiver<ConnectionEvent>) {
-    let mut out = BufWriter::with_capacity(64 * 1024, file);
-    while let Ok(event) = events.recv() {
-        // A full disk loses lines, never traffic.
-        let _ = write_line(&mut out, &event);
-        while let Ok(event) = events.try_recv() {
-            let _ = write_line(&mut out, &event);
+struct Writer {
+    path: PathBuf,
+    state: Arc<State>,
+    out: BufWriter<File>,
+}
+
+impl Writer {
+    fn run(mut self, events: &Receiver<ConnectionEvent>) {
+        while let Ok(event) = events.recv() {
+            if self.state.reopen.swap(false, Ordering::Relaxed) {
+                self.open_anew();
+            }
+            self.write(&event);
+            while let Ok(event) = events.try_recv() {
+                self.write(&event);
+            }
+            if self.out.flush().is_err() {
+                self.state.dropped.fetch_add(1, Ordering::Relaxed);
+            }
         }
-        let _ = out.flush();
     }
+
+    /// A full disk loses lines, counted, never traffic.
+    fn write(&mut self, event: &ConnectionEvent) {
+        if write_line(&mut self.out, event).is_err() {
+            self.state.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn open_anew(&mut self) {
+        match open(&self.path) {
+            Ok(file) => self.out = buffered(file),
+            Err(error) => tracing::error!(path = %self.path.display(), %error, "access log not reopened"),
+        }
+    }
+}
+
+/// Who talks to whom is not for every user of the host.
+fn open(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().create(true).append(true).mode(0o640).open(path)
+}
+
+fn buffered(file: File) -> BufWriter<File> {
+    BufWriter::with_capacity(64 * 1024, file)
 }
 
 fn write_line(out: &mut impl Write, event: &ConnectionEvent) -> std::io::Result<()> {
@@ -170,6 +218,19 @@ mod tests {
         write_line(&mut out, &event()).unwrap();
         let expected = r#"{"time":"1970-01-01T00:00:00Z","direction":"outbound","unit":"checkout.service","client_id":"spiffe://mesh.example/ns/shop/sa/checkout","service":"payments.shop","port":80,"peer":"127.0.0.1:40000","endpoint":"10.0.0.2:15008","bytes_sent":1,"bytes_received":2,"duration_ms":1.5,"outcome":"ok"}"#;
         assert_eq!(String::from_utf8(out).unwrap(), format!("{expected}\n"));
+    }
+
+    #[test]
+    fn a_rotated_file_is_left_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, rotated) = (dir.path().join("access.jsonl"), dir.path().join("access.jsonl.1"));
+        let log = AccessLog::to_file(&path).unwrap();
+        std::fs::rename(&path, &rotated).unwrap();
+        log.reopen();
+        log.record(event());
+        drop(log);
+        assert_eq!(std::fs::read_to_string(rotated).unwrap(), "");
+        assert_eq!(std::fs::read_to_string(path).unwrap().lines().count(), 1);
     }
 
     #[test]

@@ -128,8 +128,7 @@ impl Edges {
             return edge.clone();
         }
         if shard.len() >= MAX_EDGES {
-            key.peer = None;
-            key.overflow = true;
+            key = EdgeKey { unit: None, peer: None, own: None, overflow: true, ..key };
         }
         shard.entry(key).or_default().clone()
     }
@@ -171,11 +170,12 @@ mod tests {
     }
 
     #[test]
-    fn too_many_peers_are_counted_together() {
+    fn too_many_edges_are_counted_together() {
         let edges = Edges::new(1);
         for n in 0..MAX_EDGES + 50 {
             let peer = format!("spiffe://mesh.example/ns/shop/sa/w{n}");
-            edges.edge(0, key(Some(&peer))).opened.fetch_add(1, Ordering::Relaxed);
+            let unit = Some(format!("run-{n}.service").into());
+            edges.edge(0, EdgeKey { unit, ..key(Some(&peer)) }).opened.fetch_add(1, Ordering::Relaxed);
         }
         let rows = edges.rows();
         assert_eq!(rows.len(), MAX_EDGES + 1);

@@ -1,6 +1,7 @@
 //! The Prometheus endpoint's text (OpenMetrics 1.0), with Linkerd's TCP names and meanings.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -124,12 +125,21 @@ fn tcp_metrics(telemetry: &Telemetry) -> Vec<Exposition> {
         close.push((with_error(&dst, ""), row.connected_closed as f64));
     }
     vec![
-        Exposition::counter("tcp_open", "Connections opened", open),
-        Exposition::counter("tcp_close", "Connections closed, by error", close),
-        Exposition::gauge("tcp_open_connections", "Connections open now", current),
-        Exposition::counter("tcp_read_bytes", "Bytes read from the peer", read),
-        Exposition::counter("tcp_write_bytes", "Bytes written to the peer", write),
+        Exposition::counter("tcp_open", "Connections opened", summed(open)),
+        Exposition::counter("tcp_close", "Connections closed, by error", summed(close)),
+        Exposition::gauge("tcp_open_connections", "Connections open now", summed(current)),
+        Exposition::counter("tcp_read_bytes", "Bytes read from the peer", summed(read)),
+        Exposition::counter("tcp_write_bytes", "Bytes written to the peer", summed(write)),
     ]
+}
+
+/// Edges that differ on one leg only look the same on the other: a scrape has each series once.
+fn summed(series: Vec<(Labels, f64)>) -> Vec<(Labels, f64)> {
+    let mut sums: BTreeMap<Labels, f64> = BTreeMap::new();
+    for (labels, value) in series {
+        *sums.entry(labels).or_default() += value;
+    }
+    sums.into_iter().collect()
 }
 
 fn closes(labels: &Labels, row: &EdgeRow) -> Vec<(Labels, f64)> {

@@ -14,7 +14,8 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 use super::secure_io::SecureIo;
 use super::wire::{
-    CONNECTION_WINDOW, DEAD_AFTER, MAX_FRAME, MAX_HEADERS, PING_AFTER, SEND_BUFFER, STREAM_WINDOW, STREAMS,
+    CONNECTION_WINDOW, DEAD_AFTER, IDLE_PING_AFTER, MAX_FRAME, MAX_HEADERS, PING_AFTER, SEND_BUFFER, STREAM_WINDOW,
+    STREAMS,
 };
 
 /// How often silence is looked at.
@@ -27,7 +28,7 @@ pub enum MeshError {
     Http2(#[from] h2::Error),
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    #[error("the peer has been silent for {0:?} with streams open")]
+    #[error("the peer does not answer, and has been silent for {0:?}")]
     Silent(Duration),
 }
 
@@ -60,7 +61,7 @@ impl ClientDriver {
         poll_fn(|cx| match self.poll(cx, true) {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
             Poll::Ready(Ok(())) => Poll::Ready(Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into())),
-            Poll::Pending if !self.keepalive.waiting => Poll::Ready(Ok(())),
+            Poll::Pending if self.keepalive.asked.is_none() => Poll::Ready(Ok(())),
             Poll::Pending => Poll::Pending,
         })
         .await
@@ -144,11 +145,12 @@ impl Server {
     }
 }
 
-/// Asks a silent peer of a busy connection whether it is there, and gives it up when it is not.
+/// Asks a silent peer whether it is there, and gives it up when it does not answer. Idle connections are
+/// asked rarely, busy ones soon; nobody is given up without having been asked.
 struct KeepAlive {
     heard: Rc<Cell<Instant>>,
     pings: Option<PingPong>,
-    waiting: bool,
+    asked: Option<Instant>,
     tick: Interval,
 }
 
@@ -156,35 +158,78 @@ impl KeepAlive {
     fn new(io: &SecureIo, pings: Option<PingPong>) -> KeepAlive {
         let mut tick = tokio::time::interval(KEEPALIVE_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        KeepAlive { heard: io.heard(), pings, waiting: false, tick }
+        KeepAlive { heard: io.heard(), pings, asked: None, tick }
     }
 
     fn ask(&mut self) {
         if let Some(pings) = &mut self.pings {
             // An error means the connection is over, which its driver sees.
-            self.waiting = pings.send_ping(Ping::opaque()).is_ok();
+            self.asked = pings.send_ping(Ping::opaque()).is_ok().then(Instant::now);
         }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, busy: bool) -> Result<(), MeshError> {
         while self.tick.poll_tick(cx).is_ready() {
-            let silence = self.heard.get().elapsed();
-            if busy && silence >= DEAD_AFTER {
-                return Err(MeshError::Silent(silence));
-            }
-            if busy && silence >= PING_AFTER && !self.waiting {
-                self.ask();
+            match verdict(self.heard.get(), self.asked, busy, Instant::now()) {
+                Verdict::Fine => {}
+                Verdict::Ask => self.ask(),
+                Verdict::Dead(silence) => return Err(MeshError::Silent(silence)),
             }
         }
         Ok(())
     }
 
     fn poll_pong(&mut self, cx: &mut Context<'_>) {
-        if self.waiting
+        if self.asked.is_some()
             && let Some(pings) = &mut self.pings
             && pings.poll_pong(cx).is_ready()
         {
-            self.waiting = false;
+            self.asked = None;
         }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Fine,
+    Ask,
+    Dead(Duration),
+}
+
+fn verdict(heard: Instant, asked: Option<Instant>, busy: bool, now: Instant) -> Verdict {
+    let silence = now.saturating_duration_since(heard);
+    let patience = if busy { PING_AFTER } else { IDLE_PING_AFTER };
+    match asked {
+        // Whatever was heard after the question is an answer, too.
+        Some(asked) if now.saturating_duration_since(asked.max(heard)) >= DEAD_AFTER - PING_AFTER => {
+            Verdict::Dead(silence)
+        }
+        None if silence >= patience => Verdict::Ask,
+        _ => Verdict::Fine,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_given_up_without_having_been_asked() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(verdict(start, None, true, after(9)), Verdict::Fine);
+        assert_eq!(verdict(start, None, true, after(3600)), Verdict::Ask);
+        assert_eq!(verdict(start, Some(after(10)), true, after(29)), Verdict::Fine);
+        assert_eq!(verdict(start, Some(after(10)), true, after(30)), Verdict::Dead(Duration::from_secs(30)));
+        assert_eq!(verdict(after(20), Some(after(10)), true, after(30)), Verdict::Fine);
+    }
+
+    #[test]
+    fn an_idle_peer_is_asked_rarely_and_given_up_all_the_same() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(verdict(start, None, false, after(59)), Verdict::Fine);
+        assert_eq!(verdict(start, None, false, after(60)), Verdict::Ask);
+        assert_eq!(verdict(start, Some(after(60)), false, after(80)), Verdict::Dead(Duration::from_secs(80)));
     }
 }

@@ -184,7 +184,7 @@ impl Pool {
         self.gates.borrow_mut().retain(|key, gate| links.contains_key(key) || Rc::strong_count(gate) > 1);
     }
 
-    /// Open connections and their streams, for `status`.
+    /// Open connections and their streams.
     pub fn size(&self) -> (usize, u32) {
         let links = self.links.borrow();
         let all = links.values().flatten();

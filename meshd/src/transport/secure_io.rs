@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Write};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -156,11 +156,16 @@ impl Inner {
 
     /// Moves decrypted bytes out; true once the peer has ended the stream.
     fn take_plaintext(&mut self, buf: &mut ReadBuf<'_>) -> io::Result<bool> {
-        let mut reader = self.tls.reader();
         while buf.remaining() > 0 {
-            match reader.read(buf.initialize_unfilled()) {
-                Ok(0) => return Ok(true),
-                Ok(count) => buf.advance(count),
+            let mut reader = self.tls.reader();
+            // Borrowed and copied, because `read` would want the destination cleared first.
+            match reader.fill_buf() {
+                Ok([]) => return Ok(true),
+                Ok(plaintext) => {
+                    let count = plaintext.len().min(buf.remaining());
+                    buf.put_slice(&plaintext[..count]);
+                    reader.consume(count);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(self.ended),
                 // A TCP close without TLS close_notify: HTTP/2 knows by its own framing what is missing.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(true),

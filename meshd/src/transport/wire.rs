@@ -32,6 +32,8 @@ pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(3);
 /// Silence on a connection with streams after which we ask, and after which it is dead.
 pub const PING_AFTER: Duration = Duration::from_secs(10);
 pub const DEAD_AFTER: Duration = Duration::from_secs(30);
+/// Silence on a connection without streams after which we ask: vanished peers must not be kept for ever.
+pub const IDLE_PING_AFTER: Duration = Duration::from_secs(60);
 
 /// Bytes sent before the CONNECT's 200, kept by the sender for the next candidate.
 pub const EARLY_DATA: usize = 64 * 1024;
@@ -75,10 +77,25 @@ impl Target {
     }
 }
 
+/// What a peer may say of itself (docs/wire.md).
+const REFUSALS: [Fault; 10] = [
+    Fault::Denied,
+    Fault::Banned,
+    Fault::UnknownTarget,
+    Fault::NoService,
+    Fault::Misdirected,
+    Fault::Limit,
+    Fault::ConnectRefused,
+    Fault::ConnectTimeout,
+    Fault::Drain,
+    Fault::Loop,
+];
+
 /// The fault a refusal names, or what its status says when it names none (a foreign peer).
 pub fn refusal(status: u16, headers: &HeaderMap) -> Fault {
     let named = headers.get(ERROR_HEADER).and_then(|value| value.to_str().ok()).and_then(Fault::from_label);
-    named.unwrap_or(match status {
+    // A peer speaks for itself only: its other names are not outcomes of ours.
+    named.filter(|fault| REFUSALS.contains(fault) && fault.status() == status).unwrap_or(match status {
         401 | 403 => Fault::Denied,
         400 | 404 => Fault::UnknownTarget,
         421 => Fault::Misdirected,
@@ -117,11 +134,13 @@ mod tests {
     }
 
     #[test]
-    fn every_refusal_survives_the_wire() {
+    fn a_refusal_survives_the_wire_and_nothing_else_does() {
         for fault in Fault::ALL {
             let mut headers = HeaderMap::new();
             headers.insert(ERROR_HEADER, error_header(*fault));
-            assert_eq!(refusal(fault.status(), &headers), *fault);
+            let expected = if REFUSALS.contains(fault) { *fault } else { Fault::ConnectRefused };
+            assert_eq!(refusal(fault.status(), &headers), expected);
+            assert_eq!(refusal(418, &headers), Fault::ConnectRefused);
         }
     }
 

@@ -97,6 +97,20 @@ fn encode_tuple(sockid: &mut [u8], local: SocketAddr, remote: SocketAddr) {
     sockid[40..48].fill(0xff); // INET_DIAG_NOCOOKIE
 }
 
+fn tuple(local: SocketAddr, remote: SocketAddr) -> [u8; 36] {
+    let mut sockid = [0u8; 48];
+    encode_tuple(&mut sockid, local, remote);
+    std::array::from_fn(|at| sockid[at])
+}
+
+/// As an IPv6 socket sees an IPv4 connection of its own; what the JVM uses for every connection.
+fn mapped(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), address.port()),
+        IpAddr::V6(_) => address,
+    }
+}
+
 fn encode_ip(field: &mut [u8], ip: IpAddr) {
     match ip {
         IpAddr::V4(v4) => field[..4].copy_from_slice(&v4.octets()),
@@ -111,10 +125,9 @@ fn decode_reply(message: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Re
         return if errno == ENOENT { Ok(Lookup::Missing) } else { Err(io::Error::from_raw_os_error(errno)) };
     }
     let body = message.get(NLMSG_HEADER..).filter(|body| body.len() >= INET_DIAG_MSG).ok_or_else(truncated)?;
-    let mut asked = [0u8; 48];
-    encode_tuple(&mut asked, local, remote);
     // An inexact hit (a wildcard listener on the port) is somebody else's socket.
-    if body[4..40] != asked[0..36] {
+    let answered = &body[4..40];
+    if answered != tuple(local, remote) && answered != tuple(mapped(local), mapped(remote)) {
         return Ok(Lookup::Missing);
     }
     let state = body[1];
@@ -188,6 +201,17 @@ mod tests {
         let nobody: SocketAddr = "127.0.0.1:9".parse().unwrap();
         let found = SocketDiag::open().unwrap().owner(listener.local_addr().unwrap(), nobody).unwrap();
         assert!(matches!(found, Lookup::Missing), "{found:?}");
+    }
+
+    #[test]
+    fn an_ipv4_connection_of_an_ipv6_socket_has_an_owner() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = TcpStream::connect(("::ffff:127.0.0.1", port)).unwrap();
+        let (_served, seen) = listener.accept().unwrap();
+        assert!(client.local_addr().unwrap().is_ipv6() && seen.is_ipv4());
+        let found = SocketDiag::open().unwrap().owner(seen, listener.local_addr().unwrap()).unwrap();
+        assert!(matches!(found, Lookup::Owned(_)), "{found:?}");
     }
 
     #[test]

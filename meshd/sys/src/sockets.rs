@@ -12,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 /// Accept queue length; the kernel caps it at net.core.somaxconn (4096 by default since 5.4).
 const BACKLOG: i32 = 4096;
 
-/// The mark on meshd's own sockets, so that its capture rules let them pass. Setting it needs CAP_NET_ADMIN.
+/// The mark on meshd's own sockets, so that strict ports let them in. Setting it needs CAP_NET_ADMIN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark(pub u32);
 
