@@ -648,6 +648,29 @@ async fn bytes_a_far_host_refused_unseen_go_to_the_next() {
     assert_eq!(mesh.near.settled(Outbound, 2).await.ok, 2);
 }
 
+#[tokio::test]
+async fn what_a_program_says_while_a_host_refuses_reaches_the_next_whole() {
+    // Whether the refusal or the program's next words are seen first is the scheduler's choice, so it gets many.
+    for pauses in 0..40 {
+        let mesh = Mesh::new();
+        let (_good, endpoint) = mesh.far(Application::echo().await);
+        let (far, first) = scripted(&mesh).await;
+        tokio::spawn(async move { react(far, &[Reaction::Echo, Reaction::RefuseAfterBytes]).await });
+        let address = mesh.near.announce(vec![first, endpoint]);
+        talk(address).await;
+        let mut caller = Connection::open(address).await;
+        for word in [&b"one "[..], b"two ", b"three ", b"four"] {
+            caller.say(word).await;
+            for _ in 0..pauses {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert_eq!(caller.hear(18).await, b"one two three four", "with {pauses} pauses");
+        caller.finish().await;
+        end_of(&mut caller).await;
+    }
+}
+
 /// A far side the test plays, which is asked before all others.
 async fn scripted(mesh: &Mesh) -> (FarSide, Endpoint) {
     let far = FarSide::new(&mesh.authority.svid(&identity("payments")), &[b"meshd/1"]).await;

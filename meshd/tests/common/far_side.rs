@@ -54,6 +54,8 @@ pub(crate) enum Reaction {
     Echo,
     /// Refuses it unseen.
     Refuse,
+    /// Looks at the first bytes, and refuses all the same.
+    RefuseAfterBytes,
     /// Takes the first bytes, then breaks the whole connection.
     BreakAfterBytes,
 }
@@ -80,6 +82,11 @@ async fn stream(reaction: Reaction, request: Request<RecvStream>, mut respond: S
     let mut body = request.into_body();
     match reaction {
         Reaction::Refuse => {
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+            Vec::new()
+        }
+        Reaction::RefuseAfterBytes => {
+            body.data().await.unwrap().unwrap();
             respond.send_reset(h2::Reason::REFUSED_STREAM);
             Vec::new()
         }
