@@ -15,8 +15,8 @@ use meshd::fault::Fault;
 use meshd::lifecycle::Stage;
 use meshd::telemetry::Direction::{Inbound, Outbound};
 use meshd::telemetry::{AccessLog, Telemetry, Tls};
-use meshd::transport::dial::{Dialer, Opened};
-use meshd::transport::pool::{Pool, PoolKey, Slot};
+use meshd::transport::dial::{Dialer, Opened, PoolKey};
+use meshd::transport::pool::{Pool, Slot};
 use meshd::transport::tls::TlsState;
 use meshd::transport::wire::{STREAMS, WireVersion};
 use meshd_discovery::{Endpoint, Transport};
@@ -51,8 +51,8 @@ impl Web {
     }
 
     async fn dial(&self, address: SocketAddr, version: WireVersion) -> Result<Opened, Fault> {
-        let (web, payments) = (identity("web"), identity("payments"));
-        within("a dial to end", self.dialer.mesh(&self.tls, &web, &payments, address, version)).await
+        let key = PoolKey { version, ..self.key(address) };
+        within("a dial to end", self.dialer.mesh(&self.tls, &key)).await
     }
 
     /// What a far side that never answers gets to see of a dial.

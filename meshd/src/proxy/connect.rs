@@ -21,8 +21,8 @@ use crate::enrol::Workload;
 use crate::fault::{Fault, Side};
 use crate::telemetry::Tls;
 use crate::transport::chunk;
-use crate::transport::dial::Dialer;
-use crate::transport::pool::{Pool, PoolKey, Slot};
+use crate::transport::dial::{Dialer, PoolKey};
+use crate::transport::pool::{Pool, Slot};
 use crate::transport::tls::TlsState;
 use crate::transport::wire::{self, EARLY_DATA, WireVersion};
 

@@ -29,6 +29,15 @@ pub struct Dialer {
     pub telemetry: Arc<Telemetry>,
 }
 
+/// Which connection: whom we prove to be, whom we expect, where and how.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PoolKey {
+    pub source: SpiffeId,
+    pub expected: SpiffeId,
+    pub address: SocketAddr,
+    pub version: WireVersion,
+}
+
 /// An opened connection that the peer has answered on.
 pub struct Opened {
     pub send: h2::client::SendRequest<bytes::Bytes>,
@@ -42,7 +51,7 @@ impl Dialer {
     /// A TCP connection carrying our mark.
     pub async fn tcp(&self, address: SocketAddr) -> Result<TcpStream, Fault> {
         let socket = sockets::marked(address, self.mark).map_err(|error| {
-            tracing::error!(%address, %error, "cannot open a marked socket; meshd needs CAP_NET_ADMIN");
+            tracing::error!(%address, %error, "cannot open a marked socket; meshd needs CAP_NET_ADMIN, and descriptors (LimitNOFILE)");
             Fault::Internal
         })?;
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
@@ -54,43 +63,30 @@ impl Dialer {
         }
     }
 
-    /// A mesh connection as `source`, to a peer that must prove to be `expected`.
-    pub async fn mesh(
-        &self,
-        tls: &TlsState,
-        source: &SpiffeId,
-        expected: &SpiffeId,
-        address: SocketAddr,
-        version: WireVersion,
-    ) -> Result<Opened, Fault> {
-        let opened = self.open(tls, source, expected, address, version).await;
+    /// A mesh connection to a peer that has proven to be whom `key` expects.
+    pub async fn mesh(&self, tls: &TlsState, key: &PoolKey) -> Result<Opened, Fault> {
+        let opened = self.open(tls, key).await;
         let counters = &self.telemetry.handshakes;
         match &opened {
             Ok(_) => counters.dialled.fetch_add(1, Ordering::Relaxed),
             Err(fault) => {
-                tracing::warn!(%address, %expected, error = fault.label(), "no connection to peer");
+                let (PoolKey { address, expected, .. }, error) = (key, fault.label());
+                tracing::warn!(%address, %expected, error, "no connection to a peer: {}", remedy(*fault));
                 counters.dial_failed.fetch_add(1, Ordering::Relaxed)
             }
         };
         opened
     }
 
-    async fn open(
-        &self,
-        tls: &TlsState,
-        source: &SpiffeId,
-        expected: &SpiffeId,
-        address: SocketAddr,
-        version: WireVersion,
-    ) -> Result<Opened, Fault> {
+    async fn open(&self, tls: &TlsState, key: &PoolKey) -> Result<Opened, Fault> {
         // Claimed by this host, not (yet) permitted by the PKI: both are needed to be enrolled.
-        let own = tls.identity(source).ok_or(Fault::Unenrolled)?.not_after;
+        let own = tls.identity(&key.source).ok_or(Fault::Unenrolled)?.not_after;
         if own <= SystemTime::now() {
             return Err(Fault::CertExpired);
         }
-        let config = client_config(tls, source, expected, version).ok_or(Fault::Internal)?;
-        let socket = self.tcp(address).await?;
-        let (io, peer_expires) = timeout(self.connect_timeout, handshake(config, expected, socket, version))
+        let config = client_config(tls, key).ok_or(Fault::Internal)?;
+        let socket = self.tcp(key.address).await?;
+        let (io, peer_expires) = timeout(self.connect_timeout, handshake(config, key, socket))
             .await
             .map_err(|_| Fault::ConnectTimeout)??;
         let (send, mut driver) = mesh::client(io.clone()).await.map_err(|error| mesh_fault(&error))?;
@@ -102,11 +98,24 @@ impl Dialer {
     }
 }
 
-fn client_config(tls: &TlsState, source: &SpiffeId, expected: &SpiffeId, version: WireVersion) -> Option<ClientConfig> {
-    match version {
-        WireVersion::Meshd1 => tls.client(source, expected, ALPN_MESHD),
+/// Where to look first when a peer cannot be reached.
+fn remedy(fault: Fault) -> &'static str {
+    match fault {
+        Fault::ConnectRefused => "is meshd running there, on this port?",
+        Fault::ConnectTimeout => "is the host up, and does a firewall between drop this port?",
+        Fault::IdentityMismatch => "check `identity` of this endpoint in its MeshService, and who listens there",
+        Fault::CertExpired => "run `meshd check` on both hosts, and look at their clocks",
+        Fault::TlsHandshake => "are both hosts of the same trust domain, and is that port meshd's?",
+        Fault::Unenrolled => "the PKI has issued no certificate for the caller; see `meshd status`",
+        _ => "the log has more",
+    }
+}
+
+fn client_config(tls: &TlsState, key: &PoolKey) -> Option<ClientConfig> {
+    match key.version {
+        WireVersion::Meshd1 => tls.client(&key.source, &key.expected, ALPN_MESHD),
         WireVersion::Hbone => {
-            let mut config = tls.client(source, expected, ALPN_HBONE)?;
+            let mut config = tls.client(&key.source, &key.expected, ALPN_HBONE)?;
             // ztunnel ignores SNI and sends none.
             config.enable_sni = false;
             Some(config)
@@ -114,19 +123,14 @@ fn client_config(tls: &TlsState, source: &SpiffeId, expected: &SpiffeId, version
     }
 }
 
-async fn handshake(
-    config: ClientConfig,
-    expected: &SpiffeId,
-    socket: TcpStream,
-    version: WireVersion,
-) -> Result<(SecureIo, SystemTime), Fault> {
-    let name = ServerName::try_from(server_name(expected)).map_err(|_| Fault::Internal)?;
+async fn handshake(config: ClientConfig, key: &PoolKey, socket: TcpStream) -> Result<(SecureIo, SystemTime), Fault> {
+    let name = ServerName::try_from(server_name(&key.expected)).map_err(|_| Fault::Internal)?;
     let stream = TlsConnector::from(Arc::new(config)).connect(name, socket).await.map_err(|error| tls_fault(&error))?;
     let (socket, tls) = stream.into_inner();
     let agreed = WireVersion::from_alpn(tls.alpn_protocol());
     let peer = peer_certificate(tls.peer_certificates()).ok_or(Fault::TlsHandshake)?;
     // The transport is what the endpoint record says, never what a dial happened to get.
-    if agreed != Some(version) {
+    if agreed != Some(key.version) {
         return Err(Fault::TlsHandshake);
     }
     Ok((SecureIo::new(socket, tls.into()), peer.not_after))

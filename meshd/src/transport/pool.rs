@@ -3,17 +3,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use meshd_identity::SpiffeId;
 
-use super::dial::{Dialer, Opened};
+use super::dial::{Dialer, Opened, PoolKey};
 use super::tls::TlsState;
-use super::wire::{STREAMS, WireVersion};
+use super::wire::STREAMS;
 use crate::fault::Fault;
 
 /// Connections without streams are kept this long (as ztunnel does).
@@ -21,14 +19,6 @@ const IDLE_MAX: Duration = Duration::from_secs(300);
 /// A connection heard within this time is trusted with bytes before the peer has answered for the
 /// stream: long against round trips, short against the time a dead peer goes unnoticed.
 const LIVELY: Duration = Duration::from_secs(1);
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct PoolKey {
-    pub source: SpiffeId,
-    pub expected: SpiffeId,
-    pub address: SocketAddr,
-    pub version: WireVersion,
-}
 
 /// One worker's connections.
 #[derive(Default)]
@@ -129,7 +119,7 @@ impl Pool {
         {
             return Err(fault);
         }
-        match dialer.mesh(tls, &key.source, &key.expected, key.address, key.version).await {
+        match dialer.mesh(tls, key).await {
             Ok(opened) => Ok(self.adopt(key, opened, tls.generation)),
             Err(fault) => {
                 *last_failure = Some((Instant::now(), fault));
