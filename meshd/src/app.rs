@@ -70,12 +70,11 @@ impl App {
         let inherited = inherit::listeners();
         let lock = lock_run_dir(&config)?;
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
-        let credentials = agent.watch();
+        let mut credentials = agent.watch();
         let renewals = agent.metrics();
         let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
         let (wanted, wanted_receiver) = watch::channel(enrolment.identities());
         tokio::spawn(agent.run(wanted_receiver));
-        let mut credentials = credentials;
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;

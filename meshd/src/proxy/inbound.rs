@@ -84,6 +84,7 @@ fn refuse_peer(env: &Env, address: SocketAddr, refusal: &Refusal) {
         let remedy = match refusal.fault {
             Fault::CertExpired => "; look at `meshd check` on that host, and at both clocks",
             Fault::IdentityMismatch => "; that host belongs to another trust domain",
+            Fault::TlsHandshake => "; a host of another mesh, or something that is no meshd, dials this port",
             _ => "",
         };
         let (error, reason) = (refusal.fault.label(), &refusal.reason);

@@ -27,7 +27,6 @@ use super::wire::{ALPN_HBONE, ALPN_MESHD};
 /// Everything handshakes need, of one generation of certificates.
 pub struct TlsState {
     pub generation: u64,
-    pub trust_domain: TrustDomain,
     pub server: Arc<ServerConfig>,
     keys: HashMap<SpiffeId, Identity>,
     by_sni: HashMap<String, SpiffeId>,
@@ -74,16 +73,7 @@ impl TlsState {
             default: default_identity.as_ref().map(|id| keys[id].key.clone()),
         };
         let server = server_config(&credentials.trust_domain, &roots, &provider, resolver)?;
-        Ok(TlsState {
-            generation,
-            trust_domain: credentials.trust_domain.clone(),
-            server: Arc::new(server),
-            keys,
-            by_sni,
-            default_identity,
-            roots,
-            provider,
-        })
+        Ok(TlsState { generation, server: Arc::new(server), keys, by_sni, default_identity, roots, provider })
     }
 
     pub fn identity(&self, id: &SpiffeId) -> Option<&Identity> {

@@ -9,12 +9,12 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
 use http::{Method, Request, StatusCode, Uri};
 use meshd_identity::{SpiffeId, inspect_svid, server_name};
-use meshd_pki_client::Svid;
 use meshd_pki_client::fake::FakeCa;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use meshd_pki_client::{ServerJudge, Svid};
+use rustls::ClientConfig;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
@@ -76,7 +76,7 @@ impl Caller {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody(aws_lc_rs::default_provider())));
+            .with_custom_certificate_verifier(anybody());
         let mut config = match &self.certificate {
             Some(svid) => builder.with_client_auth_cert(svid.chain.clone(), svid.key.clone_key()).unwrap(),
             None => builder.with_no_client_auth(),
@@ -218,40 +218,7 @@ impl Tunnel {
 }
 
 /// Believes everybody: what a host presents is for the tests to judge.
-#[derive(Debug)]
-struct Anybody(CryptoProvider);
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not offered".into()))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
+fn anybody() -> Arc<dyn ServerCertVerifier> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    Arc::new(ServerJudge::new(provider, |_: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: UnixTime| Ok(())))
 }
