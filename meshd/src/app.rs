@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener};
+use std::net::TcpListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,13 +18,13 @@ use meshd_sys::sockets::{self, Mark};
 use meshd_sys::{inherit, memory};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
-use crate::admin::{self, View};
-use crate::capture::{self, StrictPort};
+use crate::admin::{self, Control, Reload, View};
+use crate::capture::{self, Caller, CaptureState, Keeper, KeeperHandle, ListenAt, Recovery, StrictPort, Wanted};
 use crate::config::{Config, identity_in};
 use crate::dns::{self, Vips};
-use crate::enrol::{self, Enrolment, Mode, Selector};
+use crate::enrol::{self, Delivery, Enrolment, Mode, Selector};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::proxy::{self, Listeners, Shared, Workers};
 use crate::telemetry::{AccessLog, Telemetry};
@@ -59,8 +59,10 @@ pub struct App {
     conductor: Conductor,
     workers: Workers,
     credentials: watch::Receiver<Arc<Credentials>>,
-    wanted: watch::Sender<BTreeSet<SpiffeId>>,
+    identities: watch::Sender<BTreeSet<SpiffeId>>,
     tls_generation: watch::Sender<u64>,
+    keeper: KeeperHandle,
+    reloads: mpsc::Receiver<Reload>,
     /// Held while we run: a second daemon would share our listeners and steal half the connections.
     _lock: File,
 }
@@ -73,8 +75,8 @@ impl App {
         let mut credentials = agent.watch();
         let renewals = agent.metrics();
         let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
-        let (wanted, wanted_receiver) = watch::channel(enrolment.identities());
-        tokio::spawn(agent.run(wanted_receiver));
+        let (identities, identities_receiver) = watch::channel(enrolment.identities());
+        tokio::spawn(agent.run(identities_receiver));
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
@@ -101,7 +103,15 @@ impl App {
             telemetry: Telemetry::new(workers, access_log),
         });
         count_panics(&shared.telemetry);
-        let listeners = bind_workers(&config, workers, inherited)?;
+        let intent = wanted(&config, &shared.enrolment.load());
+        let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
+        tell_choice(&chosen);
+        let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
+        let listeners = bind_workers(&config, workers, inherited, &listen_at, &chosen.backend.recovery())?;
+        let keeper = start!(
+            Keeper::start(chosen.backend, chosen.passed_over, CaptureState::path(&config.state_dir)),
+            "capture"
+        )?;
         let dns = bind_dns(&config).await?;
         let metrics =
             start!(TcpListener::bind(config.metrics.listen).await, "[metrics] listen {}", config.metrics.listen)?;
@@ -118,13 +128,27 @@ impl App {
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
         // Only now: what is captured must find somebody who listens and knows where to.
-        start!(apply_capture(&config, &shared.enrolment.load()), "capture")?;
+        start!(keeper.want(intent).await, "capture")?;
         tokio::spawn(dns::serve(dns.0, dns.1, config.dns.domain.clone(), directory, vips));
         let view = Arc::new(View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals));
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
-        tokio::spawn(admin::serve_socket(admin_socket, view));
+        let (reload, reloads) = mpsc::channel(1);
+        let control = Control { keeper: keeper.clone(), reload };
+        tokio::spawn(admin::serve_socket(admin_socket, view, control));
         let config_path = config_path.to_owned();
-        Ok(App { config, config_path, shared, conductor, workers, credentials, wanted, tls_generation, _lock: lock })
+        Ok(App {
+            config,
+            config_path,
+            shared,
+            conductor,
+            workers,
+            credentials,
+            identities,
+            tls_generation,
+            keeper,
+            reloads,
+            _lock: lock,
+        })
     }
 
     /// Serves until SIGTERM or SIGINT, then drains.
@@ -141,7 +165,12 @@ impl App {
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => {
                     self.shared.telemetry.access_log.reopen();
-                    self.reload_enrolment();
+                    // Told in the log; nobody waits for an answer.
+                    let _ = self.reload_enrolment().await;
+                }
+                Some(answer) = self.reloads.recv() => {
+                    // Whoever asked may have given up waiting.
+                    let _ = answer.send(self.reload_enrolment().await);
                 }
                 changed = self.credentials.changed(), if renewing => {
                     renewing = changed.is_ok();
@@ -198,18 +227,22 @@ impl App {
         }
     }
 
-    fn reload_enrolment(&self) {
-        let trust_domain = self.credentials.borrow().clone();
-        let enrolment = match load_enrolment(&self.config, &trust_domain) {
-            Ok(enrolment) => enrolment,
-            Err(error) => return tracing::error!(%error, "enrolment not reloaded; the last good one stays in force"),
-        };
-        if let Err(error) = apply_capture(&self.config, &enrolment) {
-            return tracing::error!(%error, "enrolment not reloaded; the last good one stays in force");
+    async fn reload_enrolment(&self) -> Result<(), String> {
+        let reloaded = self.try_reload_enrolment().await;
+        match &reloaded {
+            Ok(()) => tracing::info!("enrolment reloaded"),
+            Err(error) => tracing::error!(error, "enrolment not reloaded; the last good one stays in force"),
         }
-        self.wanted.send_replace(enrolment.identities());
+        reloaded
+    }
+
+    async fn try_reload_enrolment(&self) -> Result<(), String> {
+        let credentials = self.credentials.borrow().clone();
+        let enrolment = load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?;
+        self.keeper.want(wanted(&self.config, &enrolment)).await.map_err(|error| error.to_string())?;
+        self.identities.send_replace(enrolment.identities());
         self.shared.enrolment.store(Arc::new(enrolment));
-        tracing::info!("enrolment reloaded");
+        Ok(())
     }
 }
 
@@ -257,13 +290,21 @@ fn default_identity(config: &Config, path: &Path, credentials: &Credentials) -> 
     id.map(Some).map_err(|error| StartError(error.to_string()))
 }
 
+fn tell_choice(chosen: &capture::Chosen) {
+    for passed in &chosen.passed_over {
+        tracing::info!(backend = passed.backend.label(), "capture backend passed over: {}", passed.reason);
+    }
+    tracing::info!(backend = chosen.backend.kind().label(), "capture backend");
+}
+
 fn bind_workers(
     config: &Config,
     workers: usize,
     mut inherited: Vec<(String, StdListener)>,
+    capture: &ListenAt,
+    recovery: &Recovery,
 ) -> Result<Vec<Listeners>, StartError> {
-    let port = config.proxy.capture_port;
-    let capture = [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))];
+    let listen = if capture.transparent { sockets::listen_transparent } else { sockets::listen };
     // An inherited listener carries its queue of waiting connections over: it must not be bound anew.
     let mut take = |name: &str| {
         let at = inherited.iter().position(|(given, _)| given == name)?;
@@ -272,10 +313,8 @@ fn bind_workers(
     let mut all = Vec::new();
     for worker in 0..workers {
         let mut captured = Vec::new();
-        for address in capture {
-            match take(&format!("capture-{worker}-{}", address.ip()))
-                .map_or_else(|| sockets::listen_transparent(address), Ok)
-            {
+        for &address in &capture.addresses {
+            match take(&format!("capture-{worker}-{}", address.ip())).map_or_else(|| listen(address), Ok) {
                 Ok(listener) => captured.push(listener),
                 Err(error) if address.is_ipv6() && error.kind() == io::ErrorKind::AddrNotAvailable => {}
                 Err(error) => return Err(failed(format!("capture listener {address}"))(&error)),
@@ -286,7 +325,7 @@ fn bind_workers(
             let listener = take(&format!("mesh-{worker}-{address}")).map_or_else(|| sockets::listen(*address), Ok);
             mesh.push(start!(listener, "[proxy] mesh_listen {address}")?);
         }
-        all.push(Listeners { captured, mesh });
+        all.push(Listeners { captured, mesh, recovery: recovery.clone() });
     }
     Ok(all)
 }
@@ -298,26 +337,27 @@ async fn bind_dns(config: &Config) -> Result<(UdpSocket, TcpListener), StartErro
     Ok((udp, tcp))
 }
 
-fn apply_capture(config: &Config, enrolment: &Enrolment) -> Result<(), capture::CaptureError> {
-    let strict = strict_ports(enrolment);
-    let uid = nix::unistd::getuid().as_raw();
-    capture::apply(&config.capture, &capture::render(&config.capture, config.proxy.capture_port, uid, &strict))
+/// What the configuration and the enrolled workloads ask of the kernel.
+fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
+    let of_mode = |mode| enrolment.deliveries().iter().filter(move |delivery| delivery.mode == mode);
+    Wanted {
+        strict: of_mode(Mode::Strict).map(|delivery| strict_port(delivery)).collect(),
+        permissive: of_mode(Mode::Permissive).map(|delivery| delivery.deliver.port()).collect(),
+        ..config.capture.bare(config.proxy.capture_port)
+    }
 }
 
-fn strict_ports(enrolment: &Enrolment) -> Vec<StrictPort> {
-    let strict = enrolment.deliveries().iter().filter(|delivery| delivery.mode == Mode::Strict);
-    let ports: BTreeSet<StrictPort> = strict
-        .map(|delivery| {
-            let mut local_uids = delivery.local_ok.clone();
-            if let Selector::Uid(owner) = delivery.owner.selector {
-                local_uids.push(owner);
-            }
-            local_uids.sort_unstable();
-            local_uids.dedup();
-            StrictPort { port: delivery.deliver.port(), local_uids }
-        })
-        .collect();
-    ports.into_iter().collect()
+fn strict_port(delivery: &Delivery) -> StrictPort {
+    let owner = match &delivery.owner.selector {
+        Selector::Unit(unit) => Caller::Unit(unit.to_string()),
+        Selector::Uid(uid) => Caller::Uid(*uid),
+    };
+    let local = delivery.local_ok.iter().map(|uid| Caller::Uid(*uid)).chain([owner]).collect();
+    StrictPort {
+        port: delivery.deliver.port(),
+        local,
+        plaintext_from: delivery.plaintext_from.iter().copied().collect(),
+    }
 }
 
 async fn follow_directory(shared: Arc<Shared>, mut directory: watch::Receiver<Arc<meshd_discovery::Directory>>) {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::access_log::{self, AccessEvent};
+use crate::backend;
 use crate::host::Host;
 use crate::http;
 use crate::metrics::Metrics;
@@ -210,11 +211,13 @@ impl Daemon {
             if access_log { format!("access_log = {}\n", quoted(&self.access_log_file())) } else { String::new() };
         format!(
             "state_dir = {}\nrun_dir = {}\nenrol_dir = {}\n\
+             [capture]\nbackend = {:?}\n\
              [proxy]\nthreads = {threads}\n{access_log}\n\
              [[source]]\nkind = \"files\"\nname = \"files\"\ndir = {}\nauthority = [\"*\"]\n",
             path("state"),
             path("run"),
             path("etc/enrol.d"),
+            backend::chosen(),
             path("etc/resources.d"),
         )
     }

@@ -2,6 +2,7 @@
 //! metrics and access logs. Scenarios and `cargo xtask demo|bench` stand on it; nothing here is specific to one of them.
 
 pub mod access_log;
+pub mod backend;
 pub mod binaries;
 pub mod capture;
 mod cgroup;

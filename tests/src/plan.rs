@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use crate::backend;
+
 pub const TRUST_DOMAIN: &str = "demo.example";
 pub const MESH_PORT: u16 = 15008;
 pub const PKI_PORT: u16 = 15012;
@@ -147,7 +149,7 @@ pub fn enrolment(workloads: &[Workload], by_unit: bool) -> String {
         let _ = writeln!(text, "[[workload]]\n{who}\nnamespace = \"{namespace}\"\nname = \"{name}\"");
         for serve in &workload.serve {
             let Serve { service, port, deliver, strict, local_ok } = serve;
-            let mode = if *strict { "strict" } else { "permissive" };
+            let mode = if *strict && backend::can_be_strict() { "strict" } else { "permissive" };
             let _ = writeln!(text, "  [[workload.serve]]\n  service = \"{service}\"\n  port = {port}");
             let _ = writeln!(text, "  deliver = \"{deliver}\"\n  mode = \"{mode}\"\n  local_ok = {local_ok:?}");
         }

@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
+use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 #[derive(Debug, thiserror::Error)]
@@ -14,26 +16,53 @@ pub enum AdminError {
     Connect { path: PathBuf, source: std::io::Error },
     #[error("meshd answered {0} to {1}; CLI and daemon may be of different versions, restart the daemon")]
     Status(hyper::StatusCode, String),
+    #[error("{0}")]
+    Refused(String),
     #[error("the answer of meshd is broken: {0}")]
     Answer(String),
 }
 
 /// Asks the daemon for `what`, e.g. `/status`.
 pub async fn fetch<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, AdminError> {
-    let broken = |error: &dyn std::fmt::Display| AdminError::Answer(error.to_string());
+    let answer = ask(socket, Method::GET, what, Bytes::new()).await?;
+    serde_json::from_slice(&answer).map_err(broken)
+}
+
+/// Has the daemon do `what`, e.g. `/reload`; it takes root.
+pub async fn order(socket: &Path, what: &str, details: &impl Serialize) -> Result<Bytes, AdminError> {
+    let details = serde_json::to_vec(details).map_err(broken)?;
+    ask(socket, Method::POST, what, details.into()).await
+}
+
+async fn ask(socket: &Path, method: Method, what: &str, body: Bytes) -> Result<Bytes, AdminError> {
     let connect = |source| AdminError::Connect { path: socket.into(), source };
     let stream = UnixStream::connect(socket).await.map_err(connect)?;
-    let (mut send, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
+    let (mut send, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
     tokio::spawn(connection);
-    let request = hyper::Request::get(what)
+    let request = Request::builder()
+        .method(method)
+        .uri(what)
         .header("host", "meshd")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| broken(&error))?;
-    let response = send.send_request(request).await.map_err(|error| broken(&error))?;
-    if !response.status().is_success() {
-        return Err(AdminError::Status(response.status(), what.to_owned()));
+        .header("content-type", "application/json")
+        .body(Full::new(body))
+        .map_err(broken)?;
+    let response = send.send_request(request).await.map_err(broken)?;
+    let status = response.status();
+    let answer = response.into_body().collect().await.map_err(broken)?.to_bytes();
+    if status.is_success() {
+        return Ok(answer);
     }
-    let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
-    serde_json::from_slice(&body).map_err(|error| broken(&error))
+    match serde_json::from_slice::<Refusal>(&answer) {
+        Ok(refusal) => Err(AdminError::Refused(refusal.error)),
+        Err(_) => Err(AdminError::Status(status, what.to_owned())),
+    }
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    error: String,
+}
+
+fn broken(error: impl std::fmt::Display) -> AdminError {
+    AdminError::Answer(error.to_string())
 }

@@ -2,12 +2,14 @@
 
 mod check;
 mod client;
+mod control;
 mod server;
 mod show;
 mod view;
 
 pub use check::{Verdict, check};
-pub use client::{AdminError, fetch};
+pub use client::{AdminError, fetch, order};
+pub use control::{Control, Reload};
 pub use server::{bind, serve_metrics, serve_socket};
 pub use show::{edges, status};
 pub use view::{EdgeView, StatusView, View};

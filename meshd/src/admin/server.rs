@@ -12,6 +12,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use tokio::net::{TcpListener, UnixListener};
 
+use super::control::{self, Control, Operator};
 use super::view::View;
 use crate::lifecycle::Stage;
 use crate::telemetry;
@@ -28,11 +29,13 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-pub async fn serve_socket(listener: UnixListener, view: Arc<View>) {
+pub async fn serve_socket(listener: UnixListener, view: Arc<View>, control: Control) {
     let routes = Router::new()
         .route("/status", get(|State(view): State<Arc<View>>| async move { Json(view.status()) }))
         .route("/edges", get(|State(view): State<Arc<View>>| async move { Json(view.edges()) }))
-        .with_state(view);
+        .with_state(view)
+        .merge(control::routes(control))
+        .into_make_service_with_connect_info::<Operator>();
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the admin socket is closed");
     }

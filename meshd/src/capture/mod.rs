@@ -1,22 +1,40 @@
 //! Makes the kernel hand connections to virtual IPs to meshd, and refuse plaintext at strict ports.
 //!
-//! `rules` renders the whole rule set as text (pure), `apply` hands it to the kernel in one
-//! transaction and takes it away again. Rules outlive the daemon on purpose: without it, virtual IPs
-//! are refused at once and strict ports stay closed; `meshd intercept revert` removes everything.
+//! `wanted` says what is to be so, as plain data; a `backend` renders it for one of the kernel's mechanisms and
+//! applies it; `keeper` is the thread that keeps the kernel equal to what is wanted; `flow` tells workers whom a
+//! captured connection was for. Rules outlive the daemon on purpose: without it, virtual IPs are refused at once
+//! and strict ports stay closed; `meshd intercept revert` removes everything.
 
-mod apply;
-mod rules;
+mod backend;
+mod flow;
+mod keeper;
+mod nft;
+mod routes;
+mod state;
+mod tool;
+mod wanted;
+
+use std::collections::BTreeSet;
+use std::path::Path;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 
-pub use apply::{CaptureError, apply, revert};
-pub use rules::{StrictPort, render};
+pub use backend::{
+    Backend, BackendChoice, BackendKind, Capabilities, Chosen, ListenAt, PassedOver, can_enforce, choose,
+};
+pub use flow::{Flow, Recoverer, Recovery};
+pub use keeper::{CaptureCounters, Keeper, KeeperHandle};
+pub use state::{Applied, CaptureState};
+pub use tool::CaptureError;
+pub use wanted::{Caller, Facts, StrictPort, Wanted};
 
 /// `[capture]` in meshd.toml.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CaptureConfig {
+    /// How connections are captured.
+    pub backend: BackendChoice,
     /// Virtual IPs of services. 240/4 is unused on the Internet and accepted as unicast by Linux.
     pub vip4: Ipv4Net,
     /// A unique local prefix (RFC 4193).
@@ -29,6 +47,23 @@ pub struct CaptureConfig {
 }
 
 impl CaptureConfig {
+    /// Capture of virtual IPs and nothing else, under this configuration.
+    pub fn bare(&self, capture_port: u16) -> Wanted {
+        let CaptureConfig { vip4, vip6, mark, mark_mask, table, .. } = *self;
+        Wanted {
+            vip4,
+            vip6,
+            capture_port,
+            table,
+            mark,
+            mark_mask,
+            daemon_uid: nix::unistd::getuid().as_raw(),
+            strict: BTreeSet::new(),
+            permissive: BTreeSet::new(),
+            raw_callers: BTreeSet::new(),
+        }
+    }
+
     /// What would hurt the host or switch off our own rules: the field, and what to do.
     pub fn problem(&self) -> Option<(&'static str, &'static str)> {
         // unspec, default, main and local (rt_tables): removing our routes must never touch the host's.
@@ -45,6 +80,7 @@ impl CaptureConfig {
 impl Default for CaptureConfig {
     fn default() -> CaptureConfig {
         CaptureConfig {
+            backend: BackendChoice::Auto,
             vip4: Ipv4Net::new_assert([240, 240, 0, 0].into(), 16),
             vip6: Ipv6Net::new_assert([0xfd6d, 0x6573, 0x6864, 0, 0, 0, 0, 0].into(), 64),
             mark: 0x004d_0000,
@@ -52,4 +88,18 @@ impl Default for CaptureConfig {
             table: 7471,
         }
     }
+}
+
+/// Removes what is ours from the kernel, with or without a daemon.
+///
+/// `bare` is what to look for where there is no record of what was applied.
+pub fn revert(state_dir: &Path, bare: &Wanted) -> Result<(), CaptureError> {
+    let state_path = CaptureState::path(state_dir);
+    let mut state = CaptureState::load(&state_path)?;
+    match state.applied.take() {
+        Some(Applied { backend, wanted }) => backend.open().revert(&wanted)?,
+        // No record: whatever some backend may have left under this configuration.
+        None => BackendKind::ALL.iter().try_for_each(|backend| backend.open().revert(bare))?,
+    }
+    state.save(&state_path)
 }

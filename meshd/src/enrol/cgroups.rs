@@ -3,11 +3,13 @@
 //! A cgroup-v2 id is the inode of the cgroup's directory, so a walk of the hierarchy translates every
 //! id at once. Ids are never reused, so what one walk found stays true.
 
-use std::collections::{HashMap, HashSet};
-use std::os::unix::fs::DirEntryExt;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Where nft looks for the paths of cgroups.
+const CGROUPS: &str = "/sys/fs/cgroup";
 /// Ids of cgroups that were gone when asked about; forgotten beyond this many, at the price of a walk each.
 const GONE_MAX: usize = 4096;
 /// Hierarchies are shallow: units sit at depth 2-4, delegated subtrees a few below.
@@ -19,6 +21,18 @@ pub enum UnitLookup {
     Unit(Arc<str>),
     /// Below no unit, or the cgroup is gone.
     Unknown,
+}
+
+/// The cgroup of a unit. A restarted unit has another one under the same path, hence the id.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cgroup {
+    /// Below /sys/fs/cgroup, where nft looks; `unified/...` on hosts with both hierarchies.
+    pub nft_path: String,
+    /// Below the mount of the cgroup2 hierarchy, as iptables wants it.
+    pub path: String,
+    /// How many levels below the root it is.
+    pub level: usize,
+    pub id: u64,
 }
 
 /// The translation table; one per worker, so that lookups need no lock.
@@ -86,6 +100,48 @@ impl CgroupUnits {
     }
 }
 
+/// The cgroups of those of `units` that run.
+pub fn find_cgroups(units: &BTreeSet<&str>) -> BTreeMap<String, Cgroup> {
+    let mut found = BTreeMap::new();
+    if units.is_empty() {
+        return found;
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if let Some(root) = cgroup2_mount(&mounts) {
+        find_below(&root, &root, units, MAX_DEPTH, &mut found);
+    }
+    found
+}
+
+/// Units are the first components below slices, so only slices are descended into.
+fn find_below(
+    root: &Path,
+    directory: &Path,
+    units: &BTreeSet<&str>,
+    depth: usize,
+    found: &mut BTreeMap<String, Cgroup>,
+) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".slice") && depth > 0 {
+            find_below(root, &entry.path(), units, depth - 1, found);
+        } else if units.contains(name.as_str())
+            && let Some(cgroup) = cgroup_at(root, &entry.path())
+        {
+            found.insert(name, cgroup);
+        }
+    }
+}
+
+fn cgroup_at(root: &Path, directory: &Path) -> Option<Cgroup> {
+    let id = std::fs::metadata(directory).ok()?.ino();
+    let below = |base: &Path| Some(directory.strip_prefix(base).ok()?.to_str()?.to_owned());
+    let path = below(root)?;
+    let level = path.split('/').count();
+    Some(Cgroup { nft_path: below(Path::new(CGROUPS)).unwrap_or_else(|| path.clone()), path, level, id })
+}
+
 fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
@@ -96,7 +152,6 @@ fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
 
     fn inode(root: &Path, path: &str) -> u64 {
         let path = root.join(path);
@@ -128,6 +183,18 @@ mod tests {
         assert_eq!(units.unit_of(42), UnitLookup::Unknown);
         let late = inode(root.path(), "system.slice/late.service");
         assert_eq!(units.unit_of(late), UnitLookup::Unit("late.service".into()));
+    }
+
+    #[test]
+    fn the_cgroup_of_a_unit_is_found_below_slices_only() {
+        let root = tempfile::tempdir().unwrap();
+        let id = inode(root.path(), "system.slice/web.service");
+        inode(root.path(), "system.slice/other.service/evil.slice/web.service");
+        let mut found = BTreeMap::new();
+        find_below(root.path(), root.path(), &BTreeSet::from(["web.service"]), MAX_DEPTH, &mut found);
+        let path = "system.slice/web.service".to_owned();
+        let expected = Cgroup { nft_path: path.clone(), path, level: 2, id };
+        assert_eq!(found, BTreeMap::from([("web.service".to_owned(), expected)]));
     }
 
     #[test]

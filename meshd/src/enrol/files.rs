@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use meshd_discovery::ServiceName;
 use meshd_identity::{SpiffeId, TrustDomain};
 use serde::Deserialize;
@@ -41,6 +42,8 @@ struct ServeEntry {
     mode: Mode,
     #[serde(default)]
     local_ok: Vec<u32>,
+    #[serde(default)]
+    plaintext_from: Vec<IpNet>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +134,7 @@ impl Enrolment {
             deliver: serve.deliver,
             mode: serve.mode,
             local_ok: serve.local_ok.clone(),
+            plaintext_from: serve.plaintext_from.clone(),
         });
         if self.by_target.insert((service.clone(), serve.port), delivery.clone()).is_some() {
             return Err(("workload.serve", format!("{service}:{} is served twice on this host", serve.port)));

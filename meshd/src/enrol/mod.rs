@@ -8,10 +8,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use meshd_discovery::ServiceName;
 use meshd_identity::SpiffeId;
 
-pub use cgroups::{CgroupUnits, UnitLookup};
+pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups};
 pub use files::{EnrolError, load};
 
 /// One enrolled workload of this host.
@@ -39,6 +40,8 @@ pub struct Delivery {
     pub mode: Mode,
     /// Uids besides the owner's that may call a strict port in clear.
     pub local_ok: Vec<u32>,
+    /// Networks that may call a strict port in clear.
+    pub plaintext_from: Vec<IpNet>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]

@@ -16,6 +16,7 @@ use super::resolve::Place;
 use super::serve::Watch;
 use super::worker::Env;
 use super::{connect, detect, probe, resolve, serve};
+use crate::capture::Flow;
 use crate::enrol::Workload;
 use crate::fault::Fault;
 use crate::telemetry::{Direction, Tls};
@@ -48,11 +49,9 @@ fn identify_and_resolve(
     client: SocketAddr,
     report: &mut Report,
 ) -> Result<(Arc<Workload>, Place), Fault> {
-    let original = socket.local_addr().map_err(|_| Fault::AppReset)?;
-    // TPROXY keeps the dialled address; our own address means somebody dialled the capture port itself.
-    if env.is_capture_listener(original) {
-        return Err(Fault::Loop);
-    }
+    // Nothing recovered: somebody dialled the capture port itself.
+    let Flow { client, original } = env.flow(socket, client).map_err(|_| Fault::AppReset)?.ok_or(Fault::Loop)?;
+    report.client(client);
     let who = env
         .identifier
         .local(&env.shared.enrolment.load(), client, original)

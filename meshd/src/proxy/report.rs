@@ -62,6 +62,11 @@ impl Report {
         self.worker = worker;
     }
 
+    /// The address of the socket that really opened it.
+    pub(super) fn client(&mut self, client: SocketAddr) {
+        self.peer = client;
+    }
+
     pub(super) fn unit(&mut self, unit: &Arc<str>) {
         self.key.unit = Some(unit.clone());
     }

@@ -26,6 +26,7 @@ use super::limits::{Admission, SourceLimits};
 use super::outbound::{self, Admitted};
 use super::resolve::Place;
 use super::{Shared, inbound};
+use crate::capture::{Flow, Recoverer, Recovery};
 use crate::lifecycle::{Lifecycle, Stage};
 use crate::telemetry::Direction;
 use crate::transport::dial::Dialer;
@@ -54,6 +55,8 @@ const SWEEP: Duration = Duration::from_secs(15);
 pub struct Listeners {
     pub captured: Vec<StdListener>,
     pub mesh: Vec<StdListener>,
+    /// How to learn whom a captured connection was for.
+    pub recovery: Recovery,
 }
 
 /// What a worker publishes about itself.
@@ -77,6 +80,7 @@ pub(super) struct Env {
     limits: SourceLimits,
     balancers: RefCell<HashMap<(SpiffeId, ServiceName, u16), Rc<Balancer>>>,
     captured: Vec<SocketAddr>,
+    recoverer: Recoverer,
     team: Arc<Vec<Teammate>>,
     measured: Cell<(Instant, Duration)>,
     logged: RefCell<HashMap<String, Instant>>,
@@ -214,6 +218,7 @@ impl Parts {
             limits: self.limits,
             balancers: RefCell::default(),
             captured: listeners.captured.iter().map(StdListener::local_addr).collect::<io::Result<_>>()?,
+            recoverer: Recoverer::open(&listeners.recovery)?,
             team: self.team,
             measured: Cell::new((Instant::now(), Duration::ZERO)),
             logged: RefCell::default(),
@@ -374,8 +379,9 @@ impl Env {
         });
     }
 
-    pub(super) fn is_capture_listener(&self, address: SocketAddr) -> bool {
-        self.captured.contains(&address)
+    /// Whom an accepted connection was for; None if it was dialled here directly.
+    pub(super) fn flow(&self, socket: &StdStream, peer: SocketAddr) -> io::Result<Option<Flow>> {
+        self.recoverer.flow(socket, peer, &self.captured)
     }
 
     /// The balancer of a service port, up to date with `place`.

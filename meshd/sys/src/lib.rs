@@ -1,9 +1,12 @@
 //! The kernel, behind safe functions: the only crate of the project that may say `unsafe`.
 //!
-//! `sock_diag` asks the kernel who owns a TCP socket; `sockets` opens the sockets meshd listens on
-//! and dials with; `inherit` adopts listeners handed over by systemd; `memory` tunes the allocator.
+//! `sock_diag` asks the kernel who owns a TCP socket, `conntrack` what NAT rewrote; `sockets` opens the sockets
+//! meshd listens on and dials with; `kernel_events` tells when rules or routes change; `inherit` adopts listeners
+//! handed over by systemd; `memory` tunes the allocator.
 
+pub mod conntrack;
 pub mod inherit;
+pub mod kernel_events;
 pub mod memory;
 pub mod sock_diag;
 pub mod sockets;

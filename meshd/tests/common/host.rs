@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use meshd::capture::Recovery;
 use meshd::dns::Vips;
 use meshd::enrol::{self, Enrolment};
 use meshd::fault::Fault;
@@ -153,6 +154,7 @@ impl Host {
             .map(|_| Listeners {
                 mesh: vec![listen(&mut mesh)],
                 captured: vec![listen(&mut everywhere), listen(&mut itself)],
+                recovery: Recovery::Transparent,
             })
             .collect();
         let workers = proxy::start(&shared, listeners, &lifecycle, &generations).unwrap();

@@ -1,0 +1,154 @@
+//! The ways to make a kernel hand connections over, behind one small trait, and how one is chosen.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::flow::Recovery;
+use super::nft::{Nft, NftCapture};
+use super::tool::CaptureError;
+use super::wanted::{Facts, Wanted};
+
+/// `[capture] backend` in meshd.toml.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendChoice {
+    /// The first of the others, in this order, that works on this host and can do what is configured.
+    #[default]
+    Auto,
+    NftTproxy,
+    NftRedirect,
+}
+
+/// A way to capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendKind {
+    NftTproxy,
+    NftRedirect,
+}
+
+impl BackendKind {
+    /// In the order `auto` tries them: TPROXY leaves addresses and conntrack alone, REDIRECT needs only NAT.
+    pub const ALL: [BackendKind; 2] = [BackendKind::NftTproxy, BackendKind::NftRedirect];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            BackendKind::NftTproxy => "nft-tproxy",
+            BackendKind::NftRedirect => "nft-redirect",
+        }
+    }
+
+    /// What it can do besides capturing virtual IPs.
+    pub fn can(self) -> Capabilities {
+        match self {
+            BackendKind::NftTproxy | BackendKind::NftRedirect => Capabilities { strict: true, ledger: true, raw: true },
+        }
+    }
+
+    pub fn open(self) -> Box<dyn Backend> {
+        match self {
+            BackendKind::NftTproxy => Box::new(Nft::new(NftCapture::Tproxy)),
+            BackendKind::NftRedirect => Box::new(Nft::new(NftCapture::Redirect)),
+        }
+    }
+}
+
+/// What a backend can make the kernel do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Refuse plaintext callers of strict ports.
+    pub strict: bool,
+    /// Count who still calls permissive ports in clear.
+    pub ledger: bool,
+    /// Capture raw service addresses.
+    pub raw: bool,
+}
+
+/// Where captured connections arrive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenAt {
+    pub addresses: Vec<SocketAddr>,
+    /// Connections keep the destination they were sent to (IP_TRANSPARENT).
+    pub transparent: bool,
+}
+
+/// One way to make the kernel do what is wanted. Implementations hold no policy: they render and apply.
+pub trait Backend: Send {
+    fn kind(&self) -> BackendKind;
+
+    /// Whether this host can do it, and if not, why: tried without leaving a trace.
+    fn probe(&self, wanted: &Wanted) -> Result<(), CaptureError>;
+
+    /// Before listeners are bound: makes what they are bound to.
+    fn prepare(&mut self, wanted: &Wanted) -> Result<ListenAt, CaptureError>;
+
+    /// How workers learn whom a captured connection was for.
+    fn recovery(&self) -> Recovery;
+
+    /// The rules as an operator reads them.
+    fn render(&self, wanted: &Wanted, facts: &Facts) -> String;
+
+    /// Puts everything in force, in one transaction where the kernel has them. Safe to repeat; a failure leaves
+    /// what was in force before.
+    fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError>;
+
+    /// Whether what `apply` did is all still there.
+    fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError>;
+
+    /// Removes only what is ours. Works on what another process applied, and when nothing is left.
+    fn revert(&mut self, wanted: &Wanted) -> Result<(), CaptureError>;
+}
+
+/// Why a backend is not the one, for `auto`'s explanation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassedOver {
+    pub backend: BackendKind,
+    pub reason: String,
+}
+
+/// The backend in force and why the others are not.
+pub struct Chosen {
+    pub backend: Box<dyn Backend>,
+    pub passed_over: Vec<PassedOver>,
+}
+
+/// The configured backend, or the first that works and can enforce what is wanted.
+pub fn choose(choice: BackendChoice, wanted: &Wanted) -> Result<Chosen, CaptureError> {
+    let candidates: Vec<BackendKind> = match choice {
+        BackendChoice::Auto => BackendKind::ALL.to_vec(),
+        BackendChoice::NftTproxy => vec![BackendKind::NftTproxy],
+        BackendChoice::NftRedirect => vec![BackendKind::NftRedirect],
+    };
+    let mut passed_over = Vec::new();
+    let mut last = None;
+    for kind in candidates {
+        let backend = kind.open();
+        match can_enforce(kind, wanted).and_then(|()| backend.probe(wanted)) {
+            Ok(()) => return Ok(Chosen { backend, passed_over }),
+            Err(error) => {
+                passed_over.push(PassedOver { backend: kind, reason: error.to_string() });
+                last = Some(error);
+            }
+        }
+    }
+    // One candidate was configured: its own reason says most. Of several, each is in the log.
+    Err(last.filter(|_| passed_over.len() == 1).unwrap_or_else(|| CaptureError::Cannot {
+        backend: "auto",
+        what: passed_over.iter().map(|passed| format!("[{}: {}]", passed.backend.label(), passed.reason)).collect(),
+        remedy: "see docs/capture.md for what each backend needs",
+    }))
+}
+
+/// Refuses a backend that would leave undone what the configuration says.
+pub fn can_enforce(kind: BackendKind, wanted: &Wanted) -> Result<(), CaptureError> {
+    let can = kind.can();
+    let cannot = |what: String, remedy| Err(CaptureError::Cannot { backend: kind.label(), what, remedy });
+    if let (false, Some(strict)) = (can.strict, wanted.strict.first()) {
+        return cannot(format!("strict ports (port {})", strict.port), "make them permissive, or use another backend");
+    }
+    if !can.raw && !wanted.raw_callers.is_empty() {
+        return cannot("raw service addresses".into(), "remove [capture] raw, or use another backend");
+    }
+    Ok(())
+}

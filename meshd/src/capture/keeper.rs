@@ -1,0 +1,176 @@
+//! The thread that keeps the kernel equal to what is wanted: applies changes, follows units that restart, and
+//! puts back what other tools remove. A thread of its own because it runs programs and waits for them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use meshd_sys::kernel_events::KernelEvents;
+use tokio::sync::oneshot;
+
+use super::backend::{Backend, BackendKind, PassedOver, can_enforce};
+use super::state::{Applied, CaptureState};
+use super::tool::CaptureError;
+use super::wanted::{Facts, Wanted};
+use crate::enrol::find_cgroups;
+
+/// How soon a removed rule is noticed; healing must take less than two seconds.
+const TICK: Duration = Duration::from_millis(500);
+
+/// What the rest of the daemon asks of the keeper.
+enum Command {
+    Want(Box<Wanted>, oneshot::Sender<Result<(), CaptureError>>),
+}
+
+/// Counted for operators.
+#[derive(Debug, Default)]
+pub struct CaptureCounters {
+    /// Times rules or routes were put back after somebody else had removed them.
+    pub healed: AtomicU64,
+    /// Times they could not be.
+    pub heal_failed: AtomicU64,
+}
+
+/// How the rest of the daemon speaks to the keeper; the thread ends when the last one is dropped.
+#[derive(Clone)]
+pub struct KeeperHandle {
+    commands: Sender<Command>,
+    pub backend: BackendKind,
+    pub passed_over: Arc<[PassedOver]>,
+    pub counters: Arc<CaptureCounters>,
+}
+
+impl KeeperHandle {
+    /// Puts `wanted` in force; on an error what was in force before still is.
+    pub async fn want(&self, wanted: Wanted) -> Result<(), CaptureError> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || CaptureError::State {
+            what: "the capture thread is gone".into(),
+            source: std::io::Error::other("restart meshd; the log says why"),
+        };
+        self.commands.send(Command::Want(Box::new(wanted), answer)).map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}
+
+pub struct Keeper {
+    backend: Box<dyn Backend>,
+    state_path: PathBuf,
+    state: CaptureState,
+    wanted: Option<Wanted>,
+    facts: Facts,
+    events: KernelEvents,
+    counters: Arc<CaptureCounters>,
+}
+
+impl Keeper {
+    /// Starts the thread; nothing is applied before the first `want`.
+    pub fn start(
+        backend: Box<dyn Backend>,
+        passed_over: Vec<PassedOver>,
+        state_path: PathBuf,
+    ) -> Result<KeeperHandle, CaptureError> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |source| CaptureError::State { what, source }
+        };
+        let state = CaptureState::load(&state_path)?;
+        let events = KernelEvents::open().map_err(failed("cannot follow changes of rules and routes"))?;
+        let counters = Arc::new(CaptureCounters::default());
+        let (commands, inbox) = channel();
+        let handle = KeeperHandle {
+            commands,
+            backend: backend.kind(),
+            passed_over: passed_over.into(),
+            counters: counters.clone(),
+        };
+        let keeper = Keeper { backend, state_path, state, wanted: None, facts: Facts::default(), events, counters };
+        std::thread::Builder::new()
+            .name("capture".into())
+            .spawn(move || keeper.run(&inbox))
+            .map_err(failed("cannot start the capture thread"))?;
+        Ok(handle)
+    }
+
+    fn run(mut self, inbox: &Receiver<Command>) {
+        loop {
+            match inbox.recv_timeout(TICK) {
+                Ok(Command::Want(wanted, answer)) => {
+                    // Whoever asked may have given up; the rules are in force all the same.
+                    let _ = answer.send(self.want(*wanted));
+                }
+                Err(RecvTimeoutError::Timeout) => self.tick(),
+                // Rules stay on purpose: see the head of this module.
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn want(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
+        can_enforce(self.backend.kind(), &wanted)?;
+        self.forget_what_another_configuration_left(&wanted)?;
+        let facts = facts_for(&wanted);
+        self.apply(&wanted, &facts)?;
+        (self.wanted, self.facts) = (Some(wanted), facts);
+        Ok(())
+    }
+
+    fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
+        // Written first: a crash between the two must leave a record of what may be there.
+        self.state.applied = Some(Applied { backend: self.backend.kind(), wanted: wanted.clone() });
+        self.state.save(&self.state_path)?;
+        self.backend.apply(wanted, facts)?;
+        // Our own changes are no news.
+        self.events.drain();
+        Ok(())
+    }
+
+    /// An earlier run may have used another backend, table or range; nobody else would remove its rules.
+    fn forget_what_another_configuration_left(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
+        let Some(Applied { backend, wanted: before }) = self.state.applied.take() else { return Ok(()) };
+        let same_routes = |a: &Wanted, b: &Wanted| (a.vip4, a.vip6, a.table) == (b.vip4, b.vip6, b.table);
+        if backend == self.backend.kind() && same_routes(&before, wanted) {
+            return Ok(());
+        }
+        tracing::info!(backend = backend.label(), "removing what an earlier configuration had installed");
+        backend.open().revert(&before)
+    }
+
+    fn tick(&mut self) {
+        let Some(wanted) = self.wanted.clone() else { return };
+        let facts = facts_for(&wanted);
+        if facts != self.facts {
+            match self.apply(&wanted, &facts) {
+                Ok(()) => self.facts = facts,
+                Err(error) => tracing::error!(%error, "rules do not follow the units of this host; trying again"),
+            }
+        }
+        if self.events.drain() {
+            self.heal(&wanted);
+        }
+    }
+
+    fn heal(&mut self, wanted: &Wanted) {
+        let healed = match self.backend.intact(wanted) {
+            Ok(true) => return,
+            Ok(false) => self.apply(wanted, &self.facts.clone()),
+            Err(error) => Err(error),
+        };
+        match healed {
+            Ok(()) => {
+                self.counters.healed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!("another tool had removed or changed meshd's rules or routes; they are back");
+            }
+            Err(error) => {
+                self.counters.heal_failed.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(%error, "another tool removed or changed meshd's rules or routes, and they cannot be put back");
+            }
+        }
+    }
+}
+
+fn facts_for(wanted: &Wanted) -> Facts {
+    Facts { cgroups: find_cgroups(&wanted.units()), ..Facts::default() }
+}

@@ -1,0 +1,84 @@
+//! The routes that keep virtual IPs on this host, in a table of their own: they stay out of the `local`
+//! table that Docker's `--dst-type LOCAL` rules look at.
+
+use super::tool::{CaptureError, IP};
+use super::wanted::Wanted;
+
+/// Our policy rules come before everybody's: main is 32766, Tailscale starts at 5210.
+const PREFERENCE: u32 = 100;
+
+/// The `ip` commands of one address family.
+struct Family {
+    option: &'static str,
+    add_route: String,
+    add_rule: String,
+    delete_route: String,
+    delete_rule: String,
+}
+
+fn families(wanted: &Wanted) -> [Family; 2] {
+    let table = wanted.table;
+    [("-4", wanted.vip4.to_string(), "127.0.0.1"), ("-6", wanted.vip6.to_string(), "::1")].map(
+        |(option, net, source)| Family {
+            option,
+            // `protocol kernel` keeps systemd-networkd from deleting them as foreign (systemd#19106).
+            add_route: format!("route replace local {net} dev lo src {source} table {table} protocol kernel"),
+            add_rule: format!("rule add to {net} lookup {table} pref {PREFERENCE} protocol kernel"),
+            delete_route: format!("route del local {net} dev lo table {table}"),
+            delete_rule: format!("rule del to {net} lookup {table} pref {PREFERENCE}"),
+        },
+    )
+}
+
+/// Gives virtual IPs a local route. Safe to repeat.
+pub(super) fn install(wanted: &Wanted) -> Result<(), CaptureError> {
+    for family in families(wanted).iter().filter(|family| present(family.option)) {
+        ip(family.option, &family.add_route)?;
+        match ip(family.option, &family.add_rule) {
+            Err(CaptureError::Failed { stderr, .. }) if stderr.contains("File exists") => {}
+            other => drop(other?),
+        }
+    }
+    Ok(())
+}
+
+/// Whether all of them are there.
+pub(super) fn intact(wanted: &Wanted) -> Result<bool, CaptureError> {
+    let table = wanted.table.to_string();
+    for family in families(wanted).iter().filter(|family| present(family.option)) {
+        let net = if family.option == "-4" { wanted.vip4.to_string() } else { wanted.vip6.to_string() };
+        let rules = IP.run(&[family.option, "rule", "show"], "")?;
+        // An empty table does not exist for `ip`, which says so with an error.
+        let routes = IP.run(&[family.option, "route", "show", "table", &table], "").unwrap_or_default();
+        if !rules.contains(&format!("to {net} lookup {table}")) || !routes.contains(&format!("local {net} ")) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Removes them; fine when there is nothing left.
+pub(super) fn remove(wanted: &Wanted) {
+    for family in families(wanted).iter().filter(|family| present(family.option)) {
+        while ip(family.option, &family.delete_rule).is_ok() {}
+        let _ = ip(family.option, &family.delete_route);
+    }
+}
+
+/// As an operator would type them.
+pub(super) fn render(wanted: &Wanted) -> String {
+    let lines = families(wanted)
+        .into_iter()
+        .map(|family| format!("ip {0} {1}\nip {0} {2}\n", family.option, family.add_route, family.add_rule));
+    lines.collect()
+}
+
+/// A host booted with ipv6.disable=1 has no IPv6 routing to set up.
+fn present(option: &str) -> bool {
+    option == "-4" || std::path::Path::new("/proc/net/if_inet6").exists()
+}
+
+fn ip(option: &str, command: &str) -> Result<String, CaptureError> {
+    let arguments: Vec<&str> = std::iter::once(option).chain(command.split(' ')).collect();
+    IP.run(&arguments, "")
+}

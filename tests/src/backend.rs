@@ -1,0 +1,14 @@
+//! Which capture backend the meshds of a run use: the same scenarios hold for each.
+
+/// Set by whoever runs the scenarios; `auto` otherwise.
+pub const VARIABLE: &str = "MESHD_LAB_BACKEND";
+
+/// As written in meshd.toml.
+pub fn chosen() -> String {
+    std::env::var(VARIABLE).unwrap_or_else(|_| "auto".to_owned())
+}
+
+/// Whether the kernel can refuse plaintext callers for it.
+pub fn can_be_strict() -> bool {
+    chosen() != "tun"
+}
