@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::net::TcpListener as StdListener;
+use std::net::{SocketAddr, TcpListener as StdListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,6 +16,7 @@ use meshd_identity::SpiffeId;
 use meshd_pki_client::{Agent, Credentials};
 use meshd_sys::sockets::{self, Mark};
 use meshd_sys::{inherit, memory};
+use nix::errno::Errno;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -316,18 +317,32 @@ fn bind_workers(
         for &address in &capture.addresses {
             match take(&format!("capture-{worker}-{}", address.ip())).map_or_else(|| listen(address), Ok) {
                 Ok(listener) => captured.push(listener),
-                Err(error) if address.is_ipv6() && error.kind() == io::ErrorKind::AddrNotAvailable => {}
+                Err(error) if has_no_ipv6(address, &error) => {}
                 Err(error) => return Err(failed(format!("capture listener {address}"))(&error)),
             }
         }
         let mut mesh = Vec::new();
         for address in &config.proxy.mesh_listen {
-            let listener = take(&format!("mesh-{worker}-{address}")).map_or_else(|| sockets::listen(*address), Ok);
-            mesh.push(start!(listener, "[proxy] mesh_listen {address}")?);
+            match take(&format!("mesh-{worker}-{address}")).map_or_else(|| sockets::listen(*address), Ok) {
+                Ok(listener) => mesh.push(listener),
+                Err(error) if address.ip().is_unspecified() && has_no_ipv6(*address, &error) => {}
+                Err(error) => return Err(failed(format!("[proxy] mesh_listen {address}"))(&error)),
+            }
+        }
+        if mesh.is_empty() && !config.proxy.mesh_listen.is_empty() {
+            return Err(StartError(
+                "[proxy] mesh_listen has only IPv6 addresses, and this host has no IPv6".to_owned(),
+            ));
         }
         all.push(Listeners { captured, mesh, recovery: recovery.clone() });
     }
     Ok(all)
+}
+
+/// Whether it is only that this host has no IPv6: then nobody will come by it.
+fn has_no_ipv6(address: SocketAddr, error: &io::Error) -> bool {
+    let no_family = error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32);
+    address.is_ipv6() && (no_family || error.kind() == io::ErrorKind::AddrNotAvailable)
 }
 
 async fn bind_dns(config: &Config) -> Result<(UdpSocket, TcpListener), StartError> {

@@ -12,3 +12,12 @@ pub fn chosen() -> String {
 pub fn can_be_strict() -> bool {
     chosen() != "tun"
 }
+
+/// What meshd's unit must grant it: legacy iptables speaks to the kernel by a raw socket.
+pub(crate) fn capabilities() -> &'static str {
+    if chosen() == "iptables-legacy" {
+        "-all,+net_admin,+net_bind_service,+net_raw"
+    } else {
+        "-all,+net_admin,+net_bind_service"
+    }
+}

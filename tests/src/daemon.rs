@@ -49,6 +49,8 @@ impl Daemon {
             earlier_logs: Mutex::default(),
             environment: Mutex::default(),
         };
+        fs::write(daemon.iptables_lock(), "")?;
+        chown(daemon.iptables_lock(), Some(UID), Some(UID))?;
         fs::write(daemon.config(), daemon.config_text(access_log, threads))?;
         Ok(daemon)
     }
@@ -63,6 +65,12 @@ impl Daemon {
 
     pub fn etc(&self, name: &str) -> PathBuf {
         self.directory.join("etc").join(name)
+    }
+
+    /// The lock of legacy iptables on this host, open to meshd as docs/capture.md asks of a real one. Machine-wide
+    /// by default, which hosts that are namespaces would wait for.
+    pub fn iptables_lock(&self) -> PathBuf {
+        self.directory.join("run/xtables.lock")
     }
 
     /// Runs `meshd join` with a token, as meshd's user.
@@ -157,9 +165,7 @@ impl Daemon {
     }
 
     pub fn metrics_text(&self) -> Result<String> {
-        let (status, body) = self.host.within(|| http::get(SocketAddr::from(METRICS), "/metrics"))??;
-        ensure!(status == 200, "metrics of {} answered {status}: {body}", self.host.name());
-        Ok(body)
+        metrics_text(&self.host)
     }
 
     pub fn metrics(&self) -> Result<Metrics> {
@@ -187,7 +193,8 @@ impl Daemon {
     }
 
     fn program(&self, args: &[&str]) -> Program {
-        Program::new(self.host.binary("meshd")).args(args).unit("meshd.service")
+        let program = Program::new(self.host.binary("meshd")).args(args).unit("meshd.service");
+        program.env("XTABLES_LOCKFILE", self.iptables_lock())
     }
 
     fn with_environment(&self, program: Program) -> Program {
@@ -221,6 +228,17 @@ impl Daemon {
             path("etc/resources.d"),
         )
     }
+}
+
+pub(crate) fn metrics_text(host: &Host) -> Result<String> {
+    let (status, body) = from_metrics_port(host, "/metrics")?;
+    ensure!(status == 200, "metrics of {} answered {status}: {body}", host.name());
+    Ok(body)
+}
+
+/// Status and body of what meshd's metrics port answers.
+pub(crate) fn from_metrics_port(host: &Host, path: &str) -> Result<(u16, String)> {
+    host.within(|| http::get(SocketAddr::from(METRICS), path))?
 }
 
 fn quoted(path: &Path) -> String {

@@ -66,6 +66,10 @@ impl Host {
         self.0.lab.join(&self.0.name)
     }
 
+    pub fn network_namespace(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.0.netns)
+    }
+
     /// A built program of ours as it is seen on the host.
     pub fn binary(&self, name: &str) -> PathBuf {
         self.0.lab.join("bin").join(name)
@@ -85,7 +89,7 @@ impl Host {
 
     /// Runs `work` on a thread whose sockets are the host's. Its process is this one, so it belongs to no unit.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        let netns = fs::File::open(Path::new("/run/netns").join(&self.0.netns))?;
+        let netns = fs::File::open(self.network_namespace())?;
         std::thread::scope(|scope| {
             let worker = scope.spawn(move || -> Result<T> {
                 setns(netns, CloneFlags::CLONE_NEWNET).context("cannot enter the host's network namespace")?;

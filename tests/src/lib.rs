@@ -13,6 +13,7 @@ pub mod host;
 pub mod http;
 pub mod lab;
 pub mod load;
+pub mod machine;
 pub mod mesh;
 pub mod metrics;
 pub mod packages;

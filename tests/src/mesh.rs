@@ -1,7 +1,7 @@
 //! A whole mesh on a lab: the PKI, a meshd per host, the programs behind it.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl Mesh {
 
     /// With environment variables of its own, say another clock.
     pub fn start_pki_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
-        let listen = format!("{}:{PKI_PORT}", self.pki_host().address());
+        let listen = self.pki_address();
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]);
         for (name, value) in environment {
             program = program.env(name, value);
@@ -82,7 +82,7 @@ impl Mesh {
 
     /// A one-use token for a host, allowing the identities of its workloads.
     pub fn token(&self, host: &HostPlan) -> Result<String> {
-        let address = format!("{}:{PKI_PORT}", self.pki_host().address());
+        let address = self.pki_address();
         let mut program = self.pki_program(&["token", "create"]).args(["--host", &host.name, "--pki", &address]);
         for workload in &host.workloads {
             program = program.args(["--allow", &workload.identity()]);
@@ -156,7 +156,12 @@ impl Mesh {
 
     /// Where a service's endpoints are, as its document says.
     pub fn endpoints(&self, service: &ServicePlan) -> Vec<String> {
-        service.hosts.iter().map(|host| self.lab.host(host).address().to_string()).collect()
+        let hosts = service.hosts.iter().map(|host| self.lab.host(host));
+        if self.plan.ipv6_only {
+            hosts.map(|host| host.address6().to_string()).collect()
+        } else {
+            hosts.map(|host| host.address().to_string()).collect()
+        }
     }
 
     fn write_documents(&self, daemon: &Daemon) -> Result<()> {
@@ -188,6 +193,12 @@ impl Mesh {
         let program = self.pki_program(&["init"]).args(["--trust-domain", &self.plan.trust_domain]);
         self.pki_host().run(&program)?.expect_success("meshd-pki init")?;
         Ok(())
+    }
+
+    fn pki_address(&self) -> String {
+        let host = self.pki_host();
+        let address = if self.plan.ipv6_only { IpAddr::V6(host.address6()) } else { IpAddr::V4(host.address()) };
+        SocketAddr::new(address, PKI_PORT).to_string()
     }
 
     fn pki_host(&self) -> Host {

@@ -18,6 +18,7 @@ const fn package(name: &'static str, program: &'static str) -> Package {
 pub const FOR_LABS: &[Package] = &[
     package("iproute2", "ip"),
     package("nftables", "nft"),
+    package("iptables", "iptables-nft"),
     package("util-linux", "nsenter"),
     package("util-linux", "setpriv"),
     package("util-linux", "unshare"),
@@ -26,6 +27,14 @@ pub const FOR_LABS: &[Package] = &[
     package("curl", "curl"),
     package("tcpdump", "tcpdump"),
     package("faketime", "faketime"),
+];
+
+/// What it takes to boot machines with a systemd of their own, beside what labs need.
+pub const FOR_MACHINES: &[Package] = &[
+    package("systemd-container", "systemd-nspawn"),
+    package("mmdebstrap", "mmdebstrap"),
+    package("openssh-client", "ssh"),
+    package("openssh-client", "ssh-keygen"),
 ];
 
 /// What unit and integration tests run besides our own programs.

@@ -17,6 +17,8 @@ pub struct Plan {
     pub access_log: bool,
     /// Proxy threads of every meshd.
     pub threads: usize,
+    /// Nothing of the mesh is addressed by IPv4.
+    pub ipv6_only: bool,
 }
 
 #[derive(Clone)]
@@ -76,6 +78,7 @@ impl Plan {
             services: vec![ServicePlan::new("payments", 80), ServicePlan::new("smtp", 25)],
             access_log: true,
             threads: 2,
+            ipv6_only: false,
         }
     }
 

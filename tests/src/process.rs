@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use crate::backend;
 use crate::wait::until_some;
 
 const STOP_DEADLINE: Duration = Duration::from_secs(45);
@@ -65,11 +66,12 @@ impl Program {
         self
     }
 
-    /// As meshd's systemd unit runs it: an ordinary user with two ambient capabilities.
+    /// As meshd's systemd unit runs it: an ordinary user with a few ambient capabilities.
     #[must_use]
     pub fn uid_with_net_admin(mut self, uid: u32) -> Self {
-        let inherit = "--inh-caps=-all,+net_admin,+net_bind_service";
-        self.privileges = setpriv(uid, &[inherit, "--ambient-caps=-all,+net_admin,+net_bind_service"]);
+        let capabilities = backend::capabilities();
+        let (inherit, ambient) = (format!("--inh-caps={capabilities}"), format!("--ambient-caps={capabilities}"));
+        self.privileges = setpriv(uid, &[&inherit, &ambient]);
         self
     }
 
@@ -112,7 +114,9 @@ impl Process {
     pub(crate) fn spawn(enter: &Path, host: &str, program: &Program, log: &Path) -> Result<Self> {
         let stdout = PathBuf::from(format!("{}.out", log.display()));
         let stderr = PathBuf::from(format!("{}.err", log.display()));
-        let child = Command::new(enter)
+        // Not executed itself: a program another thread starts just now may still hold it open for writing.
+        let child = Command::new("sh")
+            .arg(enter)
             .args([host, &program.unit])
             .args(&program.privileges)
             .args(program.assignments())

@@ -1,21 +1,58 @@
-//! `cargo xtask test`: format, clippy, unit and property tests, and scenarios on namespace hosts.
+//! `cargo xtask test`: format, clippy, unit and property tests, scenarios on namespace hosts and on systemd machines.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use meshd_tests::{backend, packages, root};
+use meshd_tests::packages::Package;
+use meshd_tests::{backend, machine, packages, root};
 
 use crate::built::{self, cargo, cargo_command};
 use crate::lint;
 
-/// The part that runs as root, after everything was built.
-const SCENARIOS: &str = "MESHD_XTASK_SCENARIOS";
-const RESULT: &str = "scenarios: ";
+/// The part that runs as root, after everything was built: which tier, and its program.
+const TIER: &str = "MESHD_XTASK_TIER";
+const PROGRAM: &str = "MESHD_XTASK_PROGRAM";
+const RESULT: &str = "not run: ";
+const SKIPPED: &str = "skipped: ";
+
+/// Tests that need root.
+struct Tier {
+    /// Its `[[test]]` in `tests/`.
+    test: &'static str,
+    name: &'static str,
+    packages: &'static [&'static [Package]],
+    /// At once: each is mostly waiting, and has hosts of its own.
+    threads: u8,
+    /// Ways to capture it holds for, each with the tests that are about something this backend cannot do.
+    backends: &'static [(&'static str, &'static [&'static str])],
+    /// What may be in the way on a machine that has the packages.
+    preflight: fn() -> Result<()>,
+}
+
+const SCENARIOS: Tier = Tier {
+    test: "scenarios",
+    name: "scenarios on namespace hosts",
+    packages: &[packages::FOR_LABS],
+    threads: 4,
+    backends: &BACKENDS,
+    preflight: || Ok(()),
+};
+
+const MACHINES: Tier = Tier {
+    test: "machines",
+    name: "scenarios on systemd machines",
+    packages: &[packages::FOR_LABS, packages::FOR_MACHINES],
+    threads: 3,
+    // What differs between backends is shown on namespace hosts.
+    backends: &[("auto", &[])],
+    preflight: machine::preflight,
+};
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md).
-const BACKENDS: [(&str, &[&str]); 2] = [("nft-tproxy", &[]), ("nft-redirect", &[])];
+const BACKENDS: [(&str, &[&str]); 4] =
+    [("nft-tproxy", &[]), ("nft-redirect", &[]), ("iptables-nft", &[]), ("iptables-legacy", &[])];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -28,8 +65,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    if let Some(program) = std::env::var_os(SCENARIOS) {
-        return run_scenarios_as_root(&program.into(), args.only.as_deref());
+    if let Some(program) = std::env::var_os(PROGRAM) {
+        let wanted = std::env::var(TIER).unwrap_or_default();
+        let tier = [SCENARIOS, MACHINES].into_iter().find(|tier| tier.test == wanted);
+        return run_as_root(&tier.context("no such tier")?, &program.into(), args.only.as_deref());
     }
     packages::ensure(&[packages::FOR_TESTS])?;
     let mut summary = Summary::default();
@@ -42,29 +81,35 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
         summary.add("unit and property tests", unit);
     }
-    summary.add("scenarios on namespace hosts", scenarios(args)?);
+    ensure!(cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests"])?, "the build failed");
+    for tier in [SCENARIOS, MACHINES] {
+        summary.add(tier.name, as_root(&tier, args)?);
+    }
     Ok(summary.print())
 }
 
-fn scenarios(args: &Args) -> Result<Outcome> {
-    ensure!(cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests"])?, "the build failed");
+fn as_root(tier: &Tier, args: &Args) -> Result<Outcome> {
     let built = built::describe()?;
-    let program = scenario_program()?;
+    let program = test_program(tier)?;
     if let Some(reason) = cannot_have_root() {
         return Ok(skip_unless_ci(reason));
     }
     let mut command = if root::is_root() { Command::new("env") } else { Command::new("sudo") };
     if !root::is_root() {
-        println!("The scenarios need root (network namespaces); running them with sudo.");
+        println!("The {} need root (network namespaces); running them with sudo.", tier.name);
         command.args(["-E", "env"]);
         command.arg(format!("PATH={}", std::env::var("PATH").unwrap_or_default()));
     }
     for (name, value) in built.marks() {
         command.arg(format!("{name}={value}"));
     }
-    command.arg(format!("{SCENARIOS}={}", program.display())).arg(std::env::current_exe()?).arg("test");
+    command.arg(format!("{TIER}={}", tier.test)).arg(format!("{PROGRAM}={}", program.display()));
+    command.arg(std::env::current_exe()?).arg("test");
     command.args(args.only.iter().flat_map(|only| ["--only", only]));
-    run_tests(command)
+    Ok(match run_tests(command)? {
+        Outcome::Skipped(reason) => skip_unless_ci(reason),
+        counted @ Outcome::Counted(_) => counted,
+    })
 }
 
 fn cannot_have_root() -> Option<String> {
@@ -81,18 +126,23 @@ fn skip_unless_ci(reason: String) -> Outcome {
     }
 }
 
-fn run_scenarios_as_root(program: &PathBuf, only: Option<&str>) -> Result<bool> {
+fn run_as_root(tier: &Tier, program: &PathBuf, only: Option<&str>) -> Result<bool> {
     let built = built::before_sudo().context("started by hand: run `cargo xtask test`")?;
-    if let Err(error) = packages::ensure(&[packages::FOR_LABS]) {
+    if let Err(error) = packages::ensure(tier.packages) {
         println!("{RESULT}{error:#}");
         return Ok(false);
     }
+    if let Err(error) = (tier.preflight)() {
+        println!("{error:#}");
+        println!("{SKIPPED}{error}");
+        return Ok(true);
+    }
     let mut passed = true;
-    for (name, skipped) in BACKENDS {
-        println!("\nScenarios with capture backend {name}");
-        // Each scenario is mostly waiting, and has hosts of its own.
+    for (name, skipped) in tier.backends {
+        println!("\nThe {} with capture backend {name}", tier.name);
         let mut command = Command::new(program);
-        command.arg("--test-threads=4").args(only).current_dir(&built.target).env(backend::VARIABLE, name);
+        command.arg(format!("--test-threads={}", tier.threads)).args(only);
+        command.current_dir(&built.target).env(backend::VARIABLE, name);
         command.args(skipped.iter().flat_map(|skipped| ["--skip", skipped]));
         // Where in the harness an error arose says nothing about the mesh.
         command.env("RUST_LIB_BACKTRACE", "0");
@@ -101,15 +151,15 @@ fn run_scenarios_as_root(program: &PathBuf, only: Option<&str>) -> Result<bool> 
     Ok(passed)
 }
 
-fn scenario_program() -> Result<PathBuf> {
-    let args = ["test", "-p", "meshd-tests", "--test", "scenarios", "--no-run", "--message-format=json"];
+fn test_program(tier: &Tier) -> Result<PathBuf> {
+    let args = ["test", "-p", "meshd-tests", "--test", tier.test, "--no-run", "--message-format=json"];
     let output = cargo_command(&args).stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "the scenarios do not build");
+    ensure!(output.status.success(), "the {} do not build", tier.name);
     let text = String::from_utf8_lossy(&output.stdout);
     let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let mut programs = messages.filter(|message| message["target"]["name"] == "scenarios");
+    let mut programs = messages.filter(|message| message["target"]["name"] == tier.test);
     let program = programs.find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    program.context("cargo did not say where the scenarios' program is")
+    program.with_context(|| format!("cargo did not say where the program of the {} is", tier.name))
 }
 
 /// Runs tests with their output shown, and counts what libtest says in the end.
@@ -117,12 +167,17 @@ fn run_tests(mut command: Command) -> Result<Outcome> {
     let mut child = command.stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn()?;
     let output = child.stdout.take().context("no stdout")?;
     let mut counts = Counts::default();
+    let mut skipped = None;
     for line in BufReader::new(output).lines() {
         let line = line?;
         println!("{line}");
         counts.add(&line);
+        skipped = line.strip_prefix(SKIPPED).map(str::to_owned).or(skipped);
     }
     let status = child.wait()?;
+    if let Some(reason) = skipped {
+        return Ok(Outcome::Skipped(reason));
+    }
     if !status.success() && counts.failed == 0 {
         counts.failed = 1;
         counts.reason.get_or_insert_with(|| "did not build or did not run".to_owned());

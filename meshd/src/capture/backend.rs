@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use super::flow::Recovery;
+use super::iptables::{Iptables, Variant};
 use super::nft::{Nft, NftCapture};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
@@ -18,6 +19,10 @@ pub enum BackendChoice {
     Auto,
     NftTproxy,
     NftRedirect,
+    /// The variant that `iptables` stands for on this host.
+    Iptables,
+    IptablesNft,
+    IptablesLegacy,
 }
 
 /// A way to capture.
@@ -26,16 +31,22 @@ pub enum BackendChoice {
 pub enum BackendKind {
     NftTproxy,
     NftRedirect,
+    IptablesNft,
+    IptablesLegacy,
 }
 
 impl BackendKind {
-    /// In the order `auto` tries them: TPROXY leaves addresses and conntrack alone, REDIRECT needs only NAT.
-    pub const ALL: [BackendKind; 2] = [BackendKind::NftTproxy, BackendKind::NftRedirect];
+    /// In the order `auto` tries them: TPROXY leaves addresses and conntrack alone, REDIRECT needs only NAT,
+    /// iptables no nft program.
+    pub const ALL: [BackendKind; 4] =
+        [BackendKind::NftTproxy, BackendKind::NftRedirect, BackendKind::IptablesNft, BackendKind::IptablesLegacy];
 
     pub fn label(self) -> &'static str {
         match self {
             BackendKind::NftTproxy => "nft-tproxy",
             BackendKind::NftRedirect => "nft-redirect",
+            BackendKind::IptablesNft => "iptables-nft",
+            BackendKind::IptablesLegacy => "iptables-legacy",
         }
     }
 
@@ -43,6 +54,20 @@ impl BackendKind {
     pub fn can(self) -> Capabilities {
         match self {
             BackendKind::NftTproxy | BackendKind::NftRedirect => Capabilities { strict: true, ledger: true, raw: true },
+            BackendKind::IptablesNft | BackendKind::IptablesLegacy => {
+                Capabilities { strict: true, ledger: false, raw: false }
+            }
+        }
+    }
+
+    /// Whether `auto` may take it: an iptables variant the host does not use would split its rules in two.
+    fn suits_this_host(self) -> bool {
+        match self {
+            BackendKind::IptablesNft | BackendKind::IptablesLegacy => {
+                // Without iptables the nft variant stands for both, and says what is missing.
+                Variant::of_host().map_or(BackendKind::IptablesNft, Variant::kind) == self
+            }
+            _ => true,
         }
     }
 
@@ -50,6 +75,8 @@ impl BackendKind {
         match self {
             BackendKind::NftTproxy => Box::new(Nft::new(NftCapture::Tproxy)),
             BackendKind::NftRedirect => Box::new(Nft::new(NftCapture::Redirect)),
+            BackendKind::IptablesNft => Box::new(Iptables::new(Variant::Nft)),
+            BackendKind::IptablesLegacy => Box::new(Iptables::new(Variant::Legacy)),
         }
     }
 }
@@ -96,6 +123,11 @@ pub trait Backend: Send {
     /// Whether what `apply` did is all still there.
     fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError>;
 
+    /// Whether the kernel tells of changes to these rules; if not, they are looked at every tick.
+    fn notified(&self) -> bool {
+        true
+    }
+
     /// Removes only what is ours. Works on what another process applied, and when nothing is left.
     fn revert(&mut self, wanted: &Wanted) -> Result<(), CaptureError>;
 }
@@ -119,10 +151,16 @@ pub fn choose(choice: BackendChoice, wanted: &Wanted) -> Result<Chosen, CaptureE
         BackendChoice::Auto => BackendKind::ALL.to_vec(),
         BackendChoice::NftTproxy => vec![BackendKind::NftTproxy],
         BackendChoice::NftRedirect => vec![BackendKind::NftRedirect],
+        BackendChoice::Iptables => vec![Variant::of_host()?.kind()],
+        BackendChoice::IptablesNft => vec![BackendKind::IptablesNft],
+        BackendChoice::IptablesLegacy => vec![BackendKind::IptablesLegacy],
     };
     let mut passed_over = Vec::new();
     let mut last = None;
     for kind in candidates {
+        if choice == BackendChoice::Auto && !kind.suits_this_host() {
+            continue;
+        }
         let backend = kind.open();
         match can_enforce(kind, wanted).and_then(|()| backend.probe(wanted)) {
             Ok(()) => return Ok(Chosen { backend, passed_over }),

@@ -147,7 +147,7 @@ impl Keeper {
                 Err(error) => tracing::error!(%error, "rules do not follow the units of this host; trying again"),
             }
         }
-        if self.events.drain() {
+        if self.events.drain() || !self.backend.notified() {
             self.heal(&wanted);
         }
     }

@@ -7,6 +7,7 @@
 
 mod backend;
 mod flow;
+mod iptables;
 mod keeper;
 mod nft;
 mod routes;
@@ -99,7 +100,11 @@ pub fn revert(state_dir: &Path, bare: &Wanted) -> Result<(), CaptureError> {
     match state.applied.take() {
         Some(Applied { backend, wanted }) => backend.open().revert(&wanted)?,
         // No record: whatever some backend may have left under this configuration.
-        None => BackendKind::ALL.iter().try_for_each(|backend| backend.open().revert(bare))?,
+        None => BackendKind::ALL.iter().try_for_each(|backend| match backend.open().revert(bare) {
+            // A tool that is not installed has made no rules.
+            Err(CaptureError::Missing { .. }) => Ok(()),
+            reverted => reverted,
+        })?,
     }
     state.save(&state_path)
 }

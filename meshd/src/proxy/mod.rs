@@ -21,7 +21,7 @@ mod resolve;
 mod serve;
 mod worker;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,7 +65,7 @@ impl Default for ProxyConfig {
     fn default() -> ProxyConfig {
         ProxyConfig {
             threads: 0,
-            mesh_listen: vec![SocketAddr::from(([0, 0, 0, 0], 15008))],
+            mesh_listen: vec![(Ipv4Addr::UNSPECIFIED, 15008).into(), (Ipv6Addr::UNSPECIFIED, 15008).into()],
             capture_port: 15001,
             connect_timeout_ms: 1000,
             access_log: None,

@@ -4,6 +4,7 @@
 mod bulk;
 mod client;
 mod hold;
+mod leave;
 mod load;
 mod pace;
 mod serve;
@@ -33,6 +34,8 @@ enum Verb {
     Idle(hold::Args),
     /// Connections that ask for a large body and never read it, held until SIGTERM
     Stall(hold::Args),
+    /// Connects, writes and closes at once, one connection after the other; ends with one JSON line
+    Leave(leave::Args),
     /// Reads a greeting, says a line, half-closes, prints all it was told
     Talk(talk::Args),
 }
@@ -61,6 +64,7 @@ async fn run(verb: Verb) -> Result<()> {
         Verb::Bulk(args) => bulk::run(args).await,
         Verb::Idle(args) => hold::idle(args, Stop::on_sigterm()?).await,
         Verb::Stall(args) => hold::stall(args, Stop::on_sigterm()?).await,
+        Verb::Leave(args) => leave::run(args).await,
         Verb::Talk(args) => talk::run(args).await,
     }
 }

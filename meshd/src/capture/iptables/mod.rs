@@ -1,0 +1,131 @@
+//! The iptables backends: chains of our own beside everybody else's, in the variant a host uses.
+
+mod chains;
+mod saved;
+mod variant;
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::backend::{Backend, BackendKind, ListenAt};
+use super::flow::Recovery;
+use super::routes;
+use super::tool::CaptureError;
+use super::wanted::{Facts, Wanted};
+use saved::Ours;
+use variant::Family;
+
+pub(super) use variant::Variant;
+
+/// Docker, kube-proxy and ufw hold the lock of the legacy variant for as long as a change takes.
+const RESTORE: [&str; 3] = ["--noflush", "--wait", "5"];
+/// In the order of removal: capture goes before what refuses the uncaptured.
+const TABLES: [&str; 2] = ["nat", "filter"];
+
+pub(super) struct Iptables {
+    variant: Variant,
+    /// What is ours as the kernel listed it after we had put it there.
+    installed: Option<Vec<Ours>>,
+}
+
+impl Iptables {
+    pub(super) fn new(variant: Variant) -> Iptables {
+        Iptables { variant, installed: None }
+    }
+
+    fn ours(&self, family: Family, table: &str) -> Result<Ours, CaptureError> {
+        Ok(Ours::of(&self.variant.save(family).run(&["-t", table], "")?))
+    }
+
+    fn listed(&self) -> Result<Vec<Ours>, CaptureError> {
+        let places = Family::present().flat_map(|family| TABLES.map(|table| (family, table)));
+        places.map(|(family, table)| self.ours(family, table)).collect()
+    }
+
+    /// The whole input for one family, for the jumps that are there at the moment.
+    fn input(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<String, CaptureError> {
+        let tables = chains::tables(family, wanted, facts);
+        tables.iter().map(|table| Ok(table.restore(&self.ours(family, table.name)?.jumps))).collect()
+    }
+
+    fn restore(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
+        let once = || self.variant.restore(family).run(&RESTORE, &self.input(family, wanted, facts)?).map(drop);
+        // Somebody else may take a jump away between our looking and our writing; nothing is changed then.
+        once().or_else(|_| once())
+    }
+
+    fn remove(&self, family: Family, table: &str) -> Result<(), CaptureError> {
+        let once = || match self.ours(family, table)?.removal(table) {
+            Some(input) => self.variant.restore(family).run(&RESTORE, &input).map(drop),
+            None => Ok(()),
+        };
+        once().or_else(|_| once())
+    }
+}
+
+impl Backend for Iptables {
+    fn kind(&self) -> BackendKind {
+        self.variant.kind()
+    }
+
+    fn probe(&self, wanted: &Wanted) -> Result<(), CaptureError> {
+        for family in Family::present() {
+            for table in chains::tables(family, wanted, &Facts::default()) {
+                // `--test` asks the kernel for matches and targets, but never has it judge a rule: only chains
+                // that nothing jumps to do that.
+                self.variant.restore(family).run(&RESTORE, &table.scratch())?;
+                self.variant.restore(family).run(&RESTORE, &table.scratch_removal())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, wanted: &Wanted) -> Result<ListenAt, CaptureError> {
+        let at = |ip| SocketAddr::new(ip, wanted.capture_port);
+        let addresses = vec![at(Ipv4Addr::LOCALHOST.into()), at(Ipv6Addr::LOCALHOST.into())];
+        Ok(ListenAt { addresses, transparent: false })
+    }
+
+    fn recovery(&self) -> Recovery {
+        Recovery::Redirect
+    }
+
+    fn render(&self, wanted: &Wanted, facts: &Facts) -> String {
+        let families = Family::present().map(|family| {
+            let tables: String = chains::tables(family, wanted, facts).iter().map(|table| table.restore(&[])).collect();
+            format!("# {} {}\n{tables}", self.variant.restore(family).name, RESTORE.join(" "))
+        });
+        format!("{}# routes\n{}", families.collect::<String>(), routes::render(wanted))
+    }
+
+    fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
+        // Routes first: once the rules capture, a virtual IP must already lead to this host.
+        routes::install(wanted)?;
+        // Four steps, not one transaction, so what can be refused is refused before the first. Each leaves virtual
+        // IPs refused or captured, and strict ports closed.
+        for family in Family::present() {
+            let input = self.input(family, wanted, facts)?;
+            self.variant.restore(family).run(&[&RESTORE[..], &["--test"]].concat(), &input)?;
+        }
+        Family::present().try_for_each(|family| self.restore(family, wanted, facts))?;
+        self.installed = Some(self.listed()?);
+        Ok(())
+    }
+
+    fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
+        Ok(self.installed == Some(self.listed()?) && routes::intact(wanted)?)
+    }
+
+    fn notified(&self) -> bool {
+        self.variant == Variant::Nft
+    }
+
+    fn revert(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
+        for family in Family::present() {
+            let mut used = TABLES.into_iter().filter(|table| self.variant.may_have(family, table));
+            used.try_for_each(|table| self.remove(family, table))?;
+        }
+        self.installed = None;
+        routes::remove(wanted);
+        Ok(())
+    }
+}
