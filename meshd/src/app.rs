@@ -108,7 +108,8 @@ impl App {
         let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
         tell_choice(&chosen);
         let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
-        let listeners = bind_workers(&config, workers, inherited, &listen_at, &chosen.backend.recovery())?;
+        let recovery = chosen.backend.recovery();
+        let listeners = bind_workers(&config, workers, inherited, &listen_at, &recovery)?;
         let keeper = start!(
             Keeper::start(chosen.backend, chosen.passed_over, CaptureState::path(&config.state_dir)),
             "capture"
@@ -131,7 +132,8 @@ impl App {
         // Only now: what is captured must find somebody who listens and knows where to.
         start!(keeper.want(intent).await, "capture")?;
         tokio::spawn(dns::serve(dns.0, dns.1, config.dns.domain.clone(), directory, vips));
-        let view = Arc::new(View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals));
+        let view =
+            Arc::new(View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, recovery));
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
         let (reload, reloads) = mpsc::channel(1);
         let control = Control { keeper: keeper.clone(), reload };
@@ -209,6 +211,8 @@ impl App {
         self.conductor.enter(Stage::Stopped);
         // Rules stay on purpose: virtual IPs are refused and strict ports closed until meshd is back or reverted.
         self.workers.join();
+        // After the last socket: what closing it said must still reach the application.
+        self.keeper.stop().await;
         // Best effort: the next start replaces a stale socket.
         let _ = std::fs::remove_file(self.config.admin_socket());
         tracing::info!("meshd stopped");

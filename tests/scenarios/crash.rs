@@ -73,8 +73,8 @@ fn a_stopped_meshd_leaves_no_other_rules_than_a_killed_one() -> Result<()> {
     let daemon = mesh.daemon("web");
     daemon.stop()?;
     daemon.run(&["intercept", "revert"])?.expect_success("meshd intercept revert")?;
-    let rules = mesh.host("web").command("nft", &["list", "ruleset"])?;
-    ensure!(rules.trim().is_empty(), "left behind:\n{rules}");
+    let rules = mesh.host("web").netfilter()?;
+    ensure!(rules.is_empty(), "left behind:\n{rules}");
     daemon.start()?;
     ask(&mesh)?;
     Ok(())
@@ -82,7 +82,7 @@ fn a_stopped_meshd_leaves_no_other_rules_than_a_killed_one() -> Result<()> {
 
 /// All that capture may change; link-local addresses come by themselves, and late.
 fn kernel_state(host: &Host) -> Result<String> {
-    let mut state = host.command("nft", &["list", "ruleset"])?;
+    let mut state = host.netfilter()?;
     for family in ["-4", "-6"] {
         state += &host.command("ip", &[family, "rule", "show"])?;
         state += &host.command("ip", &[family, "route", "show", "table", "all"])?;

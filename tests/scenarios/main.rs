@@ -10,11 +10,13 @@ mod certificates;
 mod crash;
 mod enrolment;
 mod independence;
+mod iptables;
 mod lab;
 mod slow_readers;
 mod stop;
 mod strict;
 mod targets;
+mod tun;
 mod wire;
 
 use std::time::Duration;

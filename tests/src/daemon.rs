@@ -91,6 +91,14 @@ impl Daemon {
         *lock(&self.environment) = owned;
     }
 
+    /// The capture backend from the next start on.
+    pub fn use_backend(&self, backend: &str) -> Result<()> {
+        let text = fs::read_to_string(self.config())?;
+        let line = text.lines().find(|line| line.starts_with("backend = ")).context("no backend in meshd.toml")?;
+        fs::write(self.config(), text.replace(line, &format!("backend = {backend:?}")))?;
+        Ok(())
+    }
+
     /// Starts meshd without waiting for it.
     pub fn spawn(&self) -> Result<()> {
         let program = self.program(&["run", "--config"]).arg(self.config()).uid_with_net_admin(UID);

@@ -18,5 +18,6 @@ exec nsenter "--net=/run/netns/@LAB@.$host" unshare --mount --propagation privat
         name=/etc/${file##*/}
         if [ -e "$name" ]; then mount --bind "$file" "$name"; fi
     done
+    if [ -e "@DIRECTORY@/tun" ]; then mount --bind "@DIRECTORY@/tun" /dev/net/tun; fi
     mount --bind "@PROGRAMS@" "@DIRECTORY@/bin"
     exec "$@"' "$lab/$host/etc" "$@"

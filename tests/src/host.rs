@@ -110,4 +110,27 @@ impl Host {
         all.extend(args);
         command::run("ip", &all)
     }
+
+    /// Every netfilter rule, chain and set, but not what iptables makes of tables by being looked at: built-in
+    /// chains without rules.
+    pub fn netfilter(&self) -> Result<String> {
+        const BUILT_IN: [&str; 5] = ["INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"];
+        let of_table = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                ["table", "ip" | "ip6", "nat" | "filter", "{"] | ["}"] | [] => true,
+                ["chain", name, "{"] => BUILT_IN.contains(&name),
+                ["type", .., "policy", "accept;"] => true,
+                _ => false,
+            }
+        };
+        let ruleset = self.command("nft", &["list", "ruleset"])?;
+        let mut rules: Vec<String> = ruleset.lines().filter(|line| !of_table(line)).map(str::to_owned).collect();
+        for save in ["iptables-legacy-save", "ip6tables-legacy-save"] {
+            let saved = self.command(save, &[])?;
+            let of_chains = |line: &&str| line.starts_with("-A ") || line.ends_with(" - [0:0]");
+            rules.extend(saved.lines().filter(of_chains).map(str::to_owned));
+        }
+        Ok(rules.join("\n"))
+    }
 }

@@ -114,6 +114,11 @@ impl Lab {
             .replace("@DIRECTORY@", &self.directory.display().to_string())
             .replace("@PROGRAMS@", &binaries::directory()?.display().to_string());
         fs::create_dir(self.directory.join("bin"))?;
+        if Path::new("/dev/net/tun").exists() {
+            // Open to everybody, as udev makes it on real hosts: a device takes CAP_NET_ADMIN anyway.
+            let tun = self.directory.join("tun").display().to_string();
+            run("mknod", &["--mode=0666", &tun, "c", "10", "200"])?;
+        }
         let path = self.directory.join("enter");
         fs::write(&path, text)?;
         // Daemons run as their own users and must reach their files below.

@@ -51,8 +51,13 @@ const MACHINES: Tier = Tier {
 };
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md).
-const BACKENDS: [(&str, &[&str]); 4] =
-    [("nft-tproxy", &[]), ("nft-redirect", &[]), ("iptables-nft", &[]), ("iptables-legacy", &[])];
+const BACKENDS: [(&str, &[&str]); 5] = [
+    ("nft-tproxy", &["tun::"]),
+    ("nft-redirect", &["tun::"]),
+    ("iptables-nft", &["tun::"]),
+    ("iptables-legacy", &["tun::"]),
+    ("tun", &["strict::"]),
+];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

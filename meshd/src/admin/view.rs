@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use crate::capture::Recovery;
 use crate::config::Config;
 use crate::enrol::Mode;
 use crate::lifecycle::{Lifecycle, Stage};
@@ -26,6 +27,7 @@ pub struct View {
     sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
     renewals: Arc<RenewalMetrics>,
     domain: String,
+    recovery: Recovery,
 }
 
 /// `meshd status`.
@@ -101,9 +103,10 @@ impl View {
         credentials: watch::Receiver<Arc<Credentials>>,
         sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
         renewals: Arc<RenewalMetrics>,
+        recovery: Recovery,
     ) -> View {
         let domain = config.dns.domain.to_string();
-        View { started: Instant::now(), shared, lifecycle, credentials, sources, renewals, domain }
+        View { started: Instant::now(), shared, lifecycle, credentials, sources, renewals, domain, recovery }
     }
 
     pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
@@ -211,7 +214,7 @@ impl View {
             .collect()
     }
 
-    /// Metrics of identity and discovery; the data plane's are its own.
+    /// Metrics of identity, discovery and capture; the data plane's are its own.
     pub(super) fn metrics(&self) -> Vec<Exposition> {
         let credentials = self.credentials.borrow().clone();
         let svids = std::iter::once(&credentials.host).chain(credentials.workloads.values());
@@ -221,7 +224,7 @@ impl View {
         let per_source = |value: &dyn Fn(&SourceHealth) -> f64| {
             sources.iter().map(|health| (vec![("source", health.name.clone().into())], value(health))).collect()
         };
-        vec![
+        let mut metrics = vec![
             Exposition::gauge(
                 "identity_cert_expiration_timestamp_seconds",
                 "When each certificate chain ends (Unix time)",
@@ -252,7 +255,9 @@ impl View {
                 "When a source was last known to be current (Unix time)",
                 per_source(&|health| health.last_ok.map_or(0.0, unix)),
             ),
-        ]
+        ];
+        metrics.extend(self.recovery.metrics());
+        metrics
     }
 }
 

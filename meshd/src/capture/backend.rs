@@ -8,6 +8,7 @@ use super::flow::Recovery;
 use super::iptables::{Iptables, Variant};
 use super::nft::{Nft, NftCapture};
 use super::tool::CaptureError;
+use super::tun::Tun;
 use super::wanted::{Facts, Wanted};
 
 /// `[capture] backend` in meshd.toml.
@@ -23,6 +24,7 @@ pub enum BackendChoice {
     Iptables,
     IptablesNft,
     IptablesLegacy,
+    Tun,
 }
 
 /// A way to capture.
@@ -33,13 +35,19 @@ pub enum BackendKind {
     NftRedirect,
     IptablesNft,
     IptablesLegacy,
+    Tun,
 }
 
 impl BackendKind {
     /// In the order `auto` tries them: TPROXY leaves addresses and conntrack alone, REDIRECT needs only NAT,
-    /// iptables no nft program.
-    pub const ALL: [BackendKind; 4] =
-        [BackendKind::NftTproxy, BackendKind::NftRedirect, BackendKind::IptablesNft, BackendKind::IptablesLegacy];
+    /// iptables no nft program, TUN no netfilter.
+    pub const ALL: [BackendKind; 5] = [
+        BackendKind::NftTproxy,
+        BackendKind::NftRedirect,
+        BackendKind::IptablesNft,
+        BackendKind::IptablesLegacy,
+        BackendKind::Tun,
+    ];
 
     pub fn label(self) -> &'static str {
         match self {
@@ -47,6 +55,7 @@ impl BackendKind {
             BackendKind::NftRedirect => "nft-redirect",
             BackendKind::IptablesNft => "iptables-nft",
             BackendKind::IptablesLegacy => "iptables-legacy",
+            BackendKind::Tun => "tun",
         }
     }
 
@@ -57,6 +66,7 @@ impl BackendKind {
             BackendKind::IptablesNft | BackendKind::IptablesLegacy => {
                 Capabilities { strict: true, ledger: false, raw: false }
             }
+            BackendKind::Tun => Capabilities { strict: false, ledger: false, raw: false },
         }
     }
 
@@ -77,6 +87,7 @@ impl BackendKind {
             BackendKind::NftRedirect => Box::new(Nft::new(NftCapture::Redirect)),
             BackendKind::IptablesNft => Box::new(Iptables::new(Variant::Nft)),
             BackendKind::IptablesLegacy => Box::new(Iptables::new(Variant::Legacy)),
+            BackendKind::Tun => Box::<Tun>::default(),
         }
     }
 }
@@ -154,6 +165,7 @@ pub fn choose(choice: BackendChoice, wanted: &Wanted) -> Result<Chosen, CaptureE
         BackendChoice::Iptables => vec![Variant::of_host()?.kind()],
         BackendChoice::IptablesNft => vec![BackendKind::IptablesNft],
         BackendChoice::IptablesLegacy => vec![BackendKind::IptablesLegacy],
+        BackendChoice::Tun => vec![BackendKind::Tun],
     };
     let mut passed_over = Vec::new();
     let mut last = None;

@@ -3,9 +3,13 @@
 use std::cell::RefCell;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 
 use meshd_sys::conntrack::Conntrack;
 use socket2::SockRef;
+
+use super::tun::Flows;
+use crate::telemetry::Exposition;
 
 /// A connection as the application sees it: its own socket's address, and what it dialled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,12 +25,25 @@ pub enum Recovery {
     Transparent,
     /// REDIRECT: conntrack remembers what the kernel rewrote, source port included.
     Redirect,
+    /// TUN: we rewrote it ourselves, and remember.
+    Tun(Arc<Flows>),
+}
+
+impl Recovery {
+    /// What there is to count about it.
+    pub fn metrics(&self) -> Vec<Exposition> {
+        match self {
+            Recovery::Transparent | Recovery::Redirect => Vec::new(),
+            Recovery::Tun(flows) => flows.metrics(),
+        }
+    }
 }
 
 /// One worker's means of recovery.
 pub enum Recoverer {
     Transparent,
     Redirect(RefCell<Conntrack>),
+    Tun(Arc<Flows>),
 }
 
 impl Recoverer {
@@ -34,6 +51,7 @@ impl Recoverer {
         match recovery {
             Recovery::Transparent => Ok(Recoverer::Transparent),
             Recovery::Redirect => Ok(Recoverer::Redirect(RefCell::new(Conntrack::open()?))),
+            Recovery::Tun(flows) => Ok(Recoverer::Tun(flows.clone())),
         }
     }
 
@@ -54,6 +72,7 @@ impl Recoverer {
                 let client = conntrack.borrow_mut().original_source(peer, dialled)?;
                 Ok(client.map(|client| Flow { client, original }))
             }
+            Recoverer::Tun(flows) => Ok(flows.recover(peer)),
         }
     }
 }

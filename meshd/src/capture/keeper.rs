@@ -21,6 +21,7 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// What the rest of the daemon asks of the keeper.
 enum Command {
+    Stop(oneshot::Sender<()>),
     Want(Box<Wanted>, oneshot::Sender<Result<(), CaptureError>>),
 }
 
@@ -52,6 +53,15 @@ impl KeeperHandle {
         };
         self.commands.send(Command::Want(Box::new(wanted), answer)).map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
+    }
+
+    /// Ends the thread and the backend's own work, after what is on its way has been passed on. Rules stay.
+    pub async fn stop(&self) {
+        let (answer, answered) = oneshot::channel();
+        if self.commands.send(Command::Stop(answer)).is_ok() {
+            // A thread that panicked has stopped, too.
+            let _ = answered.await;
+        }
     }
 }
 
@@ -100,6 +110,11 @@ impl Keeper {
                 Ok(Command::Want(wanted, answer)) => {
                     // Whoever asked may have given up; the rules are in force all the same.
                     let _ = answer.send(self.want(*wanted));
+                }
+                Ok(Command::Stop(answer)) => {
+                    drop(self);
+                    let _ = answer.send(());
+                    return;
                 }
                 Err(RecvTimeoutError::Timeout) => self.tick(),
                 // Rules stay on purpose: see the head of this module.

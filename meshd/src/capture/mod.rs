@@ -13,6 +13,7 @@ mod nft;
 mod routes;
 mod state;
 mod tool;
+mod tun;
 mod wanted;
 
 use std::collections::BTreeSet;
@@ -28,6 +29,7 @@ pub use flow::{Flow, Recoverer, Recovery};
 pub use keeper::{CaptureCounters, Keeper, KeeperHandle};
 pub use state::{Applied, CaptureState};
 pub use tool::CaptureError;
+pub use tun::Flows as TunFlows;
 pub use wanted::{Caller, Facts, StrictPort, Wanted};
 
 /// `[capture]` in meshd.toml.

@@ -5,7 +5,7 @@ use super::tool::{CaptureError, IP};
 use super::wanted::Wanted;
 
 /// Our policy rules come before everybody's: main is 32766, Tailscale starts at 5210.
-const PREFERENCE: u32 = 100;
+pub(super) const PREFERENCE: u32 = 100;
 
 /// The `ip` commands of one address family.
 struct Family {
@@ -34,12 +34,17 @@ fn families(wanted: &Wanted) -> [Family; 2] {
 pub(super) fn install(wanted: &Wanted) -> Result<(), CaptureError> {
     for family in families(wanted).iter().filter(|family| present(family.option)) {
         ip(family.option, &family.add_route)?;
-        match ip(family.option, &family.add_rule) {
-            Err(CaptureError::Failed { stderr, .. }) if stderr.contains("File exists") => {}
-            other => drop(other?),
-        }
+        ensure_rule(family.option, &family.add_rule)?;
     }
     Ok(())
+}
+
+/// Adds a rule unless it is there.
+pub(super) fn ensure_rule(option: &str, add: &str) -> Result<(), CaptureError> {
+    match ip(option, add) {
+        Err(CaptureError::Failed { stderr, .. }) if stderr.contains("File exists") => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 /// Whether all of them are there.
@@ -74,11 +79,11 @@ pub(super) fn render(wanted: &Wanted) -> String {
 }
 
 /// A host booted with ipv6.disable=1 has no IPv6 routing to set up.
-fn present(option: &str) -> bool {
+pub(super) fn present(option: &str) -> bool {
     option == "-4" || std::path::Path::new("/proc/net/if_inet6").exists()
 }
 
-fn ip(option: &str, command: &str) -> Result<String, CaptureError> {
+pub(super) fn ip(option: &str, command: &str) -> Result<String, CaptureError> {
     let arguments: Vec<&str> = std::iter::once(option).chain(command.split(' ')).collect();
     IP.run(&arguments, "")
 }

@@ -35,6 +35,13 @@ pub struct Cgroup {
     pub id: u64,
 }
 
+impl Cgroup {
+    /// Whether it is still there; its unit may have stopped since it was found.
+    pub fn exists(&self) -> bool {
+        Path::new(CGROUPS).join(&self.nft_path).metadata().is_ok_and(|metadata| metadata.ino() == self.id)
+    }
+}
+
 /// The translation table; one per worker, so that lookups need no lock.
 pub struct CgroupUnits {
     root: Option<PathBuf>,

@@ -2,7 +2,8 @@
 //!
 //! `sock_diag` asks the kernel who owns a TCP socket, `conntrack` what NAT rewrote; `sockets` opens the sockets
 //! meshd listens on and dials with; `kernel_events` tells when rules or routes change; `inherit` adopts listeners
-//! handed over by systemd; `memory` tunes the allocator.
+//! handed over by systemd; `memory` tunes the allocator; `tun` makes a network device whose packets this process
+//! reads and writes.
 
 pub mod conntrack;
 pub mod inherit;
@@ -10,3 +11,4 @@ pub mod kernel_events;
 pub mod memory;
 pub mod sock_diag;
 pub mod sockets;
+pub mod tun;

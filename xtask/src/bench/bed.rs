@@ -78,7 +78,10 @@ impl Bed {
                 self.certificates()?;
                 self.programs.insert(subject, envoy::program(target)?);
             }
-            Subject::Meshd => self.mesh = Some(BenchMesh::join(self.lab.clone())?),
+            Subject::Meshd | Subject::MeshdTun if self.mesh.is_none() => {
+                self.mesh = Some(BenchMesh::join(self.lab.clone())?);
+            }
+            Subject::Meshd | Subject::MeshdTun => {}
         }
         Ok(())
     }
@@ -91,9 +94,9 @@ impl Bed {
             }
             Subject::Haproxy => self.start_pair(subject, haproxy::NEAR, haproxy::FAR, haproxy::ARGUMENTS)?,
             Subject::Envoy => self.start_pair(subject, envoy::NEAR, envoy::FAR, envoy::ARGUMENTS)?,
-            Subject::Meshd => {
+            Subject::Meshd | Subject::MeshdTun => {
                 let mesh = self.mesh.as_ref().context("meshd was not prepared")?;
-                let (target, pids) = mesh.start()?;
+                let (target, pids) = mesh.start(subject.backend().context("not a meshd")?)?;
                 Running { target, pids, processes: vec![] }
             }
         };
@@ -104,7 +107,7 @@ impl Bed {
     pub(crate) fn stop(&self, subject: Subject, running: Running) -> Result<()> {
         drop(running);
         match &self.mesh {
-            Some(mesh) if subject == Subject::Meshd => mesh.stop(),
+            Some(mesh) if subject.backend().is_some() => mesh.stop(),
             _ => Ok(()),
         }
     }
@@ -134,7 +137,7 @@ impl Bed {
     }
 
     fn wait_answer(&self, subject: Subject, running: &Running) -> Result<()> {
-        if subject == Subject::Meshd {
+        if subject.backend().is_some() {
             // Only the enrolled unit may ask there, so a client of that unit does.
             let args = ["load", "--target", &running.target, "--requests", "1"];
             return until(READY, "meshd to answer", || {

@@ -22,8 +22,11 @@ impl BenchMesh {
     }
 
     /// The address to ask and the two daemons.
-    pub(crate) fn start(&self) -> Result<(String, Vec<u32>)> {
+    pub(crate) fn start(&self, backend: &str) -> Result<(String, Vec<u32>)> {
         let (near, far) = (self.0.daemon("near"), self.0.daemon("far"));
+        for daemon in [near, far] {
+            daemon.use_backend(backend)?;
+        }
         far.start()?;
         near.start()?;
         // Resolved once, so that no lookup is measured.

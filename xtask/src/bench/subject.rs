@@ -8,10 +8,21 @@ pub(crate) enum Subject {
     Haproxy,
     Envoy,
     Meshd,
+    /// meshd with the TUN backend; only when asked for.
+    MeshdTun,
 }
 
 impl Subject {
-    pub(crate) const ALL: [Self; 4] = [Self::Direct, Self::Haproxy, Self::Envoy, Self::Meshd];
+    pub(crate) const ALL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Envoy, Self::Meshd, Self::MeshdTun];
+
+    /// meshd's capture backend, if it is meshd.
+    pub(crate) fn backend(self) -> Option<&'static str> {
+        match self {
+            Self::Direct | Self::Haproxy | Self::Envoy => None,
+            Self::Meshd => Some("nft-tproxy"),
+            Self::MeshdTun => Some("tun"),
+        }
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -19,6 +30,7 @@ impl Subject {
             Self::Haproxy => "HAProxy",
             Self::Envoy => "Envoy",
             Self::Meshd => "meshd",
+            Self::MeshdTun => "meshd-tun",
         }
     }
 }

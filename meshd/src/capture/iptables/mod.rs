@@ -11,6 +11,7 @@ use super::flow::Recovery;
 use super::routes;
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
+use crate::enrol::Cgroup;
 use saved::Ours;
 use variant::Family;
 
@@ -41,10 +42,34 @@ impl Iptables {
         places.map(|(family, table)| self.ours(family, table)).collect()
     }
 
-    /// The whole input for one family, for the jumps that are there at the moment.
+    /// The whole input for one family, for the jumps and cgroups that are there at the moment.
     fn input(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<String, CaptureError> {
-        let tables = chains::tables(family, wanted, facts);
+        let tables = chains::tables(family, wanted, &self.usable(facts));
         tables.iter().map(|table| Ok(table.restore(&self.ours(family, table.name)?.jumps))).collect()
+    }
+
+    /// Without what no rule can be made of: nobody is let in by it then.
+    fn usable(&self, facts: &Facts) -> Facts {
+        let usable = |cgroup: &Cgroup| match self.variant {
+            // One missing path fails the whole input, and units stop when they like.
+            Variant::Nft => cgroup.exists(),
+            // This variant rewrites the whole table at every change of anybody's, and the kernel looks up every
+            // path again: a rule about a unit that has stopped would lock Docker and everybody else out.
+            Variant::Legacy => false,
+        };
+        let cgroups = facts.cgroups.iter().filter(|(_, cgroup)| usable(cgroup));
+        Facts { cgroups: cgroups.map(|(unit, cgroup)| (unit.clone(), cgroup.clone())).collect(), ..facts.clone() }
+    }
+
+    fn warn_of_units(&self, wanted: &Wanted) {
+        let units = wanted.units();
+        if self.variant == Variant::Legacy && !units.is_empty() {
+            tracing::warn!(
+                ?units,
+                "legacy iptables tells callers apart by user only: these units are refused at strict ports of this \
+                 host unless local_ok names their users"
+            );
+        }
     }
 
     fn restore(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
@@ -98,6 +123,9 @@ impl Backend for Iptables {
     }
 
     fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
+        if self.installed.is_none() {
+            self.warn_of_units(wanted);
+        }
         // Routes first: once the rules capture, a virtual IP must already lead to this host.
         routes::install(wanted)?;
         // Four steps, not one transaction, so what can be refused is refused before the first. Each leaves virtual
