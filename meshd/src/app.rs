@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpListener as StdListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use meshd_discovery::{SourceConfig, Watcher};
@@ -25,7 +25,7 @@ use crate::admin::{self, Control, Reload, View};
 use crate::capture::{self, Caller, CaptureState, Keeper, KeeperHandle, ListenAt, Recovery, StrictPort, Wanted};
 use crate::config::{Config, identity_in};
 use crate::dns::{self, Vips};
-use crate::enrol::{self, Delivery, Enrolment, Mode, Selector};
+use crate::enrol::{self, Delivery, Enrolment, Mode, PortWatch, Selector};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::proxy::{self, Listeners, Shared, Workers};
 use crate::telemetry::{AccessLog, Telemetry};
@@ -35,6 +35,8 @@ use crate::transport::tls::TlsState;
 const SETTLE: Duration = Duration::from_secs(5);
 /// How often a drain looks whether it is done.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
+/// How soon another owner of an enrolled port is noticed without it calling anybody.
+const PORTS_TICK: Duration = Duration::from_secs(1);
 
 /// Why meshd cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -99,11 +101,13 @@ impl App {
             mark: Mark(config.capture.mark),
             directory: ArcSwap::from(directory.borrow().clone()),
             enrolment: ArcSwap::from_pointee(enrolment),
+            ports: PortWatch::default(),
             tls: ArcSwap::from_pointee(tls),
             vips: vips.clone(),
             telemetry: Telemetry::new(workers, access_log),
         });
         count_panics(&shared.telemetry);
+        shared.ports.refresh(&shared.enrolment.load());
         let intent = wanted(&config, &shared.enrolment.load());
         let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
         tell_choice(&chosen);
@@ -128,6 +132,7 @@ impl App {
         shared.directory.store(directory.borrow().clone());
         vips.sync(&directory.borrow());
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
+        tokio::spawn(follow_ports(shared.clone()));
         let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
         // Only now: what is captured must find somebody who listens and knows where to.
         start!(keeper.want(intent).await, "capture")?;
@@ -247,6 +252,7 @@ impl App {
         self.keeper.want(wanted(&self.config, &enrolment)).await.map_err(|error| error.to_string())?;
         self.identities.send_replace(enrolment.identities());
         self.shared.enrolment.store(Arc::new(enrolment));
+        self.shared.ports.refresh(&self.shared.enrolment.load());
         Ok(())
     }
 }
@@ -367,15 +373,29 @@ fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
 }
 
 fn strict_port(delivery: &Delivery) -> StrictPort {
-    let owner = match &delivery.owner.selector {
-        Selector::Unit(unit) => Caller::Unit(unit.to_string()),
-        Selector::Uid(uid) => Caller::Uid(*uid),
-    };
+    let owner = caller(&delivery.owner.selector);
     let local = delivery.local_ok.iter().map(|uid| Caller::Uid(*uid)).chain([owner]).collect();
     StrictPort {
         port: delivery.deliver.port(),
         local,
         plaintext_from: delivery.plaintext_from.iter().copied().collect(),
+    }
+}
+
+/// The processes of a workload, as rules can tell them.
+fn caller(selector: &Selector) -> Caller {
+    match selector {
+        Selector::Unit(_) | Selector::Scope(_) => Caller::Unit(selector.to_string()),
+        Selector::Uid(uid) => Caller::Uid(*uid),
+        Selector::Port(port) => Caller::Port(*port),
+    }
+}
+
+/// Units restart, and others take their ports: whoever is enrolled by a port is looked for again and again.
+async fn follow_ports(shared: Arc<Shared>) {
+    loop {
+        shared.ports.refresh_if_due(&shared.enrolment.load(), Instant::now());
+        tokio::time::sleep(PORTS_TICK).await;
     }
 }
 

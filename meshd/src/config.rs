@@ -86,13 +86,8 @@ pub enum ConfigError {
 
 /// Reads one TOML file; the error names file, line and the nearest known key.
 pub fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    read_toml_text(path).map(|(value, _)| value)
-}
-
-/// The same, with the text, for whoever has more to say about its lines.
-pub fn read_toml_text<T: DeserializeOwned>(path: &Path) -> Result<(T, String), ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
-    Ok((parse_toml(path, &text)?, text))
+    parse_toml(path, &text)
 }
 
 /// The line of a byte of `text`, counted from 1.
@@ -100,7 +95,8 @@ pub fn line_of(text: &str, at: usize) -> usize {
     text[..at].matches('\n').count() + 1
 }
 
-fn parse_toml<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
+/// The same for the text of a file, read already.
+pub fn parse_toml<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
     toml::from_str(text).map_err(|error| {
         let line = error.span().map_or(1, |span| line_of(text, span.start));
         ConfigError::Parse { path: path.into(), line, reason: explain(error.message()) }

@@ -28,6 +28,11 @@ macro_rules! faults {
                 match self { $(Fault::$variant => Side::$side,)* }
             }
 
+            /// What it means, in a sentence.
+            pub fn meaning(self) -> &'static str {
+                match self { $(Fault::$variant => $doc,)* }
+            }
+
             /// Whether another endpoint may do better. Says nothing of bytes already delivered: `connect` knows that.
             pub fn retryable(self) -> bool {
                 match self { $(Fault::$variant => $retryable,)* }
@@ -61,6 +66,11 @@ faults! {
 impl Fault {
     pub fn from_label(label: &str) -> Option<Fault> {
         Fault::ALL.iter().copied().find(|fault| fault.label() == label)
+    }
+
+    /// What `meshd probe` exits with. Below 10 are what every program uses (1 failed, 2 wrong arguments).
+    pub fn exit_code(self) -> u8 {
+        10 + self as u8
     }
 
     /// The HTTP status a refusal travels with (docs/wire.md).

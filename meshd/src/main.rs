@@ -8,8 +8,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use meshd::config::Config;
 
+use crate::cli::enrol::{EnrolArgs, UnenrolArgs};
 use crate::cli::intercept::Intercept;
-use crate::cli::{Output, inspect, intercept, join, run};
+use crate::cli::probe::{ConnectArgs, ProbeArgs};
+use crate::cli::{Output, enrol, inspect, intercept, join, probe, run};
 
 /// A service mesh for VMs and bare metal: the daemon of one host, and its command line.
 #[derive(Parser)]
@@ -50,6 +52,15 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Put a unit, user or port of this host under the mesh. Takes effect at once; nothing is restarted.
+    Enrol(EnrolArgs),
+    /// Take a unit, user or port out of the mesh again.
+    Unenrol(UnenrolArgs),
+    /// See a name as an enrolled unit sees it: resolves and connects from within the unit. For root, audited.
+    Probe(ProbeArgs),
+    /// The part of `probe` that runs within the unit.
+    #[command(hide = true)]
+    ProbeConnect(ConnectArgs),
     /// The kernel rules that hand connections to meshd.
     Intercept {
         #[command(subcommand)]
@@ -75,6 +86,10 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Status { output } => inspect::status(&load(&cli.config)?, *output),
         Command::Edges { output } => inspect::edges(&load(&cli.config)?, *output),
         Command::Check { output } => inspect::check(&cli.config, *output),
+        Command::Enrol(args) => enrol::enrol(&load(&cli.config)?, args),
+        Command::Unenrol(args) => enrol::unenrol(&load(&cli.config)?, args),
+        Command::Probe(args) => probe::probe(&load(&cli.config)?, args),
+        Command::ProbeConnect(args) => probe::connect(args),
         Command::Intercept { action } => intercept::run(&cli.config, action),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::future::Future;
+use std::sync::Arc;
 
 use axum::Json;
 use axum::Router;
@@ -16,6 +17,8 @@ use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
+use super::probe;
+use super::view::View;
 use crate::capture::KeeperHandle;
 
 /// Where verbs that change something are carried out.
@@ -46,9 +49,13 @@ impl Connected<IncomingStream<'_, UnixListener>> for Operator {
     }
 }
 
-/// All of them answer with 204, or with `{"error": "..."}`.
-pub(super) fn routes(control: Control) -> Router {
-    Router::new().route("/reload", post(reload)).layer(middleware::from_fn(for_root)).with_state(control)
+/// Those that have nothing to tell answer with 204; what fails answers `{"error": "..."}`.
+pub(super) fn routes(control: Control, view: Arc<View>) -> Router {
+    Router::new()
+        .route("/reload", post(reload))
+        .with_state(control)
+        .merge(probe::routes(view))
+        .layer(middleware::from_fn(for_root))
 }
 
 /// Refuses everybody but root and the daemon's own user, and writes down who asked for what.

@@ -3,6 +3,7 @@
 mod check;
 mod client;
 mod control;
+mod probe;
 mod server;
 mod show;
 mod view;
@@ -10,6 +11,7 @@ mod view;
 pub use check::{Verdict, check};
 pub use client::{AdminError, fetch, order};
 pub use control::{Control, Reload};
+pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 pub use server::{bind, serve_metrics, serve_socket};
 pub use show::{edges, status};
-pub use view::{EdgeView, StatusView, View};
+pub use view::{EdgeView, EnrolledView, StatusView, View};

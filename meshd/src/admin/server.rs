@@ -33,8 +33,8 @@ pub async fn serve_socket(listener: UnixListener, view: Arc<View>, control: Cont
     let routes = Router::new()
         .route("/status", get(|State(view): State<Arc<View>>| async move { Json(view.status()) }))
         .route("/edges", get(|State(view): State<Arc<View>>| async move { Json(view.edges()) }))
-        .with_state(view)
-        .merge(control::routes(control))
+        .with_state(view.clone())
+        .merge(control::routes(control, view))
         .into_make_service_with_connect_info::<Operator>();
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the admin socket is closed");

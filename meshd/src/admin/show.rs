@@ -24,6 +24,11 @@ pub fn status(status: &StatusView) -> String {
     for (id, reason) in &status.refused_identities {
         page += &format!("  ‼ {id}: {reason}\n");
     }
+    let ports = status.enrolled.iter().filter_map(|row| Some(vec![row.selector.clone(), row.owner.clone()?]));
+    let ports: Vec<Vec<String>> = ports.collect();
+    if !ports.is_empty() {
+        page += &section("enrolled ports", &["PORT", "OWNER"], ports);
+    }
     let serves = status.serves.iter().map(|row| {
         vec![format!("{}:{}", row.service, row.port), row.unit.clone(), row.deliver.clone(), row.mode.clone()]
     });

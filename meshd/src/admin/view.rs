@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use crate::capture::Recovery;
 use crate::config::Config;
-use crate::enrol::Mode;
+use crate::enrol::{Mode, Selector, Workload};
 use crate::lifecycle::{Lifecycle, Stage};
 use crate::proxy::Shared;
 use crate::telemetry::{Direction, Exposition, Telemetry, Tls};
@@ -41,6 +41,8 @@ pub struct StatusView {
     pub open_connections: u64,
     pub identities: Vec<IdentityView>,
     pub refused_identities: BTreeMap<String, String>,
+    #[serde(default)]
+    pub enrolled: Vec<EnrolledView>,
     pub serves: Vec<DeliveryView>,
     pub services: Vec<ServiceView>,
     pub sources: Vec<Value>,
@@ -56,6 +58,19 @@ pub struct IdentityView {
     /// Seconds until the certificate chain expires; negative when it has.
     pub expires_in_s: i64,
     pub serial: String,
+}
+
+/// A workload of this host, as its files claim it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EnrolledView {
+    /// A unit, a pattern of scopes, `uid:1001` or `port:5432`.
+    pub selector: String,
+    pub identity: String,
+    /// File and line.
+    pub origin: String,
+    /// For a port: who holds it, or why nobody is known to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -113,6 +128,14 @@ impl View {
         &self.shared.telemetry
     }
 
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(super) fn credentials(&self) -> Arc<Credentials> {
+        self.credentials.borrow().clone()
+    }
+
     pub(super) fn stage(&self) -> Stage {
         self.lifecycle.stage()
     }
@@ -131,6 +154,7 @@ impl View {
             open_connections: rows.values().map(|row| row.opened.saturating_sub(row.closed())).sum(),
             identities: self.identities(&credentials),
             refused_identities: refused.collect(),
+            enrolled: self.enrolled(),
             serves: self.serves(),
             services: self.services(),
             sources: sources.iter().filter_map(|health| serde_json::to_value(health).ok()).collect(),
@@ -155,6 +179,20 @@ impl View {
                 serial: svid.serial.clone(),
             })
             .collect()
+    }
+
+    fn enrolled(&self) -> Vec<EnrolledView> {
+        let owners = self.shared.ports.owners();
+        let row = |workload: &Arc<Workload>| EnrolledView {
+            selector: workload.selector.to_string(),
+            identity: workload.identity.to_string(),
+            origin: workload.origin.to_string(),
+            owner: match workload.selector {
+                Selector::Port(port) => Some(owners.of(port).to_string()),
+                _ => None,
+            },
+        };
+        self.shared.enrolment.load().workloads().iter().map(row).collect()
     }
 
     fn serves(&self) -> Vec<DeliveryView> {
@@ -240,6 +278,11 @@ impl View {
                 "When the PKI last answered (Unix time, 0 never since start)",
                 vec![(Vec::new(), self.renewals.last_success_unix().unwrap_or(0) as f64)],
             ),
+            Exposition::counter(
+                "meshd_port_owner_changes",
+                "Times an enrolled port went from one unit to another",
+                vec![(Vec::new(), self.shared.ports.changes() as f64)],
+            ),
             Exposition::gauge(
                 "meshd_source_services",
                 "Services by source",
@@ -265,7 +308,7 @@ fn unix(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
-fn seconds_until(time: SystemTime) -> i64 {
+pub(super) fn seconds_until(time: SystemTime) -> i64 {
     match time.duration_since(SystemTime::now()) {
         Ok(left) => left.as_secs() as i64,
         Err(past) => -(past.duration().as_secs() as i64),

@@ -14,7 +14,6 @@ use super::backend::{Backend, BackendKind, PassedOver, can_enforce};
 use super::state::{Applied, CaptureState};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
-use crate::enrol::find_cgroups;
 
 /// How soon a removed rule is noticed; healing must take less than two seconds.
 const TICK: Duration = Duration::from_millis(500);
@@ -126,7 +125,7 @@ impl Keeper {
     fn want(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
         can_enforce(self.backend.kind(), &wanted)?;
         self.forget_what_another_configuration_left(&wanted)?;
-        let facts = facts_for(&wanted);
+        let facts = Facts::find(&wanted);
         self.apply(&wanted, &facts)?;
         (self.wanted, self.facts) = (Some(wanted), facts);
         Ok(())
@@ -155,7 +154,7 @@ impl Keeper {
 
     fn tick(&mut self) {
         let Some(wanted) = self.wanted.clone() else { return };
-        let facts = facts_for(&wanted);
+        let facts = Facts::find(&wanted);
         if facts != self.facts {
             match self.apply(&wanted, &facts) {
                 Ok(()) => self.facts = facts,
@@ -184,8 +183,4 @@ impl Keeper {
             }
         }
     }
-}
-
-fn facts_for(wanted: &Wanted) -> Facts {
-    Facts { cgroups: find_cgroups(&wanted.units()), ..Facts::default() }
 }

@@ -2,13 +2,14 @@
 //! whoever reverts knows what was applied.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 
+use aws_lc_rs::digest::{SHA256, digest};
+use data_encoding::HEXLOWER;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-use crate::enrol::Cgroup;
+use crate::enrol::{Cgroup, PortOwner, ScopePattern, find_cgroups, find_port_owners};
 
 /// The operator's intent, out of meshd.toml and enrol.d. Nothing in it changes by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -48,15 +49,31 @@ pub struct StrictPort {
 #[serde(rename_all = "lowercase")]
 pub enum Caller {
     Uid(u32),
-    /// A systemd unit: everything in its cgroup.
+    /// A systemd unit: everything in its cgroup. With `*`, every scope of such a name.
     Unit(String),
+    /// Whoever listens on this port.
+    Port(u16),
+}
+
+/// A caller as the kernel can tell it at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Present<'a> {
+    Uid(u32),
+    Cgroup(&'a Cgroup),
 }
 
 impl Caller {
     fn unit(&self) -> Option<&str> {
         match self {
             Caller::Unit(unit) => Some(unit),
-            Caller::Uid(_) => None,
+            Caller::Uid(_) | Caller::Port(_) => None,
+        }
+    }
+
+    fn port(&self) -> Option<u16> {
+        match self {
+            Caller::Port(port) => Some(*port),
+            Caller::Uid(_) | Caller::Unit(_) => None,
         }
     }
 }
@@ -64,15 +81,24 @@ impl Caller {
 impl Wanted {
     /// Short name of this intent: what an operator confirms.
     pub fn hash(&self) -> String {
-        let mut hasher = DefaultHasher::new();
-        Hash::hash(self, &mut hasher);
-        format!("{:016x}", hasher.finish())
+        // JSON of ordered collections: the same on every build, unlike Rust's own hashing.
+        let text = serde_json::to_vec(self).unwrap_or_default();
+        let digest = digest(&SHA256, &text);
+        HEXLOWER.encode(&digest.as_ref()[..8])
     }
 
     /// Every unit the rules must know the cgroup of.
     pub fn units(&self) -> BTreeSet<&str> {
-        let callers = self.strict.iter().flat_map(|strict| &strict.local).chain(&self.raw_callers);
-        callers.filter_map(Caller::unit).collect()
+        self.callers().filter_map(Caller::unit).collect()
+    }
+
+    /// Every port the rules must know the owner of.
+    pub fn owned_ports(&self) -> BTreeSet<u16> {
+        self.callers().filter_map(Caller::port).collect()
+    }
+
+    fn callers(&self) -> impl Iterator<Item = &Caller> {
+        self.strict.iter().flat_map(|strict| &strict.local).chain(&self.raw_callers)
     }
 }
 
@@ -81,8 +107,42 @@ impl Wanted {
 pub struct Facts {
     /// Where the cgroup of each running unit is.
     pub cgroups: BTreeMap<String, Cgroup>,
+    /// Who listens on ports that stand for a caller.
+    pub port_owners: BTreeMap<u16, PortOwner>,
     /// Raw addresses of services whose capture is asked for.
     pub raw_addresses: BTreeSet<SocketAddr>,
+}
+
+impl Facts {
+    /// What is so at this moment.
+    pub fn find(wanted: &Wanted) -> Facts {
+        let port_owners = find_port_owners(&wanted.owned_ports());
+        let owning = port_owners.values().filter_map(|owner| match owner {
+            PortOwner::Unit(unit) => Some(&**unit),
+            PortOwner::Uid(_) => None,
+        });
+        let units = wanted.units().into_iter().chain(owning).collect();
+        Facts { cgroups: find_cgroups(&units), port_owners, ..Facts::default() }
+    }
+
+    /// The processes a caller stands for; a unit that does not run has nobody to let in.
+    pub fn present(&self, caller: &Caller) -> Vec<Present<'_>> {
+        match caller {
+            Caller::Uid(uid) => vec![Present::Uid(*uid)],
+            Caller::Unit(name) => match ScopePattern::parse(name) {
+                Ok(pattern) => {
+                    let matching = self.cgroups.iter().filter(|(unit, _)| pattern.matches(unit));
+                    matching.map(|(_, cgroup)| Present::Cgroup(cgroup)).collect()
+                }
+                Err(_) => self.cgroups.get(name).map(Present::Cgroup).into_iter().collect(),
+            },
+            Caller::Port(port) => match self.port_owners.get(port) {
+                Some(PortOwner::Unit(unit)) => self.cgroups.get(&**unit).map(Present::Cgroup).into_iter().collect(),
+                Some(PortOwner::Uid(uid)) => vec![Present::Uid(*uid)],
+                None => Vec::new(),
+            },
+        }
+    }
 }
 
 #[cfg(test)]
@@ -110,5 +170,26 @@ pub(super) mod tests {
         assert_eq!(one.hash(), wanted().hash());
         other.permissive.insert(8080);
         assert_ne!(one.hash(), other.hash());
+    }
+
+    #[test]
+    fn callers_are_whoever_runs_under_their_name_or_holds_their_port() {
+        let cgroup = |path: &str| Cgroup { nft_path: path.into(), path: path.into(), level: 1, id: 7 };
+        let cgroups = ["docker-1.scope", "docker-2.scope", "db.service"].map(|unit| (unit.to_owned(), cgroup(unit)));
+        let facts = Facts {
+            cgroups: cgroups.into(),
+            port_owners: [(5432, PortOwner::Unit("db.service".into())), (80, PortOwner::Uid(33))].into(),
+            ..Facts::default()
+        };
+        let paths = |caller| {
+            let present = facts.present(&caller);
+            present.iter().map(|present| format!("{present:?}")).collect::<Vec<_>>().join(" ")
+        };
+        let scopes = paths(Caller::Unit("docker-*.scope".into()));
+        assert!(scopes.contains("docker-1") && scopes.contains("docker-2") && !scopes.contains("db"), "{scopes}");
+        assert!(paths(Caller::Port(5432)).contains("db.service"));
+        assert_eq!(facts.present(&Caller::Port(80)), [Present::Uid(33)]);
+        assert_eq!(facts.present(&Caller::Port(81)), []);
+        assert_eq!(facts.present(&Caller::Unit("off.service".into())), []);
     }
 }

@@ -1,8 +1,10 @@
 //! The verbs of the command line, one file per family.
 
+pub(crate) mod enrol;
 pub(crate) mod inspect;
 pub(crate) mod intercept;
 pub(crate) mod join;
+pub(crate) mod probe;
 pub(crate) mod run;
 
 use clap::ValueEnum;

@@ -8,6 +8,8 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::ScopePattern;
+
 /// Where nft looks for the paths of cgroups.
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// Ids of cgroups that were gone when asked about; forgotten beyond this many, at the price of a walk each.
@@ -36,9 +38,14 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
+    /// Where its files are.
+    pub fn directory(&self) -> PathBuf {
+        Path::new(CGROUPS).join(&self.nft_path)
+    }
+
     /// Whether it is still there; its unit may have stopped since it was found.
     pub fn exists(&self) -> bool {
-        Path::new(CGROUPS).join(&self.nft_path).metadata().is_ok_and(|metadata| metadata.ino() == self.id)
+        self.directory().metadata().is_ok_and(|metadata| metadata.ino() == self.id)
     }
 }
 
@@ -107,7 +114,7 @@ impl CgroupUnits {
     }
 }
 
-/// The cgroups of those of `units` that run.
+/// The cgroups of those of `units` that run, by name; a pattern stands for every scope it matches.
 pub fn find_cgroups(units: &BTreeSet<&str>) -> BTreeMap<String, Cgroup> {
     let mut found = BTreeMap::new();
     if units.is_empty() {
@@ -115,25 +122,35 @@ pub fn find_cgroups(units: &BTreeSet<&str>) -> BTreeMap<String, Cgroup> {
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     if let Some(root) = cgroup2_mount(&mounts) {
-        find_below(&root, &root, units, MAX_DEPTH, &mut found);
+        find_below(&root, &root, &Names::of(units), MAX_DEPTH, &mut found);
     }
     found
 }
 
+/// Names to look for, patterns apart.
+struct Names<'a> {
+    exact: &'a BTreeSet<&'a str>,
+    patterns: Vec<ScopePattern>,
+}
+
+impl<'a> Names<'a> {
+    fn of(units: &'a BTreeSet<&'a str>) -> Names<'a> {
+        Names { exact: units, patterns: units.iter().filter_map(|unit| ScopePattern::parse(unit).ok()).collect() }
+    }
+
+    fn contain(&self, name: &str) -> bool {
+        self.exact.contains(name) || self.patterns.iter().any(|pattern| pattern.matches(name))
+    }
+}
+
 /// Units are the first components below slices, so only slices are descended into.
-fn find_below(
-    root: &Path,
-    directory: &Path,
-    units: &BTreeSet<&str>,
-    depth: usize,
-    found: &mut BTreeMap<String, Cgroup>,
-) {
+fn find_below(root: &Path, directory: &Path, names: &Names<'_>, depth: usize, found: &mut BTreeMap<String, Cgroup>) {
     let Ok(entries) = std::fs::read_dir(directory) else { return };
     for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.ends_with(".slice") && depth > 0 {
-            find_below(root, &entry.path(), units, depth - 1, found);
-        } else if units.contains(name.as_str())
+            find_below(root, &entry.path(), names, depth - 1, found);
+        } else if names.contain(&name)
             && let Some(cgroup) = cgroup_at(root, &entry.path())
         {
             found.insert(name, cgroup);
@@ -198,10 +215,22 @@ mod tests {
         let id = inode(root.path(), "system.slice/web.service");
         inode(root.path(), "system.slice/other.service/evil.slice/web.service");
         let mut found = BTreeMap::new();
-        find_below(root.path(), root.path(), &BTreeSet::from(["web.service"]), MAX_DEPTH, &mut found);
+        find_below(root.path(), root.path(), &Names::of(&BTreeSet::from(["web.service"])), MAX_DEPTH, &mut found);
         let path = "system.slice/web.service".to_owned();
         let expected = Cgroup { nft_path: path.clone(), path, level: 2, id };
         assert_eq!(found, BTreeMap::from([("web.service".to_owned(), expected)]));
+    }
+
+    #[test]
+    fn a_pattern_finds_every_scope_that_runs() {
+        let root = tempfile::tempdir().unwrap();
+        for path in ["docker-3fa9.scope", "docker-3fb0.scope", "docker-4.scope", "docker-3f.service"] {
+            inode(root.path(), &format!("system.slice/{path}"));
+        }
+        let mut found = BTreeMap::new();
+        find_below(root.path(), root.path(), &Names::of(&BTreeSet::from(["docker-3f*.scope"])), MAX_DEPTH, &mut found);
+        let names: Vec<&str> = found.keys().map(String::as_str).collect();
+        assert_eq!(names, ["docker-3fa9.scope", "docker-3fb0.scope"]);
     }
 
     #[test]

@@ -1,50 +1,17 @@
 //! Reads `enrol.d/*.toml`, all or nothing: a mistake in one file keeps the last good enrolment in force.
 
-use std::collections::hash_map::Entry;
-use std::net::SocketAddr;
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use meshd_discovery::ServiceName;
 use meshd_identity::{SpiffeId, TrustDomain};
-use serde::Deserialize;
 use toml::Spanned;
 
-use super::{Delivery, Enrolment, Mode, Selector, Workload};
-use crate::config::{ConfigError, line_of, read_toml_text};
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct EnrolFile {
-    #[serde(default, rename = "workload")]
-    workloads: Vec<Spanned<WorkloadEntry>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WorkloadEntry {
-    unit: Option<String>,
-    uid: Option<u32>,
-    namespace: String,
-    name: String,
-    #[serde(default)]
-    serve: Vec<Spanned<ServeEntry>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ServeEntry {
-    service: String,
-    port: u16,
-    deliver: SocketAddr,
-    #[serde(default)]
-    mode: Mode,
-    #[serde(default)]
-    local_ok: Vec<u32>,
-    #[serde(default)]
-    plaintext_from: Vec<IpNet>,
-}
+use super::entry::{EnrolFile, FieldError, ServeEntry, WorkloadEntry};
+use super::{Delivery, Enrolment, Selector, Workload};
+use crate::config::{ConfigError, line_of, parse_toml};
 
 #[derive(Debug, thiserror::Error)]
 pub enum EnrolError {
@@ -56,58 +23,104 @@ pub enum EnrolError {
 
 /// Loads every `*.toml` of `dir`, in name order.
 pub fn load(dir: &Path, trust_domain: &TrustDomain, reserved: &[SocketAddr]) -> Result<Enrolment, EnrolError> {
+    read(&files_of(dir)?, trust_domain, reserved)
+}
+
+/// The same, as if the file `path` held `text`: whoever is about to write it asks first.
+pub fn load_as_if(
+    dir: &Path,
+    (path, text): (&Path, &str),
+    trust_domain: &TrustDomain,
+    reserved: &[SocketAddr],
+) -> Result<Enrolment, EnrolError> {
+    let mut files = files_of(dir)?;
+    files.retain(|(other, _)| other != path);
+    files.push((path.to_owned(), text.to_owned()));
+    files.sort();
+    read(&files, trust_domain, reserved)
+}
+
+/// Path and text of every file, in name order.
+fn files_of(dir: &Path) -> Result<Vec<(PathBuf, String)>, EnrolError> {
     let list = |source| EnrolError::List { path: dir.into(), source };
-    let mut paths: Vec<PathBuf> = Vec::new();
+    let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(list)? {
         let path = entry.map_err(list)?.path();
         if path.extension().is_some_and(|extension| extension == "toml") {
-            paths.push(path);
+            let text = std::fs::read_to_string(&path);
+            let text = text.map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            files.push((path, text));
         }
     }
-    paths.sort();
+    files.sort();
+    Ok(files)
+}
+
+fn read(
+    files: &[(PathBuf, String)],
+    trust_domain: &TrustDomain,
+    reserved: &[SocketAddr],
+) -> Result<Enrolment, EnrolError> {
     let mut enrolment = Enrolment::default();
-    for path in &paths {
-        let (file, text): (EnrolFile, String) = read_toml_text(path)?;
+    for (path, text) in files {
+        let file: EnrolFile = parse_toml(path, text)?;
+        let source = Source { path, text };
         for entry in file.workloads {
-            enrolment.add(&Origin { path, text: &text }, entry, trust_domain, reserved)?;
+            enrolment.add(&source, &entry, trust_domain, reserved)?;
         }
     }
+    enrolment.order_scopes();
     Ok(enrolment)
 }
 
-/// Where an entry was read, to say so when it is refused.
-struct Origin<'a> {
+/// Where an entry was written, for whoever has to change it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    pub path: PathBuf,
+    pub line: usize,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.path.display(), self.line)
+    }
+}
+
+/// A file being read.
+struct Source<'a> {
     path: &'a Path,
     text: &'a str,
 }
 
-impl Origin<'_> {
-    fn refuse<T>(&self, entry: &Spanned<T>, field: &str, reason: &str) -> ConfigError {
-        let line = line_of(self.text, entry.span().start);
-        ConfigError::Parse { path: self.path.into(), line, reason: format!("{field}: {reason}") }
+impl Source<'_> {
+    fn origin<T>(&self, entry: &Spanned<T>) -> Origin {
+        Origin { path: self.path.into(), line: line_of(self.text, entry.span().start) }
+    }
+
+    fn refuse<T>(&self, entry: &Spanned<T>, (field, reason): FieldError) -> ConfigError {
+        let Origin { path, line } = self.origin(entry);
+        ConfigError::Parse { path, line, reason: format!("{field}: {reason}") }
     }
 }
 
 impl Enrolment {
     fn add(
         &mut self,
-        origin: &Origin<'_>,
-        entry: Spanned<WorkloadEntry>,
+        source: &Source<'_>,
+        entry: &Spanned<WorkloadEntry>,
         trust_domain: &TrustDomain,
         reserved: &[SocketAddr],
     ) -> Result<(), ConfigError> {
-        let workload = Arc::new(workload(origin, &entry, trust_domain)?);
-        match self.by_selector.entry(workload.selector.clone()) {
-            Entry::Occupied(_) => {
-                return Err(origin.refuse(&entry, "workload", &format!("{} is enrolled twice", workload.unit)));
-            }
-            Entry::Vacant(slot) => slot.insert(workload.clone()),
-        };
-        for serve in &entry.get_ref().serve {
-            self.add_delivery(&workload, serve.get_ref(), reserved)
-                .map_err(|(field, reason)| origin.refuse(serve, field, &reason))?;
+        let workload = workload(entry.get_ref(), source.origin(entry), trust_domain, reserved)
+            .map_err(|error| source.refuse(entry, error))?;
+        let workload = Arc::new(workload);
+        if let Some(first) = self.insert(workload.clone()) {
+            let reason = format!("{} is enrolled twice: also at {}; keep one of them", workload.unit, first.origin);
+            return Err(source.refuse(entry, ("workload", reason)));
         }
-        self.workloads.push(workload);
+        for serve in &entry.get_ref().serve {
+            self.add_delivery(&workload, serve.get_ref(), reserved).map_err(|error| source.refuse(serve, error))?;
+        }
         Ok(())
     }
 
@@ -116,22 +129,23 @@ impl Enrolment {
         owner: &Arc<Workload>,
         serve: &ServeEntry,
         reserved: &[SocketAddr],
-    ) -> Result<(), (&'static str, String)> {
+    ) -> Result<(), FieldError> {
         let service: ServiceName =
             serve.service.parse().map_err(|error| ("workload.serve.service", format!("{error}")))?;
-        if serve.port == 0 || serve.deliver.port() == 0 {
+        let deliver = deliver(owner, serve)?;
+        if serve.port == 0 || deliver.port() == 0 {
             return Err(("workload.serve.port", format!("{service}: port 0 cannot be served; give 1..65535")));
         }
         // Delivering to ourselves would be a loop; a peer must never reach a meshd listener through us.
-        if reserved.iter().any(|ours| ours.port() == serve.deliver.port()) {
-            let reason = format!("{} is one of meshd's own listeners; deliver to the application's", serve.deliver);
+        if is_ours(reserved, deliver.port()) {
+            let reason = format!("{deliver} is one of meshd's own listeners; deliver to the application's");
             return Err(("workload.serve.deliver", reason));
         }
         let delivery = Arc::new(Delivery {
             service: service.clone(),
             port: serve.port,
             owner: owner.clone(),
-            deliver: serve.deliver,
+            deliver,
             mode: serve.mode,
             local_ok: serve.local_ok.clone(),
             plaintext_from: serve.plaintext_from.clone(),
@@ -144,37 +158,46 @@ impl Enrolment {
     }
 }
 
-fn workload(
-    origin: &Origin<'_>,
-    entry: &Spanned<WorkloadEntry>,
-    trust_domain: &TrustDomain,
-) -> Result<Workload, ConfigError> {
-    let WorkloadEntry { unit, uid, namespace, name, .. } = entry.get_ref();
-    let selector = match (unit, uid) {
-        (Some(unit), None) if !unit.contains('.') => {
-            let reason = format!("`{unit}` names no unit; write it with its kind, like `{unit}.service`");
-            return Err(origin.refuse(entry, "workload.unit", &reason));
+fn deliver(owner: &Workload, serve: &ServeEntry) -> Result<SocketAddr, FieldError> {
+    match (serve.deliver, &owner.selector) {
+        (Some(deliver), _) => Ok(deliver),
+        (None, Selector::Port(port)) => Ok((Ipv4Addr::LOCALHOST, *port).into()),
+        (None, _) => {
+            let reason = format!("{}: say where the application listens, like \"127.0.0.1:8080\"", serve.service);
+            Err(("workload.serve.deliver", reason))
         }
-        (Some(unit), None) => Selector::Unit(unit.as_str().into()),
-        (None, Some(uid)) => Selector::Uid(*uid),
-        _ => return Err(origin.refuse(entry, "workload", &format!("{name}: give either `unit` or `uid`"))),
-    };
-    let identity = SpiffeId::workload(trust_domain, namespace, name)
-        .map_err(|error| origin.refuse(entry, "workload.namespace/name", &error.to_string()))?;
-    if identity.is_system() {
-        let reason = "`meshd-system` is reserved for meshd; choose another";
-        return Err(origin.refuse(entry, "workload.namespace", reason));
     }
-    let unit = match &selector {
-        Selector::Unit(unit) => unit.clone(),
-        Selector::Uid(uid) => format!("uid:{uid}").into(),
-    };
-    Ok(Workload { identity, unit, selector })
+}
+
+fn is_ours(reserved: &[SocketAddr], port: u16) -> bool {
+    reserved.iter().any(|ours| ours.port() == port)
+}
+
+fn workload(
+    entry: &WorkloadEntry,
+    origin: Origin,
+    trust_domain: &TrustDomain,
+    reserved: &[SocketAddr],
+) -> Result<Workload, FieldError> {
+    let selector = entry.selector()?;
+    if let Selector::Port(port) = selector
+        && is_ours(reserved, port)
+    {
+        return Err(("workload.port", format!("{port} is one of meshd's own listeners; give the application's")));
+    }
+    let identity = SpiffeId::workload(trust_domain, &entry.namespace, &entry.name)
+        .map_err(|error| ("workload.namespace/name", error.to_string()))?;
+    if identity.is_system() {
+        return Err(("workload.namespace", "`meshd-system` is reserved for meshd; choose another".to_owned()));
+    }
+    Ok(Workload { identity, unit: selector.to_string().into(), selector, user_sessions: entry.user_sessions, origin })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use crate::enrol::Mode;
 
     const PAYMENTS: &str = r#"
 [[workload]]
@@ -212,15 +235,67 @@ mode = "strict"
     fn mistakes_name_file_field_and_remedy() {
         for (text, expected) in [
             (PAYMENTS.replace("unit =", "unti ="), "10-test.toml:3: unknown field `unti`"),
-            (PAYMENTS.replace("unit = \"payments.service\"", ""), "give either `unit` or `uid`"),
+            (PAYMENTS.replace("unit = \"payments.service\"", ""), "give either `unit`, `uid` or `port`"),
             (PAYMENTS.replace("payments.service", "payments"), "like `payments.service`"),
             (PAYMENTS.replace("\"shop\"", "\"meshd-system\""), "reserved for meshd"),
             (PAYMENTS.replace("8080", "15008"), "meshd's own listeners"),
             (PAYMENTS.replace("\"payments\"", "\"pay ments\""), "workload.namespace/name"),
-            (format!("{PAYMENTS}{PAYMENTS}"), "enrolled twice"),
+            (PAYMENTS.replace("deliver = \"127.0.0.1:8080\"", ""), "workload.serve.deliver: payments.shop: say where"),
+            (PAYMENTS.replace("unit = \"payments.service\"", "port = 15008"), "meshd's own listeners"),
+            (PAYMENTS.replace("payments.service", "*.scope"), "login sessions"),
+            (format!("{PAYMENTS}{PAYMENTS}"), "payments.service is enrolled twice: also at"),
         ] {
             let message = load_text(&text).unwrap_err().to_string();
             assert!(message.contains("10-test.toml") && message.contains(expected), "{message}");
         }
+    }
+
+    fn claim(selector: &str, name: &str) -> String {
+        format!("[[workload]]\n{selector}\nnamespace = \"shop\"\nname = \"{name}\"\n")
+    }
+
+    #[test]
+    fn an_exact_unit_wins_over_patterns_the_longest_pattern_over_others_and_any_unit_over_the_uid() {
+        let text = [
+            claim("unit = \"docker-*.scope\"", "any"),
+            claim("unit = \"docker-3f*.scope\"", "some"),
+            claim("unit = \"docker-3fa9.scope\"", "one"),
+            claim("uid = 7", "user"),
+        ];
+        let enrolment = load_text(&text.concat()).unwrap();
+        let name = |unit: &str, uid| {
+            let found = enrolment.workload_of(Some(&unit.into()), uid)?;
+            Some(found.identity.name().to_owned())
+        };
+        assert_eq!(name("docker-3fa9.scope", 7).as_deref(), Some("one"));
+        assert_eq!(name("docker-3fb0.scope", 7).as_deref(), Some("some"));
+        assert_eq!(name("docker-4.scope", 7).as_deref(), Some("any"));
+        assert_eq!(name("docker-4.service", 7).as_deref(), Some("user"));
+        assert_eq!(name("docker-4.service", 0), None);
+    }
+
+    #[test]
+    fn a_workload_known_by_its_port_serves_that_port_unless_it_says_another() {
+        let serve = "[[workload.serve]]\nservice = \"db.shop\"\nport = 80\n";
+        let enrolment = load_text(&format!("{}{serve}", claim("port = 5432", "db"))).unwrap();
+        let delivery = enrolment.delivery(&"db.shop".parse().unwrap(), 80).unwrap();
+        assert_eq!(delivery.deliver, "127.0.0.1:5432".parse().unwrap());
+        let enrolment = load_text(&format!("{}{serve}deliver = \"127.0.0.1:9\"", claim("port = 5432", "db"))).unwrap();
+        assert_eq!(enrolment.deliveries()[0].deliver.port(), 9);
+    }
+
+    #[test]
+    fn what_is_about_to_be_written_is_judged_with_all_other_files() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("10-a.toml"), PAYMENTS).unwrap();
+        let path = dir.path().join("90-cli.toml");
+        std::fs::write(&path, "not even TOML").unwrap();
+        let judge = |text: &str| {
+            load_as_if(dir.path(), (&path, text), &"mesh.example".parse().unwrap(), &[])
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(judge(&claim("uid = 7", "user")).unwrap().workloads().len(), 2);
+        let error = judge(&claim("unit = \"payments.service\"", "other")).unwrap_err();
+        assert!(error.contains("90-cli.toml:1") && error.contains("10-a.toml:2"), "{error}");
     }
 }

@@ -1,9 +1,14 @@
-//! Who the units of this host are: `enrol.d/*.toml` claims identities for units or uids and lists
-//! what they serve. The PKI must permit each claim too; both are needed.
+//! Who the units of this host are: `enrol.d/*.toml` claims identities for units, uids or listening ports and
+//! lists what they serve. The PKI must permit each claim too; both are needed. docs/enrolment.md is for operators.
 
 mod cgroups;
+mod cli_file;
+mod entry;
 mod files;
+mod ports;
+mod selector;
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,21 +18,22 @@ use meshd_discovery::ServiceName;
 use meshd_identity::SpiffeId;
 
 pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups};
-pub use files::{EnrolError, load};
+pub use cli_file::{CliFile, CliFileError};
+pub use entry::{ServeEntry, WorkloadEntry};
+pub use files::{EnrolError, Origin, load, load_as_if};
+pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
+pub use selector::{ScopePattern, Selector, SelectorError};
 
 /// One enrolled workload of this host.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Workload {
     pub identity: SpiffeId,
-    /// What operators see in metrics and logs: the unit's name, or `uid:1001`.
+    /// What operators see in metrics and logs: the selector's name.
     pub unit: Arc<str>,
     pub selector: Selector,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Selector {
-    Unit(Arc<str>),
-    Uid(u32),
+    /// Whether a login session may hold its port.
+    pub user_sessions: bool,
+    pub origin: Origin,
 }
 
 /// A row of the inbound delivery table: this host serves (service, port) at a local address.
@@ -44,7 +50,7 @@ pub struct Delivery {
     pub plaintext_from: Vec<IpNet>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Plaintext callers of the port are refused in the kernel.
@@ -57,7 +63,11 @@ pub enum Mode {
 #[derive(Debug, Default)]
 pub struct Enrolment {
     workloads: Vec<Arc<Workload>>,
-    by_selector: HashMap<Selector, Arc<Workload>>,
+    units: HashMap<Arc<str>, Arc<Workload>>,
+    /// The closest pattern first.
+    scopes: Vec<(ScopePattern, Arc<Workload>)>,
+    uids: HashMap<u32, Arc<Workload>>,
+    by_port: HashMap<u16, Arc<Workload>>,
     deliveries: Vec<Arc<Delivery>>,
     by_target: HashMap<(ServiceName, u16), Arc<Delivery>>,
 }
@@ -77,8 +87,45 @@ impl Enrolment {
 
     /// The workload of a process: its unit decides; its uid only where no unit is enrolled for it.
     pub fn workload_of(&self, unit: Option<&Arc<str>>, uid: u32) -> Option<&Arc<Workload>> {
-        unit.and_then(|unit| self.by_selector.get(&Selector::Unit(unit.clone())))
-            .or_else(|| self.by_selector.get(&Selector::Uid(uid)))
+        unit.and_then(|unit| self.workload_of_unit(unit)).or_else(|| self.uids.get(&uid))
+    }
+
+    /// The workload a unit of this name is, by its name or a pattern.
+    pub fn workload_of_unit(&self, unit: &str) -> Option<&Arc<Workload>> {
+        self.units.get(unit).or_else(|| {
+            // On the path of every connection: only scopes have patterns.
+            let patterns = if unit.ends_with(".scope") { &self.scopes[..] } else { &[] };
+            patterns.iter().find(|(pattern, _)| pattern.matches(unit)).map(|(_, workload)| workload)
+        })
+    }
+
+    fn workload_of_port(&self, port: u16) -> Option<&Arc<Workload>> {
+        self.by_port.get(&port)
+    }
+
+    /// The workload enrolled by exactly this selector.
+    pub fn enrolled_by(&self, selector: &Selector) -> Option<&Arc<Workload>> {
+        self.workloads.iter().find(|workload| workload.selector == *selector)
+    }
+
+    /// Adds a workload, unless its selector has one already, which is returned.
+    fn insert(&mut self, workload: Arc<Workload>) -> Option<Arc<Workload>> {
+        if let Some(first) = self.enrolled_by(&workload.selector) {
+            return Some(first.clone());
+        }
+        let known = workload.clone();
+        match &workload.selector {
+            Selector::Unit(unit) => drop(self.units.insert(unit.clone(), known)),
+            Selector::Scope(pattern) => self.scopes.push((pattern.clone(), known)),
+            Selector::Uid(uid) => drop(self.uids.insert(*uid, known)),
+            Selector::Port(port) => drop(self.by_port.insert(*port, known)),
+        }
+        self.workloads.push(workload);
+        None
+    }
+
+    fn order_scopes(&mut self) {
+        self.scopes.sort_by_key(|(pattern, _)| Reverse(pattern.literal()));
     }
 
     /// The row for a target asked for by a peer.

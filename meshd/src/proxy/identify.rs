@@ -5,11 +5,13 @@
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use meshd_sys::sock_diag::{Lookup, SocketDiag, SocketOwner};
 
-use crate::enrol::{CgroupUnits, Enrolment, UnitLookup, Workload};
+use crate::enrol::{CgroupUnits, Enrolment, PortWatch, UnitLookup, Workload};
 use crate::fault::Fault;
+use crate::telemetry::UnknownOwners;
 
 /// The worker's means of asking the kernel.
 pub(super) struct Identifier {
@@ -34,24 +36,34 @@ impl Identifier {
     pub(super) fn local(
         &self,
         enrolment: &Enrolment,
+        ports: &PortWatch,
+        unknown: &UnknownOwners,
         client: SocketAddr,
         original: SocketAddr,
     ) -> Result<Arc<Workload>, Unidentified> {
-        let unknown = Unidentified { fault: Fault::IdentifyUnknown, unit: None, uid: None };
-        let owner = match self.diag.borrow_mut().owner(client, original) {
-            Ok(Lookup::Owned(owner)) => owner,
-            Ok(Lookup::Orphaned { .. } | Lookup::Missing) => return Err(unknown),
-            Err(error) => {
-                tracing::warn!(%client, %error, "the kernel does not answer who opened a connection");
-                return Err(unknown);
-            }
-        };
+        let owner = self.owner(unknown, client, original).ok_or(Unidentified {
+            fault: Fault::IdentifyUnknown,
+            unit: None,
+            uid: None,
+        })?;
         let unit = self.unit_of(owner);
-        enrolment.workload_of(unit.as_ref(), owner.uid).cloned().ok_or(Unidentified {
-            fault: Fault::Unenrolled,
-            unit,
-            uid: Some(owner.uid),
-        })
+        let found = enrolment.workload_of(unit.as_ref(), owner.uid);
+        let found = found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), owner.uid, Instant::now()));
+        found.cloned().ok_or(Unidentified { fault: Fault::Unenrolled, unit, uid: Some(owner.uid) })
+    }
+
+    /// Counts what it does not believe: a socket that is closing would answer "uid 0".
+    fn owner(&self, unknown: &UnknownOwners, client: SocketAddr, original: SocketAddr) -> Option<SocketOwner> {
+        match self.diag.borrow_mut().owner(client, original) {
+            Ok(Lookup::Owned(owner)) => return Some(owner),
+            Ok(Lookup::Orphaned { state }) => unknown.orphaned(state),
+            Ok(Lookup::Missing) => unknown.missing(),
+            Err(error) => {
+                unknown.no_answer();
+                tracing::warn!(%client, %error, "the kernel does not answer who opened a connection");
+            }
+        }
+        None
     }
 
     fn unit_of(&self, owner: SocketOwner) -> Option<Arc<str>> {

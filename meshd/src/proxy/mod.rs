@@ -32,7 +32,7 @@ use meshd_sys::sockets::Mark;
 use serde::Deserialize;
 
 use crate::dns::Vips;
-use crate::enrol::Enrolment;
+use crate::enrol::{Enrolment, PortWatch};
 use crate::telemetry::Telemetry;
 use crate::transport::tls::TlsState;
 
@@ -93,6 +93,7 @@ pub struct Shared {
     pub mark: Mark,
     pub directory: ArcSwap<Directory>,
     pub enrolment: ArcSwap<Enrolment>,
+    pub ports: PortWatch,
     pub tls: ArcSwap<TlsState>,
     pub vips: Arc<Vips>,
     pub telemetry: Arc<Telemetry>,

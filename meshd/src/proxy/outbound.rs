@@ -54,7 +54,7 @@ fn identify_and_resolve(
     report.client(client);
     let who = env
         .identifier
-        .local(&env.shared.enrolment.load(), client, original)
+        .local(&env.shared.enrolment.load(), &env.shared.ports, &env.shared.telemetry.unknown, client, original)
         .map_err(|unidentified| explain(env, &unidentified, original, report))?;
     report.unit(&who.unit);
     report.own_identity(&who.identity);
@@ -139,8 +139,8 @@ fn explain(env: &Env, caller: &Unidentified, original: SocketAddr, report: &mut 
     let service = service.map_or_else(|| original.to_string(), |service| service.to_string());
     report.stray_unit(caller.unit.clone());
     let selector = match (&caller.unit, caller.uid) {
-        (Some(unit), _) => format!("unit = \"{unit}\""),
-        (None, Some(uid)) => format!("uid = {uid}"),
+        (Some(unit), _) => unit.to_string(),
+        (None, Some(uid)) => format!("--uid {uid}"),
         (None, None) => {
             if env.may_log("unknown owner") {
                 tracing::warn!(%service, "refused a connection whose owner the kernel no longer knows");
@@ -151,8 +151,7 @@ fn explain(env: &Env, caller: &Unidentified, original: SocketAddr, report: &mut 
     if env.may_log(&selector) {
         tracing::warn!(
             %service,
-            "refused an unenrolled caller; to enrol it, add to a file in enrol_dir: \
-             [[workload]] {selector} namespace = \"...\" name = \"...\""
+            "refused an unenrolled caller; to enrol it: meshd enrol {selector} --as ns/<namespace>/sa/<name>"
         );
     }
     caller.fault

@@ -156,6 +156,9 @@ impl Drop for Report {
             None => self.never_connected(),
         };
         edge.close(self.outcome);
+        if self.key.direction == Direction::Outbound && self.telemetry.probes.any() {
+            self.telemetry.probes.record(&self.event());
+        }
         if self.telemetry.access_log.enabled() {
             self.telemetry.access_log.record(self.event());
         }

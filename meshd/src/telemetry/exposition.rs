@@ -83,6 +83,7 @@ fn encode_value(counter: bool, value: f64, series: MetricEncoder<'_>) -> fmt::Re
 fn data_plane(telemetry: &Telemetry) -> Vec<Exposition> {
     let mut metrics = tcp_metrics(telemetry);
     metrics.push(refused(telemetry));
+    metrics.push(unknown(telemetry));
     metrics.push(handshakes(telemetry));
     let single = |value: u64| vec![(Labels::new(), value as f64)];
     metrics.push(Exposition::counter(
@@ -194,6 +195,16 @@ fn refused(telemetry: &Telemetry) -> Exposition {
         })
         .collect();
     Exposition::counter("meshd_refused", "Connections refused before they reached their other side", series)
+}
+
+fn unknown(telemetry: &Telemetry) -> Exposition {
+    let counts = telemetry.unknown.counts().filter(|(_, count)| *count > 0);
+    let series = counts.map(|(state, count)| (vec![("state", state.into())], count as f64)).collect();
+    Exposition::counter(
+        "meshd_identify_unknown",
+        "Connections whose opener the kernel did not know, by the state of its socket",
+        series,
+    )
 }
 
 fn handshakes(telemetry: &Telemetry) -> Exposition {

@@ -4,7 +4,9 @@
 mod access_log;
 mod edges;
 mod exposition;
+mod probes;
 mod process;
+mod unknown;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use serde::Deserialize;
 pub use access_log::{AccessLog, ConnectionEvent};
 pub use edges::{Direction, Edge, EdgeKey, EdgeRow, Edges, Tls};
 pub use exposition::{Exposition, encode};
+pub use probes::Probes;
+pub use unknown::UnknownOwners;
 
 use crate::fault::Fault;
 
@@ -37,6 +41,9 @@ pub struct Telemetry {
     pub edges: Edges,
     pub access_log: AccessLog,
     pub refused: RefusedCounters,
+    pub unknown: UnknownOwners,
+    /// Connections an operator makes to see how they fare.
+    pub probes: Probes,
     pub handshakes: HandshakeCounters,
     /// A panic ends one connection; the operator must see that it happened.
     pub panics: AtomicU64,
@@ -50,6 +57,8 @@ impl Telemetry {
             edges: Edges::new(workers),
             access_log,
             refused: RefusedCounters::default(),
+            unknown: UnknownOwners::default(),
+            probes: Probes::default(),
             handshakes: HandshakeCounters::default(),
             panics: AtomicU64::new(0),
             buffered_bytes: AtomicU64::new(0),

@@ -1,6 +1,8 @@
 //! Who opened this connection? One exact `NETLINK_SOCK_DIAG` request per connection, answered from
 //! the kernel's own hash table in 2-3 us whatever the number of sockets. Never a dump, never /proc.
 
+mod listeners;
+
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,6 +11,8 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+
+pub use listeners::{Listener, listeners};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;

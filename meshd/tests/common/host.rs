@@ -10,7 +10,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use meshd::capture::Recovery;
 use meshd::dns::Vips;
-use meshd::enrol::{self, Enrolment};
+use meshd::enrol::{self, Enrolment, PortWatch};
 use meshd::fault::Fault;
 use meshd::lifecycle::{self, Conductor, Stage};
 use meshd::proxy::{self, Listeners, ProxyConfig, Shared, Workers};
@@ -103,6 +103,7 @@ impl Plan {
             mark: Mark(0),
             directory: ArcSwap::default(),
             enrolment: ArcSwap::from_pointee(enrolled(directory.path(), &self.enrolment)),
+            ports: PortWatch::default(),
             tls: ArcSwap::from_pointee(tls),
             vips: Arc::new(vips(directory.path())),
             telemetry: Telemetry::new(self.workers, access_log),

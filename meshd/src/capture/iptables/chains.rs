@@ -3,7 +3,7 @@
 
 use ipnet::IpNet;
 
-use super::super::wanted::{Caller, Facts, StrictPort, Wanted};
+use super::super::wanted::{Facts, Present, StrictPort, Wanted};
 use super::saved::{Jump, Ours};
 use super::variant::Family;
 
@@ -105,24 +105,20 @@ fn local_callers(wanted: &Wanted, facts: &Facts) -> Vec<String> {
         vec![format!("-m owner --uid-owner {daemon_uid} -m mark --mark {mark:#x}/{mark_mask:#x} -j RETURN")];
     for strict in &wanted.strict {
         let port = strict.port;
-        rules.extend(strict.local.iter().filter_map(|caller| {
-            let caller = local_caller(caller, facts)?;
-            Some(format!("-p tcp --dport {port} {caller} -j RETURN"))
-        }));
+        let callers = strict.local.iter().flat_map(|caller| facts.present(caller));
+        rules.extend(callers.map(|caller| format!("-p tcp --dport {port} {} -j RETURN", local_caller(caller))));
         rules.push(refuse(strict));
     }
     rules
 }
 
-/// A unit that does not run has no cgroup, and nobody to let in.
-fn local_caller(caller: &Caller, facts: &Facts) -> Option<String> {
+fn local_caller(caller: Present<'_>) -> String {
     match caller {
-        Caller::Uid(uid) => Some(format!("-m owner --uid-owner {uid}")),
-        Caller::Unit(unit) => {
-            let cgroup = facts.cgroups.get(unit)?;
+        Present::Uid(uid) => format!("-m owner --uid-owner {uid}"),
+        Present::Cgroup(cgroup) => {
             // Names of units have backslashes in them (systemd's escapes), which a quoted word wants doubled.
             let path = cgroup.path.replace('\\', "\\\\").replace('"', "\\\"");
-            Some(format!("-m cgroup --path \"{path}\""))
+            format!("-m cgroup --path \"{path}\"")
         }
     }
 }
@@ -146,6 +142,7 @@ fn refuse(strict: &StrictPort) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::wanted::Caller;
     use super::super::super::wanted::tests::wanted;
     use super::super::saved;
     use super::*;

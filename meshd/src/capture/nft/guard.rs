@@ -5,7 +5,8 @@ use std::fmt::Write;
 
 use ipnet::IpNet;
 
-use super::super::wanted::{Caller, Facts, StrictPort, Wanted};
+use super::super::wanted::{Facts, Present, StrictPort, Wanted};
+use crate::enrol::Cgroup;
 
 const SYN: &str = "tcp flags syn / fin,syn,rst,ack";
 
@@ -53,17 +54,12 @@ pub(super) fn chains(wanted: &Wanted, facts: &Facts) -> String {
 
 fn local_callers(text: &mut String, strict: &StrictPort, facts: &Facts) {
     let port = strict.port;
-    for caller in &strict.local {
-        let _ = match caller {
-            Caller::Uid(uid) => writeln!(text, "    tcp dport {port} meta skuid {uid} accept"),
-            // A unit that does not run has no cgroup, and nobody to let in.
-            Caller::Unit(unit) => facts.cgroups.get(unit).map_or(Ok(()), |cgroup| {
-                writeln!(
-                    text,
-                    "    tcp dport {port} socket cgroupv2 level {} \"{}\" accept",
-                    cgroup.level, cgroup.nft_path
-                )
-            }),
+    for present in strict.local.iter().flat_map(|caller| facts.present(caller)) {
+        let _ = match present {
+            Present::Uid(uid) => writeln!(text, "    tcp dport {port} meta skuid {uid} accept"),
+            Present::Cgroup(Cgroup { level, nft_path, .. }) => {
+                writeln!(text, "    tcp dport {port} socket cgroupv2 level {level} \"{nft_path}\" accept")
+            }
         };
     }
 }
@@ -75,9 +71,9 @@ fn refuse(text: &mut String, strict: &StrictPort) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::wanted::Caller;
     use super::super::super::wanted::tests::wanted;
     use super::*;
-    use crate::enrol::Cgroup;
 
     #[test]
     fn strict_ports_let_in_only_the_daemon_and_named_callers() {

@@ -1,0 +1,349 @@
+//! `meshd enrol` and `unenrol`: who is under the mesh. They write `90-cli.toml`, and the daemon reads it at once.
+
+use std::fmt;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use ipnet::IpNet;
+use meshd::admin::{self, AdminError, StatusView};
+use meshd::config::Config;
+use meshd::enrol::{self, CliFile, Enrolment, Mode, Ownership, PortOwners, Selector, ServeEntry, WorkloadEntry};
+use meshd_identity::{SpiffeId, TrustDomain};
+use meshd_pki_client::Agent;
+use serde::Serialize;
+
+use super::{Output, on_runtime};
+
+/// How long the PKI's answer for a new identity is waited for.
+const CERTIFICATE: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(50);
+
+#[derive(Args)]
+pub(crate) struct Who {
+    /// A systemd unit, like `checkout.service`; `docker-3f*.scope` means every scope of such a name.
+    #[arg(required_unless_present_any = ["uid", "port", "list"], conflicts_with_all = ["uid", "port"])]
+    unit: Option<String>,
+    /// A user, by number, where units cannot tell workloads apart.
+    #[arg(long, value_name = "UID", conflicts_with = "port")]
+    uid: Option<u32>,
+    /// Whoever listens on this TCP port.
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+}
+
+#[derive(Args)]
+pub(crate) struct EnrolArgs {
+    #[command(flatten)]
+    who: Who,
+    /// Its identity, like `ns/shop/sa/checkout`; the PKI must permit this host to hold it.
+    #[arg(long = "as", value_name = "ns/NAMESPACE/sa/NAME", required_unless_present = "list")]
+    identity: Option<String>,
+    /// What it serves to the mesh, and where it listens: `payments.shop:80=127.0.0.1:8080`. With --port the
+    /// address may be left out. May be given more than once.
+    #[arg(long, value_name = "SERVICE:PORT[=ADDRESS:PORT]")]
+    serve: Vec<Served>,
+    /// Refuse plaintext callers of the ports of --serve in the kernel.
+    #[arg(long, requires = "serve")]
+    strict: bool,
+    /// With --strict: a uid that may still call them on this host. May be given more than once.
+    #[arg(long, value_name = "UID", requires = "strict")]
+    local_ok: Vec<u32>,
+    /// With --strict: a network that may still call them in clear. May be given more than once.
+    #[arg(long, value_name = "CIDR", requires = "strict")]
+    plaintext_from: Vec<IpNet>,
+    /// With --port: also when a login session listens there.
+    #[arg(long, requires = "port")]
+    user_sessions: bool,
+    /// Show what is enrolled, by which file, instead.
+    #[arg(long, exclusive = false, conflicts_with_all = ["identity", "serve", "unit", "uid", "port"])]
+    list: bool,
+    #[arg(short, long, value_enum, default_value_t, requires = "list")]
+    output: Output,
+}
+
+#[derive(Args)]
+pub(crate) struct UnenrolArgs {
+    /// The unit (or pattern) as it was enrolled.
+    #[arg(required_unless_present_any = ["uid", "port"], conflicts_with_all = ["uid", "port"])]
+    unit: Option<String>,
+    #[arg(long, value_name = "UID", conflicts_with = "port")]
+    uid: Option<u32>,
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+}
+
+/// `payments.shop:80=127.0.0.1:8080`
+#[derive(Clone, Debug, PartialEq)]
+struct Served {
+    service: String,
+    port: u16,
+    deliver: Option<SocketAddr>,
+}
+
+impl FromStr for Served {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Served, String> {
+        let (target, deliver) = match text.split_once('=') {
+            Some((target, deliver)) => (target, Some(deliver)),
+            None => (text, None),
+        };
+        let (service, port) = target.rsplit_once(':').ok_or("say the service's port, too, like payments.shop:80")?;
+        let port = port.parse().map_err(|_| format!("`{port}` is no port; give 1..65535"))?;
+        let deliver = deliver
+            .map(|deliver| deliver.parse().map_err(|_| format!("`{deliver}` is no address; write like 127.0.0.1:8080")))
+            .transpose()?;
+        Ok(Served { service: service.to_owned(), port, deliver })
+    }
+}
+
+/// What the files of this host say, and how to judge a change of them.
+struct Files<'a> {
+    config: &'a Config,
+    trust_domain: TrustDomain,
+    host_id: String,
+}
+
+impl Files<'_> {
+    fn of(config: &Config) -> anyhow::Result<Files<'_>> {
+        let agent = Agent::open(&config.identity_dir()).context("this host has no identity yet")?;
+        let credentials = agent.watch().borrow().clone();
+        let (trust_domain, host_id) = (credentials.trust_domain.clone(), credentials.host_id.clone());
+        Ok(Files { config, trust_domain, host_id })
+    }
+
+    fn now(&self) -> anyhow::Result<Enrolment> {
+        Ok(enrol::load(&self.config.enrol_dir, &self.trust_domain, &self.config.own_listeners())?)
+    }
+
+    /// Replaces the file by what it shall say; the daemon's word decides whether it stays.
+    fn change(&self, file: &CliFile) -> anyhow::Result<(Enrolment, Reloaded)> {
+        let text = file.text();
+        let then = enrol::load_as_if(
+            &self.config.enrol_dir,
+            (file.path(), &text),
+            &self.trust_domain,
+            &self.config.own_listeners(),
+        )
+        .context("nothing was changed")?;
+        file.write()?;
+        match on_runtime(async { Ok(admin::order(&self.config.admin_socket(), "/reload", &()).await) })? {
+            Ok(_) => Ok((then, Reloaded::Now)),
+            Err(AdminError::Connect { source, .. })
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+            {
+                Ok((then, Reloaded::AtStart))
+            }
+            Err(error) => {
+                file.restore()?;
+                bail!("the daemon refused, nothing was changed: {error}");
+            }
+        }
+    }
+}
+
+/// When a change takes effect.
+#[derive(PartialEq)]
+enum Reloaded {
+    Now,
+    AtStart,
+}
+
+pub(crate) fn enrol(config: &Config, args: &EnrolArgs) -> anyhow::Result<ExitCode> {
+    let files = Files::of(config)?;
+    let Some(identity) = &args.identity else { return list(&files, args.output) };
+    let selector = selector(args.who.unit.as_deref(), args.who.uid, args.who.port)?;
+    let identity = SpiffeId::parse_in(&files.trust_domain, identity)
+        .with_context(|| format!("--as {identity}: write it like ns/shop/sa/checkout"))?;
+    let mut file = CliFile::open(&config.enrol_dir)?;
+    file.enrol(&files.now()?, &selector, entry(&selector, &identity, args))?;
+    let owners = port_owners(&files, &file, &selector)?;
+    let (enrolment, reloaded) = files.change(&file)?;
+    // Nobody needs to wait for us while we wait for the PKI.
+    drop(file);
+    println!("{selector} is {identity}");
+    tell_owner(&owners, &selector);
+    for delivery in enrolment.deliveries().iter().filter(|delivery| delivery.owner.selector == selector) {
+        let mode = if delivery.mode == Mode::Strict { ", strict: plaintext callers are refused" } else { "" };
+        println!("serves {}:{} from {}{mode}", delivery.service, delivery.port, delivery.deliver);
+    }
+    match reloaded {
+        Reloaded::AtStart => println!("no meshd runs on this host: it takes effect when one is started"),
+        Reloaded::Now => tell_certificate(&files, &identity)?,
+    }
+    tell_names(&selector);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn unenrol(config: &Config, args: &UnenrolArgs) -> anyhow::Result<ExitCode> {
+    let files = Files::of(config)?;
+    let selector = selector(args.unit.as_deref(), args.uid, args.port)?;
+    let mut file = CliFile::open(&config.enrol_dir)?;
+    file.unenrol(&files.now()?, &selector)?;
+    let (enrolment, reloaded) = files.change(&file)?;
+    match reloaded {
+        Reloaded::Now => {
+            println!("{selector} is not enrolled any more: new connections to the mesh are refused, open ones go on");
+        }
+        Reloaded::AtStart => println!("{selector} is not enrolled any more; no meshd runs on this host"),
+    }
+    if let Selector::Unit(unit) = &selector
+        && let Some(workload) = enrolment.workload_of_unit(unit)
+    {
+        println!("it is {} now, by {} ({})", workload.identity, workload.selector, workload.origin);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn selector(unit: Option<&str>, uid: Option<u32>, port: Option<u16>) -> anyhow::Result<Selector> {
+    Ok(match (unit, uid, port) {
+        (Some(unit), None, None) => Selector::unit(unit)?,
+        (None, Some(uid), None) => Selector::Uid(uid),
+        (None, None, Some(port)) => Selector::port(port)?,
+        _ => bail!("say whom: a unit, --uid or --port"),
+    })
+}
+
+fn entry(selector: &Selector, identity: &SpiffeId, args: &EnrolArgs) -> WorkloadEntry {
+    let serve = args.serve.iter().map(|served| ServeEntry {
+        service: served.service.clone(),
+        port: served.port,
+        deliver: served.deliver,
+        mode: if args.strict { Mode::Strict } else { Mode::Permissive },
+        local_ok: args.local_ok.clone(),
+        plaintext_from: args.plaintext_from.clone(),
+    });
+    WorkloadEntry {
+        user_sessions: args.user_sessions,
+        namespace: identity.namespace().to_owned(),
+        name: identity.name().to_owned(),
+        serve: serve.map(|serve| toml::Spanned::new(0..0, serve)).collect(),
+        ..WorkloadEntry::of(selector)
+    }
+}
+
+/// Who holds the port, before it is written down: a conflict is the operator's to solve first.
+fn port_owners(files: &Files<'_>, file: &CliFile, selector: &Selector) -> anyhow::Result<PortOwners> {
+    let Selector::Port(port) = selector else { return Ok(PortOwners::default()) };
+    let text = file.text();
+    let config = files.config;
+    let then = enrol::load_as_if(&config.enrol_dir, (file.path(), &text), &files.trust_domain, &config.own_listeners())
+        .context("nothing was changed")?;
+    let owners = PortOwners::look(&then).context("cannot see who listens")?;
+    if owners.of(*port).is_conflict() {
+        bail!("port {port}: {}; nothing was changed", owners.of(*port));
+    }
+    Ok(owners)
+}
+
+fn tell_owner(owners: &PortOwners, selector: &Selector) {
+    let Selector::Port(port) = selector else { return };
+    match owners.of(*port) {
+        Ownership::Owned(owner) => println!("{owner} listens on {port}: its outbound connections are that workload's"),
+        unknown => println!("{unknown}; until then what it serves works, what it calls is refused"),
+    }
+}
+
+/// Waits a little for what the PKI says.
+fn tell_certificate(files: &Files<'_>, identity: &SpiffeId) -> anyhow::Result<()> {
+    let answer = on_runtime(async {
+        tokio::time::timeout(CERTIFICATE, pki_answer(files.config, identity)).await.ok().transpose()
+    })?;
+    match answer {
+        Some(PkiAnswer::Issued) => {
+            println!("the PKI has permitted it: certificate in place, the next connection has it");
+        }
+        Some(PkiAnswer::Refused(reason)) => {
+            println!("the PKI refuses it: {reason}");
+            println!("  permit it there: meshd-pki entry add --host {} {}", files.host_id, identity.short());
+            println!("  meshd asks again within a minute; until then its connections are refused");
+        }
+        None => println!("the PKI has not answered yet: until it does its connections are refused (see meshd check)"),
+    }
+    Ok(())
+}
+
+enum PkiAnswer {
+    Issued,
+    Refused(String),
+}
+
+async fn pki_answer(config: &Config, identity: &SpiffeId) -> anyhow::Result<PkiAnswer> {
+    loop {
+        let status: StatusView = admin::fetch(&config.admin_socket(), "/status").await?;
+        if let Some(reason) = status.refused_identities.get(identity.as_str()) {
+            return Ok(PkiAnswer::Refused(reason.clone()));
+        }
+        if status.identities.iter().any(|held| held.id == identity.as_str()) {
+            return Ok(PkiAnswer::Issued);
+        }
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+/// A process reads where to ask for names when it starts.
+fn tell_names(selector: &Selector) {
+    if let Selector::Unit(unit) = selector {
+        println!("if names of the mesh do not resolve in {unit}, restart it: resolvers are read at the start");
+    }
+}
+
+/// A row of `meshd enrol --list`.
+#[derive(Serialize)]
+struct Row {
+    selector: String,
+    identity: String,
+    serves: Vec<String>,
+    origin: String,
+}
+
+fn list(files: &Files<'_>, output: Output) -> anyhow::Result<ExitCode> {
+    let enrolment = files.now()?;
+    let rows = enrolment.workloads().iter().map(|workload| {
+        let served = enrolment.deliveries().iter().filter(|delivery| delivery.owner == *workload);
+        Row {
+            selector: workload.selector.to_string(),
+            identity: workload.identity.to_string(),
+            serves: served
+                .map(|delivery| format!("{}:{}={}", delivery.service, delivery.port, delivery.deliver))
+                .collect(),
+            origin: workload.origin.to_string(),
+        }
+    });
+    let rows: Vec<Row> = rows.collect();
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
+        Output::Table => rows.iter().for_each(|row| println!("{row}")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}  {}  {}", self.selector, self.identity, self.origin)?;
+        self.serves.iter().try_for_each(|served| write!(f, "\n    serves {served}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_served_may_leave_the_address_out() {
+        let served: Served = "payments.shop:80=127.0.0.1:8080".parse().unwrap();
+        assert_eq!((served.service.as_str(), served.port), ("payments.shop", 80));
+        assert_eq!(served.deliver, Some("127.0.0.1:8080".parse().unwrap()));
+        assert_eq!("db.shop:5432".parse::<Served>().unwrap().deliver, None);
+        let v6: Served = "db.shop:5432=[::1]:5432".parse().unwrap();
+        assert_eq!(v6.deliver, Some("[::1]:5432".parse().unwrap()));
+        for wrong in ["payments.shop", "payments.shop:http", "payments.shop:80=8080"] {
+            assert!(wrong.parse::<Served>().is_err(), "{wrong}");
+        }
+    }
+}

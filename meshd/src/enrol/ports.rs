@@ -1,0 +1,371 @@
+//! Workloads known by the port they listen on: whose sockets those are, now and as long as they listen.
+//!
+//! A port is no proof of anything: whoever takes it first has it. So the owner is a unit, found by the cgroup the
+//! kernel wrote down when the socket was made; login sessions never count unless the operator says so; and a
+//! change of owner is logged and counted (docs/enrolment.md).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use meshd_sys::sock_diag::{Listener, listeners};
+
+use super::{CgroupUnits, Enrolment, Selector, UnitLookup, Workload};
+
+/// How often the kernel is asked who listens, at most.
+const REST: Duration = Duration::from_secs(1);
+
+/// Who holds a port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PortOwner {
+    Unit(Arc<str>),
+    /// Where cgroups tell nothing.
+    Uid(u32),
+}
+
+impl fmt::Display for PortOwner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PortOwner::Unit(unit) => f.write_str(unit),
+            PortOwner::Uid(uid) => write!(f, "uid:{uid}"),
+        }
+    }
+}
+
+/// What is known of an enrolled port's owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ownership {
+    Owned(PortOwner),
+    /// Nobody listens at the moment.
+    Nobody,
+    /// systemd listens for a socket unit: nobody knows for whom.
+    SocketActivated,
+    /// Somebody's login session.
+    Session(Arc<str>),
+    /// A root process outside of all units: it cannot be told from any other.
+    Root,
+    /// More than one unit, on different addresses or with SO_REUSEPORT.
+    Several(BTreeSet<PortOwner>),
+    /// It is a workload of its own already.
+    Enrolled(PortOwner, Arc<str>),
+}
+
+impl Ownership {
+    pub fn owner(&self) -> Option<&PortOwner> {
+        match self {
+            Ownership::Owned(owner) => Some(owner),
+            _ => None,
+        }
+    }
+
+    /// Whether an operator has to decide something.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Ownership::Several(_) | Ownership::Enrolled(..))
+    }
+}
+
+impl fmt::Display for Ownership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ownership::Owned(owner) => owner.fmt(f),
+            Ownership::Nobody => f.write_str("nobody listens yet"),
+            Ownership::SocketActivated => f.write_str("owner unknown (systemd listens): enrol the unit"),
+            Ownership::Session(session) => {
+                write!(f, "{session} is a login session: enrol the unit, or say user_sessions = true")
+            }
+            Ownership::Root => f.write_str("a root process outside of all units: run it as a unit, and enrol that"),
+            Ownership::Several(owners) => {
+                let names: Vec<String> = owners.iter().map(ToString::to_string).collect();
+                write!(f, "{} listen there: enrol the units, one each", names.join(" and "))
+            }
+            Ownership::Enrolled(owner, by) => write!(f, "{owner} is enrolled already, as {by}: keep one of the two"),
+        }
+    }
+}
+
+/// Who listens on `port`. Pure.
+fn ownership(
+    listeners: &[Listener],
+    port: u16,
+    user_sessions: bool,
+    mut unit_of: impl FnMut(u64) -> UnitLookup,
+) -> Ownership {
+    let holders = listeners.iter().filter(|listener| listener.address.port() == port);
+    let mut owners = BTreeSet::new();
+    for holder in holders {
+        match holder.owner.cgroup.map_or(UnitLookup::Unknown, &mut unit_of) {
+            UnitLookup::Unit(unit) if &*unit == "init.scope" => return Ownership::SocketActivated,
+            UnitLookup::Unit(unit) if is_session(&unit) && !user_sessions => return Ownership::Session(unit),
+            UnitLookup::Unit(unit) => owners.insert(PortOwner::Unit(unit)),
+            UnitLookup::Unknown if holder.owner.uid == 0 => return Ownership::Root,
+            UnitLookup::Unknown => owners.insert(PortOwner::Uid(holder.owner.uid)),
+        };
+    }
+    match owners.len() {
+        0 | 1 => owners.pop_first().map_or(Ownership::Nobody, Ownership::Owned),
+        _ => Ownership::Several(owners),
+    }
+}
+
+/// What anybody who logs in can fill with processes of their choice.
+fn is_session(unit: &str) -> bool {
+    unit.starts_with("session-") && unit.ends_with(".scope") || unit.starts_with("user@") && unit.ends_with(".service")
+}
+
+/// Who listens on each of `ports` at this moment, login sessions aside.
+pub fn find_port_owners(ports: &BTreeSet<u16>) -> BTreeMap<u16, PortOwner> {
+    if ports.is_empty() {
+        return BTreeMap::new();
+    }
+    let Ok(listeners) = listeners() else { return BTreeMap::new() };
+    let mut units = CgroupUnits::discover();
+    let owner = |port: &u16| {
+        let found = ownership(&listeners, *port, false, |cgroup| units.unit_of(cgroup));
+        Some((*port, found.owner()?.clone()))
+    };
+    ports.iter().filter_map(owner).collect()
+}
+
+/// The owners of all enrolled ports at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PortOwners(BTreeMap<u16, Ownership>);
+
+impl PortOwners {
+    /// Asks the kernel now.
+    pub fn look(enrolment: &Enrolment) -> io::Result<PortOwners> {
+        if enrolment.ports().next().is_none() {
+            return Ok(PortOwners::default());
+        }
+        Ok(PortOwners::judge(enrolment, &listeners()?, &mut CgroupUnits::discover()))
+    }
+
+    fn judge(enrolment: &Enrolment, listeners: &[Listener], units: &mut CgroupUnits) -> PortOwners {
+        let judge = |(port, workload): (u16, &Arc<Workload>)| {
+            let found = ownership(listeners, port, workload.user_sessions, |cgroup| units.unit_of(cgroup));
+            (port, unless_enrolled(enrolment, found))
+        };
+        PortOwners(enrolment.ports().map(judge).collect())
+    }
+
+    pub fn of(&self, port: u16) -> &Ownership {
+        self.0.get(&port).unwrap_or(&Ownership::Nobody)
+    }
+
+    /// The port whose owner this process belongs to.
+    pub fn port_of(&self, unit: Option<&Arc<str>>, uid: u32) -> Option<u16> {
+        let owns = |owner: &PortOwner| match owner {
+            PortOwner::Unit(owner) => unit == Some(owner),
+            PortOwner::Uid(owner) => unit.is_none() && uid == *owner,
+        };
+        self.0.iter().find(|(_, found)| found.owner().is_some_and(owns)).map(|(port, _)| *port)
+    }
+
+    /// A unit that stops listening, say to restart, is still who it was.
+    fn keeping(mut self, before: &PortOwners) -> PortOwners {
+        for (port, found) in &mut self.0 {
+            if let (Ownership::Nobody, Some(known @ Ownership::Owned(_))) = (&found, before.0.get(port)) {
+                *found = known.clone();
+            }
+        }
+        self
+    }
+}
+
+/// One process, one workload: an owner that is enrolled by itself stays that.
+fn unless_enrolled(enrolment: &Enrolment, found: Ownership) -> Ownership {
+    let enrolled = match found.owner() {
+        Some(PortOwner::Unit(unit)) => enrolment.workload_of_unit(unit),
+        Some(PortOwner::Uid(uid)) => enrolment.workload_of(None, *uid),
+        None => None,
+    };
+    match (enrolled.map(|workload| workload.unit.clone()), found) {
+        (Some(by), Ownership::Owned(owner)) => Ownership::Enrolled(owner, by),
+        (_, found) => found,
+    }
+}
+
+/// Follows the owners of enrolled ports; shared by all workers.
+#[derive(Default)]
+pub struct PortWatch {
+    owners: ArcSwap<PortOwners>,
+    asked: Mutex<Option<Asked>>,
+    changes: AtomicU64,
+}
+
+/// When the kernel was last asked, and what helps asking it again.
+struct Asked {
+    at: Instant,
+    units: CgroupUnits,
+}
+
+impl PortWatch {
+    pub fn owners(&self) -> Arc<PortOwners> {
+        self.owners.load_full()
+    }
+
+    /// Times an enrolled port went from one unit to another.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// The workload of a process that is enrolled by no unit or uid of its own, but perhaps by a port it holds.
+    pub fn workload_of<'a>(
+        &self,
+        enrolment: &'a Enrolment,
+        unit: Option<&Arc<str>>,
+        uid: u32,
+        now: Instant,
+    ) -> Option<&'a Arc<Workload>> {
+        enrolment.ports().next()?;
+        let known = || enrolment.workload_of_port(self.owners.load().port_of(unit, uid)?);
+        known().or_else(|| {
+            self.refresh_if_due(enrolment, now);
+            known()
+        })
+    }
+
+    /// Asks the kernel unless somebody just did.
+    pub fn refresh_if_due(&self, enrolment: &Enrolment, now: Instant) {
+        // Whoever holds the lock is asking for us.
+        let Ok(mut asked) = self.asked.try_lock() else { return };
+        if asked.as_ref().is_some_and(|asked| now.saturating_duration_since(asked.at) < REST) {
+            return;
+        }
+        let units = asked.take().map_or_else(CgroupUnits::discover, |asked| asked.units);
+        let asked = asked.insert(Asked { at: now, units });
+        self.ask(enrolment, &mut asked.units);
+    }
+
+    /// Asks the kernel now: the enrolment is another one.
+    pub fn refresh(&self, enrolment: &Enrolment) {
+        if let Ok(mut asked) = self.asked.lock() {
+            let asked = asked.get_or_insert_with(|| Asked { at: Instant::now(), units: CgroupUnits::discover() });
+            self.ask(enrolment, &mut asked.units);
+        }
+    }
+
+    fn ask(&self, enrolment: &Enrolment, units: &mut CgroupUnits) {
+        if enrolment.ports().next().is_none() {
+            self.owners.store(Arc::default());
+            return;
+        }
+        let found = match listeners() {
+            Ok(found) => PortOwners::judge(enrolment, &found, units),
+            Err(error) => {
+                return tracing::warn!(%error, "the kernel does not answer who listens; owners of ports stay as known");
+            }
+        };
+        let before = self.owners.load_full();
+        let now = found.keeping(&before);
+        if now != *before {
+            self.tell(&before, &now);
+            self.owners.store(Arc::new(now));
+        }
+    }
+
+    fn tell(&self, before: &PortOwners, now: &PortOwners) {
+        for (port, found) in &now.0 {
+            let earlier = before.of(*port);
+            if found == earlier {
+                continue;
+            }
+            match (earlier.owner(), found) {
+                (Some(was), Ownership::Owned(owner)) => {
+                    self.changes.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(port, %was, %owner, "another unit listens on an enrolled port and is that workload now");
+                }
+                (None, Ownership::Owned(owner)) => {
+                    tracing::info!(port, %owner, "the owner of an enrolled port is known");
+                }
+                (_, Ownership::Nobody) => {}
+                (_, problem) => {
+                    tracing::warn!(port, %problem, "an enrolled port has no owner: its outbound connections are nobody's");
+                }
+            }
+        }
+    }
+}
+
+impl Enrolment {
+    /// What each enrolled port is to be called in rules: the same as in `Selector::Port`.
+    pub fn ports(&self) -> impl Iterator<Item = (u16, &Arc<Workload>)> {
+        self.workloads().iter().filter_map(|workload| match workload.selector {
+            Selector::Port(port) => Some((port, workload)),
+            _ => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use meshd_sys::sock_diag::SocketOwner;
+
+    fn listener(address: &str, uid: u32, cgroup: u64) -> Listener {
+        let owner = SocketOwner { uid, inode: 1, cgroup: Some(cgroup) };
+        Listener { address: address.parse().unwrap(), owner }
+    }
+
+    /// Cgroups of a made-up host.
+    fn unit_of(cgroup: u64) -> UnitLookup {
+        match cgroup {
+            1 => UnitLookup::Unit("db.service".into()),
+            2 => UnitLookup::Unit("web.service".into()),
+            3 => UnitLookup::Unit("init.scope".into()),
+            4 => UnitLookup::Unit("session-7.scope".into()),
+            5 => UnitLookup::Unit("user@1000.service".into()),
+            _ => UnitLookup::Unknown,
+        }
+    }
+
+    fn owner_of_5432(listeners: &[Listener]) -> Ownership {
+        ownership(listeners, 5432, false, unit_of)
+    }
+
+    #[test]
+    fn the_unit_that_listens_on_every_family_owns_the_port() {
+        let listeners = [listener("0.0.0.0:5432", 26, 1), listener("[::]:5432", 26, 1), listener("0.0.0.0:80", 33, 2)];
+        assert_eq!(owner_of_5432(&listeners), Ownership::Owned(PortOwner::Unit("db.service".into())));
+        assert_eq!(ownership(&listeners, 99, false, unit_of), Ownership::Nobody);
+    }
+
+    #[test]
+    fn login_sessions_and_systemd_itself_own_nothing() {
+        for cgroup in [4, 5] {
+            let found = owner_of_5432(&[listener("0.0.0.0:5432", 1000, cgroup)]);
+            assert!(matches!(found, Ownership::Session(_)), "{found:?}");
+        }
+        assert_eq!(owner_of_5432(&[listener("[::]:5432", 0, 3)]), Ownership::SocketActivated);
+        let told = ownership(&[listener("0.0.0.0:5432", 1000, 5)], 5432, true, unit_of);
+        assert_eq!(told, Ownership::Owned(PortOwner::Unit("user@1000.service".into())));
+    }
+
+    #[test]
+    fn two_units_behind_one_port_are_a_conflict_that_names_both() {
+        let found = owner_of_5432(&[listener("10.0.0.1:5432", 26, 1), listener("127.0.0.1:5432", 33, 2)]);
+        assert!(found.is_conflict() && found.owner().is_none());
+        assert_eq!(found.to_string(), "db.service and web.service listen there: enrol the units, one each");
+    }
+
+    #[test]
+    fn without_units_the_uid_owns_it_but_root_never_does() {
+        assert_eq!(owner_of_5432(&[listener("0.0.0.0:5432", 26, 9)]), Ownership::Owned(PortOwner::Uid(26)));
+        assert_eq!(owner_of_5432(&[listener("0.0.0.0:5432", 0, 9)]), Ownership::Root);
+    }
+
+    #[test]
+    fn an_owner_that_restarts_stays_the_owner_and_another_one_replaces_it() {
+        let owned = |unit: &str| Ownership::Owned(PortOwner::Unit(unit.into()));
+        let before = PortOwners([(5432, owned("db.service"))].into());
+        let gone = PortOwners([(5432, Ownership::Nobody)].into()).keeping(&before);
+        assert_eq!(gone.port_of(Some(&"db.service".into()), 26), Some(5432));
+        let other = PortOwners([(5432, owned("web.service"))].into()).keeping(&before);
+        assert_eq!(other.port_of(Some(&"db.service".into()), 26), None);
+        let session = PortOwners([(5432, Ownership::Session("session-7.scope".into()))].into()).keeping(&before);
+        assert_eq!(session.port_of(Some(&"session-7.scope".into()), 1000), None);
+    }
+}
