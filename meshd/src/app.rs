@@ -136,7 +136,8 @@ impl App {
         let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
         // Only now: what is captured must find somebody who listens and knows where to.
         start!(keeper.want(intent).await, "capture")?;
-        tokio::spawn(dns::serve(dns.0, dns.1, config.dns.domain.clone(), directory, vips));
+        tokio::spawn(dns::serve(dns.0, dns.1, config.dns.clone(), directory, vips, shared.telemetry.clone()));
+        tokio::spawn(keep_integrated(&config, shared.clone()));
         let view =
             Arc::new(View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, recovery));
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
@@ -218,6 +219,9 @@ impl App {
         self.workers.join();
         // After the last socket: what closing it said must still reach the application.
         self.keeper.stop().await;
+        if let Err(error) = dns::integrate::release(&self.config.dns) {
+            tracing::error!(%error, "names still come to meshd, which is gone; `meshd intercept revert` takes that back");
+        }
         // Best effort: the next start replaces a stale socket.
         let _ = std::fs::remove_file(self.config.admin_socket());
         tracing::info!("meshd stopped");
@@ -360,6 +364,14 @@ async fn bind_dns(config: &Config) -> Result<(UdpSocket, TcpListener), StartErro
     let udp = start!(UdpSocket::bind(address).await, "[dns] listen {address} (UDP)")?;
     let tcp = start!(TcpListener::bind(address).await, "[dns] listen {address} (TCP)")?;
     Ok((udp, tcp))
+}
+
+fn keep_integrated(config: &Config, shared: Arc<Shared>) -> impl Future<Output = ()> + use<> {
+    let keeper = dns::integrate::Keeper::new(&config.dns, &config.state_dir);
+    keeper.run(move || {
+        let enrolment = shared.enrolment.load();
+        Some(enrolment.workloads().iter().map(|workload| workload.unit.clone()).collect())
+    })
 }
 
 /// What the configuration and the enrolled workloads ask of the kernel.

@@ -49,7 +49,7 @@ impl Default for Config {
 impl Config {
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let config: Config = read_toml(path)?;
-        match config.capture.problem() {
+        match config.capture.problem().or_else(|| config.dns.problem()) {
             None => Ok(config),
             Some((field, reason)) => {
                 Err(ConfigError::Value { path: path.into(), field: field.into(), reason: reason.into() })

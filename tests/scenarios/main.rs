@@ -8,6 +8,7 @@ mod black_hole;
 mod by_name;
 mod certificates;
 mod crash;
+mod dns;
 mod enrolment;
 mod independence;
 mod iptables;

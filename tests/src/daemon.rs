@@ -228,7 +228,8 @@ impl Daemon {
             "state_dir = {}\nrun_dir = {}\nenrol_dir = {}\n\
              [capture]\nbackend = {:?}\n\
              [proxy]\nthreads = {threads}\n{access_log}\n\
-             [[source]]\nkind = \"files\"\nname = \"files\"\ndir = {}\nauthority = [\"*\"]\n",
+             [[source]]\nkind = \"files\"\nname = \"files\"\ndir = {}\nauthority = [\"*\"]\n\
+             [dns]\nintegration = \"off\"\n",
             path("state"),
             path("run"),
             path("etc/enrol.d"),

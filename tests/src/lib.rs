@@ -8,6 +8,7 @@ pub mod capture;
 mod cgroup;
 pub mod command;
 pub mod daemon;
+pub mod dns;
 pub mod fault;
 pub mod host;
 pub mod http;

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use meshd::capture;
 use meshd::config::Config;
+use meshd::dns;
 
 #[derive(Subcommand)]
 pub(crate) enum Intercept {
-    /// Remove meshd's rules and routes; works without the daemon, and touches nothing else.
+    /// Remove meshd's rules and routes, and what makes programs ask its DNS; works without the daemon, and touches
+    /// nothing else.
     Revert,
 }
 
@@ -21,7 +23,10 @@ pub(crate) fn run(path: &Path, action: &Intercept) -> anyhow::Result<ExitCode> {
                 eprintln!("meshd: {error:#}; reverting what the default configuration installs");
                 Config::default()
             });
-            capture::revert(&config.state_dir, &config.capture.bare(config.proxy.capture_port))?;
+            let captured = capture::revert(&config.state_dir, &config.capture.bare(config.proxy.capture_port));
+            // Whichever fails, the other is tried.
+            dns::integrate::remove(&config.dns)?;
+            captured?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,15 +1,33 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use hickory_proto::rr::Name;
 use meshd_discovery::fake;
 use proptest::prelude::*;
 
+use super::super::zone::ZoneError;
 use super::*;
 
 const VIP: Vip =
     Vip { v4: Ipv4Addr::new(240, 240, 7, 9), v6: Ipv6Addr::new(0xfd6d, 0x6573, 0x6864, 0, 0, 0, 0, 0x709) };
 
-fn zone() -> Zone {
-    Zone::new("mesh").unwrap()
+fn zones() -> Zones {
+    zones_of("mesh", Some("cluster.local"))
+}
+
+fn zones_of(mesh: &str, kubernetes: Option<&str>) -> Zones {
+    Zones { mesh: Zone::new(mesh).unwrap(), kubernetes: kubernetes.map(|domain| Zone::new(domain).unwrap()) }
+}
+
+fn reply(packet: &[u8], zones: &Zones, forwards: bool) -> Reply {
+    respond(packet, &Knowledge { zones, directory: &directory(), forwards }, vip_of)
+}
+
+fn bytes(reply: Reply) -> Option<Vec<u8>> {
+    match reply {
+        Reply::Answer(bytes, _) => Some(bytes),
+        Reply::Silence => None,
+        Reply::Forward { .. } => panic!("would be forwarded"),
+    }
 }
 
 fn directory() -> Directory {
@@ -22,7 +40,7 @@ fn vip_of(service: &ServiceName) -> Option<Vip> {
 }
 
 fn ask_bytes(packet: &[u8]) -> Option<Message> {
-    respond(packet, &zone(), &directory(), vip_of).map(|bytes| Message::from_vec(&bytes).unwrap())
+    bytes(reply(packet, &zones(), false)).map(|bytes| Message::from_vec(&bytes).unwrap())
 }
 
 fn query(name: &str, record_type: RecordType) -> Message {
@@ -81,6 +99,119 @@ fn every_kind_of_question_has_its_answer() {
     ] {
         assert_eq!(shown(&ask(name, record_type)), expected, "{name} {record_type}");
     }
+}
+
+#[test]
+fn kubernetes_names_have_the_same_addresses_and_negative_answers_of_their_own_zone() {
+    use RecordType::{A, AAAA, NS, SOA, SRV};
+    let (nodata, nxdomain) = ("NoError / SOA 5", "NXDomain / SOA 5");
+    for (name, record_type, expected) in [
+        ("payments.shop.svc.cluster.local.", A, "NoError A 30 240.240.7.9"),
+        ("Payments.Shop.SVC.Cluster.LOCAL.", AAAA, "NoError AAAA 30 fd6d:6573:6864::709"),
+        ("payments.shop.svc.cluster.local.", SRV, nodata),
+        ("shop.svc.cluster.local.", A, nodata),
+        ("svc.cluster.local.", A, nodata),
+        ("cluster.local.", NS, nodata),
+        ("cluster.local.", SOA, "NoError SOA 5 ns.cluster.local. hostmaster.cluster.local. 1 3600 600 86400 5"),
+        ("orders.shop.svc.cluster.local.", A, nxdomain),
+        ("billing.svc.cluster.local.", A, nxdomain),
+        ("_http._tcp.payments.shop.svc.cluster.local.", SRV, nxdomain),
+        ("payments.shop.pod.cluster.local.", A, nxdomain),
+        ("payments.shop.cluster.local.", A, nxdomain),
+        ("full.other.svc.cluster.local.", A, "ServFail"),
+        ("payments.shop.svc.local.", A, "Refused"),
+    ] {
+        assert_eq!(shown(&ask(name, record_type)), expected, "{name} {record_type}");
+    }
+    let apex = |name: &str| ask(name, A).authorities[0].name.to_ascii();
+    assert_eq!(apex("orders.shop.svc.cluster.local."), "cluster.local.");
+    assert_eq!(apex("orders.shop.mesh."), "mesh.");
+}
+
+#[test]
+fn with_a_server_to_ask_only_what_is_known_here_is_answered_here() {
+    let packet = |name: &str, record_type| query(name, record_type).to_vec().unwrap();
+    let forwarded = |name: &str, record_type| match reply(&packet(name, record_type), &zones(), true) {
+        Reply::Forward { question_end } => {
+            assert_eq!(question_end, packet(name, record_type).len(), "{name}");
+            true
+        }
+        Reply::Answer(bytes, _) => {
+            assert!(Message::from_vec(&bytes).unwrap().metadata.recursion_available);
+            false
+        }
+        Reply::Silence => panic!("no reply to {name}"),
+    };
+    use RecordType::{A, AXFR, PTR, SRV};
+    for (name, record_type) in [
+        ("example.org.", A),
+        (".", RecordType::NS),
+        ("1.0.0.10.in-addr.arpa.", PTR),
+        ("orders.shop.svc.cluster.local.", A),
+        ("billing.svc.cluster.local.", A),
+        ("_http._tcp.payments.shop.svc.cluster.local.", SRV),
+        ("1-2-3-4.shop.pod.cluster.local.", A),
+    ] {
+        assert!(forwarded(name, record_type), "{name} is answered here");
+    }
+    for (name, record_type) in [
+        ("payments.shop.mesh.", A),
+        ("orders.shop.mesh.", A),
+        ("a.b.c.mesh.", A),
+        ("payments.shop.svc.cluster.local.", A),
+        ("payments.shop.svc.cluster.local.", SRV),
+        ("shop.svc.cluster.local.", A),
+        ("example.org.", AXFR),
+    ] {
+        assert!(!forwarded(name, record_type), "{name} is forwarded");
+    }
+}
+
+#[test]
+fn one_zone_inside_the_other_is_asked_where_it_is_deeper() {
+    let asked = |mesh: &str, kubernetes: &str, name: &str| {
+        let packet = query(name, RecordType::A).to_vec().unwrap();
+        shown(&Message::from_vec(&bytes(reply(&packet, &zones_of(mesh, Some(kubernetes)), false)).unwrap()).unwrap())
+    };
+    let address = "NoError A 30 240.240.7.9";
+    assert_eq!(asked("mesh.corp", "corp", "payments.shop.mesh.corp."), address);
+    assert_eq!(asked("mesh.corp", "corp", "payments.shop.svc.corp."), address);
+    assert_eq!(asked("corp", "k8s.corp", "payments.shop.svc.k8s.corp."), address);
+    assert_eq!(asked("corp", "k8s.corp", "payments.shop.corp."), address);
+}
+
+#[test]
+fn switched_off_kubernetes_names_are_anybodys() {
+    let packet = query("payments.shop.svc.cluster.local.", RecordType::A).to_vec().unwrap();
+    let zones = zones_of("mesh", None);
+    assert!(matches!(reply(&packet, &zones, false), Reply::Answer(_, DnsOutcome::Refused)));
+    assert!(matches!(reply(&packet, &zones, true), Reply::Forward { .. }));
+}
+
+#[test]
+fn every_answer_is_counted_as_what_it_is() {
+    for (name, record_type, expected) in [
+        ("payments.shop.mesh.", RecordType::A, DnsOutcome::Answered),
+        ("payments.shop.mesh.", RecordType::MX, DnsOutcome::Nodata),
+        ("orders.shop.mesh.", RecordType::A, DnsOutcome::Nxdomain),
+        ("example.org.", RecordType::A, DnsOutcome::Refused),
+        ("full.other.mesh.", RecordType::A, DnsOutcome::NoAddress),
+    ] {
+        let packet = query(name, record_type).to_vec().unwrap();
+        assert!(matches!(reply(&packet, &zones(), false), Reply::Answer(_, outcome) if outcome == expected), "{name}");
+    }
+    let damaged = &query("payments.shop.mesh.", RecordType::A).to_vec().unwrap()[..20];
+    assert!(matches!(reply(damaged, &zones(), false), Reply::Answer(_, DnsOutcome::Invalid)));
+}
+
+#[test]
+fn a_failure_keeps_id_question_and_edns() {
+    let mut asked = query("example.org.", RecordType::A);
+    asked.set_edns(Edns::new());
+    let answer = failure(&asked.to_vec().unwrap(), ResponseCode::ServFail).unwrap();
+    let answer = Message::from_vec(&answer).unwrap();
+    assert_eq!((answer.metadata.id, shown(&answer).as_str()), (4711, "ServFail"));
+    assert!(answer.edns.is_some() && answer.queries == asked.queries);
 }
 
 #[test]
@@ -161,9 +292,9 @@ fn packets_that_are_no_question_get_a_format_error_or_silence() {
 
 #[test]
 fn a_domain_of_several_labels_works_and_bad_ones_are_refused() {
-    let zone = Zone::new("mesh.example.org.").unwrap();
+    let zones = zones_of("mesh.example.org.", None);
     let asked = query("payments.shop.mesh.example.org.", RecordType::A).to_vec().unwrap();
-    let answer = Message::from_vec(&respond(&asked, &zone, &directory(), vip_of).unwrap()).unwrap();
+    let answer = Message::from_vec(&bytes(reply(&asked, &zones, false)).unwrap()).unwrap();
     assert_eq!(shown(&answer), "NoError A 30 240.240.7.9");
     for bad in ["", ".", "Mesh", "a..b", "-a", "a b", "é", &"a".repeat(64)] {
         let error = Zone::new(bad).unwrap_err().to_string();
@@ -175,9 +306,17 @@ fn a_domain_of_several_labels_works_and_bad_ones_are_refused() {
 proptest! {
     #[test]
     fn random_bytes_never_panic_and_answers_keep_the_id(packet in prop::collection::vec(any::<u8>(), 0..600)) {
-        if let Some(answer) = respond(&packet, &zone(), &directory(), vip_of) {
+        if let Some(answer) = bytes(reply(&packet, &zones(), false)) {
             prop_assert_eq!(&answer[..2], &packet[..2]);
             prop_assert!(answer[2] & 0x80 != 0);
+        }
+    }
+
+    #[test]
+    fn what_is_forwarded_has_its_question_within_the_packet(packet in prop::collection::vec(any::<u8>(), 0..600)) {
+        if let Reply::Forward { question_end } = reply(&packet, &zones(), true) {
+            prop_assert!((12 + 5..=packet.len()).contains(&question_end));
+            prop_assert!(failure(&packet, ResponseCode::ServFail).is_some());
         }
     }
 
@@ -193,7 +332,7 @@ proptest! {
         let length = packet.len();
         packet[at % length] = byte;
         packet.truncate(length - cut % length);
-        if let Some(answer) = respond(&packet, &zone(), &directory(), vip_of) {
+        if let Some(answer) = bytes(reply(&packet, &zones(), false)) {
             prop_assert!(Message::from_vec(&answer).is_ok());
         }
     }
@@ -202,7 +341,7 @@ proptest! {
     fn every_answer_fits_into_a_plain_udp_packet(
         labels in prop::collection::vec("[a-zA-Z0-9]{1,63}", 0..4), zone_label in "[a-z]{1,60}", record_type in 0u16..300, opt in any::<bool>(),
     ) {
-        let zone = Zone::new(&format!("{zone_label}.{zone_label}")).unwrap();
+        let zones = zones_of(&format!("{zone_label}.{zone_label}"), None);
         let name = labels.iter().map(|label| format!("{label}.")).collect::<String>() + &format!("{zone_label}.{zone_label}.");
         prop_assume!(name.len() <= 254);
         let mut asked = query(&name.to_uppercase(), RecordType::from(record_type));
@@ -210,7 +349,7 @@ proptest! {
             asked.set_edns(Edns::new());
         }
         let Ok(packet) = asked.to_vec() else { return Ok(()) };
-        let answer = respond(&packet, &zone, &directory(), vip_of);
+        let answer = bytes(reply(&packet, &zones, false));
         prop_assert!(answer.is_none_or(|answer| answer.len() <= 512));
     }
 }

@@ -1,23 +1,38 @@
-//! Names of the mesh domain: `payments.shop.mesh` is the virtual IP of service `payments.shop`.
+//! Names: `payments.shop.mesh` and `payments.shop.svc.cluster.local` are the virtual IP of service `payments.shop`;
+//! everything else is what the host's own servers say.
 
 mod answer;
+mod config;
+mod forward;
+pub mod integrate;
+mod resolv_conf;
+mod upstream;
 mod vips;
+mod zone;
 
 use std::future::Future;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hickory_proto::op::ResponseCode;
 use meshd_discovery::Directory;
-use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-pub use answer::{Zone, ZoneError};
+pub use config::{DnsConfig, Integration};
 pub use vips::{Vip, Vips, VipsError};
+pub use zone::{Zone, ZoneError};
+
+use answer::{Knowledge, Reply};
+use forward::{Failure, Forwarder, Over};
+use upstream::{HostFiles, Upstreams};
+use zone::Zones;
+
+use crate::telemetry::{DnsOutcome, Telemetry};
 
 /// A query is one name and a few options.
 const MAX_QUERY: usize = 4096;
@@ -28,47 +43,66 @@ const IDLE: Duration = Duration::from_secs(2);
 /// After an error of the socket itself, so that a lasting one does not spin.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// `[dns]` of meshd.toml.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DnsConfig {
-    pub listen: SocketAddr,
-    pub domain: Zone,
-}
-
-impl Default for DnsConfig {
-    fn default() -> DnsConfig {
-        let domain = Zone::new("mesh").expect("a constant label is a domain");
-        DnsConfig { listen: (Ipv4Addr::LOCALHOST, 53).into(), domain }
-    }
-}
-
 /// Answers queries, keeps `vips` in step with the directory and saves it. Never returns.
 pub async fn serve(
     udp: UdpSocket,
     tcp: TcpListener,
-    zone: Zone,
+    config: DnsConfig,
     directory: watch::Receiver<Arc<Directory>>,
     vips: Arc<Vips>,
+    telemetry: Arc<Telemetry>,
 ) {
-    let responder = Arc::new(Responder { zone, directory: directory.clone(), vips: vips.clone() });
+    let upstreams = match &config.upstream {
+        Some(servers) => Upstreams::configured(config.listen, servers),
+        None => Upstreams::of_host(config.listen, HostFiles::default()),
+    };
+    let responder = Arc::new(Responder {
+        zones: config.zones(),
+        config,
+        directory: directory.clone(),
+        vips: vips.clone(),
+        forwarder: Forwarder::new(upstreams),
+        telemetry,
+    });
     tokio::join!(serve_udp(udp, responder.clone()), serve_tcp(tcp, responder), vips.keep(directory));
 }
 
 struct Responder {
-    zone: Zone,
+    config: DnsConfig,
+    zones: Zones,
     directory: watch::Receiver<Arc<Directory>>,
     vips: Arc<Vips>,
+    forwarder: Forwarder,
+    telemetry: Arc<Telemetry>,
 }
 
 impl Responder {
-    fn respond(&self, packet: &[u8]) -> Option<Vec<u8>> {
+    /// What we know ourselves; at once.
+    fn reply(&self, packet: &[u8], client: SocketAddr) -> Reply {
         let directory = self.directory.borrow().clone();
-        answer::respond(packet, &self.zone, &directory, |service| self.vips.assign(service))
+        let forwards = self.config.may_forward_for(client.ip()) && self.forwarder.has_servers();
+        let known = Knowledge { zones: &self.zones, directory: &directory, forwards };
+        let reply = answer::respond(packet, &known, |service| self.vips.assign(service));
+        if let Reply::Answer(_, outcome) = &reply {
+            self.telemetry.dns.count(*outcome);
+        }
+        reply
+    }
+
+    async fn forward(&self, packet: &[u8], question_end: usize, over: Over) -> Option<Vec<u8>> {
+        let answer = self.forwarder.forward(packet, question_end, over).await;
+        self.telemetry.dns.count(match &answer {
+            Ok(_) => DnsOutcome::Forwarded,
+            Err(Failure::Silent) => DnsOutcome::ForwardFailed,
+            Err(Failure::Limited) => DnsOutcome::ForwardLimited,
+        });
+        answer.ok().or_else(|| answer::failure(packet, ResponseCode::ServFail))
     }
 }
 
 async fn serve_udp(socket: UdpSocket, responder: Arc<Responder>) {
+    let socket = Arc::new(socket);
+    let mut forwarded = JoinSet::new();
     let mut packet = vec![0; MAX_QUERY];
     loop {
         let (length, peer) = match socket.recv_from(&mut packet).await {
@@ -78,11 +112,25 @@ async fn serve_udp(socket: UdpSocket, responder: Arc<Responder>) {
                 continue;
             }
         };
-        if let Some(response) = responder.respond(&packet[..length])
-            && let Err(error) = socket.send_to(&response, peer).await
-        {
-            tracing::debug!(%error, %peer, "DNS answer not sent");
+        match responder.reply(&packet[..length], peer) {
+            Reply::Silence => {}
+            Reply::Answer(answer, _) => send(&socket, &answer, peer).await,
+            Reply::Forward { question_end } => {
+                let (socket, responder, packet) = (socket.clone(), responder.clone(), packet[..length].to_vec());
+                forwarded.spawn(async move {
+                    if let Some(answer) = responder.forward(&packet, question_end, Over::Udp).await {
+                        send(&socket, &answer, peer).await;
+                    }
+                });
+            }
         }
+        while forwarded.try_join_next().is_some() {}
+    }
+}
+
+async fn send(socket: &UdpSocket, answer: &[u8], peer: SocketAddr) {
+    if let Err(error) = socket.send_to(answer, peer).await {
+        tracing::debug!(%error, %peer, "DNS answer not sent");
     }
 }
 
@@ -93,10 +141,10 @@ async fn serve_tcp(listener: TcpListener, responder: Arc<Responder>) {
         // Beyond the limit clients wait in the kernel's queue.
         let Ok(permit) = free.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, peer)) => {
                 let responder = responder.clone();
                 connections.spawn(async move {
-                    let _ = serve_connection(stream, &responder).await; // a client that goes away is no news
+                    let _ = serve_connection(stream, peer, &responder).await; // a client that goes away is no news
                     drop(permit);
                 });
             }
@@ -107,16 +155,25 @@ async fn serve_tcp(listener: TcpListener, responder: Arc<Responder>) {
 }
 
 /// RFC 1035 4.2.2: every message after its length in two bytes.
-async fn serve_connection(mut stream: TcpStream, responder: &Responder) -> io::Result<()> {
+async fn serve_connection(mut stream: TcpStream, peer: SocketAddr, responder: &Responder) -> io::Result<()> {
     let mut packet = vec![0; MAX_QUERY];
     for _ in 0..MAX_QUERIES_PER_CONNECTION {
         let length = within(IDLE, read_message(&mut stream, &mut packet)).await?;
-        let Some(response) = responder.respond(&packet[..length]) else { return Ok(()) };
-        let Ok(length) = u16::try_from(response.len()) else { return Ok(()) };
-        let framed = [&length.to_be_bytes(), response.as_slice()].concat();
-        within(IDLE, stream.write_all(&framed)).await?;
+        let packet = &packet[..length];
+        let answer = match responder.reply(packet, peer) {
+            Reply::Silence => None,
+            Reply::Answer(answer, _) => Some(answer),
+            Reply::Forward { question_end } => responder.forward(packet, question_end, Over::Tcp).await,
+        };
+        let Some(answer) = answer else { return Ok(()) };
+        within(IDLE, stream.write_all(&frame(&answer)?)).await?;
     }
     Ok(())
+}
+
+fn frame(message: &[u8]) -> io::Result<Vec<u8>> {
+    let length = u16::try_from(message.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Ok([&length.to_be_bytes(), message].concat())
 }
 
 async fn read_message(stream: &mut TcpStream, packet: &mut [u8]) -> io::Result<usize> {

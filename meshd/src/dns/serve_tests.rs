@@ -3,17 +3,24 @@ use hickory_proto::rr::{Name, RecordType};
 use meshd_discovery::fake;
 
 use super::*;
+use crate::telemetry::AccessLog;
+use std::net::Ipv4Addr;
 
 struct Server {
     udp: SocketAddr,
     tcp: SocketAddr,
     directory: watch::Sender<Arc<Directory>>,
     vips: Arc<Vips>,
+    telemetry: Arc<Telemetry>,
     _state: tempfile::TempDir,
     _task: JoinSet<()>,
 }
 
 async fn start() -> Server {
+    start_with(DnsConfig { upstream: Some(Vec::new()), ..DnsConfig::default() }).await
+}
+
+async fn start_with(config: DnsConfig) -> Server {
     let state = tempfile::tempdir().unwrap();
     let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
@@ -23,8 +30,10 @@ async fn start() -> Server {
     let vips = Arc::new(vips.unwrap());
     let directory = watch::Sender::new(Arc::new(Directory::from_services([fake::service("web.shop", "test", &[])])));
     let mut task = JoinSet::new();
-    task.spawn(serve(udp, tcp, DnsConfig::default().domain, directory.subscribe(), vips.clone()));
-    Server { udp: addresses.0, tcp: addresses.1, directory, vips, _state: state, _task: task }
+    let telemetry = Telemetry::new(1, AccessLog::off());
+    let config = DnsConfig { listen: addresses.0, ..config };
+    task.spawn(serve(udp, tcp, config, directory.subscribe(), vips.clone(), telemetry.clone()));
+    Server { telemetry, udp: addresses.0, tcp: addresses.1, directory, vips, _state: state, _task: task }
 }
 
 fn question(name: &str) -> Vec<u8> {
@@ -124,11 +133,115 @@ async fn idle_connections_up_to_the_limit_hold_up_tcp_but_not_udp() {
     assert_eq!(receive(&mut last).await.answers.len(), 1);
 }
 
-#[test]
-fn the_configuration_has_defaults_and_refuses_what_it_does_not_know() {
-    let parse = |text: &str| toml::from_str::<DnsConfig>(text).map_err(|error| error.to_string());
-    assert_eq!(parse("").unwrap(), DnsConfig::default());
-    assert_eq!(parse("domain = \"mesh.corp\"").unwrap().domain, Zone::new("mesh.corp").unwrap());
-    assert!(parse("domian = \"x\"").unwrap_err().contains("unknown field `domian`"));
-    assert!(parse("domain = \"a b\"").unwrap_err().contains("is not a domain"));
+/// A server of the host that answers everything with one address, over UDP and TCP.
+struct Elsewhere {
+    address: SocketAddr,
+    _tasks: JoinSet<()>,
+}
+
+impl Elsewhere {
+    async fn start() -> Elsewhere {
+        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        let udp = UdpSocket::bind(address).await.unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut packet = [0; 1232];
+            loop {
+                let (length, peer) = udp.recv_from(&mut packet).await.unwrap();
+                udp.send_to(&address_answer(&packet[..length]), peer).await.unwrap();
+            }
+        });
+        tasks.spawn(async move {
+            loop {
+                let (mut stream, _) = tcp.accept().await.unwrap();
+                let mut packet = vec![0; 1232];
+                let length = read_message(&mut stream, &mut packet).await.unwrap();
+                stream.write_all(&framed(&address_answer(&packet[..length]))).await.unwrap();
+            }
+        });
+        Elsewhere { address, _tasks: tasks }
+    }
+}
+
+fn address_answer(packet: &[u8]) -> Vec<u8> {
+    let asked = Message::from_vec(packet).unwrap();
+    let mut answer = Message::new(asked.metadata.id, MessageType::Response, OpCode::Query);
+    let name = asked.queries[0].name().clone();
+    answer.add_queries(asked.queries);
+    let data = hickory_proto::rr::RData::A(Ipv4Addr::new(192, 0, 2, 7).into());
+    answer.add_answer(hickory_proto::rr::Record::from_rdata(name, 60, data));
+    answer.to_vec().unwrap()
+}
+
+#[tokio::test]
+async fn names_outside_the_mesh_are_asked_elsewhere_over_both_transports() {
+    let elsewhere = Elsewhere::start().await;
+    let server = start_with(DnsConfig { upstream: Some(vec![elsewhere.address]), ..DnsConfig::default() }).await;
+    let answer = ask_udp(&server, &question("example.org.")).await;
+    assert_eq!((answer.metadata.id, answer.answers[0].data.ip_addr()), (7, Some(Ipv4Addr::new(192, 0, 2, 7).into())));
+    let mut stream = TcpStream::connect(server.tcp).await.unwrap();
+    let questions = ["example.org.", "new.shop.svc.cluster.local.", "web.shop.svc.cluster.local.", "none.shop.mesh."];
+    for name in questions {
+        stream.write_all(&framed(&question(name))).await.unwrap();
+    }
+    assert_eq!(receive(&mut stream).await.answers[0].data.ip_addr(), Some(Ipv4Addr::new(192, 0, 2, 7).into()));
+    assert_eq!(receive(&mut stream).await.answers[0].data.ip_addr(), Some(Ipv4Addr::new(192, 0, 2, 7).into()));
+    let ours = receive(&mut stream).await.answers[0].data.ip_addr().unwrap();
+    assert_eq!(server.vips.service_of(ours).unwrap().as_str(), "web.shop");
+    assert_eq!(receive(&mut stream).await.metadata.response_code, ResponseCode::NXDomain);
+    let counted = |outcome| server.telemetry.dns.value(outcome);
+    assert_eq!(
+        (counted(DnsOutcome::Forwarded), counted(DnsOutcome::Answered), counted(DnsOutcome::Nxdomain)),
+        (3, 1, 1)
+    );
+}
+
+#[tokio::test]
+async fn without_a_server_to_ask_the_rest_is_refused() {
+    let server = start().await;
+    assert_eq!(ask_udp(&server, &question("example.org.")).await.metadata.response_code, ResponseCode::Refused);
+    assert_eq!(server.telemetry.dns.value(DnsOutcome::Refused), 1);
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_a_failure_at_once() {
+    let closed = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap();
+    let server = start_with(DnsConfig { upstream: Some(vec![closed]), ..DnsConfig::default() }).await;
+    let answer = ask_udp(&server, &question("example.org.")).await;
+    assert_eq!((answer.metadata.response_code, answer.metadata.id), (ResponseCode::ServFail, 7));
+    assert_eq!(server.telemetry.dns.value(DnsOutcome::ForwardFailed), 1);
+    assert_eq!(ask_udp(&server, &question("web.shop.mesh.")).await.answers.len(), 1);
+}
+
+/// Forwards every packet to `target` from a socket of its own, as another forwarder on this host would.
+async fn relay(socket: UdpSocket, target: SocketAddr, passed: Arc<std::sync::atomic::AtomicUsize>) {
+    let socket = Arc::new(socket);
+    let mut tasks = JoinSet::new();
+    let mut packet = [0; 1232];
+    loop {
+        let (length, peer) = socket.recv_from(&mut packet).await.unwrap();
+        passed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let (socket, packet) = (socket.clone(), packet[..length].to_vec());
+        tasks.spawn(async move {
+            let onward = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            onward.send_to(&packet, target).await.unwrap();
+            let mut answer = [0; 1232];
+            let (length, _) = onward.recv_from(&mut answer).await.unwrap();
+            socket.send_to(&answer[..length], peer).await.unwrap();
+        });
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_asks_us_back_is_asked_once_and_the_question_fails() {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let relay_address = socket.local_addr().unwrap();
+    let server = start_with(DnsConfig { upstream: Some(vec![relay_address]), ..DnsConfig::default() }).await;
+    let passed = Arc::default();
+    let mut task = JoinSet::new();
+    task.spawn(relay(socket, server.udp, Arc::clone(&passed)));
+    let answer = ask_udp(&server, &question("example.org.")).await;
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(passed.load(std::sync::atomic::Ordering::Relaxed), 1);
 }

@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::edges::{EdgeKey, EdgeRow};
-use super::{Direction, Telemetry, Tls, process};
+use super::{Direction, DnsOutcome, Telemetry, Tls, process};
 use crate::fault::Fault;
 
 type Labels = Vec<(&'static str, Cow<'static, str>)>;
@@ -85,6 +85,7 @@ fn data_plane(telemetry: &Telemetry) -> Vec<Exposition> {
     metrics.push(refused(telemetry));
     metrics.push(unknown(telemetry));
     metrics.push(handshakes(telemetry));
+    metrics.push(dns_queries(telemetry));
     let single = |value: u64| vec![(Labels::new(), value as f64)];
     metrics.push(Exposition::counter(
         "meshd_panics",
@@ -225,6 +226,14 @@ fn handshakes(telemetry: &Telemetry) -> Exposition {
     Exposition::counter("meshd_handshakes", "Mutual TLS handshakes with other hosts", series)
 }
 
+fn dns_queries(telemetry: &Telemetry) -> Exposition {
+    let series = DnsOutcome::ALL
+        .into_iter()
+        .map(|outcome| (vec![("outcome", outcome.label().into())], telemetry.dns.value(outcome) as f64))
+        .collect();
+    Exposition::counter("meshd_dns_queries", "Questions to our DNS, by what became of them", series)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -248,11 +257,14 @@ mod tests {
         edge.up_bytes.fetch_add(7, Ordering::Relaxed);
         edge.connected_closed.fetch_add(1, Ordering::Relaxed);
         edge.close(Err(Fault::PeerReset));
+        telemetry.dns.count(DnsOutcome::ForwardFailed);
         let text = encode(&telemetry, vec![]).unwrap();
         for line in [
             r#"tcp_open_total{direction="outbound",peer="dst",tls="true",srv_namespace="shop",srv_name="payments",unit="checkout.service",server_id="spiffe://mesh.example/ns/shop/sa/payments"} 1"#,
             r#"tcp_read_bytes_total{direction="outbound",peer="src",tls="no_identity",srv_namespace="shop",srv_name="payments",unit="checkout.service",server_id="spiffe://mesh.example/ns/shop/sa/payments"} 7"#,
             r#"error="peer_reset"} 1"#,
+            r#"meshd_dns_queries_total{outcome="forward_failed"} 1"#,
+            r#"meshd_dns_queries_total{outcome="no_address"} 0"#,
         ] {
             assert!(text.contains(line), "missing {line} in\n{text}");
         }

@@ -2,6 +2,7 @@
 //! A leaf: it knows labels and numbers, never the pipeline.
 
 mod access_log;
+mod dns;
 mod edges;
 mod exposition;
 mod probes;
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::Deserialize;
 
 pub use access_log::{AccessLog, ConnectionEvent};
+pub use dns::{DnsCounters, DnsOutcome};
 pub use edges::{Direction, Edge, EdgeKey, EdgeRow, Edges, Tls};
 pub use exposition::{Exposition, encode};
 pub use probes::Probes;
@@ -45,6 +47,7 @@ pub struct Telemetry {
     /// Connections an operator makes to see how they fare.
     pub probes: Probes,
     pub handshakes: HandshakeCounters,
+    pub dns: DnsCounters,
     /// A panic ends one connection; the operator must see that it happened.
     pub panics: AtomicU64,
     /// Bytes received from peers that the local side has not taken yet.
@@ -60,6 +63,7 @@ impl Telemetry {
             unknown: UnknownOwners::default(),
             probes: Probes::default(),
             handshakes: HandshakeCounters::default(),
+            dns: DnsCounters::default(),
             panics: AtomicU64::new(0),
             buffered_bytes: AtomicU64::new(0),
         })

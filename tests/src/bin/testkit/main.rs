@@ -3,6 +3,7 @@
 
 mod bulk;
 mod client;
+mod dns;
 mod hold;
 mod leave;
 mod load;
@@ -38,6 +39,10 @@ enum Verb {
     Leave(leave::Args),
     /// Reads a greeting, says a line, half-closes, prints all it was told
     Talk(talk::Args),
+    /// DNS server that knows the names it is given
+    Dns(dns::Server),
+    /// Asks a DNS server for an address, prints the response code and the address
+    Lookup(dns::Lookup),
 }
 
 fn main() -> ExitCode {
@@ -66,6 +71,8 @@ async fn run(verb: Verb) -> Result<()> {
         Verb::Stall(args) => hold::stall(args, Stop::on_sigterm()?).await,
         Verb::Leave(args) => leave::run(args).await,
         Verb::Talk(args) => talk::run(args).await,
+        Verb::Dns(args) => dns::serve(args).await,
+        Verb::Lookup(args) => dns::lookup(&args),
     }
 }
 

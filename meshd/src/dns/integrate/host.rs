@@ -1,0 +1,143 @@
+//! Only when asked: /etc/resolv.conf itself names us first. The original is kept beside it and comes back.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use super::super::resolv_conf::{MARK, ResolvConf, with_ours_first};
+use super::IntegrationError;
+
+pub(super) struct HostFile {
+    ours: IpAddr,
+    path: PathBuf,
+}
+
+impl HostFile {
+    pub(super) fn new(ours: IpAddr, path: PathBuf) -> HostFile {
+        HostFile { ours, path }
+    }
+
+    /// Whoever writes the file anew (DHCP, NetworkManager) has written a new original.
+    pub(super) fn keep(&self) -> Result<(), IntegrationError> {
+        let fail = |doing| IntegrationError::file(doing, &self.path);
+        let found = fs::read_to_string(&self.path).map_err(fail("read"))?;
+        if found.starts_with(MARK) {
+            return Ok(());
+        }
+        let (saved, new) = (self.beside("meshd-saved"), self.beside("meshd-new"));
+        remove_if_there(&saved)
+            .and_then(|()| duplicate(&self.path, &saved))
+            .map_err(IntegrationError::file("write", &saved))?;
+        let written = remove_if_there(&new)
+            .and_then(|()| fs::write(&new, with_ours_first(self.ours, &ResolvConf::parse(&found))))
+            .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(0o644)));
+        written.map_err(IntegrationError::file("write", &new))?;
+        // At no moment is there no file.
+        fs::rename(&new, &self.path).map_err(fail("replace"))?;
+        tracing::info!(path = %self.path.display(), saved = %saved.display(), "the host's resolv.conf names meshd first");
+        Ok(())
+    }
+
+    /// The original comes back, unless somebody has written another since.
+    pub(super) fn restore(&self) -> Result<(), IntegrationError> {
+        let saved = self.beside("meshd-saved");
+        if fs::symlink_metadata(&saved).is_err() {
+            return Ok(());
+        }
+        let ours = fs::read_to_string(&self.path).is_ok_and(|text| text.starts_with(MARK));
+        let done = if ours { fs::rename(&saved, &self.path) } else { fs::remove_file(&saved) };
+        done.map_err(IntegrationError::file("restore", &self.path))
+    }
+
+    fn beside(&self, suffix: &str) -> PathBuf {
+        let mut name = self.path.clone().into_os_string();
+        name.push(".");
+        name.push(suffix);
+        name.into()
+    }
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A link stays a link: to resolved's file, say.
+fn duplicate(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::read_link(from) {
+        Ok(target) => symlink(target, to),
+        Err(_) => fs::hard_link(from, to),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OURS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
+    fn file() -> (tempfile::TempDir, HostFile) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("resolv.conf");
+        fs::write(&path, "nameserver 10.0.0.2\n").unwrap();
+        (directory, HostFile::new(OURS, path))
+    }
+
+    fn names(directory: &tempfile::TempDir) -> Vec<String> {
+        let entries = fs::read_dir(directory.path()).unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn ours_comes_first_and_the_original_comes_back() {
+        let (directory, file) = file();
+        file.keep().unwrap();
+        file.keep().unwrap();
+        assert!(fs::read_to_string(&file.path).unwrap().ends_with("nameserver 127.0.0.1\nnameserver 10.0.0.2\n"));
+        file.restore().unwrap();
+        file.restore().unwrap();
+        assert_eq!(fs::read_to_string(&file.path).unwrap(), "nameserver 10.0.0.2\n");
+        assert_eq!(names(&directory), ["resolv.conf"]);
+    }
+
+    #[test]
+    fn a_link_is_a_link_again_afterwards() {
+        let (directory, file) = file();
+        fs::rename(&file.path, directory.path().join("stub.conf")).unwrap();
+        symlink("stub.conf", &file.path).unwrap();
+        file.keep().unwrap();
+        assert!(fs::read_link(&file.path).is_err());
+        assert_eq!(fs::read_to_string(directory.path().join("stub.conf")).unwrap(), "nameserver 10.0.0.2\n");
+        file.restore().unwrap();
+        assert_eq!(fs::read_link(&file.path).unwrap(), Path::new("stub.conf"));
+    }
+
+    #[test]
+    fn a_file_written_anew_by_others_is_the_new_original() {
+        let (directory, file) = file();
+        file.keep().unwrap();
+        let lease = directory.path().join("lease");
+        fs::write(&lease, "nameserver 10.0.0.9\n").unwrap();
+        fs::rename(&lease, &file.path).unwrap();
+        file.keep().unwrap();
+        assert!(fs::read_to_string(&file.path).unwrap().contains("nameserver 127.0.0.1\nnameserver 10.0.0.9\n"));
+        file.restore().unwrap();
+        assert_eq!(fs::read_to_string(&file.path).unwrap(), "nameserver 10.0.0.9\n");
+    }
+
+    #[test]
+    fn what_others_wrote_since_is_not_overwritten_by_restoring() {
+        let (directory, file) = file();
+        file.keep().unwrap();
+        fs::write(&file.path, "nameserver 10.0.0.9\n").unwrap();
+        file.restore().unwrap();
+        assert_eq!(fs::read_to_string(&file.path).unwrap(), "nameserver 10.0.0.9\n");
+        assert_eq!(names(&directory), ["resolv.conf"]);
+    }
+}
