@@ -3,8 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
+use meshd_tests::wait::until;
 
-use crate::{ask, ensure_refused};
+use crate::{DEADLINE, ask, ensure_refused, iptables};
 
 #[test]
 fn a_strict_port_is_closed_to_everyone_but_the_mesh() -> Result<()> {
@@ -44,5 +45,17 @@ fn a_strict_port_stays_closed_while_meshd_is_down() -> Result<()> {
     for (host, url) in [("api-1", "http://127.0.0.1:8080/"), ("web", &own)] {
         ensure_refused(&mesh.curl(host, "stray", &["--max-time", "3", url])?)?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_rule_that_gets_ahead_of_a_strict_port_does_not_open_it() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let open = ["-I", "INPUT", "1", "-p", "tcp", "--dport", "8080", "-j", "ACCEPT"];
+    iptables::command(&mesh, "api-1", "iptables", &open)?;
+    let strict = format!("http://{}:8080/", mesh.host("api-1").address());
+    let refused = || mesh.curl("web", "stray", &["--max-time", "3", &strict]).is_ok_and(|answer| !answer.success());
+    until(DEADLINE, "the strict port to be closed", refused)?;
+    ask(&mesh)?;
     Ok(())
 }

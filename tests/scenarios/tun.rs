@@ -12,6 +12,7 @@ use meshd_tests::mesh::{Mesh, STRAY_UID};
 use meshd_tests::plan::Plan;
 use meshd_tests::process::Program;
 use meshd_tests::wait::until;
+use nix::sys::signal::Signal;
 
 use crate::{DEADLINE, PAYMENTS, ask, refused};
 
@@ -174,6 +175,22 @@ fn a_connection_from_before_a_kill_is_reset_when_it_speaks_to_the_next_daemon() 
     ensure!(ended.stderr.contains("reset by peer"), "not reset: {ended:?}");
     let metrics = mesh.daemon("web").metrics()?;
     ensure!(metrics.sum("meshd_tun_refused_total", &[("reason", "unknown")]) >= 1.0, "the reset was not counted");
+    Ok(())
+}
+
+#[test]
+fn a_connection_cut_by_a_stop_is_told_before_the_device_goes() -> Result<()> {
+    let mesh = mesh()?;
+    let smtp = mesh.virtual_address("web", "smtp.shop.mesh")?.to_string();
+    let script = Program::new("bash").args(["-c", "exec 3<>/dev/tcp/$0/25 && cat <&3", &smtp]);
+    let listening = mesh.host("web").spawn(&mesh.in_unit("web", "checkout", script))?;
+    until(DEADLINE, "the greeting", || listening.stdout().starts_with("220 "))?;
+    let web = mesh.daemon("web");
+    web.signal(Signal::SIGTERM)?;
+    until(DEADLINE, "the drain", || web.log().contains("draining"))?;
+    web.signal(Signal::SIGTERM)?;
+    until(DEADLINE, "meshd's end", || !web.is_running())?;
+    listening.finish(DEADLINE)?;
     Ok(())
 }
 

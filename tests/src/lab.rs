@@ -110,6 +110,7 @@ impl Lab {
     fn write_enter_script(&self) -> Result<()> {
         let text = include_str!("enter.sh")
             .replace("@SLICE@", &self.slice.as_ref().map(|slice| slice.display().to_string()).unwrap_or_default())
+            .replace("@CGROUPS@", &cgroup::mount_point().map(|mount| mount.display().to_string()).unwrap_or_default())
             .replace("@LAB@", &self.name)
             .replace("@DIRECTORY@", &self.directory.display().to_string())
             .replace("@PROGRAMS@", &binaries::directory()?.display().to_string());

@@ -56,7 +56,8 @@ const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-redirect", &["tun::"]),
     ("iptables-nft", &["tun::"]),
     ("iptables-legacy", &["tun::"]),
-    ("tun", &["strict::"]),
+    // No strict ports; and a firewall like ufw's must be told to accept the device (tun:: shows that it is named).
+    ("tun", &["strict::", "iptables::"]),
 ];
 
 #[derive(clap::Args)]

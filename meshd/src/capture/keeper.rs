@@ -72,6 +72,8 @@ pub struct Keeper {
     facts: Facts,
     events: KernelEvents,
     counters: Arc<CaptureCounters>,
+    /// Something may not be as it should: to be looked at.
+    suspicious: bool,
 }
 
 impl Keeper {
@@ -95,7 +97,16 @@ impl Keeper {
             passed_over: passed_over.into(),
             counters: counters.clone(),
         };
-        let keeper = Keeper { backend, state_path, state, wanted: None, facts: Facts::default(), events, counters };
+        let keeper = Keeper {
+            backend,
+            state_path,
+            state,
+            wanted: None,
+            facts: Facts::default(),
+            events,
+            counters,
+            suspicious: false,
+        };
         std::thread::Builder::new()
             .name("capture".into())
             .spawn(move || keeper.run(&inbox))
@@ -136,8 +147,9 @@ impl Keeper {
         self.state.applied = Some(Applied { backend: self.backend.kind(), wanted: wanted.clone() });
         self.state.save(&self.state_path)?;
         self.backend.apply(wanted, facts)?;
-        // Our own changes are no news.
+        // Our own changes are no news; somebody else's among them would never be noticed.
         self.events.drain();
+        self.suspicious = !self.backend.intact(wanted)?;
         Ok(())
     }
 
@@ -161,14 +173,18 @@ impl Keeper {
                 Err(error) => tracing::error!(%error, "rules do not follow the units of this host; trying again"),
             }
         }
-        if self.events.drain() || !self.backend.notified() {
+        self.suspicious |= self.events.drain() || !self.backend.notified();
+        if self.suspicious {
             self.heal(&wanted);
         }
     }
 
     fn heal(&mut self, wanted: &Wanted) {
         let healed = match self.backend.intact(wanted) {
-            Ok(true) => return,
+            Ok(true) => {
+                self.suspicious = false;
+                return;
+            }
             Ok(false) => self.apply(wanted, &self.facts.clone()),
             Err(error) => Err(error),
         };

@@ -12,17 +12,19 @@ const NFTABLES: u32 = 1 << 6;
 const ROUTING: u32 = 1 << 6 | 1 << 7 | 1 << 10 | 1 << 18;
 
 pub struct KernelEvents {
-    sockets: [OwnedFd; 2],
+    sockets: Vec<OwnedFd>,
 }
 
 impl KernelEvents {
     pub fn open() -> io::Result<KernelEvents> {
-        Ok(KernelEvents {
-            sockets: [
-                subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?,
-                subscribe(SockProtocol::NetlinkRoute, ROUTING)?,
-            ],
-        })
+        let mut sockets = vec![subscribe(SockProtocol::NetlinkRoute, ROUTING)?];
+        match subscribe(SockProtocol::NetlinkNetFilter, NFTABLES) {
+            Ok(socket) => sockets.push(socket),
+            // A kernel without netfilter has no rules that could change.
+            Err(error) if error.raw_os_error() == Some(Errno::EPROTONOSUPPORT as i32) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(KernelEvents { sockets })
     }
 
     /// Whether anything changed since the last time. Never waits.

@@ -43,7 +43,12 @@ pub(super) fn tables(family: Family, wanted: &Wanted, facts: &Facts) -> [Table; 
         chains: vec![
             Chain {
                 name: "MESHD_INPUT",
-                rules: vec![format!("! -i lo -d {vip} -j REJECT"), format!("! -i lo -p tcp {SYN} -j MESHD_STRANGER")],
+                rules: vec![
+                    // Containers and guests; an ICMP error from a virtual IP does not reach them.
+                    format!("! -i lo -d {vip} -p tcp -j REJECT --reject-with tcp-reset"),
+                    format!("! -i lo -d {vip} -j REJECT"),
+                    format!("! -i lo -p tcp {SYN} -j MESHD_STRANGER"),
+                ],
             },
             Chain {
                 name: "MESHD_OUTPUT",
@@ -70,6 +75,12 @@ impl Table {
     pub(super) fn restore(&self, present: &[Jump]) -> String {
         let jumps = self.jumps.iter().map(|(from, to)| format!("-I {from} 1 {COMMENT} -j {to}"));
         self.transaction(present.iter().map(Jump::delete).chain(jumps))
+    }
+
+    /// Whether all of it is there: each jump at the top, each rule of each chain.
+    pub(super) fn is_in(&self, ours: &Ours) -> bool {
+        let jumps = self.jumps.iter().all(|(from, to)| ours.begins_with_jump(from, to));
+        jumps && self.chains.iter().all(|chain| ours.rules_of(chain.name) == chain.rules.len())
     }
 
     /// The same without the jumps, under names of its own: nothing ever gets there.
@@ -159,6 +170,7 @@ mod tests {
 :MESHD_OUTPUT - [0:0]
 :MESHD_CALLER - [0:0]
 :MESHD_STRANGER - [0:0]
+-A MESHD_INPUT -m comment --comment meshd ! -i lo -d 240.240.0.0/16 -p tcp -j REJECT --reject-with tcp-reset
 -A MESHD_INPUT -m comment --comment meshd ! -i lo -d 240.240.0.0/16 -j REJECT
 -A MESHD_INPUT -m comment --comment meshd ! -i lo -p tcp --tcp-flags FIN,SYN,RST,ACK SYN -j MESHD_STRANGER
 -A MESHD_OUTPUT -m comment --comment meshd -d 240.240.0.0/16 -j REJECT
@@ -214,6 +226,19 @@ COMMIT
                    -I OUTPUT 1 -m comment --comment meshd -j MESHD_OUTPUT\nCOMMIT\n";
         assert!(text.ends_with(end), "{text}");
         assert!(!text.contains("DOCKER"), "{text}");
+    }
+
+    #[test]
+    fn a_table_that_somebody_emptied_meanwhile_is_not_all_there() {
+        let nat = &tables(Family::V4, &wanted(), &Facts::default())[1];
+        let saved = nat.restore(&[]).replace("-I OUTPUT 1", "-A OUTPUT");
+        assert!(nat.is_in(&Ours::of(&saved)));
+        let without =
+            |start: &str| saved.lines().filter(|line| !line.starts_with(start)).collect::<Vec<_>>().join("\n");
+        for missing in ["-A OUTPUT", "-A MESHD_OUTPUT"] {
+            assert!(!nat.is_in(&Ours::of(&without(missing))), "{missing}");
+        }
+        assert!(!nat.is_in(&Ours::of(&saved.replace("-A OUTPUT", "-A OUTPUT -j DOCKER\n-A OUTPUT"))));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::routes;
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 use crate::enrol::Cgroup;
+use chains::Table;
 use saved::Ours;
 use variant::Family;
 
@@ -19,13 +20,14 @@ pub(super) use variant::Variant;
 
 /// Docker, kube-proxy and ufw hold the lock of the legacy variant for as long as a change takes.
 const RESTORE: [&str; 3] = ["--noflush", "--wait", "5"];
-/// In the order of removal: capture goes before what refuses the uncaptured.
-const TABLES: [&str; 2] = ["nat", "filter"];
+/// In the order they are put in force (`chains::tables`), and taken out of it from the end: capture goes before what
+/// refuses the uncaptured.
+const TABLES: [&str; 2] = ["filter", "nat"];
 
 pub(super) struct Iptables {
     variant: Variant,
     /// What is ours as the kernel listed it after we had put it there.
-    installed: Option<Vec<Ours>>,
+    installed: Option<Vec<Vec<Ours>>>,
 }
 
 impl Iptables {
@@ -37,15 +39,17 @@ impl Iptables {
         Ok(Ours::of(&self.variant.save(family).run(&["-t", table], "")?))
     }
 
-    fn listed(&self) -> Result<Vec<Ours>, CaptureError> {
-        let places = Family::present().flat_map(|family| TABLES.map(|table| (family, table)));
-        places.map(|(family, table)| self.ours(family, table)).collect()
+    fn listed(&self, family: Family) -> Result<Vec<Ours>, CaptureError> {
+        TABLES.into_iter().map(|table| self.ours(family, table)).collect()
     }
 
-    /// The whole input for one family, for the jumps and cgroups that are there at the moment.
-    fn input(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<String, CaptureError> {
-        let tables = chains::tables(family, wanted, &self.usable(facts));
+    /// The whole input for one family, for the jumps that are there at the moment.
+    fn input(&self, family: Family, tables: &[Table]) -> Result<String, CaptureError> {
         tables.iter().map(|table| Ok(table.restore(&self.ours(family, table.name)?.jumps))).collect()
+    }
+
+    fn tables(&self, family: Family, wanted: &Wanted, facts: &Facts) -> [Table; 2] {
+        chains::tables(family, wanted, &self.usable(facts))
     }
 
     /// Without what no rule can be made of: nobody is let in by it then.
@@ -72,10 +76,26 @@ impl Iptables {
         }
     }
 
-    fn restore(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
-        let once = || self.variant.restore(family).run(&RESTORE, &self.input(family, wanted, facts)?).map(drop);
-        // Somebody else may take a jump away between our looking and our writing; nothing is changed then.
-        once().or_else(|_| once())
+    /// Puts one family in force and tells what of it is there then.
+    fn restore(&self, family: Family, wanted: &Wanted, facts: &Facts) -> Result<Vec<Ours>, CaptureError> {
+        let once = || {
+            let tables = self.tables(family, wanted, facts);
+            self.variant.restore(family).run(&RESTORE, &self.input(family, &tables)?)?;
+            let listed = self.listed(family)?;
+            // Taken for what is to be, a table that somebody else changed meanwhile would never be healed.
+            let complete = tables.iter().zip(&listed).all(|(table, ours)| table.is_in(ours));
+            if complete { Ok(listed) } else { Err(self.contended()) }
+        };
+        // Somebody else may take a jump away between our looking and our writing, or a unit may stop.
+        once().or_else(|_| once()).or_else(|_| once())
+    }
+
+    fn contended(&self) -> CaptureError {
+        CaptureError::Cannot {
+            backend: self.kind().label(),
+            what: "rules that stay as they were written".into(),
+            remedy: "another tool changes iptables at this moment; meshd tries again",
+        }
     }
 
     fn remove(&self, family: Family, table: &str) -> Result<(), CaptureError> {
@@ -131,16 +151,17 @@ impl Backend for Iptables {
         // Four steps, not one transaction, so what can be refused is refused before the first. Each leaves virtual
         // IPs refused or captured, and strict ports closed.
         for family in Family::present() {
-            let input = self.input(family, wanted, facts)?;
+            let input = self.input(family, &self.tables(family, wanted, facts))?;
             self.variant.restore(family).run(&[&RESTORE[..], &["--test"]].concat(), &input)?;
         }
-        Family::present().try_for_each(|family| self.restore(family, wanted, facts))?;
-        self.installed = Some(self.listed()?);
+        let installed = Family::present().map(|family| self.restore(family, wanted, facts));
+        self.installed = Some(installed.collect::<Result<_, _>>()?);
         Ok(())
     }
 
     fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
-        Ok(self.installed == Some(self.listed()?) && routes::intact(wanted)?)
+        let listed = Family::present().map(|family| self.listed(family)).collect::<Result<_, _>>()?;
+        Ok(self.installed == Some(listed) && routes::intact(wanted)?)
     }
 
     fn notified(&self) -> bool {
@@ -149,7 +170,7 @@ impl Backend for Iptables {
 
     fn revert(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
         for family in Family::present() {
-            let mut used = TABLES.into_iter().filter(|table| self.variant.may_have(family, table));
+            let mut used = TABLES.into_iter().rev().filter(|table| self.variant.may_have(family, table));
             used.try_for_each(|table| self.remove(family, table))?;
         }
         self.installed = None;

@@ -37,6 +37,16 @@ impl Ours {
         }
     }
 
+    pub(super) fn begins_with_jump(&self, from: &str, to: &str) -> bool {
+        let is = |rule: &str| rule.starts_with(&format!("{from} ")) && rule.ends_with(&format!(" {to}"));
+        self.jumps.iter().any(|jump| jump.position == 0 && is(&jump.rule))
+    }
+
+    pub(super) fn rules_of(&self, chain: &str) -> usize {
+        let of = |rule: &&String| rule.strip_prefix(chain).is_some_and(|rest| rest.starts_with(' '));
+        self.rules.iter().filter(of).count()
+    }
+
     /// `iptables-restore --noflush` input that removes it; None if there is nothing.
     pub(super) fn removal(&self, table: &str) -> Option<String> {
         if *self == Ours::default() {
