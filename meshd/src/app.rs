@@ -2,7 +2,6 @@
 //! a mistake ends the start with one clear error; then runs until told to stop.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::path::{Path, PathBuf};
@@ -25,8 +24,9 @@ use crate::admin::{self, Control, Reload, View};
 use crate::capture::{self, Caller, CaptureState, Keeper, KeeperHandle, ListenAt, Recovery, StrictPort, Wanted};
 use crate::config::{Config, identity_in};
 use crate::dns::{self, Vips};
-use crate::enrol::{self, Delivery, Enrolment, Mode, PortWatch, Selector};
+use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortWatch, Selector};
 use crate::lifecycle::{self, Conductor, Stage};
+use crate::only_one::OnlyOne;
 use crate::proxy::{self, Listeners, Shared, Workers};
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::tls::TlsState;
@@ -66,14 +66,13 @@ pub struct App {
     tls_generation: watch::Sender<u64>,
     keeper: KeeperHandle,
     reloads: mpsc::Receiver<Reload>,
-    /// Held while we run: a second daemon would share our listeners and steal half the connections.
-    _lock: File,
+    _only_one: OnlyOne,
 }
 
 impl App {
     pub async fn start(config: Config, config_path: &Path) -> Result<App, StartError> {
         let inherited = inherit::listeners();
-        let lock = lock_run_dir(&config)?;
+        let only_one = OnlyOne::here(&config.run_dir).map_err(|error| StartError(error.to_string()))?;
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
         let mut credentials = agent.watch();
         let renewals = agent.metrics();
@@ -156,7 +155,7 @@ impl App {
             tls_generation,
             keeper,
             reloads,
-            _lock: lock,
+            _only_one: only_one,
         })
     }
 
@@ -285,18 +284,8 @@ fn count_panics(telemetry: &Arc<Telemetry>) {
     }));
 }
 
-fn lock_run_dir(config: &Config) -> Result<File, StartError> {
-    start!(std::fs::create_dir_all(&config.run_dir), "run_dir {}", config.run_dir.display())?;
-    let path = config.run_dir.join("meshd.lock");
-    let lock = start!(File::create(&path), "{}", path.display())?;
-    lock.try_lock().map_err(|_| {
-        StartError(format!("{}: another meshd runs on this host; stop it first, or set run_dir", path.display()))
-    })?;
-    Ok(lock)
-}
-
 fn load_enrolment(config: &Config, credentials: &Credentials) -> Result<Enrolment, enrol::EnrolError> {
-    enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.own_listeners())
+    enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.reserved())
 }
 
 fn default_identity(config: &Config, path: &Path, credentials: &Credentials) -> Result<Option<SpiffeId>, StartError> {
@@ -375,11 +364,17 @@ fn keep_integrated(config: &Config, shared: Arc<Shared>) -> impl Future<Output =
 }
 
 /// What the configuration and the enrolled workloads ask of the kernel.
-fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
+pub(crate) fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
     let of_mode = |mode| enrolment.deliveries().iter().filter(move |delivery| delivery.mode == mode);
     Wanted {
         strict: of_mode(Mode::Strict).map(|delivery| strict_port(delivery)).collect(),
         permissive: of_mode(Mode::Permissive).map(|delivery| delivery.deliver.port()).collect(),
+        transparent: enrolment
+            .deliveries()
+            .iter()
+            .filter(|delivery| delivery.client_address == ClientAddress::Transparent)
+            .map(|delivery| delivery.deliver)
+            .collect(),
         ..config.capture.bare(config.proxy.capture_port)
     }
 }

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 
 use crate::capture::CaptureConfig;
 use crate::dns::DnsConfig;
+use crate::enrol::Reserved;
 use crate::proxy::ProxyConfig;
 use crate::telemetry::MetricsConfig;
 
@@ -58,10 +59,13 @@ impl Config {
     }
 
     /// Addresses a peer must never be connected to through us.
-    pub fn own_listeners(&self) -> Vec<SocketAddr> {
+    pub fn reserved(&self) -> Reserved {
         let capture = SocketAddr::from((Ipv4Addr::LOCALHOST, self.proxy.capture_port));
         let others = [capture, self.metrics.listen, self.dns.listen];
-        self.proxy.mesh_listen.iter().copied().chain(others).collect()
+        Reserved {
+            listeners: self.proxy.mesh_listen.iter().copied().chain(others).collect(),
+            virtual_ips: vec![self.capture.vip4.into(), self.capture.vip6.into()],
+        }
     }
 
     pub fn identity_dir(&self) -> PathBuf {

@@ -55,7 +55,7 @@ faults! {
     Banned          "banned"           Us   false "The caller is on the deny list."
     UnknownTarget   "unknown_target"   Peer false "The target is no service of that host."
     Misdirected     "misdirected"      Peer true  "The target belongs to another identity than the connection's."
-    Loop            "loop"             Us   false "The connection would come back to this daemon."
+    Loop            "loop"             Us   true  "The connection would come back to this daemon."
     Limit           "limit"            Us   true  "A limit on connections, handshakes or buffered bytes was reached."
     Drain           "drain"            Peer true  "The peer is shutting down."
     PeerReset       "peer_reset"       Peer false "The peer broke the stream."
@@ -103,6 +103,15 @@ mod tests {
     fn every_label_is_unique_and_found_again() {
         for fault in Fault::ALL {
             assert_eq!(Fault::from_label(fault.label()), Some(*fault));
+        }
+    }
+
+    #[test]
+    fn every_exit_code_is_documented() {
+        let page = include_str!("../../docs/enrolment.md");
+        for fault in Fault::ALL {
+            let row = format!("| {} | {fault} |", fault.exit_code());
+            assert!(page.contains(&row), "missing `{row}` in docs/enrolment.md");
         }
     }
 }

@@ -10,11 +10,13 @@
 pub mod admin;
 pub mod app;
 pub mod capture;
+pub mod check;
 pub mod config;
 pub mod dns;
 pub mod enrol;
 pub mod fault;
 pub mod lifecycle;
+pub mod only_one;
 pub mod proxy;
 pub mod telemetry;
 pub mod transport;

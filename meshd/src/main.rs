@@ -47,8 +47,11 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Look for what is wrong on this host, with remedies. Exit code 1 when something is.
+    /// Look for what is wrong on this host, with remedies. Exit code 1 when something failed, 0 with warnings only.
     Check {
+        /// Before meshd is installed: can it run here, and what is in its way?
+        #[arg(long)]
+        pre: bool,
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
@@ -85,7 +88,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Run => run::run(&load(&cli.config)?, &cli.config),
         Command::Status { output } => inspect::status(&load(&cli.config)?, *output),
         Command::Edges { output } => inspect::edges(&load(&cli.config)?, *output),
-        Command::Check { output } => inspect::check(&cli.config, *output),
+        Command::Check { pre, output } => inspect::check(&cli.config, *pre, *output),
         Command::Enrol(args) => enrol::enrol(&load(&cli.config)?, args),
         Command::Unenrol(args) => enrol::unenrol(&load(&cli.config)?, args),
         Command::Probe(args) => probe::probe(&load(&cli.config)?, args),

@@ -15,7 +15,7 @@ use meshd::fault::Fault;
 use meshd::lifecycle::Stage;
 use meshd::telemetry::Direction::{Inbound, Outbound};
 use meshd::telemetry::{AccessLog, Telemetry, Tls};
-use meshd::transport::dial::{Dialer, Opened, PoolKey};
+use meshd::transport::dial::{Dialer, Opened, OwnAddresses, PoolKey};
 use meshd::transport::pool::{Pool, Slot};
 use meshd::transport::tls::TlsState;
 use meshd::transport::wire::{STREAMS, WireVersion};
@@ -47,7 +47,11 @@ impl Web {
         let authority = FakeCa::new(domain());
         let tls = TlsState::build(&authority.credentials("near", &[identity("web")]), None, 0).unwrap();
         let telemetry = Telemetry::new(1, AccessLog::off());
-        Web { authority, tls, dialer: Dialer { mark: Mark(0), connect_timeout, telemetry } }
+        Web {
+            authority,
+            tls,
+            dialer: Dialer { mark: Mark(0), connect_timeout, telemetry, own: OwnAddresses::default() },
+        }
     }
 
     async fn dial(&self, address: SocketAddr, version: WireVersion) -> Result<Opened, Fault> {

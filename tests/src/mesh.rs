@@ -13,7 +13,7 @@ use crate::binaries;
 use crate::daemon::Daemon;
 use crate::host::Host;
 use crate::lab::Lab;
-use crate::plan::{self, App, HostPlan, PKI_PORT, Plan, ServicePlan, Workload};
+use crate::plan::{self, HostPlan, PKI_PORT, Plan, ServicePlan, Workload};
 use crate::process::{Finished, Process, Program};
 use crate::wait::until;
 
@@ -176,11 +176,7 @@ impl Mesh {
     fn start_app(&mut self, host: &str, workload: &Workload) -> Result<()> {
         let Some(app) = workload.app else { return Ok(()) };
         let name = format!("{} on {host}", workload.name);
-        let (verb, listen) = match app {
-            App::EchoHttp { listen } => ("echo-http", listen),
-            App::Greeter { listen } => ("greeter", listen),
-        };
-        let program = self.testkit(host, &workload.name, &[verb, "--listen", listen, "--name", &name]);
+        let program = self.testkit(host, &workload.name, &app.arguments(&name));
         let process = self.host(host).start_testkit(&program)?;
         self.apps.push(process);
         Ok(())

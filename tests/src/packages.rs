@@ -27,6 +27,7 @@ pub const FOR_LABS: &[Package] = &[
     package("curl", "curl"),
     package("tcpdump", "tcpdump"),
     package("faketime", "faketime"),
+    package("haproxy", "haproxy"),
 ];
 
 /// What it takes to boot machines with a systemd of their own, beside what labs need.

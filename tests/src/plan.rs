@@ -41,6 +41,8 @@ pub struct Workload {
 pub enum App {
     /// HTTP, any request answered with the name of unit and host.
     EchoHttp { listen: &'static str },
+    /// HTTP, any request answered with who calls.
+    WhoCalls { listen: &'static str, proxy_header: bool },
     /// Speaks first, then echoes lines.
     Greeter { listen: &'static str },
 }
@@ -52,6 +54,8 @@ pub struct Serve {
     pub deliver: String,
     pub strict: bool,
     pub local_ok: Vec<u32>,
+    /// How the application learns who calls, in the words of enrol.d.
+    pub client_address: &'static str,
 }
 
 #[derive(Clone)]
@@ -98,6 +102,18 @@ impl Plan {
     }
 }
 
+impl App {
+    /// What `testkit` is told, to serve under this name.
+    pub fn arguments<'a>(&self, name: &'a str) -> Vec<&'a str> {
+        match *self {
+            App::EchoHttp { listen } => vec!["echo-http", "--listen", listen, "--name", name],
+            App::Greeter { listen } => vec!["greeter", "--listen", listen, "--name", name],
+            App::WhoCalls { listen, proxy_header: false } => vec!["who-calls", "--listen", listen],
+            App::WhoCalls { listen, proxy_header: true } => vec!["who-calls", "--listen", listen, "--proxy-header"],
+        }
+    }
+}
+
 impl Workload {
     pub fn client(name: &str, uid: u32) -> Self {
         Self { name: name.to_owned(), namespace: "shop".to_owned(), uid, app: None, serve: Vec::new() }
@@ -127,7 +143,14 @@ impl Workload {
 
 impl Serve {
     pub fn new(service: &str, port: u16, deliver: &str, strict: bool) -> Self {
-        Self { service: service.to_owned(), port, deliver: deliver.to_owned(), strict, local_ok: Vec::new() }
+        Self {
+            service: service.to_owned(),
+            port,
+            deliver: deliver.to_owned(),
+            strict,
+            local_ok: Vec::new(),
+            client_address: "none",
+        }
     }
 }
 
@@ -151,10 +174,11 @@ pub fn enrolment(workloads: &[Workload], by_unit: bool) -> String {
         let Workload { namespace, name, .. } = workload;
         let _ = writeln!(text, "[[workload]]\n{who}\nnamespace = \"{namespace}\"\nname = \"{name}\"");
         for serve in &workload.serve {
-            let Serve { service, port, deliver, strict, local_ok } = serve;
+            let Serve { service, port, deliver, strict, local_ok, client_address } = serve;
             let mode = if *strict && backend::can_be_strict() { "strict" } else { "permissive" };
             let _ = writeln!(text, "  [[workload.serve]]\n  service = \"{service}\"\n  port = {port}");
             let _ = writeln!(text, "  deliver = \"{deliver}\"\n  mode = \"{mode}\"\n  local_ok = {local_ok:?}");
+            let _ = writeln!(text, "  client_address = {client_address:?}");
         }
     }
     text

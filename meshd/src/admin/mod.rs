@@ -1,6 +1,5 @@
 //! What operators ask a running daemon: a Unix socket for the CLI, an HTTP port for Prometheus.
 
-mod check;
 mod client;
 mod control;
 mod probe;
@@ -8,7 +7,6 @@ mod server;
 mod show;
 mod view;
 
-pub use check::{Verdict, check};
 pub use client::{AdminError, fetch, order};
 pub use control::{Control, Reload};
 pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};

@@ -62,11 +62,13 @@ impl BackendKind {
     /// What it can do besides capturing virtual IPs.
     pub fn can(self) -> Capabilities {
         match self {
-            BackendKind::NftTproxy | BackendKind::NftRedirect => Capabilities { strict: true, ledger: true, raw: true },
-            BackendKind::IptablesNft | BackendKind::IptablesLegacy => {
-                Capabilities { strict: true, ledger: false, raw: false }
+            BackendKind::NftTproxy | BackendKind::NftRedirect => {
+                Capabilities { strict: true, ledger: true, raw: true, transparent: true }
             }
-            BackendKind::Tun => Capabilities { strict: false, ledger: false, raw: false },
+            BackendKind::IptablesNft | BackendKind::IptablesLegacy => {
+                Capabilities { strict: true, ledger: false, raw: false, transparent: false }
+            }
+            BackendKind::Tun => Capabilities { strict: false, ledger: false, raw: false, transparent: false },
         }
     }
 
@@ -101,6 +103,8 @@ pub struct Capabilities {
     pub ledger: bool,
     /// Capture raw service addresses.
     pub raw: bool,
+    /// Let applications see the caller's address.
+    pub transparent: bool,
 }
 
 /// Where captured connections arrive.
@@ -199,6 +203,14 @@ pub fn can_enforce(kind: BackendKind, wanted: &Wanted) -> Result<(), CaptureErro
     }
     if !can.raw && !wanted.raw_callers.is_empty() {
         return cannot("raw service addresses".into(), "remove [capture] raw, or use another backend");
+    }
+    if let (false, Some(address)) = (can.transparent, wanted.transparent.first()) {
+        let what = format!("transparent client addresses (deliver {address})");
+        return cannot(what, "set client_address to \"proxy-v2\", or use another backend");
+    }
+    if wanted.answer_mark() == 0 && wanted.transparent.iter().any(|address| !address.ip().is_loopback()) {
+        let what = "transparent client addresses with a single bit in [capture] mark_mask".into();
+        return cannot(what, "give it two bits, or deliver to a loopback address");
     }
     Ok(())
 }

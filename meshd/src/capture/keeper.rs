@@ -136,10 +136,21 @@ impl Keeper {
     fn want(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
         can_enforce(self.backend.kind(), &wanted)?;
         self.forget_what_another_configuration_left(&wanted)?;
-        let facts = Facts::find(&wanted);
-        self.apply(&wanted, &facts)?;
-        (self.wanted, self.facts) = (Some(wanted), facts);
+        self.facts = self.apply_as_it_is(&wanted)?;
+        self.wanted = Some(wanted);
         Ok(())
+    }
+
+    /// A unit that stops meanwhile takes its cgroup with it, and rules that name it are refused: then once more.
+    fn apply_as_it_is(&mut self, wanted: &Wanted) -> Result<Facts, CaptureError> {
+        let found = Facts::find(wanted);
+        let Err(error) = self.apply(wanted, &found) else { return Ok(found) };
+        let now = Facts::find(wanted);
+        if now == found {
+            return Err(error);
+        }
+        self.apply(wanted, &now)?;
+        Ok(now)
     }
 
     fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {

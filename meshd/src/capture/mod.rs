@@ -13,6 +13,7 @@ mod nft;
 mod routes;
 mod state;
 mod tool;
+mod transparent;
 mod tun;
 mod wanted;
 
@@ -64,6 +65,7 @@ impl CaptureConfig {
             strict: BTreeSet::new(),
             permissive: BTreeSet::new(),
             raw_callers: BTreeSet::new(),
+            transparent: BTreeSet::new(),
         }
     }
 
@@ -72,6 +74,12 @@ impl CaptureConfig {
         // unspec, default, main and local (rt_tables): removing our routes must never touch the host's.
         if matches!(self.table, 0 | 253..=255) {
             return Some(("capture.table", "this is one of the host's own routing tables; choose another number"));
+        }
+        if self.table == u32::MAX || matches!(transparent::table_beside(self.table), 253..=255) {
+            return Some((
+                "capture.table",
+                "the number after it is used, too, and must be free; choose another number",
+            ));
         }
         if self.mark == 0 || self.mark & !self.mark_mask != 0 {
             return Some(("capture.mark", "must have a bit, and only bits of capture.mark_mask"));
@@ -109,4 +117,12 @@ pub fn revert(state_dir: &Path, bare: &Wanted) -> Result<(), CaptureError> {
         })?,
     }
     state.save(&state_path)
+}
+
+/// Whether what keeps virtual IPs on this host is there, whoever asks.
+pub fn routes_are_there(applied: &Applied) -> Result<bool, CaptureError> {
+    match applied.backend {
+        BackendKind::Tun => tun::routes_are_there(&applied.wanted),
+        _ => routes::intact(&applied.wanted),
+    }
 }

@@ -32,6 +32,9 @@ pub struct Wanted {
     pub permissive: BTreeSet<u16>,
     /// Whose connections to raw service addresses are captured; nobody's if empty.
     pub raw_callers: BTreeSet<Caller>,
+    /// Where connections seem to come from the peer's host: what answers there must come back to us.
+    #[serde(default)]
+    pub transparent: BTreeSet<SocketAddr>,
 }
 
 /// A port whose plaintext callers the kernel refuses.
@@ -85,6 +88,12 @@ impl Wanted {
         let text = serde_json::to_vec(self).unwrap_or_default();
         let digest = digest(&SHA256, &text);
         HEXLOWER.encode(&digest.as_ref()[..8])
+    }
+
+    /// Mark of what answers a transparent delivery: another one than our own sockets', of the same bits.
+    /// 0 where the mask has only one bit.
+    pub fn answer_mark(&self) -> u32 {
+        self.mark ^ (1 << self.mark_mask.trailing_zeros().min(31))
     }
 
     /// Every unit the rules must know the cgroup of.
@@ -161,6 +170,7 @@ pub(super) mod tests {
             strict: BTreeSet::new(),
             permissive: BTreeSet::new(),
             raw_callers: BTreeSet::new(),
+            transparent: BTreeSet::new(),
         }
     }
 
@@ -170,6 +180,14 @@ pub(super) mod tests {
         assert_eq!(one.hash(), wanted().hash());
         other.permissive.insert(8080);
         assert_ne!(one.hash(), other.hash());
+    }
+
+    #[test]
+    fn answers_carry_another_mark_than_our_own_sockets() {
+        let wanted = wanted();
+        assert_ne!(wanted.answer_mark(), wanted.mark);
+        assert_eq!(wanted.answer_mark() & !wanted.mark_mask, 0);
+        assert_eq!(Wanted { mark: 8, mark_mask: 8, ..wanted }.answer_mark(), 0);
     }
 
     #[test]

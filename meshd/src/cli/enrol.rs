@@ -106,19 +106,17 @@ impl FromStr for Served {
 struct Files<'a> {
     config: &'a Config,
     trust_domain: TrustDomain,
-    host_id: String,
 }
 
 impl Files<'_> {
     fn of(config: &Config) -> anyhow::Result<Files<'_>> {
         let agent = Agent::open(&config.identity_dir()).context("this host has no identity yet")?;
-        let credentials = agent.watch().borrow().clone();
-        let (trust_domain, host_id) = (credentials.trust_domain.clone(), credentials.host_id.clone());
-        Ok(Files { config, trust_domain, host_id })
+        let trust_domain = agent.watch().borrow().trust_domain.clone();
+        Ok(Files { config, trust_domain })
     }
 
     fn now(&self) -> anyhow::Result<Enrolment> {
-        Ok(enrol::load(&self.config.enrol_dir, &self.trust_domain, &self.config.own_listeners())?)
+        Ok(enrol::load(&self.config.enrol_dir, &self.trust_domain, &self.config.reserved())?)
     }
 
     /// Replaces the file by what it shall say; the daemon's word decides whether it stays.
@@ -128,7 +126,7 @@ impl Files<'_> {
             &self.config.enrol_dir,
             (file.path(), &text),
             &self.trust_domain,
-            &self.config.own_listeners(),
+            &self.config.reserved(),
         )
         .context("nothing was changed")?;
         file.write()?;
@@ -174,7 +172,7 @@ pub(crate) fn enrol(config: &Config, args: &EnrolArgs) -> anyhow::Result<ExitCod
     }
     match reloaded {
         Reloaded::AtStart => println!("no meshd runs on this host: it takes effect when one is started"),
-        Reloaded::Now => tell_certificate(&files, &identity)?,
+        Reloaded::Now => tell_certificate(config, &identity)?,
     }
     tell_names(&selector);
     Ok(ExitCode::SUCCESS)
@@ -217,6 +215,7 @@ fn entry(selector: &Selector, identity: &SpiffeId, args: &EnrolArgs) -> Workload
         mode: if args.strict { Mode::Strict } else { Mode::Permissive },
         local_ok: args.local_ok.clone(),
         plaintext_from: args.plaintext_from.clone(),
+        ..ServeEntry::default()
     });
     WorkloadEntry {
         user_sessions: args.user_sessions,
@@ -232,7 +231,7 @@ fn port_owners(files: &Files<'_>, file: &CliFile, selector: &Selector) -> anyhow
     let Selector::Port(port) = selector else { return Ok(PortOwners::default()) };
     let text = file.text();
     let config = files.config;
-    let then = enrol::load_as_if(&config.enrol_dir, (file.path(), &text), &files.trust_domain, &config.own_listeners())
+    let then = enrol::load_as_if(&config.enrol_dir, (file.path(), &text), &files.trust_domain, &config.reserved())
         .context("nothing was changed")?;
     let owners = PortOwners::look(&then).context("cannot see who listens")?;
     if owners.of(*port).is_conflict() {
@@ -250,18 +249,16 @@ fn tell_owner(owners: &PortOwners, selector: &Selector) {
 }
 
 /// Waits a little for what the PKI says.
-fn tell_certificate(files: &Files<'_>, identity: &SpiffeId) -> anyhow::Result<()> {
-    let answer = on_runtime(async {
-        tokio::time::timeout(CERTIFICATE, pki_answer(files.config, identity)).await.ok().transpose()
-    })?;
+fn tell_certificate(config: &Config, identity: &SpiffeId) -> anyhow::Result<()> {
+    let answer =
+        on_runtime(async { tokio::time::timeout(CERTIFICATE, pki_answer(config, identity)).await.ok().transpose() })?;
     match answer {
         Some(PkiAnswer::Issued) => {
             println!("the PKI has permitted it: certificate in place, the next connection has it");
         }
         Some(PkiAnswer::Refused(reason)) => {
             println!("the PKI refuses it: {reason}");
-            println!("  permit it there: meshd-pki entry add --host {} {}", files.host_id, identity.short());
-            println!("  meshd asks again within a minute; until then its connections are refused");
+            println!("meshd asks again within a minute; until then its connections are refused");
         }
         None => println!("the PKI has not answered yet: until it does its connections are refused (see meshd check)"),
     }

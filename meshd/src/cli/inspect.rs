@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use meshd::admin::{self, EdgeView, StatusView, Verdict};
+use meshd::admin::{self, EdgeView, StatusView};
+use meshd::check::{self, Verdict};
 use meshd::config::Config;
 
 use super::{Output, on_runtime};
@@ -26,12 +27,13 @@ pub(crate) fn edges(config: &Config, output: Output) -> anyhow::Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) fn check(path: &Path, output: Output) -> anyhow::Result<ExitCode> {
-    let findings = on_runtime(async { Ok(admin::check(path).await) })?;
+/// Exit code 1 when something failed; warnings alone are 0, as with Linkerd's `check` (2 is a wrong command line).
+pub(crate) fn check(path: &Path, pre: bool, output: Output) -> anyhow::Result<ExitCode> {
+    let findings =
+        on_runtime(async { Ok(if pre { check::before_install(path).await } else { check::check(path).await }) })?;
     match output {
-        Output::Table => findings.iter().for_each(|finding| println!("{}", finding.line())),
+        Output::Table => findings.iter().for_each(|finding| print!("{}", finding.lines())),
         Output::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
     }
-    let failed = findings.iter().any(|finding| finding.verdict == Verdict::Failed);
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if check::worst(&findings) == Verdict::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

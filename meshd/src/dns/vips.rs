@@ -13,7 +13,7 @@ use std::{fs, io};
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use meshd_discovery::{Directory, ServiceName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
@@ -74,6 +74,11 @@ impl Vips {
 
     pub fn get(&self, service: &ServiceName) -> Option<Vip> {
         self.table.load().by_name.get(service).map(|entry| self.range.vip(entry.offset))
+    }
+
+    /// The ranges that virtual IPs are taken from.
+    pub fn networks(&self) -> [IpNet; 2] {
+        [self.range.v4.into(), self.range.v6.into()]
     }
 
     /// The service's addresses, chosen now if it has none. None only when the range is used up.

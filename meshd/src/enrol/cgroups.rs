@@ -166,6 +166,17 @@ fn cgroup_at(root: &Path, directory: &Path) -> Option<Cgroup> {
     Some(Cgroup { nft_path: below(Path::new(CGROUPS)).unwrap_or_else(|| path.clone()), path, level, id })
 }
 
+/// The unit this process runs in.
+pub fn own_unit() -> Option<Arc<str>> {
+    unit_in(&std::fs::read_to_string("/proc/self/cgroup").ok()?)
+}
+
+/// `0::<path>` is the line of the cgroup2 hierarchy.
+fn unit_in(cgroups: &str) -> Option<Arc<str>> {
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    path.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice")).map(Arc::from)
+}
+
 fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
@@ -219,6 +230,14 @@ mod tests {
         let path = "system.slice/web.service".to_owned();
         let expected = Cgroup { nft_path: path.clone(), path, level: 2, id };
         assert_eq!(found, BTreeMap::from([("web.service".to_owned(), expected)]));
+    }
+
+    #[test]
+    fn ones_own_unit_is_found_by_the_same_rule() {
+        let cgroups = "5:cpu:/\n0::/system.slice/meshd.service/worker\n";
+        assert_eq!(unit_in(cgroups), Some("meshd.service".into()));
+        assert_eq!(unit_in("0::/\n"), None);
+        assert_eq!(unit_in("5:cpu:/system.slice/meshd.service\n"), None);
     }
 
     #[test]

@@ -141,7 +141,7 @@ fn lock(dir: &Path) -> Result<File, CliFileError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::enrol::{Mode, ServeEntry, load};
+    use crate::enrol::{ClientAddress, Mode, Reserved, ServeEntry, load};
     use meshd_identity::TrustDomain;
 
     fn domain() -> TrustDomain {
@@ -154,6 +154,7 @@ mod tests {
             port: 80,
             deliver: Some("127.0.0.1:8080".parse().unwrap()),
             mode: Mode::Strict,
+            client_address: ClientAddress::ProxyV2,
             local_ok: vec![997],
             plaintext_from: vec!["10.0.0.0/8".parse().unwrap()],
         };
@@ -167,7 +168,7 @@ mod tests {
 
     fn enrol(dir: &Path, selector: &Selector, name: &str) -> Result<(), CliFileError> {
         let mut file = CliFile::open(dir)?;
-        file.enrol(&load(dir, &domain(), &[]).unwrap(), selector, entry(selector, name))?;
+        file.enrol(&load(dir, &domain(), &Reserved::default()).unwrap(), selector, entry(selector, name))?;
         file.write()
     }
 
@@ -176,7 +177,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let web = Selector::unit("web.service").unwrap();
         enrol(dir.path(), &web, "web").unwrap();
-        let enrolment = load(dir.path(), &domain(), &[]).unwrap();
+        let enrolment = load(dir.path(), &domain(), &Reserved::default()).unwrap();
         let delivery = &enrolment.deliveries()[0];
         assert_eq!(
             (delivery.mode, &delivery.local_ok[..], delivery.plaintext_from.len()),
@@ -193,7 +194,7 @@ mod tests {
         for (unit, name) in [("b.service", "b"), ("a.service", "a"), ("b.service", "other")] {
             enrol(dir.path(), &Selector::unit(unit).unwrap(), name).unwrap();
         }
-        let enrolment = load(dir.path(), &domain(), &[]).unwrap();
+        let enrolment = load(dir.path(), &domain(), &Reserved::default()).unwrap();
         let names: Vec<&str> = enrolment.workloads().iter().map(|workload| workload.identity.name()).collect();
         assert_eq!(names, ["a", "other"]);
     }
@@ -206,7 +207,7 @@ mod tests {
         let web = Selector::unit("web.service").unwrap();
         let error = enrol(dir.path(), &web, "mine").unwrap_err().to_string();
         assert!(error.contains("10-ansible.toml:2"), "{error}");
-        let enrolment = load(dir.path(), &domain(), &[]).unwrap();
+        let enrolment = load(dir.path(), &domain(), &Reserved::default()).unwrap();
         let error = CliFile::open(dir.path()).unwrap().unenrol(&enrolment, &web).unwrap_err().to_string();
         assert!(error.contains("10-ansible.toml:2") && !dir.path().join(NAME).exists(), "{error}");
     }
@@ -218,11 +219,11 @@ mod tests {
         enrol(dir.path(), &web, "web").unwrap();
         let unenrol = || {
             let mut file = CliFile::open(dir.path())?;
-            file.unenrol(&load(dir.path(), &domain(), &[]).unwrap(), &web)?;
+            file.unenrol(&load(dir.path(), &domain(), &Reserved::default()).unwrap(), &web)?;
             file.write()
         };
         unenrol().unwrap();
-        assert!(load(dir.path(), &domain(), &[]).unwrap().workloads().is_empty());
+        assert!(load(dir.path(), &domain(), &Reserved::default()).unwrap().workloads().is_empty());
         assert!(unenrol().unwrap_err().to_string().contains("enrol --list"));
     }
 

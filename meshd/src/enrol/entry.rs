@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::{Mode, Selector, SelectorError};
+use super::{ClientAddress, Mode, Selector, SelectorError};
 
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -45,6 +45,8 @@ pub struct ServeEntry {
     pub deliver: Option<SocketAddr>,
     #[serde(default)]
     pub mode: Mode,
+    #[serde(default, skip_serializing_if = "ClientAddress::is_none")]
+    pub client_address: ClientAddress,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub local_ok: Vec<u32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use meshd_discovery::ServiceName;
 use meshd_identity::{SpiffeId, TrustDomain};
 use toml::Spanned;
@@ -21,8 +22,29 @@ pub enum EnrolError {
     List { path: PathBuf, source: std::io::Error },
 }
 
+/// Where nothing may be delivered: it would be a loop, or show a peer what meshd has for this host alone.
+#[derive(Clone, Debug, Default)]
+pub struct Reserved {
+    pub listeners: Vec<SocketAddr>,
+    pub virtual_ips: Vec<IpNet>,
+}
+
+impl Reserved {
+    fn has_port(&self, port: u16) -> bool {
+        self.listeners.iter().any(|ours| ours.port() == port)
+    }
+
+    fn what(&self, address: SocketAddr) -> Option<&'static str> {
+        if self.has_port(address.port()) {
+            return Some("one of meshd's own listeners");
+        }
+        let ip = address.ip().to_canonical();
+        self.virtual_ips.iter().any(|net| net.contains(&ip)).then_some("a virtual IP, which leads back into the mesh")
+    }
+}
+
 /// Loads every `*.toml` of `dir`, in name order.
-pub fn load(dir: &Path, trust_domain: &TrustDomain, reserved: &[SocketAddr]) -> Result<Enrolment, EnrolError> {
+pub fn load(dir: &Path, trust_domain: &TrustDomain, reserved: &Reserved) -> Result<Enrolment, EnrolError> {
     read(&files_of(dir)?, trust_domain, reserved)
 }
 
@@ -31,7 +53,7 @@ pub fn load_as_if(
     dir: &Path,
     (path, text): (&Path, &str),
     trust_domain: &TrustDomain,
-    reserved: &[SocketAddr],
+    reserved: &Reserved,
 ) -> Result<Enrolment, EnrolError> {
     let mut files = files_of(dir)?;
     files.retain(|(other, _)| other != path);
@@ -56,11 +78,7 @@ fn files_of(dir: &Path) -> Result<Vec<(PathBuf, String)>, EnrolError> {
     Ok(files)
 }
 
-fn read(
-    files: &[(PathBuf, String)],
-    trust_domain: &TrustDomain,
-    reserved: &[SocketAddr],
-) -> Result<Enrolment, EnrolError> {
+fn read(files: &[(PathBuf, String)], trust_domain: &TrustDomain, reserved: &Reserved) -> Result<Enrolment, EnrolError> {
     let mut enrolment = Enrolment::default();
     for (path, text) in files {
         let file: EnrolFile = parse_toml(path, text)?;
@@ -109,7 +127,7 @@ impl Enrolment {
         source: &Source<'_>,
         entry: &Spanned<WorkloadEntry>,
         trust_domain: &TrustDomain,
-        reserved: &[SocketAddr],
+        reserved: &Reserved,
     ) -> Result<(), ConfigError> {
         let workload = workload(entry.get_ref(), source.origin(entry), trust_domain, reserved)
             .map_err(|error| source.refuse(entry, error))?;
@@ -128,7 +146,7 @@ impl Enrolment {
         &mut self,
         owner: &Arc<Workload>,
         serve: &ServeEntry,
-        reserved: &[SocketAddr],
+        reserved: &Reserved,
     ) -> Result<(), FieldError> {
         let service: ServiceName =
             serve.service.parse().map_err(|error| ("workload.serve.service", format!("{error}")))?;
@@ -136,9 +154,8 @@ impl Enrolment {
         if serve.port == 0 || deliver.port() == 0 {
             return Err(("workload.serve.port", format!("{service}: port 0 cannot be served; give 1..65535")));
         }
-        // Delivering to ourselves would be a loop; a peer must never reach a meshd listener through us.
-        if is_ours(reserved, deliver.port()) {
-            let reason = format!("{deliver} is one of meshd's own listeners; deliver to the application's");
+        if let Some(what) = reserved.what(deliver) {
+            let reason = format!("{deliver} is {what}; deliver to an address the application listens on");
             return Err(("workload.serve.deliver", reason));
         }
         let delivery = Arc::new(Delivery {
@@ -147,6 +164,7 @@ impl Enrolment {
             owner: owner.clone(),
             deliver,
             mode: serve.mode,
+            client_address: serve.client_address,
             local_ok: serve.local_ok.clone(),
             plaintext_from: serve.plaintext_from.clone(),
         });
@@ -169,19 +187,15 @@ fn deliver(owner: &Workload, serve: &ServeEntry) -> Result<SocketAddr, FieldErro
     }
 }
 
-fn is_ours(reserved: &[SocketAddr], port: u16) -> bool {
-    reserved.iter().any(|ours| ours.port() == port)
-}
-
 fn workload(
     entry: &WorkloadEntry,
     origin: Origin,
     trust_domain: &TrustDomain,
-    reserved: &[SocketAddr],
+    reserved: &Reserved,
 ) -> Result<Workload, FieldError> {
     let selector = entry.selector()?;
     if let Selector::Port(port) = selector
-        && is_ours(reserved, port)
+        && reserved.has_port(port)
     {
         return Err(("workload.port", format!("{port} is one of meshd's own listeners; give the application's")));
     }
@@ -214,7 +228,11 @@ mode = "strict"
     fn load_text(text: &str) -> Result<Enrolment, EnrolError> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("10-test.toml"), text).unwrap();
-        load(dir.path(), &"mesh.example".parse().unwrap(), &["0.0.0.0:15008".parse().unwrap()])
+        let reserved = Reserved {
+            listeners: vec!["0.0.0.0:15008".parse().unwrap()],
+            virtual_ips: vec!["240.240.0.0/16".parse().unwrap()],
+        };
+        load(dir.path(), &"mesh.example".parse().unwrap(), &reserved)
     }
 
     #[test]
@@ -239,6 +257,8 @@ mode = "strict"
             (PAYMENTS.replace("payments.service", "payments"), "like `payments.service`"),
             (PAYMENTS.replace("\"shop\"", "\"meshd-system\""), "reserved for meshd"),
             (PAYMENTS.replace("8080", "15008"), "meshd's own listeners"),
+            (PAYMENTS.replace("127.0.0.1", "240.240.3.4"), "a virtual IP"),
+            (PAYMENTS.replace("127.0.0.1", "[::ffff:240.240.3.4]"), "a virtual IP"),
             (PAYMENTS.replace("\"payments\"", "\"pay ments\""), "workload.namespace/name"),
             (PAYMENTS.replace("deliver = \"127.0.0.1:8080\"", ""), "workload.serve.deliver: payments.shop: say where"),
             (PAYMENTS.replace("unit = \"payments.service\"", "port = 15008"), "meshd's own listeners"),
@@ -291,7 +311,7 @@ mode = "strict"
         let path = dir.path().join("90-cli.toml");
         std::fs::write(&path, "not even TOML").unwrap();
         let judge = |text: &str| {
-            load_as_if(dir.path(), (&path, text), &"mesh.example".parse().unwrap(), &[])
+            load_as_if(dir.path(), (&path, text), &"mesh.example".parse().unwrap(), &Reserved::default())
                 .map_err(|error| error.to_string())
         };
         assert_eq!(judge(&claim("uid = 7", "user")).unwrap().workloads().len(), 2);

@@ -17,10 +17,10 @@ use ipnet::IpNet;
 use meshd_discovery::ServiceName;
 use meshd_identity::SpiffeId;
 
-pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups};
+pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit};
 pub use cli_file::{CliFile, CliFileError};
 pub use entry::{ServeEntry, WorkloadEntry};
-pub use files::{EnrolError, Origin, load, load_as_if};
+pub use files::{EnrolError, Origin, Reserved, load, load_as_if};
 pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
 pub use selector::{ScopePattern, Selector, SelectorError};
 
@@ -44,6 +44,8 @@ pub struct Delivery {
     pub owner: Arc<Workload>,
     pub deliver: SocketAddr,
     pub mode: Mode,
+    /// Whether, and how, the application learns who calls.
+    pub client_address: ClientAddress,
     /// Uids besides the owner's that may call a strict port in clear.
     pub local_ok: Vec<u32>,
     /// Networks that may call a strict port in clear.
@@ -57,6 +59,25 @@ pub enum Mode {
     Strict,
     #[default]
     Permissive,
+}
+
+/// How the application learns the address of the host that calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientAddress {
+    /// Not at all: it sees a connection from this host.
+    #[default]
+    None,
+    /// By a PROXY protocol header of version 2 before the first byte, with the caller's SPIFFE ID in a TLV.
+    ProxyV2,
+    /// As the address the connection comes from.
+    Transparent,
+}
+
+impl ClientAddress {
+    fn is_none(&self) -> bool {
+        *self == ClientAddress::None
+    }
 }
 
 /// All enrolment of this host; replaced whole when the files change.

@@ -1,8 +1,9 @@
 //! Workloads known by the port they listen on: whose sockets those are, now and as long as they listen.
 //!
 //! A port is no proof of anything: whoever takes it first has it. So the owner is a unit, found by the cgroup the
-//! kernel wrote down when the socket was made; login sessions never count unless the operator says so; and a
-//! change of owner is logged and counted (docs/enrolment.md).
+//! kernel wrote down when the socket was made; login sessions never count unless the operator says so; who was
+//! first stays, as long as it listens or nobody does; and a change of owner is logged and counted
+//! (docs/enrolment.md).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -95,18 +96,23 @@ fn ownership(
     mut unit_of: impl FnMut(u64) -> UnitLookup,
 ) -> Ownership {
     let holders = listeners.iter().filter(|listener| listener.address.port() == port);
-    let mut owners = BTreeSet::new();
+    let (mut owners, mut session, mut systemd, mut root) = (BTreeSet::new(), None, false, false);
     for holder in holders {
         match holder.owner.cgroup.map_or(UnitLookup::Unknown, &mut unit_of) {
-            UnitLookup::Unit(unit) if &*unit == "init.scope" => return Ownership::SocketActivated,
-            UnitLookup::Unit(unit) if is_session(&unit) && !user_sessions => return Ownership::Session(unit),
-            UnitLookup::Unit(unit) => owners.insert(PortOwner::Unit(unit)),
-            UnitLookup::Unknown if holder.owner.uid == 0 => return Ownership::Root,
-            UnitLookup::Unknown => owners.insert(PortOwner::Uid(holder.owner.uid)),
-        };
+            UnitLookup::Unit(unit) if &*unit == "init.scope" => systemd = true,
+            UnitLookup::Unit(unit) if is_session(&unit) && !user_sessions => session = Some(unit),
+            UnitLookup::Unit(unit) => _ = owners.insert(PortOwner::Unit(unit)),
+            UnitLookup::Unknown if holder.owner.uid == 0 => root = true,
+            UnitLookup::Unknown => _ = owners.insert(PortOwner::Uid(holder.owner.uid)),
+        }
     }
-    match owners.len() {
-        0 | 1 => owners.pop_first().map_or(Ownership::Nobody, Ownership::Owned),
+    // On another address of the port anybody may listen: that must neither give the identity away (so what
+    // only root can do decides first) nor take it from its owner (so sessions come last).
+    match (systemd, root, owners.len()) {
+        (true, ..) => Ownership::SocketActivated,
+        (_, true, _) => Ownership::Root,
+        (.., 0) => session.map_or(Ownership::Nobody, Ownership::Session),
+        (.., 1) => owners.pop_first().map_or(Ownership::Nobody, Ownership::Owned),
         _ => Ownership::Several(owners),
     }
 }
@@ -137,7 +143,7 @@ pub struct PortOwners(BTreeMap<u16, Ownership>);
 impl PortOwners {
     /// Asks the kernel now.
     pub fn look(enrolment: &Enrolment) -> io::Result<PortOwners> {
-        if enrolment.ports().next().is_none() {
+        if !enrolment.has_ports() {
             return Ok(PortOwners::default());
         }
         Ok(PortOwners::judge(enrolment, &listeners()?, &mut CgroupUnits::discover()))
@@ -164,11 +170,18 @@ impl PortOwners {
         self.0.iter().find(|(_, found)| found.owner().is_some_and(owns)).map(|(port, _)| *port)
     }
 
-    /// A unit that stops listening, say to restart, is still who it was.
+    /// A unit that stops listening, say to restart, is still who it was; and whoever joins it on another address
+    /// of its port, which anybody can, takes nothing from it.
     fn keeping(mut self, before: &PortOwners) -> PortOwners {
         for (port, found) in &mut self.0 {
-            if let (Ownership::Nobody, Some(known @ Ownership::Owned(_))) = (&found, before.0.get(port)) {
-                *found = known.clone();
+            let Some(Ownership::Owned(known)) = before.0.get(port) else { continue };
+            let keeps = match found {
+                Ownership::Nobody | Ownership::Session(_) => true,
+                Ownership::Several(owners) => owners.contains(known),
+                _ => false,
+            };
+            if keeps {
+                *found = Ownership::Owned(known.clone());
             }
         }
         self
@@ -220,7 +233,9 @@ impl PortWatch {
         uid: u32,
         now: Instant,
     ) -> Option<&'a Arc<Workload>> {
-        enrolment.ports().next()?;
+        if !enrolment.has_ports() {
+            return None;
+        }
         let known = || enrolment.workload_of_port(self.owners.load().port_of(unit, uid)?);
         known().or_else(|| {
             self.refresh_if_due(enrolment, now);
@@ -249,7 +264,7 @@ impl PortWatch {
     }
 
     fn ask(&self, enrolment: &Enrolment, units: &mut CgroupUnits) {
-        if enrolment.ports().next().is_none() {
+        if !enrolment.has_ports() {
             self.owners.store(Arc::default());
             return;
         }
@@ -291,7 +306,11 @@ impl PortWatch {
 }
 
 impl Enrolment {
-    /// What each enrolled port is to be called in rules: the same as in `Selector::Port`.
+    fn has_ports(&self) -> bool {
+        !self.by_port.is_empty()
+    }
+
+    /// The workloads known by their port.
     pub fn ports(&self) -> impl Iterator<Item = (u16, &Arc<Workload>)> {
         self.workloads().iter().filter_map(|workload| match workload.selector {
             Selector::Port(port) => Some((port, workload)),
@@ -367,5 +386,18 @@ mod tests {
         assert_eq!(other.port_of(Some(&"db.service".into()), 26), None);
         let session = PortOwners([(5432, Ownership::Session("session-7.scope".into()))].into()).keeping(&before);
         assert_eq!(session.port_of(Some(&"session-7.scope".into()), 1000), None);
+    }
+
+    #[test]
+    fn listening_on_another_address_of_a_port_neither_wins_nor_takes_an_identity() {
+        let unit = |name: &str| PortOwner::Unit(name.into());
+        let (owner, session) = (listener("0.0.0.0:5432", 26, 1), listener("127.0.0.3:5432", 1000, 4));
+        assert_eq!(owner_of_5432(&[session, owner]), Ownership::Owned(unit("db.service")));
+        let systemd = listener("0.0.0.0:5432", 0, 3);
+        assert_eq!(owner_of_5432(&[listener("127.0.0.3:5432", 33, 2), systemd]), Ownership::SocketActivated);
+        let before = PortOwners([(5432, Ownership::Owned(unit("db.service")))].into());
+        let both = owner_of_5432(&[owner, listener("127.0.0.3:5432", 33, 2)]);
+        let now = PortOwners([(5432, both)].into()).keeping(&before);
+        assert_eq!(now.of(5432).owner(), Some(&unit("db.service")));
     }
 }

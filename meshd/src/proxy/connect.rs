@@ -122,8 +122,9 @@ pub(super) async fn first(
                 if failure.fault == Fault::AppReset {
                     return Err(failure.fault);
                 }
-                // What is our own doing, or a decision about the caller, says nothing of the endpoint.
-                if failure.fault.side() == Side::Peer
+                // What is our own doing, or a decision about the caller, says nothing of the endpoint; that it leads
+                // back to us does.
+                if (failure.fault.side() == Side::Peer || failure.fault == Fault::Loop)
                     && let Some(failed) = candidate.failed(connector.dialer.connect_timeout, Instant::now())
                 {
                     probe(failed);

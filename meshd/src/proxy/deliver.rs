@@ -1,14 +1,16 @@
 //! DELIVER: from a peer's target to a row of this host's own delivery table, and on to the application.
 //! Everything else is refused: a host is never an open proxy.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use meshd_identity::SpiffeId;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use super::authorize::Permit;
-use crate::enrol::{Delivery, Enrolment};
+use super::proxy_protocol;
+use crate::enrol::{ClientAddress, Delivery, Enrolment};
 use crate::fault::Fault;
 use crate::transport::dial::Dialer;
 use crate::transport::wire::Target;
@@ -36,7 +38,52 @@ pub(super) fn find(
     Ok(delivery.clone())
 }
 
+/// Who calls, as its TLS connection proves: no header has a say in what an application is told.
+pub(super) struct Caller<'a> {
+    pub id: &'a SpiffeId,
+    pub address: SocketAddr,
+}
+
+/// The application, connected.
+pub(super) struct Delivered {
+    pub app: TcpStream,
+    /// It asked to see the caller's address and sees ours.
+    pub hidden: bool,
+}
+
 /// Connects to the application; only with a permit.
-pub(super) async fn connect(dialer: &Dialer, delivery: &Delivery, _permit: Permit) -> Result<TcpStream, Fault> {
-    dialer.tcp(delivery.deliver).await
+pub(super) async fn connect(
+    dialer: &Dialer,
+    delivery: &Delivery,
+    caller: &Caller<'_>,
+    _permit: Permit,
+) -> Result<Delivered, Fault> {
+    let to = delivery.deliver;
+    match delivery.client_address {
+        ClientAddress::None => plain(dialer, to, false).await,
+        ClientAddress::ProxyV2 => announced(dialer, to, caller).await,
+        ClientAddress::Transparent => match transparent(dialer, to, caller.address.ip().to_canonical()).await {
+            Some(connected) => Ok(Delivered { app: connected?, hidden: false }),
+            None => plain(dialer, to, true).await,
+        },
+    }
+}
+
+async fn plain(dialer: &Dialer, to: SocketAddr, hidden: bool) -> Result<Delivered, Fault> {
+    Ok(Delivered { app: dialer.tcp(to).await?, hidden })
+}
+
+async fn announced(dialer: &Dialer, to: SocketAddr, caller: &Caller<'_>) -> Result<Delivered, Fault> {
+    let mut app = dialer.tcp(to).await?;
+    let header = proxy_protocol::header(caller.address, to, caller.id);
+    app.write_all(&header).await.map_err(|_| Fault::AppReset)?;
+    Ok(Delivered { app, hidden: false })
+}
+
+/// None where an application cannot see that address, whatever we do.
+async fn transparent(dialer: &Dialer, to: SocketAddr, source: IpAddr) -> Option<Result<TcpStream, Fault>> {
+    if source.is_ipv4() != to.is_ipv4() {
+        return None;
+    }
+    dialer.tcp_from(source, to).await
 }

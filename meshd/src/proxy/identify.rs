@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use meshd_sys::sock_diag::{Lookup, SocketDiag, SocketOwner};
 
-use crate::enrol::{CgroupUnits, Enrolment, PortWatch, UnitLookup, Workload};
+use crate::enrol::{self, CgroupUnits, Enrolment, PortWatch, UnitLookup, Workload};
 use crate::fault::Fault;
 use crate::telemetry::UnknownOwners;
 
@@ -17,6 +17,8 @@ use crate::telemetry::UnknownOwners;
 pub(super) struct Identifier {
     diag: RefCell<SocketDiag>,
     units: RefCell<CgroupUnits>,
+    /// Whom our own sockets belong to.
+    own: (u32, Option<Arc<str>>),
 }
 
 /// Why nobody was identified, with all an operator needs to enrol the caller.
@@ -29,7 +31,11 @@ pub(super) struct Unidentified {
 
 impl Identifier {
     pub(super) fn open() -> std::io::Result<Identifier> {
-        Ok(Identifier { diag: RefCell::new(SocketDiag::open()?), units: RefCell::new(CgroupUnits::discover()) })
+        Ok(Identifier {
+            diag: RefCell::new(SocketDiag::open()?),
+            units: RefCell::new(CgroupUnits::discover()),
+            own: (nix::unistd::getuid().as_raw(), enrol::own_unit()),
+        })
     }
 
     /// The workload whose socket is bound to `client` and connected to `original`.
@@ -49,7 +55,16 @@ impl Identifier {
         let unit = self.unit_of(owner);
         let found = enrolment.workload_of(unit.as_ref(), owner.uid);
         let found = found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), owner.uid, Instant::now()));
-        found.cloned().ok_or(Unidentified { fault: Fault::Unenrolled, unit, uid: Some(owner.uid) })
+        if let Some(who) = found {
+            return Ok(who.clone());
+        }
+        let fault = if self.is_ours(owner.uid, unit.as_ref()) { Fault::Loop } else { Fault::Unenrolled };
+        Err(Unidentified { fault, unit, uid: Some(owner.uid) })
+    }
+
+    /// Whether this daemon dialled it itself, say for a source configured by a name of the mesh.
+    fn is_ours(&self, uid: u32, unit: Option<&Arc<str>>) -> bool {
+        unit.is_some() && (uid, unit) == (self.own.0, self.own.1.as_ref())
     }
 
     /// Counts what it does not believe: a socket that is closing would answer "uid 0".

@@ -20,6 +20,7 @@ use super::report::Report;
 use super::serve::Watch;
 use super::worker::{Env, STREAM_TASK_MAX};
 use super::{deliver, serve};
+use crate::enrol::Delivery;
 use crate::fault::Fault;
 use crate::lifecycle::Stage;
 use crate::telemetry::{Direction, Tls};
@@ -194,9 +195,24 @@ async fn accept_target(env: &Env, peer: &PeerFacts, target: Target, report: &mut
     report.unit(&delivery.owner.unit);
     report.target(&delivery.service, delivery.port);
     let permit = authorize::check(Policy::default(), &peer.id, &delivery)?;
-    let app = deliver::connect(&env.dialer, &delivery, permit).await?;
+    let caller = deliver::Caller { id: &peer.id, address: peer.address };
+    let delivered = deliver::connect(&env.dialer, &delivery, &caller, permit).await?;
     report.connected(delivery.deliver, Tls::Mutual);
-    Ok(app)
+    if delivered.hidden {
+        tell_hidden(env, peer, &delivery);
+    }
+    Ok(delivered.app)
+}
+
+/// The application asked for the caller's address and cannot have it.
+fn tell_hidden(env: &Env, peer: &PeerFacts, delivery: &Delivery) {
+    env.shared.telemetry.hidden_callers.fetch_add(1, Ordering::Relaxed);
+    if env.may_log(&format!("hidden caller of {}", delivery.deliver)) {
+        let (caller, deliver, service) = (peer.address.ip(), delivery.deliver, &delivery.service);
+        tracing::warn!(%service, %caller, %deliver,
+            "`client_address = \"transparent\"` needs addresses of one family: this host seems to call itself; \
+             let the application listen on the caller's family, too, or use `proxy-v2`");
+    }
 }
 
 async fn serve_stream(

@@ -16,6 +16,7 @@ mod inbound;
 mod limits;
 mod outbound;
 mod probe;
+mod proxy_protocol;
 mod report;
 mod resolve;
 mod serve;

@@ -138,6 +138,12 @@ fn explain(env: &Env, caller: &Unidentified, original: SocketAddr, report: &mut 
     let service = env.shared.vips.service_of(original.ip());
     let service = service.map_or_else(|| original.to_string(), |service| service.to_string());
     report.stray_unit(caller.unit.clone());
+    if caller.fault == Fault::Loop {
+        if env.may_log("own connection") {
+            tracing::warn!(%service, "meshd itself dialled a virtual IP: give its PKI and sources real addresses");
+        }
+        return caller.fault;
+    }
     let selector = match (&caller.unit, caller.uid) {
         (Some(unit), _) => unit.to_string(),
         (None, Some(uid)) => format!("--uid {uid}"),

@@ -29,7 +29,7 @@ use super::{Shared, inbound};
 use crate::capture::{Flow, Recoverer, Recovery};
 use crate::lifecycle::{Lifecycle, Stage};
 use crate::telemetry::Direction;
-use crate::transport::dial::Dialer;
+use crate::transport::dial::{Dialer, OwnAddresses};
 use crate::transport::pool::Pool;
 
 /// Connections on their way between workers; one that finds the queue full is carried where it arrived.
@@ -198,7 +198,9 @@ impl Parts {
     }
 
     fn into_env(self, listeners: &Listeners) -> io::Result<Env> {
+        let captured = listeners.captured.iter().map(StdListener::local_addr).collect::<io::Result<Vec<_>>>()?;
         let dialer = Dialer {
+            own: OwnAddresses { virtual_ips: self.shared.vips.networks().to_vec(), capture: captured.clone() },
             mark: self.shared.mark,
             connect_timeout: self.shared.config.connect_timeout(),
             telemetry: self.shared.telemetry.clone(),
@@ -217,7 +219,7 @@ impl Parts {
             },
             limits: self.limits,
             balancers: RefCell::default(),
-            captured: listeners.captured.iter().map(StdListener::local_addr).collect::<io::Result<_>>()?,
+            captured,
             recoverer: Recoverer::open(&listeners.recovery)?,
             team: self.team,
             measured: Cell::new((Instant::now(), Duration::ZERO)),

@@ -93,6 +93,11 @@ fn data_plane(telemetry: &Telemetry) -> Vec<Exposition> {
         single(telemetry.panics.load(Ordering::Relaxed)),
     ));
     metrics.push(Exposition::counter(
+        "meshd_hidden_callers",
+        "Streams whose application asked for the caller's address and saw this host's",
+        single(telemetry.hidden_callers.load(Ordering::Relaxed)),
+    ));
+    metrics.push(Exposition::counter(
         "meshd_access_log_dropped",
         "Access log events lost because the disk did not keep up",
         single(telemetry.access_log.dropped()),

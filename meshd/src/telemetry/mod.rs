@@ -50,6 +50,8 @@ pub struct Telemetry {
     pub dns: DnsCounters,
     /// A panic ends one connection; the operator must see that it happened.
     pub panics: AtomicU64,
+    /// Streams whose application asked for the caller's address and could not be given it.
+    pub hidden_callers: AtomicU64,
     /// Bytes received from peers that the local side has not taken yet.
     pub buffered_bytes: AtomicU64,
 }
@@ -65,6 +67,7 @@ impl Telemetry {
             handshakes: HandshakeCounters::default(),
             dns: DnsCounters::default(),
             panics: AtomicU64::new(0),
+            hidden_callers: AtomicU64::new(0),
             buffered_bytes: AtomicU64::new(0),
         })
     }

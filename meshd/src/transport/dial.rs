@@ -1,14 +1,16 @@
 //! Opens connections: marked TCP, mutual TLS, HTTP/2.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
+use ipnet::IpNet;
 use meshd_identity::{SpiffeId, server_name};
 use meshd_sys::sockets::{self, Mark};
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, CertificateError, ClientConfig};
+use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -27,6 +29,23 @@ pub struct Dialer {
     /// For each of TCP connect, TLS handshake and first answer.
     pub connect_timeout: Duration,
     pub telemetry: Arc<Telemetry>,
+    pub own: OwnAddresses,
+}
+
+/// Addresses that lead back to this daemon: dialling one of them would be a loop.
+#[derive(Clone, Debug, Default)]
+pub struct OwnAddresses {
+    /// The virtual IPs of services.
+    pub virtual_ips: Vec<IpNet>,
+    /// Where captured connections arrive.
+    pub capture: Vec<SocketAddr>,
+}
+
+impl OwnAddresses {
+    pub fn contain(&self, address: SocketAddr) -> bool {
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        self.capture.contains(&address) || self.virtual_ips.iter().any(|net| net.contains(&address.ip()))
+    }
 }
 
 /// Which connection: whom we prove to be, whom we expect, where and how.
@@ -50,10 +69,30 @@ pub struct Opened {
 impl Dialer {
     /// A TCP connection carrying our mark.
     pub async fn tcp(&self, address: SocketAddr) -> Result<TcpStream, Fault> {
-        let socket = sockets::marked(address, self.mark).map_err(|error| {
+        self.connect(self.socket(address)?, address).await
+    }
+
+    /// The same, seeming to come from `source`; None where this host may not speak for it.
+    pub async fn tcp_from(&self, source: IpAddr, address: SocketAddr) -> Option<Result<TcpStream, Fault>> {
+        let socket = match self.socket(address) {
+            Ok(socket) => socket,
+            Err(fault) => return Some(Err(fault)),
+        };
+        sockets::speak_for(&socket, source).ok()?;
+        Some(self.connect(socket, address).await)
+    }
+
+    fn socket(&self, address: SocketAddr) -> Result<Socket, Fault> {
+        if self.own.contain(address) {
+            return Err(Fault::Loop);
+        }
+        sockets::marked(address, self.mark).map_err(|error| {
             tracing::error!(%address, %error, "cannot open a marked socket; meshd needs CAP_NET_ADMIN, and descriptors (LimitNOFILE)");
             Fault::Internal
-        })?;
+        })
+    }
+
+    async fn connect(&self, socket: Socket, address: SocketAddr) -> Result<TcpStream, Fault> {
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
         match timeout(self.connect_timeout, connecting).await {
             Ok(Ok(stream)) => Ok(stream),
@@ -106,6 +145,9 @@ fn remedy(fault: Fault) -> &'static str {
         Fault::IdentityMismatch => "check `identity` of this endpoint in its MeshService, and who listens there",
         Fault::CertExpired => "run `meshd check` on both hosts, and look at their clocks",
         Fault::TlsHandshake => "are both hosts of the same trust domain, and is that port meshd's?",
+        Fault::Loop => {
+            "a virtual IP or a listener of our own; give the endpoint the address of the host that serves it"
+        }
         Fault::Unenrolled => "the PKI has issued no certificate for the caller; see `meshd status`",
         _ => "the log has more",
     }
@@ -155,5 +197,29 @@ fn mesh_fault(error: &MeshError) -> Fault {
         MeshError::Io(error) => tls_fault(error),
         MeshError::Http2(error) => error.get_io().map_or(Fault::TlsHandshake, tls_fault),
         MeshError::Silent(_) => Fault::ConnectTimeout,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn virtual_ips_and_the_capture_listener_lead_back_to_us() {
+        let own = OwnAddresses {
+            virtual_ips: vec!["240.240.0.0/16".parse().unwrap(), "fd6d::/64".parse().unwrap()],
+            capture: vec!["127.0.0.1:15001".parse().unwrap()],
+        };
+        for (address, loops) in [
+            ("240.240.7.7:15008", true),
+            ("[fd6d::7]:15008", true),
+            ("[::ffff:240.240.7.7]:15008", true),
+            ("127.0.0.1:15001", true),
+            // This host's own mesh port: how a service of this host is reached.
+            ("127.0.0.1:15008", false),
+            ("10.0.0.5:15001", false),
+        ] {
+            assert_eq!(own.contain(address.parse().unwrap()), loops, "{address}");
+        }
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! `sock_diag` asks the kernel who owns a TCP socket, `conntrack` what NAT rewrote; `sockets` opens the sockets
 //! meshd listens on and dials with; `kernel_events` tells when rules or routes change; `inherit` adopts listeners
-//! handed over by systemd; `memory` tunes the allocator; `tun` makes a network device whose packets this process
+//! handed over by systemd; `clock` asks how good it is; `memory` tunes the allocator; `tun` makes a network device whose packets this process
 //! reads and writes.
 
+pub mod clock;
 pub mod conntrack;
 pub mod inherit;
 pub mod kernel_events;

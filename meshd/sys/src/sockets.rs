@@ -2,9 +2,10 @@
 //! connections, and marked sockets to dial with.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -40,6 +41,18 @@ pub fn marked(address: SocketAddr, mark: Mark) -> io::Result<Socket> {
     }
     socket.set_tcp_nodelay(true)?;
     Ok(socket)
+}
+
+/// Has `socket` speak for `source`, an address this host need not have; before it connects. What answers it must be
+/// routed back to this host. Needs CAP_NET_ADMIN.
+pub fn speak_for(socket: &Socket, source: IpAddr) -> io::Result<()> {
+    match source {
+        IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+    }
+    // The port is chosen when it connects: one per destination, not one for all.
+    setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
+    socket.bind(&SocketAddr::new(source, 0).into())
 }
 
 fn listener(address: SocketAddr) -> io::Result<Socket> {

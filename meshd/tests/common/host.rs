@@ -10,7 +10,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use meshd::capture::Recovery;
 use meshd::dns::Vips;
-use meshd::enrol::{self, Enrolment, PortWatch};
+use meshd::enrol::{self, Enrolment, PortWatch, Reserved};
 use meshd::fault::Fault;
 use meshd::lifecycle::{self, Conductor, Stage};
 use meshd::proxy::{self, Listeners, ProxyConfig, Shared, Workers};
@@ -122,7 +122,7 @@ fn enrolled(directory: &Path, text: &str) -> Enrolment {
     let enrol = directory.join("enrol.d");
     std::fs::create_dir(&enrol).unwrap();
     std::fs::write(enrol.join("10-test.toml"), text).unwrap();
-    enrol::load(&enrol, &domain(), &[]).unwrap()
+    enrol::load(&enrol, &domain(), &Reserved::default()).unwrap()
 }
 
 fn vips(directory: &Path) -> Vips {

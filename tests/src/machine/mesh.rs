@@ -9,7 +9,7 @@ use crate::backend;
 use crate::host::Host;
 use crate::lab::Lab;
 use crate::mesh::Mesh;
-use crate::plan::{self, App, HostPlan, Plan, Workload};
+use crate::plan::{self, HostPlan, Plan, Workload};
 use crate::process::{Finished, Process, Program};
 
 // Fields drop in order: machines first, the lab they run in last.
@@ -121,14 +121,10 @@ fn boot_all(lab: &Lab, plan: &Plan, key: &Key) -> Result<Vec<Machine>> {
 }
 
 fn start_app(machine: &Machine, workload: &Workload) -> Result<()> {
-    let (verb, listen) = match workload.app {
-        None => return Ok(()),
-        Some(App::EchoHttp { listen }) => ("echo-http", listen),
-        Some(App::Greeter { listen }) => ("greeter", listen),
-    };
-    let name = format!("{}-on-{}", workload.name, machine.name());
+    let Some(app) = workload.app else { return Ok(()) };
+    let arguments = app.arguments(&format!("{}-on-{}", workload.name, machine.name())).join(" ");
     let user = format!("User={}", workload.name);
-    let command = format!("/usr/bin/testkit {verb} --listen {listen} --name {name}");
+    let command = format!("/usr/bin/testkit {arguments}");
     machine.install_unit(&workload.unit(), &units::service(&command, &[&user]))?;
     machine.systemctl(&["enable", "--now", &workload.unit()]).map(drop)
 }

@@ -8,9 +8,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::backend::{Backend, BackendKind, ListenAt};
 use super::flow::Recovery;
-use super::routes;
 use super::tool::{CaptureError, NFT, Tool};
 use super::wanted::{Facts, Wanted};
+use super::{routes, transparent};
 
 const TPROXY_NEEDS: Tool = Tool { needs: "nft_tproxy", ..NFT };
 const REDIRECT_NEEDS: Tool = Tool { needs: "nft_redir and connection tracking", ..NFT };
@@ -47,7 +47,8 @@ impl Nft {
             NftCapture::Redirect => redirect::chains(wanted),
         };
         let guard = guard::chains(wanted, facts);
-        format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{guard}}}\n")
+        let transparent = transparent::chains(wanted);
+        format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{guard}{transparent}}}\n")
     }
 }
 
@@ -80,12 +81,17 @@ impl Backend for Nft {
     }
 
     fn render(&self, wanted: &Wanted, facts: &Facts) -> String {
-        format!("# nft -f -\n{}# routes\n{}", self.table(wanted, facts), routes::render(wanted))
+        format!(
+            "# nft -f -\n{}# routes\n{}",
+            self.table(wanted, facts),
+            routes::render(wanted) + &transparent::render(wanted)
+        )
     }
 
     fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
         // Routes first: once the rules capture, a virtual IP must already lead to this host.
         routes::install(wanted)?;
+        transparent::install(wanted)?;
         self.tool().run(&["-f", "-"], &self.table(wanted, facts))?;
         self.installed = Some(listed()?);
         Ok(())
@@ -94,7 +100,7 @@ impl Backend for Nft {
     fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
         // Listing fails when the table is gone.
         let table = listed().is_ok_and(|listed| Some(listed) == self.installed);
-        Ok(table && routes::intact(wanted)?)
+        Ok(table && routes::intact(wanted)? && transparent::intact(wanted)?)
     }
 
     fn revert(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
@@ -102,6 +108,7 @@ impl Backend for Nft {
         NFT.run(&["-f", "-"], "table inet meshd\ndelete table inet meshd\n")?;
         self.installed = None;
         routes::remove(wanted);
+        transparent::remove(wanted)?;
         Ok(())
     }
 }

@@ -28,6 +28,11 @@ use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 use pump::Pump;
 
+/// Whether device, addresses, routes and rules are all there, whichever process made them.
+pub(super) fn routes_are_there(wanted: &Wanted) -> Result<bool, CaptureError> {
+    device::intact(wanted)
+}
+
 #[derive(Default)]
 pub(super) struct Tun {
     /// The device, as long as it is ours.

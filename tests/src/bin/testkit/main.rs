@@ -8,6 +8,7 @@ mod hold;
 mod leave;
 mod load;
 mod pace;
+mod peer;
 mod serve;
 mod talk;
 
@@ -27,6 +28,8 @@ enum Verb {
     EchoHttp(serve::Listen),
     /// Server that speaks first, echoes lines, and answers a half-close with a last line
     Greeter(serve::Listen),
+    /// HTTP/1.1 server that answers with the caller's address; with what a PROXY header says, if told to expect one
+    WhoCalls(peer::Args),
     /// Requests: closed loop, one connection per request, or at a fixed rate; ends with one JSON line
     Load(load::Args),
     /// Downloads as fast as it goes; ends with one JSON line
@@ -65,6 +68,7 @@ async fn run(verb: Verb) -> Result<()> {
     match verb {
         Verb::EchoHttp(listen) => serve::echo_http(listen).await,
         Verb::Greeter(listen) => serve::greeter(listen).await,
+        Verb::WhoCalls(args) => peer::run(args).await,
         Verb::Load(args) => load::run(args, Stop::on_sigterm()?).await,
         Verb::Bulk(args) => bulk::run(args).await,
         Verb::Idle(args) => hold::idle(args, Stop::on_sigterm()?).await,

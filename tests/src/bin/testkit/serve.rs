@@ -36,7 +36,7 @@ pub(crate) async fn greeter(Listen { listen, name }: Listen) -> Result<()> {
     }
 }
 
-async fn bind(address: &str) -> Result<TcpListener> {
+pub(crate) async fn bind(address: &str) -> Result<TcpListener> {
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
     println!("ready on {address}");
     Ok(listener)

@@ -1,0 +1,146 @@
+//! The daemon of this host: certificates, enrolment, rules, PKI, sources.
+
+use std::net::TcpStream;
+use std::time::{Duration, SystemTime};
+
+use meshd_pki_client::Credentials;
+
+use super::finding::Finding;
+use super::rules::RuleFacts;
+use super::ruleset::Chain;
+use crate::admin::{AdminError, StatusView};
+use crate::capture::{self, Applied, BackendKind, CaptureError, CaptureState};
+use crate::config::Config;
+use crate::enrol;
+
+/// A PKI address that does not answer within this time is reported.
+const PKI_TIMEOUT: Duration = Duration::from_secs(2);
+/// Certificates renew at 30-45 % of their life; one below this has missed many tries.
+const EXPIRY_WARNING: Duration = Duration::from_secs(6 * 3600);
+
+pub(super) fn certificates(credentials: &Credentials, now: SystemTime) -> Finding {
+    let check = "certificates are valid for at least 6 h";
+    let svids = std::iter::once(&credentials.host).chain(credentials.workloads.values());
+    let short: Vec<String> = svids
+        .filter(|svid| svid.not_after < now + EXPIRY_WARNING)
+        .map(|svid| match svid.not_after.duration_since(now) {
+            Ok(left) => format!("{} ends in {} min", svid.id, left.as_secs() / 60),
+            Err(ended) => format!("{} EXPIRED {} min ago", svid.id, ended.duration().as_secs() / 60),
+        })
+        .collect();
+    match short.is_empty() {
+        true => Finding::ok(check, ""),
+        false => Finding::failed(check, short.join(", "), "is the PKI reachable, and the clock right?"),
+    }
+}
+
+pub(super) fn permitted(credentials: &Credentials) -> Finding {
+    let check = "the PKI permits every enrolled identity";
+    let refused: Vec<&str> = credentials.refused.values().map(String::as_str).collect();
+    match refused.is_empty() {
+        true => Finding::ok(check, ""),
+        false => Finding::failed(check, refused.join("; "), "permit them there: meshd-pki entry add"),
+    }
+}
+
+pub(super) fn enrolment(loaded: &Result<enrol::Enrolment, enrol::EnrolError>) -> Finding {
+    let check = "enrolment files are valid";
+    match loaded {
+        Ok(enrolment) => Finding::ok(check, format!("{} workloads", enrolment.workloads().len())),
+        Err(error) => Finding::failed(check, error.to_string(), ""),
+    }
+}
+
+pub(super) fn pki(credentials: &Credentials) -> Finding {
+    let check = "the PKI is reachable";
+    match credentials.pki.iter().any(|address| reach(address)) {
+        true => Finding::ok(check, ""),
+        false => Finding::warning(
+            check,
+            format!("none of {} answers", credentials.pki.join(", ")),
+            "traffic goes on, but certificates are not renewed until one does",
+        ),
+    }
+}
+
+fn reach(address: &str) -> bool {
+    let Ok(addresses) = std::net::ToSocketAddrs::to_socket_addrs(address) else { return false };
+    addresses.into_iter().any(|address| TcpStream::connect_timeout(&address, PKI_TIMEOUT).is_ok())
+}
+
+/// What was recorded as applied, and whether the kernel still has it.
+pub(super) fn rules(config: &Config, facts: &RuleFacts) -> Finding {
+    let recorded = CaptureState::load(&CaptureState::path(&config.state_dir)).map(|state| state.applied);
+    let routed = recorded.as_ref().ok().and_then(Option::as_ref).map(capture::routes_are_there);
+    judge_rules(recorded, facts.chains.iter().any(Chain::is_ours), routed)
+}
+
+/// `routed`: whether virtual IPs lead to this host.
+fn judge_rules(
+    applied: Result<Option<Applied>, CaptureError>,
+    has_chains: bool,
+    routed: Option<Result<bool, CaptureError>>,
+) -> Finding {
+    let check = "capture rules are installed";
+    let gone = |what: &str| {
+        Finding::failed(check, what.to_owned(), "start meshd; while it runs, it puts back what others remove")
+    };
+    let applied = match applied {
+        Ok(Some(applied)) => applied,
+        Ok(None) => return gone("none were ever applied on this host"),
+        Err(error) => return Finding::failed(check, error.to_string(), ""),
+    };
+    match routed {
+        Some(Err(error)) => Finding::failed(check, error.to_string(), ""),
+        Some(Ok(true)) if has_chains || applied.backend == BackendKind::Tun => {
+            Finding::ok(check, applied.backend.label())
+        }
+        Some(Ok(true)) => gone("meshd's chains are gone from the packet filter"),
+        Some(Ok(false)) | None => gone("meshd's routes are gone"),
+    }
+}
+
+pub(super) fn running(status: &Result<StatusView, AdminError>) -> Vec<Finding> {
+    let check = "the daemon is running";
+    match status {
+        Ok(status) => vec![Finding::ok(check, ""), sources(status)],
+        Err(error) => vec![Finding::failed(check, error.to_string(), "")],
+    }
+}
+
+fn sources(status: &StatusView) -> Finding {
+    let check = "discovery sources are healthy";
+    let errors: Vec<String> = status
+        .sources
+        .iter()
+        .flat_map(|source| source["errors"].as_array().cloned().unwrap_or_default())
+        .filter_map(|error| error.as_str().map(str::to_owned))
+        .collect();
+    match errors.is_empty() {
+        true => Finding::ok(check, ""),
+        false => Finding::warning(check, errors.join("; "), "the last good state stays in force meanwhile"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+    use crate::capture::CaptureConfig;
+
+    fn verdict(backend: Option<BackendKind>, has_chains: bool, routed: bool) -> Verdict {
+        let wanted = CaptureConfig::default().bare(15001);
+        let applied = backend.map(|backend| Applied { backend, wanted });
+        judge_rules(Ok(applied), has_chains, Some(Ok(routed))).verdict
+    }
+
+    #[test]
+    fn rules_are_installed_when_chains_and_routes_are_there() {
+        let tproxy = Some(BackendKind::NftTproxy);
+        assert_eq!(verdict(tproxy, true, true), Verdict::Ok);
+        assert_eq!(verdict(tproxy, false, true), Verdict::Failed);
+        assert_eq!(verdict(tproxy, true, false), Verdict::Failed);
+        assert_eq!(verdict(Some(BackendKind::Tun), false, true), Verdict::Ok);
+        assert_eq!(verdict(None, true, true), Verdict::Failed);
+    }
+}
