@@ -110,7 +110,7 @@ fn label<'n>(metadata: &Fields<'n>, key: &'static str, example: &str, problems: 
 }
 
 fn read_spec(name: &ServiceName, spec: &Field<'_>, context: &Context, problems: &mut Vec<Problem>) -> Option<Service> {
-    let fields = spec.mapping(&["ports", "identities", "allowPlaintext", "endpoints"], problems)?;
+    let fields = spec.mapping(&["ports", "identities", "allowPlaintext", "addresses", "endpoints"], problems)?;
     let ports = read_ports(&fields, problems);
     let identities = read_identities(&fields, name, context, problems);
     let allow_plaintext = fields.get("allowPlaintext").and_then(|field| field.boolean(problems)).unwrap_or(false);
@@ -119,6 +119,7 @@ fn read_spec(name: &ServiceName, spec: &Field<'_>, context: &Context, problems: 
         ports,
         identities,
         allow_plaintext,
+        addresses: read_addresses(&fields, problems),
         source: context.source.clone(),
         endpoints: vec![],
     };
@@ -194,6 +195,19 @@ fn read_identity(field: &Field<'_>, context: &Context, problems: &mut Vec<Proble
     }
 }
 
+fn read_addresses(fields: &Fields<'_>, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
+    let items = fields.get("addresses").and_then(|field| field.list(problems)).unwrap_or_default();
+    let mut addresses = Vec::new();
+    for item in items {
+        let Some(found) = address(&item, problems) else { continue };
+        if addresses.contains(&found) {
+            item.refuse(problems, format!("{found} is listed twice; remove one of them"));
+        }
+        addresses.push(found);
+    }
+    addresses
+}
+
 fn read_endpoints(
     items: &[Field<'_>],
     service: &Service,
@@ -254,7 +268,7 @@ fn read_place(item: &Field<'_>, service: &Service, context: &Context, problems: 
     let fields = item.mapping(&known, problems)?;
     let transport = read_transport(&fields, service, problems);
     let mesh_port = fields.get("meshPort").and_then(|field| field.port(problems)).unwrap_or(DEFAULT_MESH_PORT);
-    let target_port = read_target_port(&fields, transport, service, problems);
+    let target_port = read_target_port(&fields, service, problems);
     let network = tag(&fields, "network", problems);
     let zone = tag(&fields, "zone", problems);
     let weight = fields.get("weight").and_then(|field| field.integer(0..=MAX_WEIGHT, problems));
@@ -283,21 +297,10 @@ fn read_transport(fields: &Fields<'_>, service: &Service, problems: &mut Vec<Pro
     transport
 }
 
-fn read_target_port(
-    fields: &Fields<'_>,
-    transport: Transport,
-    service: &Service,
-    problems: &mut Vec<Problem>,
-) -> Option<u16> {
+fn read_target_port(fields: &Fields<'_>, service: &Service, problems: &mut Vec<Problem>) -> Option<u16> {
     let field = fields.get("targetPort")?;
     let port = field.port(problems);
-    if transport == Transport::Meshd {
-        field.refuse(
-            problems,
-            "has no meaning with transport meshd, where the far host's enrol.d says which local port it delivers to; \
-             remove it",
-        );
-    } else if service.ports.len() > 1 {
+    if service.ports.len() > 1 {
         field.refuse(
             problems,
             format!(

@@ -142,11 +142,6 @@ fn every_mistake_names_line_field_and_remedy() {
             "{ address: 10.0.0.1, transport: plaintext, meshPort: 1 }",
             "8: spec.endpoints[0].meshPort: has no meaning with transport plaintext",
         ),
-        (
-            "",
-            "{ address: 10.0.0.1, targetPort: 8080 }",
-            "spec.endpoints[0].targetPort: has no meaning with transport meshd",
-        ),
         ("", "{ address: 10.0.0.1, transport: mesh }", "unknown value `mesh`; did you mean `meshd`?"),
         ("", "{ address: 10.0.0.1, zone: \"a b\" }", "spec.endpoints[0].zone: at most 63 of"),
         (
@@ -178,6 +173,23 @@ fn every_mistake_names_line_field_and_remedy() {
             "{text}\nexpected {expected}\nfound {found:#?}"
         );
     }
+}
+
+#[test]
+fn raw_addresses_are_those_of_the_programs_and_of_the_service_itself() {
+    let service = service(concat!(
+        "  ports: [ { port: 80 } ]\n",
+        "  addresses: [ 10.96.3.7, \"fd00::3\" ]\n",
+        "  endpoints:\n",
+        "  - { address: 10.0.0.1, targetPort: 8080 }\n",
+        "  - { address: 10.0.0.2, meshPort: 15009 }\n",
+    ));
+    assert_eq!(service.endpoints[0].dial, "10.0.0.1:15008".parse().unwrap());
+    let raw: Vec<String> = service.raw_addresses().map(|(address, port)| format!("{address}={port}")).collect();
+    assert_eq!(raw, ["10.96.3.7:80=80", "[fd00::3]:80=80", "10.0.0.1:8080=80", "10.0.0.2:80=80"]);
+    let spec = |addresses: &str| with_spec(&format!("  ports: [ {{ port: 80 }} ]\n  addresses: [ {addresses} ]\n"));
+    assert!(problems(&spec("payments.internal"))[0].contains("spec.addresses[0]: `payments.internal` is not an IP"));
+    assert!(problems(&spec("10.0.0.1, 10.0.0.1"))[0].contains("spec.addresses[1]: 10.0.0.1 is listed twice"));
 }
 
 #[test]

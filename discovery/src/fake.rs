@@ -94,6 +94,7 @@ pub fn service(name: &str, source: &str, addresses: &[&str]) -> Arc<Service> {
         ports: vec![ServicePort { port: 80, protocol: Protocol::Detect }],
         identities: vec![identity.clone()],
         allow_plaintext: false,
+        addresses: vec![],
         source: source.into(),
         endpoints: addresses.iter().map(endpoint).collect(),
         name: name.clone(),

@@ -1,4 +1,4 @@
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use meshd_identity::SpiffeId;
@@ -91,6 +91,8 @@ pub struct Service {
     /// Who may serve it; every endpoint's identity is one of these.
     pub identities: Vec<SpiffeId>,
     pub allow_plaintext: bool,
+    /// Stable addresses that programs know the service by, on its own ports; what a ClusterIP is.
+    pub addresses: Vec<IpAddr>,
     pub source: Arc<str>,
     pub endpoints: Vec<Arc<Endpoint>>,
 }
@@ -98,6 +100,16 @@ pub struct Service {
 impl Service {
     pub fn port(&self, port: u16) -> Option<&ServicePort> {
         self.ports.iter().find(|candidate| candidate.port == port)
+    }
+
+    /// Where programs that know nothing of the mesh reach a port of it: raw addresses.
+    pub fn raw_addresses(&self) -> impl Iterator<Item = (SocketAddr, u16)> {
+        let endpoints = self.endpoints.iter().map(|endpoint| (endpoint.target, endpoint.port));
+        let stable = self
+            .addresses
+            .iter()
+            .flat_map(|address| self.ports.iter().map(|port| (SocketAddr::new(*address, port.port), port.port)));
+        stable.chain(endpoints)
     }
 
     pub fn endpoints_on(&self, port: u16) -> impl Iterator<Item = &Arc<Endpoint>> {

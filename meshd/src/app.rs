@@ -19,6 +19,7 @@ use nix::errno::Errno;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use crate::admin::{self, Control, Reload, View};
 use crate::capture::{self, Caller, CaptureState, Keeper, KeeperHandle, ListenAt, Recovery, StrictPort, Wanted};
@@ -28,6 +29,7 @@ use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortWatch, Se
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
 use crate::proxy::{self, Listeners, Shared, Workers};
+use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::tls::TlsState;
 
@@ -65,6 +67,8 @@ pub struct App {
     identities: watch::Sender<BTreeSet<SpiffeId>>,
     tls_generation: watch::Sender<u64>,
     keeper: KeeperHandle,
+    /// Keeps the captured raw addresses equal to the directory's.
+    raw: JoinHandle<()>,
     reloads: mpsc::Receiver<Reload>,
     _only_one: OnlyOne,
 }
@@ -103,6 +107,7 @@ impl App {
             ports: PortWatch::default(),
             tls: ArcSwap::from_pointee(tls),
             vips: vips.clone(),
+            raw: ArcSwap::default(),
             telemetry: Telemetry::new(workers, access_log),
         });
         count_panics(&shared.telemetry);
@@ -135,10 +140,13 @@ impl App {
         let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
         // Only now: what is captured must find somebody who listens and knows where to.
         start!(keeper.want(intent).await, "capture")?;
+        let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());
+        raw.follow_to(&directory.borrow().clone()).await;
+        let raw = tokio::spawn(raw.follow(directory.clone()));
         tokio::spawn(dns::serve(dns.0, dns.1, config.dns.clone(), directory, vips, shared.telemetry.clone()));
         tokio::spawn(keep_integrated(&config, shared.clone()));
-        let view =
-            Arc::new(View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, recovery));
+        let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, recovery);
+        let view = Arc::new(view.with_ledger(keeper.ledger.clone()));
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
         let (reload, reloads) = mpsc::channel(1);
         let control = Control { keeper: keeper.clone(), reload };
@@ -154,6 +162,7 @@ impl App {
             identities,
             tls_generation,
             keeper,
+            raw,
             reloads,
             _only_one: only_one,
         })
@@ -197,6 +206,9 @@ impl App {
     async fn drain(self, mut again: tokio::signal::unix::Signal) {
         let limit = Duration::from_secs(self.config.proxy.drain_timeout_s);
         tracing::info!(under_way = self.workers.work.under_way(), "draining");
+        // New connections to raw addresses go direct from now on; captured ones stay with us.
+        self.raw.abort();
+        self.keeper.raw_addresses(BTreeSet::new()).await;
         self.conductor.enter(Stage::Draining);
         let drained = async {
             // Two quiet looks in a row: a stream may be between a peer's socket and our count.
@@ -368,6 +380,10 @@ pub(crate) fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
     let of_mode = |mode| enrolment.deliveries().iter().filter(move |delivery| delivery.mode == mode);
     Wanted {
         strict: of_mode(Mode::Strict).map(|delivery| strict_port(delivery)).collect(),
+        raw_callers: match config.capture.raw.is_empty() {
+            true => BTreeSet::new(),
+            false => enrolment.workloads().iter().map(|workload| caller(&workload.selector)).collect(),
+        },
         permissive: of_mode(Mode::Permissive).map(|delivery| delivery.deliver.port()).collect(),
         transparent: enrolment
             .deliveries()

@@ -18,5 +18,6 @@ pub mod fault;
 pub mod lifecycle;
 pub mod only_one;
 pub mod proxy;
+mod raw;
 pub mod telemetry;
 pub mod transport;

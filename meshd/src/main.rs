@@ -11,7 +11,7 @@ use meshd::config::Config;
 use crate::cli::enrol::{EnrolArgs, UnenrolArgs};
 use crate::cli::intercept::Intercept;
 use crate::cli::probe::{ConnectArgs, ProbeArgs};
-use crate::cli::{Output, enrol, inspect, intercept, join, probe, run};
+use crate::cli::{Output, enrol, inspect, intercept, join, ledger, probe, run};
 
 /// A service mesh for VMs and bare metal: the daemon of one host, and its command line.
 #[derive(Parser)]
@@ -55,6 +55,8 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Who still calls this host's permissive ports in clear, and which ports nobody does.
+    Ledger(ledger::Ledger),
     /// Put a unit, user or port of this host under the mesh. Takes effect at once; nothing is restarted.
     Enrol(EnrolArgs),
     /// Take a unit, user or port out of the mesh again.
@@ -88,6 +90,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Run => run::run(&load(&cli.config)?, &cli.config),
         Command::Status { output } => inspect::status(&load(&cli.config)?, *output),
         Command::Edges { output } => inspect::edges(&load(&cli.config)?, *output),
+        Command::Ledger(args) => ledger::run(&load(&cli.config)?, args),
         Command::Check { pre, output } => inspect::check(&cli.config, *pre, *output),
         Command::Enrol(args) => enrol::enrol(&load(&cli.config)?, args),
         Command::Unenrol(args) => enrol::unenrol(&load(&cli.config)?, args),

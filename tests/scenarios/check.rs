@@ -101,8 +101,11 @@ fn a_firewall_that_drops_peers_is_noticed() -> Result<()> {
     let rules =
         "table inet filter { chain input { type filter hook input priority 0; policy drop; tcp dport 22 accept; }; }";
     mesh.host("web").nft(rules)?;
-    let (verdict, said) = Checked::before_install(&mesh)?.about("firewall").map(|(v, s)| (v.to_owned(), s))?;
+    let checked = Checked::before_install(&mesh)?;
+    let (verdict, said) = checked.about("firewall")?;
     ensure!(verdict == "warning" && said.contains("tcp dport 15008 accept"), "{said}");
+    let (verdict, said) = checked.about("owns a connection")?;
+    ensure!(verdict == "failed" && said.contains("drops what comes from lo"), "{said}");
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use meshd_tests::backend;
 use meshd_tests::host::Host;
 use meshd_tests::lab::Lab;
 use meshd_tests::mesh::Mesh;
@@ -61,6 +62,9 @@ fn ask(mesh: &Mesh, service: &str, port: u16) -> Result<String> {
 
 #[test]
 fn an_application_sees_the_callers_host_when_it_asks_to() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let mesh = Mesh::start(plan())?;
     let web = mesh.host("web").address();
     for (port, expected) in [
@@ -76,6 +80,9 @@ fn an_application_sees_the_callers_host_when_it_asks_to() -> Result<()> {
 
 #[test]
 fn the_callers_of_a_transparent_delivery_may_be_ipv6() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let plan = plan();
     let lab = Arc::new(Lab::new(&plan.host_names())?);
     let payments = plan.services[0].clone();
@@ -100,6 +107,9 @@ fn the_callers_of_a_transparent_delivery_may_be_ipv6() -> Result<()> {
 
 #[test]
 fn a_caller_of_another_family_is_delivered_and_counted_as_hidden() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let mesh = Mesh::start(plan())?;
     let seen = ask(&mesh, "payments", OTHER_FAMILY)?;
     ensure!(seen == "from ::1\n", "sees {seen:?}");
@@ -111,6 +121,9 @@ fn a_caller_of_another_family_is_delivered_and_counted_as_hidden() -> Result<()>
 
 #[test]
 fn an_address_of_the_host_is_still_reached_directly() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let mut plan = plan();
     for serve in plan.hosts.iter_mut().flat_map(|host| &mut host.workloads).flat_map(|workload| &mut workload.serve) {
         serve.strict = false;
@@ -128,6 +141,9 @@ fn an_address_of_the_host_is_still_reached_directly() -> Result<()> {
 
 #[test]
 fn a_proxy_header_tells_address_and_spiffe_id() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let mesh = Mesh::start(plan())?;
     let seen = ask(&mesh, "announced", ANNOUNCED)?;
     let (web, checkout) = (mesh.host("web").address(), mesh.spiffe_id("checkout"));
@@ -138,6 +154,9 @@ fn a_proxy_header_tells_address_and_spiffe_id() -> Result<()> {
 
 #[test]
 fn haproxy_understands_the_header() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let mesh = Mesh::start(plan())?;
     let _haproxy = start_haproxy(&mesh.host("api-1"))?;
     let seen = ask(&mesh, "payments", HAPROXY)?;
@@ -162,6 +181,9 @@ fn start_haproxy(host: &Host) -> Result<Process> {
 
 #[test]
 fn nothing_of_it_is_left_when_it_is_not_wanted_any_more() -> Result<()> {
+    if !backend::can_be_transparent() {
+        return Ok(());
+    }
     let mesh = Mesh::start(plan())?;
     let api = mesh.daemon("api-1");
     let rules = || -> Result<String> {

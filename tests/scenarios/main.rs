@@ -19,6 +19,8 @@ mod iptables;
 mod lab;
 mod loops;
 mod probe;
+mod ledger;
+mod raw;
 mod slow_readers;
 mod stop;
 mod strict;

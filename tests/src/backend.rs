@@ -21,3 +21,22 @@ pub(crate) fn capabilities() -> &'static str {
         "-all,+net_admin,+net_bind_service"
     }
 }
+
+/// Whether it can show applications the caller's address; said aloud where it cannot.
+pub fn can_be_transparent() -> bool {
+    let can = ["auto", "nft-tproxy", "nft-redirect"].contains(&chosen().as_str());
+    if !can {
+        println!("skipped: {} cannot do `client_address = \"transparent\"`", chosen());
+    }
+    can
+}
+
+/// Whether rules can tell the units of a host apart (docs/capture.md).
+pub fn can_tell_units() -> bool {
+    can_be_strict() && chosen() != "iptables-legacy"
+}
+
+/// Whether connections are made while meshd stands still: with TUN it carries their packets.
+pub fn connects_without_daemon() -> bool {
+    chosen() != "tun"
+}

@@ -124,7 +124,7 @@ impl Host {
                 _ => false,
             }
         };
-        let ruleset = self.command("nft", &["list", "ruleset"])?;
+        let ruleset = self.command("nft", &["--stateless", "list", "ruleset"])?;
         let mut rules: Vec<String> = ruleset.lines().filter(|line| !of_table(line)).map(str::to_owned).collect();
         for save in ["iptables-legacy-save", "ip6tables-legacy-save"] {
             let saved = self.command(save, &[])?;

@@ -54,10 +54,10 @@ const MACHINES: Tier = Tier {
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
     ("nft-redirect", &["tun::"]),
-    ("iptables-nft", &["tun::"]),
-    ("iptables-legacy", &["tun::"]),
+    ("iptables-nft", &["tun::", "ledger::", "raw::"]),
+    ("iptables-legacy", &["tun::", "ledger::", "raw::"]),
     // No strict ports; and a firewall like ufw's must be told to accept the device (tun:: shows that it is named).
-    ("tun", &["strict::", "iptables::"]),
+    ("tun", &["strict::", "ledger::", "raw::", "iptables::"]),
 ];
 
 #[derive(clap::Args)]

@@ -2,6 +2,7 @@
 
 mod client;
 mod control;
+mod ledger;
 mod probe;
 mod server;
 mod show;
@@ -9,6 +10,7 @@ mod view;
 
 pub use client::{AdminError, fetch, order};
 pub use control::{Control, Reload};
+pub use ledger::{CallerView, LedgerView, PortView, ledger};
 pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 pub use server::{bind, serve_metrics, serve_socket};
 pub use show::{edges, status};

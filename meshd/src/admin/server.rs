@@ -13,6 +13,7 @@ use axum::{Json, Router};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::control::{self, Control, Operator};
+use super::ledger;
 use super::view::View;
 use crate::lifecycle::Stage;
 use crate::telemetry;
@@ -34,6 +35,7 @@ pub async fn serve_socket(listener: UnixListener, view: Arc<View>, control: Cont
         .route("/status", get(|State(view): State<Arc<View>>| async move { Json(view.status()) }))
         .route("/edges", get(|State(view): State<Arc<View>>| async move { Json(view.edges()) }))
         .with_state(view.clone())
+        .merge(ledger::routes(view.clone(), control.keeper.clone()))
         .merge(control::routes(control, view))
         .into_make_service_with_connect_info::<Operator>();
     if let Err(error) = axum::serve(listener, routes).await {

@@ -78,7 +78,7 @@ fn section(title: &str, columns: &[&str], rows: Vec<Vec<String>>) -> String {
     format!("{title}\n{}", table(columns, rows))
 }
 
-fn table(columns: &[&str], rows: Vec<Vec<String>>) -> String {
+pub(super) fn table(columns: &[&str], rows: Vec<Vec<String>>) -> String {
     let header: Vec<String> = columns.iter().map(|column| (*column).to_owned()).collect();
     let lines: Vec<Vec<String>> = std::iter::once(header).chain(rows).collect();
     let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
@@ -91,11 +91,12 @@ fn table(columns: &[&str], rows: Vec<Vec<String>>) -> String {
     text
 }
 
-fn duration(seconds: i64) -> String {
+pub(super) fn duration(seconds: i64) -> String {
     match seconds {
         ..60 => format!("{seconds}s"),
         60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
-        _ => format!("{}h{}m", seconds / 3600, seconds % 3600 / 60),
+        3600..172_800 => format!("{}h{}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{}h", seconds / 86_400, seconds % 86_400 / 3600),
     }
 }
 

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::capture::Recovery;
+use super::ledger::LedgerView;
+use crate::capture::{PublishedBook, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
 use crate::lifecycle::{Lifecycle, Stage};
@@ -28,6 +29,7 @@ pub struct View {
     renewals: Arc<RenewalMetrics>,
     domain: String,
     recovery: Recovery,
+    ledger: PublishedBook,
 }
 
 /// `meshd status`.
@@ -121,11 +123,30 @@ impl View {
         recovery: Recovery,
     ) -> View {
         let domain = config.dns.domain.to_string();
-        View { started: Instant::now(), shared, lifecycle, credentials, sources, renewals, domain, recovery }
+        View {
+            started: Instant::now(),
+            shared,
+            lifecycle,
+            credentials,
+            sources,
+            renewals,
+            domain,
+            recovery,
+            ledger: PublishedBook::default(),
+        }
     }
 
     pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
         &self.shared.telemetry
+    }
+
+    /// Shows what this book says.
+    pub fn with_ledger(self, ledger: PublishedBook) -> View {
+        View { ledger, ..self }
+    }
+
+    pub(super) fn ledger(&self) -> LedgerView {
+        LedgerView::of(&self.ledger.load(), &self.shared.enrolment.load())
     }
 
     pub(super) fn shared(&self) -> &Shared {
@@ -299,6 +320,7 @@ impl View {
                 per_source(&|health| health.last_ok.map_or(0.0, unix)),
             ),
         ];
+        metrics.extend(self.ledger().metrics());
         metrics.extend(self.recovery.metrics());
         metrics
     }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::flow::Recovery;
 use super::iptables::{Iptables, Variant};
+use super::ledger::Tally;
 use super::nft::{Nft, NftCapture};
 use super::tool::CaptureError;
 use super::tun::Tun;
@@ -137,6 +138,11 @@ pub trait Backend: Send {
 
     /// Whether what `apply` did is all still there.
     fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError>;
+
+    /// Who called in clear, and who was refused, since rules were last replaced; nothing where nobody counts.
+    fn tally(&self) -> Result<Tally, CaptureError> {
+        Ok(Tally::default())
+    }
 
     /// Whether the kernel tells of changes to these rules; if not, they are looked at every tick.
     fn notified(&self) -> bool {

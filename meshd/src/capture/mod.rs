@@ -9,6 +9,7 @@ mod backend;
 mod flow;
 mod iptables;
 mod keeper;
+mod ledger;
 mod nft;
 mod routes;
 mod state;
@@ -21,6 +22,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use ipnet::{Ipv4Net, Ipv6Net};
+use meshd_discovery::ServiceName;
 use serde::Deserialize;
 
 pub use backend::{
@@ -28,6 +30,7 @@ pub use backend::{
 };
 pub use flow::{Flow, Recoverer, Recovery};
 pub use keeper::{CaptureCounters, Keeper, KeeperHandle};
+pub use ledger::{Book, PlainCaller, PortRecord, PublishedBook, Tally};
 pub use state::{Applied, CaptureState};
 pub use tool::CaptureError;
 pub use tun::Flows as TunFlows;
@@ -48,6 +51,8 @@ pub struct CaptureConfig {
     pub mark_mask: u32,
     /// Routing table of the virtual IPs.
     pub table: u32,
+    /// Services whose raw addresses are captured for enrolled callers, too.
+    pub raw: BTreeSet<ServiceName>,
 }
 
 impl CaptureConfig {
@@ -84,6 +89,10 @@ impl CaptureConfig {
         if self.mark == 0 || self.mark & !self.mark_mask != 0 {
             return Some(("capture.mark", "must have a bit, and only bits of capture.mark_mask"));
         }
+        if !self.raw.is_empty() && self.mark == self.mark_mask {
+            let reason = "has every bit of capture.mark_mask; capture.raw needs another value for captured connections";
+            return Some(("capture.mark", reason));
+        }
         None
     }
 }
@@ -97,6 +106,7 @@ impl Default for CaptureConfig {
             mark: 0x004d_0000,
             mark_mask: 0x00ff_0000,
             table: 7471,
+            raw: BTreeSet::new(),
         }
     }
 }

@@ -30,9 +30,32 @@ fn families(wanted: &Wanted) -> [Family; 2] {
     )
 }
 
+/// Leads packets with the raw mark to this host, whatever their destination. In the same table: what gets there by
+/// the other rule has a route of its own.
+fn raw_families(wanted: &Wanted) -> [Family; 2] {
+    let Wanted { table, mark_mask, .. } = wanted;
+    let mark = wanted.raw_mark();
+    ["-4", "-6"].map(|option| Family {
+        option,
+        add_route: format!("route replace local default dev lo table {table} protocol kernel"),
+        add_rule: format!("rule add fwmark {mark:#x}/{mark_mask:#x} lookup {table} pref {PREFERENCE} protocol kernel"),
+        delete_route: format!("route del local default dev lo table {table}"),
+        delete_rule: format!("rule del fwmark {mark:#x}/{mark_mask:#x} lookup {table} pref {PREFERENCE}"),
+    })
+}
+
 /// Gives virtual IPs a local route. Safe to repeat.
 pub(super) fn install(wanted: &Wanted) -> Result<(), CaptureError> {
-    for family in families(wanted).iter().filter(|family| present(family.option)) {
+    install_families(&families(wanted))
+}
+
+/// Gives captured raw addresses one. Safe to repeat; does nothing by itself.
+pub(super) fn install_raw(wanted: &Wanted) -> Result<(), CaptureError> {
+    install_families(&raw_families(wanted))
+}
+
+fn install_families(families: &[Family]) -> Result<(), CaptureError> {
+    for family in families.iter().filter(|family| present(family.option)) {
         ip(family.option, &family.add_route)?;
         ensure_rule(family.option, &family.add_rule)?;
     }
@@ -62,9 +85,30 @@ pub(super) fn intact(wanted: &Wanted) -> Result<bool, CaptureError> {
     Ok(true)
 }
 
+/// Whether those of raw addresses are there.
+pub(super) fn raw_intact(wanted: &Wanted) -> Result<bool, CaptureError> {
+    let table = wanted.table.to_string();
+    for family in raw_families(wanted).iter().filter(|family| present(family.option)) {
+        let rules = IP.run(&[family.option, "rule", "show"], "")?;
+        let routes = IP.run(&[family.option, "route", "show", "table", &table], "").unwrap_or_default();
+        if !rules.contains(&format!("fwmark {:#x}", wanted.raw_mark())) || !routes.contains("local default ") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Removes them; fine when there is nothing left.
 pub(super) fn remove(wanted: &Wanted) {
-    for family in families(wanted).iter().filter(|family| present(family.option)) {
+    remove_families(&families(wanted));
+}
+
+pub(super) fn remove_raw(wanted: &Wanted) {
+    remove_families(&raw_families(wanted));
+}
+
+fn remove_families(families: &[Family]) {
+    for family in families.iter().filter(|family| present(family.option)) {
         while ip(family.option, &family.delete_rule).is_ok() {}
         let _ = ip(family.option, &family.delete_route);
     }
@@ -72,7 +116,15 @@ pub(super) fn remove(wanted: &Wanted) {
 
 /// As an operator would type them.
 pub(super) fn render(wanted: &Wanted) -> String {
-    let lines = families(wanted)
+    render_families(families(wanted))
+}
+
+pub(super) fn render_raw(wanted: &Wanted) -> String {
+    render_families(raw_families(wanted))
+}
+
+fn render_families(families: [Family; 2]) -> String {
+    let lines = families
         .into_iter()
         .map(|family| format!("ip {0} {1}\nip {0} {2}\n", family.option, family.add_route, family.add_rule));
     lines.collect()

@@ -15,6 +15,9 @@ pub enum CaptureError {
     State { what: String, source: std::io::Error },
 }
 
+/// Debian keeps them in /usr/sbin, which an unprivileged user's PATH may lack.
+pub(super) const TOOL_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// A tool, and what to tell an operator who lacks it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tool {
@@ -33,8 +36,7 @@ impl Tool {
         let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
         let mut child = Command::new(self.name)
             .args(&arguments)
-            // Debian keeps them in /usr/sbin, which an unprivileged user's PATH may lack.
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("PATH", TOOL_PATH)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

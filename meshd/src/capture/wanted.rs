@@ -96,6 +96,17 @@ impl Wanted {
         self.mark ^ (1 << self.mark_mask.trailing_zeros().min(31))
     }
 
+    /// The value of our mark bits that says: captured at a raw address. Other than the one on our own sockets.
+    pub fn raw_mark(&self) -> u32 {
+        !self.mark & self.mark_mask
+    }
+
+    /// Permissive ports whose plaintext callers are counted. A port that is strict for somebody is strict.
+    pub fn counted_ports(&self) -> BTreeSet<u16> {
+        let is_strict = |port: &u16| self.strict.iter().any(|strict| strict.port == *port);
+        self.permissive.iter().copied().filter(|port| !is_strict(port)).collect()
+    }
+
     /// Every unit the rules must know the cgroup of.
     pub fn units(&self) -> BTreeSet<&str> {
         self.callers().filter_map(Caller::unit).collect()

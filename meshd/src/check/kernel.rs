@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
 
 use meshd_sys::conntrack::Conntrack;
 use meshd_sys::sock_diag::{Lookup, SocketDiag, SocketOwner};
@@ -27,6 +28,9 @@ const REDIRECT: &str = "table inet meshd_probe {
   }
 }
 ";
+
+/// A firewall may drop what comes from the loopback device, too.
+const LOOPBACK_MAX: Duration = Duration::from_secs(1);
 
 /// Why something does not work.
 type Tried = Result<(), String>;
@@ -96,12 +100,15 @@ fn cgroup2_mount(mountinfo: &str) -> Option<String> {
 fn own_socket_owner() -> Result<SocketOwner, String> {
     let ask = || -> std::io::Result<Lookup> {
         let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        let client = TcpStream::connect(listener.local_addr()?)?;
+        let client = TcpStream::connect_timeout(&listener.local_addr()?, LOOPBACK_MAX)?;
         SocketDiag::open()?.owner(client.local_addr()?, client.peer_addr()?)
     };
     match ask() {
         Ok(Lookup::Owned(owner)) => Ok(owner),
         Ok(other) => Err(format!("it does not find a socket of ours ({other:?})")),
+        Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+            Err("this host cannot connect to itself: a firewall drops what comes from lo; accept that first".into())
+        }
         Err(error) => Err(error.to_string()),
     }
 }

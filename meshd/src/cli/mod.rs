@@ -4,6 +4,7 @@ pub(crate) mod enrol;
 pub(crate) mod inspect;
 pub(crate) mod intercept;
 pub(crate) mod join;
+pub(crate) mod ledger;
 pub(crate) mod probe;
 pub(crate) mod run;
 

@@ -122,7 +122,9 @@ pub fn find_cgroups(units: &BTreeSet<&str>) -> BTreeMap<String, Cgroup> {
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     if let Some(root) = cgroup2_mount(&mounts) {
-        find_below(&root, &root, &Names::of(units), MAX_DEPTH, &mut found);
+        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let search = Search { root: &root, names: Names::of(units), own: own_cgroup(&own) };
+        search.descend(&root, MAX_DEPTH, &mut found);
     }
     found
 }
@@ -143,19 +145,41 @@ impl<'a> Names<'a> {
     }
 }
 
-/// Units are the first components below slices, so only slices are descended into.
-fn find_below(root: &Path, directory: &Path, names: &Names<'_>, depth: usize, found: &mut BTreeMap<String, Cgroup>) {
-    let Ok(entries) = std::fs::read_dir(directory) else { return };
-    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".slice") && depth > 0 {
-            find_below(root, &entry.path(), names, depth - 1, found);
-        } else if names.contain(&name)
-            && let Some(cgroup) = cgroup_at(root, &entry.path())
-        {
-            found.insert(name, cgroup);
+struct Search<'a> {
+    root: &'a Path,
+    names: Names<'a>,
+    /// The path of our own cgroup.
+    own: &'a str,
+}
+
+impl Search<'_> {
+    /// Units are the first components below slices, so only slices are descended into.
+    fn descend(&self, directory: &Path, depth: usize, found: &mut BTreeMap<String, Cgroup>) {
+        let Ok(entries) = std::fs::read_dir(directory) else { return };
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.ends_with(".slice") && depth > 0 {
+                self.descend(&entry.path(), depth - 1, found);
+            } else if self.names.contain(&name)
+                && let Some(cgroup) = cgroup_at(self.root, &entry.path())
+                && found.get(&name).is_none_or(|other| self.is_nearer(&cgroup, other))
+            {
+                found.insert(name, cgroup);
+            }
         }
     }
+
+    /// Of two with one name, the one below the same slices as we are: the other may be of a system within the system.
+    fn is_nearer(&self, one: &Cgroup, other: &Cgroup) -> bool {
+        let shared =
+            |path: &str| path.split('/').zip(self.own.split('/')).take_while(|(theirs, own)| theirs == own).count();
+        shared(&one.path) > shared(&other.path)
+    }
+}
+
+/// The cgroup-v2 line of /proc/self/cgroup.
+fn own_cgroup(text: &str) -> &str {
+    text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default()
 }
 
 fn cgroup_at(root: &Path, directory: &Path) -> Option<Cgroup> {
@@ -226,10 +250,28 @@ mod tests {
         let id = inode(root.path(), "system.slice/web.service");
         inode(root.path(), "system.slice/other.service/evil.slice/web.service");
         let mut found = BTreeMap::new();
-        find_below(root.path(), root.path(), &Names::of(&BTreeSet::from(["web.service"])), MAX_DEPTH, &mut found);
+        let units = BTreeSet::from(["web.service"]);
+        Search { root: root.path(), names: Names::of(&units), own: "" }.descend(root.path(), MAX_DEPTH, &mut found);
         let path = "system.slice/web.service".to_owned();
         let expected = Cgroup { nft_path: path.clone(), path, level: 2, id };
         assert_eq!(found, BTreeMap::from([("web.service".to_owned(), expected)]));
+    }
+
+    #[test]
+    fn of_two_cgroups_with_one_name_the_nearer_is_the_units() {
+        let root = tempfile::tempdir().unwrap();
+        let ids = ["a", "b", "c"].map(|host| inode(root.path(), &format!("lab.slice/{host}.slice/web.service")));
+        let units = BTreeSet::from(["web.service"]);
+        for (host, id) in ["a", "b", "c"].into_iter().zip(ids) {
+            let mut found = BTreeMap::new();
+            let own = format!("0::/lab.slice/{host}.slice/meshd.service\n");
+            Search { root: root.path(), names: Names::of(&units), own: own_cgroup(&own) }.descend(
+                root.path(),
+                MAX_DEPTH,
+                &mut found,
+            );
+            assert_eq!(found["web.service"].id, id);
+        }
     }
 
     #[test]
@@ -247,7 +289,8 @@ mod tests {
             inode(root.path(), &format!("system.slice/{path}"));
         }
         let mut found = BTreeMap::new();
-        find_below(root.path(), root.path(), &Names::of(&BTreeSet::from(["docker-3f*.scope"])), MAX_DEPTH, &mut found);
+        let units = BTreeSet::from(["docker-3f*.scope"]);
+        Search { root: root.path(), names: Names::of(&units), own: "" }.descend(root.path(), MAX_DEPTH, &mut found);
         let names: Vec<&str> = found.keys().map(String::as_str).collect();
         assert_eq!(names, ["docker-3fa9.scope", "docker-3fb0.scope"]);
     }

@@ -252,6 +252,7 @@ mod tests {
             ports: vec![],
             identities: vec![],
             allow_plaintext: false,
+            addresses: vec![],
             source: "test".into(),
             endpoints,
         })

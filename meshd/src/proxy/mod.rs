@@ -37,6 +37,7 @@ use crate::enrol::{Enrolment, PortWatch};
 use crate::telemetry::Telemetry;
 use crate::transport::tls::TlsState;
 
+pub use resolve::RawPlaces;
 pub use worker::{Listeners, Workers, start};
 
 /// `[proxy]` in meshd.toml.
@@ -97,5 +98,7 @@ pub struct Shared {
     pub ports: PortWatch,
     pub tls: ArcSwap<TlsState>,
     pub vips: Arc<Vips>,
+    /// What captured raw addresses stand for.
+    pub raw: ArcSwap<RawPlaces>,
     pub telemetry: Arc<Telemetry>,
 }

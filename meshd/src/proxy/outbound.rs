@@ -58,11 +58,12 @@ fn identify_and_resolve(
         .map_err(|unidentified| explain(env, &unidentified, original, report))?;
     report.unit(&who.unit);
     report.own_identity(&who.identity);
-    let place = resolve::service(&env.shared.directory.load(), &env.shared.vips, original).inspect_err(|_| {
-        if env.may_log(&who.unit) {
-            tracing::warn!(unit = %who.unit, %original, "no service at this virtual IP and port; see `meshd status`");
-        }
-    })?;
+    let place = resolve::service(&env.shared.directory.load(), &env.shared.vips, &env.shared.raw.load(), original)
+        .inspect_err(|_| {
+            if env.may_log(&who.unit) {
+                tracing::warn!(unit = %who.unit, %original, "no service at this address and port; see `meshd status`");
+            }
+        })?;
     report.target(&place.service.name, place.port);
     Ok((who, place))
 }

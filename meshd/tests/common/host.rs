@@ -105,6 +105,7 @@ impl Plan {
             enrolment: ArcSwap::from_pointee(enrolled(directory.path(), &self.enrolment)),
             ports: PortWatch::default(),
             tls: ArcSwap::from_pointee(tls),
+            raw: ArcSwap::default(),
             vips: Arc::new(vips(directory.path())),
             telemetry: Telemetry::new(self.workers, access_log),
         });
@@ -197,6 +198,7 @@ impl Host {
             ports: vec![meshd_discovery::ServicePort { port, protocol: meshd_discovery::Protocol::Tcp }],
             identities: endpoints.iter().map(|endpoint| endpoint.identity.clone()).collect(),
             allow_plaintext: true,
+            addresses: vec![],
             source: "test".into(),
             endpoints: endpoints.into_iter().map(|endpoint| Arc::new(Endpoint { port, ..endpoint })).collect(),
         };

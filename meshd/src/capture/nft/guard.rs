@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::super::wanted::{Facts, Present, StrictPort, Wanted};
 use crate::enrol::Cgroup;
 
-const SYN: &str = "tcp flags syn / fin,syn,rst,ack";
+pub(super) const SYN: &str = "tcp flags syn / fin,syn,rst,ack";
 
 pub(super) fn chains(wanted: &Wanted, facts: &Facts) -> String {
     let mut text = String::new();

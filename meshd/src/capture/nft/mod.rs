@@ -1,13 +1,18 @@
 //! The nftables backends: one table of our own, replaced whole in one transaction.
 
 mod guard;
+mod ledger;
+mod owned;
+mod raw;
 mod redirect;
 mod tproxy;
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use self::raw::Raw;
 use super::backend::{Backend, BackendKind, ListenAt};
 use super::flow::Recovery;
+use super::ledger::Tally;
 use super::tool::{CaptureError, NFT, Tool};
 use super::wanted::{Facts, Wanted};
 use super::{routes, transparent};
@@ -22,15 +27,23 @@ pub(super) enum NftCapture {
     Redirect,
 }
 
+/// Our table.
+struct Installed {
+    /// As we put it there.
+    text: String,
+    /// As the kernel listed it then.
+    listed: String,
+}
+
 pub(super) struct Nft {
     capture: NftCapture,
-    /// Our table as the kernel listed it after we had put it there.
-    installed: Option<String>,
+    installed: Option<Installed>,
+    raw: Raw,
 }
 
 impl Nft {
     pub(super) fn new(capture: NftCapture) -> Nft {
-        Nft { capture, installed: None }
+        Nft { capture, installed: None, raw: Raw::default() }
     }
 
     fn tool(&self) -> Tool {
@@ -46,9 +59,31 @@ impl Nft {
             NftCapture::Tproxy => tproxy::chains(wanted),
             NftCapture::Redirect => redirect::chains(wanted),
         };
-        let guard = guard::chains(wanted, facts);
-        let transparent = transparent::chains(wanted);
-        format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{guard}{transparent}}}\n")
+        let (guard, ledger) = (guard::chains(wanted, facts), ledger::chains(wanted));
+        let rest = ledger + &transparent::chains(wanted);
+        format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{guard}{rest}}}\n")
+    }
+}
+
+impl Nft {
+    fn has(&self, text: &str) -> bool {
+        self.installed.as_ref().is_some_and(|installed| installed.text == text && installed.is_intact())
+    }
+
+    /// TPROXY takes what is routed to this host; REDIRECT needs no routes.
+    fn needs_raw_routes(&self, wanted: &Wanted) -> bool {
+        self.capture == NftCapture::Tproxy && !wanted.raw_callers.is_empty()
+    }
+
+    fn render_raw_routes(&self, wanted: &Wanted) -> String {
+        if self.needs_raw_routes(wanted) { routes::render_raw(wanted) } else { String::new() }
+    }
+}
+
+impl Installed {
+    fn is_intact(&self) -> bool {
+        // Listing fails when the table is gone.
+        listed().is_ok_and(|listed| listed == self.listed)
     }
 }
 
@@ -62,7 +97,13 @@ impl Backend for Nft {
 
     fn probe(&self, wanted: &Wanted) -> Result<(), CaptureError> {
         // `--check` has the kernel judge the whole transaction without committing it.
-        self.tool().run(&["--check", "-f", "-"], &self.table(wanted, &Facts::default())).map(drop)
+        self.tool().run(&["--check", "-f", "-"], &self.table(wanted, &Facts::default()))?;
+        if !wanted.raw_callers.is_empty() {
+            let chains = raw::chains(self.capture, wanted, &Facts::default());
+            // Under another name: the one of a daemon that just ended may still be held.
+            NFT.run(&["--check", "-f", "-"], &owned::transaction("meshd_raw_probe", 0, &chains))?;
+        }
+        Ok(())
     }
 
     fn prepare(&mut self, wanted: &Wanted) -> Result<ListenAt, CaptureError> {
@@ -81,33 +122,58 @@ impl Backend for Nft {
     }
 
     fn render(&self, wanted: &Wanted, facts: &Facts) -> String {
-        format!(
+        let mut text = format!(
             "# nft -f -\n{}# routes\n{}",
             self.table(wanted, facts),
             routes::render(wanted) + &transparent::render(wanted)
-        )
+        );
+        if !wanted.raw_callers.is_empty() {
+            let raw = owned::transaction(owned::NAME, 0, &raw::chains(self.capture, wanted, facts));
+            text += &format!("# nft -i, held while meshd runs\n{raw}# routes\n{}", self.render_raw_routes(wanted));
+        }
+        text
     }
 
     fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
         // Routes first: once the rules capture, a virtual IP must already lead to this host.
         routes::install(wanted)?;
         transparent::install(wanted)?;
-        self.tool().run(&["-f", "-"], &self.table(wanted, facts))?;
-        self.installed = Some(listed()?);
+        if self.needs_raw_routes(wanted) {
+            routes::install_raw(wanted)?;
+        }
+        self.raw.keep(self.capture, wanted, facts)?;
+        let text = self.table(wanted, facts);
+        // Replacing it would reset what it counts.
+        if !self.has(&text) {
+            self.tool().run(&["-f", "-"], &text)?;
+            self.installed = Some(Installed { text, listed: listed()? });
+        }
         Ok(())
     }
 
     fn intact(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
-        // Listing fails when the table is gone.
-        let table = listed().is_ok_and(|listed| Some(listed) == self.installed);
-        Ok(table && routes::intact(wanted)? && transparent::intact(wanted)?)
+        let table = self.installed.as_ref().is_some_and(Installed::is_intact);
+        let routes = routes::intact(wanted)? && (!self.needs_raw_routes(wanted) || routes::raw_intact(wanted)?);
+        Ok(table && self.raw.intact() && routes && transparent::intact(wanted)?)
+    }
+
+    fn tally(&self) -> Result<Tally, CaptureError> {
+        let json = NFT.run(&["--json", "list", "table", "inet", "meshd"], "")?;
+        let broken = |error: serde_json::Error| CaptureError::State {
+            what: "cannot read what `nft --json list table inet meshd` prints".into(),
+            source: error.into(),
+        };
+        Ok(ledger::tally(&serde_json::from_str(&json).map_err(broken)?))
     }
 
     fn revert(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
         // Adding before deleting makes it succeed whether or not the table is there.
         NFT.run(&["-f", "-"], "table inet meshd\ndelete table inet meshd\n")?;
         self.installed = None;
+        // Of a daemon that is gone, the raw table is gone, too.
+        self.raw.release();
         routes::remove(wanted);
+        routes::remove_raw(wanted);
         transparent::remove(wanted)?;
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::super::wanted::Wanted;
 
 /// Before Docker's and kube-proxy's DNAT at -100.
-const PRIORITY: i32 = -105;
+pub(super) const PRIORITY: i32 = -105;
 
 pub(super) fn chains(wanted: &Wanted) -> String {
     let Wanted { vip4, vip6, capture_port, .. } = wanted;

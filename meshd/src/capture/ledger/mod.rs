@@ -1,0 +1,114 @@
+//! The plaintext ledger: who still calls permissive ports in clear. The kernel counts; here it is read, added up and
+//! kept on disk, so that a port's owner can make it strict knowing whom that would hurt.
+
+mod book;
+mod tally;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+
+use super::backend::Backend;
+use super::tool::CaptureError;
+use super::wanted::Wanted;
+
+pub use book::{Book, PortRecord};
+pub use tally::{PlainCaller, Tally};
+
+/// How old what the metrics show may be. Reading is one run of `nft`, about 5 ms.
+const HARVEST_EVERY: Duration = Duration::from_secs(10);
+/// A crash forgets no connection (the kernel goes on counting), only when within this span it was.
+const SAVE_EVERY: Duration = Duration::from_secs(60);
+
+/// The book as others may read it at any time.
+pub type PublishedBook = Arc<ArcSwap<Book>>;
+
+/// The keeper's side: reads the kernel's counts when they are due, or about to be lost.
+pub(super) struct Ledger {
+    path: PathBuf,
+    boot: String,
+    book: Book,
+    published: PublishedBook,
+    harvested: Option<SystemTime>,
+    saved: Option<SystemTime>,
+    failing: bool,
+}
+
+impl Ledger {
+    /// Opens `capture/ledger.json` beside the capture state.
+    pub(super) fn open(state_path: &Path) -> Result<Ledger, CaptureError> {
+        let path = state_path.with_file_name("ledger.json");
+        let failed = |source| CaptureError::State { what: format!("cannot read {}", path.display()), source };
+        let book = match std::fs::read(&path) {
+            Ok(text) => Book::from_json(&text).unwrap_or_else(|reason| {
+                tracing::warn!(path = %path.display(), reason, "the plaintext ledger is unreadable; starting a new one");
+                Book::default()
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Book::default(),
+            Err(error) => return Err(failed(error)),
+        };
+        let published = Arc::new(ArcSwap::from_pointee(book.clone()));
+        // Unreadable only without /proc; then every restart looks like a reboot, which errs on the side of "not clean".
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
+        Ok(Ledger { path, boot, book, published, harvested: None, saved: None, failing: false })
+    }
+
+    pub(super) fn published(&self) -> PublishedBook {
+        self.published.clone()
+    }
+
+    /// Called often; does something every ten seconds, and only where there is something to count.
+    pub(super) fn tick(&mut self, backend: &dyn Backend, wanted: &Wanted) {
+        let counts = !wanted.permissive.is_empty() || !wanted.strict.is_empty();
+        if counts && is_due(self.harvested, HARVEST_EVERY) {
+            let failed = self.try_harvest(backend).err();
+            // Once: rules that another tool removed are back soon.
+            if let (Some(error), false) = (&failed, self.failing) {
+                tracing::warn!(%error, "plaintext callers cannot be counted; `meshd ledger` notes the gap");
+            }
+            self.failing = failed.is_some();
+        }
+    }
+
+    /// The same at once; for right before and after rules are replaced, which resets what they counted.
+    pub(super) fn harvest(&mut self, backend: &dyn Backend) {
+        // Before the first rules there is nothing to read; later, the next tick tells.
+        if let Err(error) = self.try_harvest(backend) {
+            tracing::debug!(%error, "nothing counted plaintext callers");
+        }
+    }
+
+    fn try_harvest(&mut self, backend: &dyn Backend) -> Result<(), CaptureError> {
+        let now = SystemTime::now();
+        self.harvested = Some(now);
+        self.book.enter(&backend.tally()?, &self.boot, now);
+        self.published.store(Arc::new(self.book.clone()));
+        if is_due(self.saved, SAVE_EVERY) {
+            self.save();
+        }
+        Ok(())
+    }
+
+    pub(super) fn save(&mut self) {
+        self.saved = Some(SystemTime::now());
+        if let Err(error) = write(&self.path, &self.book.to_json()) {
+            tracing::error!(path = %self.path.display(), %error, "cannot keep the plaintext ledger; make room, or mend permissions");
+        }
+    }
+}
+
+/// A clock set back makes it due, too.
+fn is_due(last: Option<SystemTime>, every: Duration) -> bool {
+    last.and_then(|last| last.elapsed().ok()).is_none_or(|elapsed| elapsed >= every)
+}
+
+/// By rename: a crash leaves the old one or the new one, never half.
+fn write(path: &Path, text: &[u8]) -> io::Result<()> {
+    std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+    let temporary = path.with_extension("tmp");
+    std::fs::write(&temporary, text)?;
+    std::fs::rename(&temporary, path)
+}
