@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Control, Reload, View};
-use crate::capture::{self, Caller, CaptureState, Keeper, KeeperHandle, ListenAt, Recovery, StrictPort, Wanted};
+use crate::capture::{self, Caller, Keeper, KeeperHandle, ListenAt, Recovery, StateFile, StrictPort, Wanted};
 use crate::config::{Config, identity_in};
 use crate::dns::{self, Vips};
 use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortWatch, Selector};
@@ -112,16 +112,14 @@ impl App {
         });
         count_panics(&shared.telemetry);
         shared.ports.refresh(&shared.enrolment.load());
-        let intent = wanted(&config, &shared.enrolment.load());
+        let intent = start!(planned(&config, &shared.enrolment.load()), "capture")?;
         let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
         tell_choice(&chosen);
         let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
         let recovery = chosen.backend.recovery();
         let listeners = bind_workers(&config, workers, inherited, &listen_at, &recovery)?;
-        let keeper = start!(
-            Keeper::start(chosen.backend, chosen.passed_over, CaptureState::path(&config.state_dir)),
-            "capture"
-        )?;
+        let keeper =
+            start!(Keeper::start(chosen.backend, chosen.passed_over, StateFile::new(&config.state_dir)), "capture")?;
         let dns = bind_dns(&config).await?;
         let metrics =
             start!(TcpListener::bind(config.metrics.listen).await, "[metrics] listen {}", config.metrics.listen)?;
@@ -144,9 +142,10 @@ impl App {
         raw.follow_to(&directory.borrow().clone()).await;
         let raw = tokio::spawn(raw.follow(directory.clone()));
         tokio::spawn(dns::serve(dns.0, dns.1, config.dns.clone(), directory, vips, shared.telemetry.clone()));
-        tokio::spawn(keep_integrated(&config, shared.clone()));
-        let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, recovery);
-        let view = Arc::new(view.with_ledger(keeper.ledger.clone()));
+        tokio::spawn(keep_integrated(&config, shared.clone(), keeper.clone()));
+        let capture = (keeper.clone(), recovery);
+        let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, capture);
+        let view = Arc::new(view);
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
         let (reload, reloads) = mpsc::channel(1);
         let control = Control { keeper: keeper.clone(), reload };
@@ -183,11 +182,11 @@ impl App {
                 _ = hangup.recv() => {
                     self.shared.telemetry.access_log.reopen();
                     // Told in the log; nobody waits for an answer.
-                    let _ = self.reload_enrolment().await;
+                    let _ = self.reload_enrolment(None).await;
                 }
-                Some(answer) = self.reloads.recv() => {
+                Some(Reload { apply, answer }) = self.reloads.recv() => {
                     // Whoever asked may have given up waiting.
-                    let _ = answer.send(self.reload_enrolment().await);
+                    let _ = answer.send(self.reload_enrolment(apply.as_deref()).await);
                 }
                 changed = self.credentials.changed(), if renewing => {
                     renewing = changed.is_ok();
@@ -252,8 +251,9 @@ impl App {
         }
     }
 
-    async fn reload_enrolment(&self) -> Result<(), String> {
-        let reloaded = self.try_reload_enrolment().await;
+    /// `apply`: the plan an operator has ordered to be in force after it.
+    async fn reload_enrolment(&self, apply: Option<&str>) -> Result<(), String> {
+        let reloaded = self.try_reload_enrolment(apply).await;
         match &reloaded {
             Ok(()) => tracing::info!("enrolment reloaded"),
             Err(error) => tracing::error!(error, "enrolment not reloaded; the last good one stays in force"),
@@ -261,10 +261,16 @@ impl App {
         reloaded
     }
 
-    async fn try_reload_enrolment(&self) -> Result<(), String> {
+    async fn try_reload_enrolment(&self, apply: Option<&str>) -> Result<(), String> {
         let credentials = self.credentials.borrow().clone();
         let enrolment = load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?;
-        self.keeper.want(wanted(&self.config, &enrolment)).await.map_err(|error| error.to_string())?;
+        let plan = planned(&self.config, &enrolment).map_err(|error| error.to_string())?;
+        let done = match apply {
+            Some(hash) if hash != plan.hash() => return Err(another_plan(hash, &plan.hash())),
+            Some(_) => self.keeper.apply(plan).await,
+            None => self.keeper.want(plan).await,
+        };
+        done.map_err(|error| error.to_string())?;
         self.identities.send_replace(enrolment.identities());
         self.shared.enrolment.store(Arc::new(enrolment));
         self.shared.ports.refresh(&self.shared.enrolment.load());
@@ -367,16 +373,34 @@ async fn bind_dns(config: &Config) -> Result<(UdpSocket, TcpListener), StartErro
     Ok((udp, tcp))
 }
 
-fn keep_integrated(config: &Config, shared: Arc<Shared>) -> impl Future<Output = ()> + use<> {
+fn keep_integrated(config: &Config, shared: Arc<Shared>, capture: KeeperHandle) -> impl Future<Output = ()> + use<> {
     let keeper = dns::integrate::Keeper::new(&config.dns, &config.state_dir);
     keeper.run(move || {
+        // A revert takes names away, too; they come back with the rules.
+        if capture.view().reverted {
+            return None;
+        }
         let enrolment = shared.enrolment.load();
         Some(enrolment.workloads().iter().map(|workload| workload.unit.clone()).collect())
     })
 }
 
+fn another_plan(asked: &str, found: &str) -> String {
+    format!(
+        "plan {asked} was asked for, but the daemon finds {found}: enrol.d has changed since (look at `meshd intercept \
+         plan` again), or meshd.toml has changed since the daemon was started (restart it)"
+    )
+}
+
+/// What is wanted, if it locks nobody out.
+fn planned(config: &Config, enrolment: &Enrolment) -> Result<Wanted, capture::CaptureError> {
+    let wanted = wanted(config, enrolment);
+    capture::refuse_lockout(enrolment, &wanted, &capture::look(&wanted, None)?)?;
+    Ok(wanted)
+}
+
 /// What the configuration and the enrolled workloads ask of the kernel.
-pub(crate) fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
+pub fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
     let of_mode = |mode| enrolment.deliveries().iter().filter(move |delivery| delivery.mode == mode);
     Wanted {
         strict: of_mode(Mode::Strict).map(|delivery| strict_port(delivery)).collect(),
@@ -397,9 +421,10 @@ pub(crate) fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
 
 fn strict_port(delivery: &Delivery) -> StrictPort {
     let owner = caller(&delivery.owner.selector);
-    let local = delivery.local_ok.iter().map(|uid| Caller::Uid(*uid)).chain([owner]).collect();
+    let local = delivery.local_ok.iter().map(|uid| Caller::Uid(*uid)).chain([owner.clone()]).collect();
     StrictPort {
         port: delivery.deliver.port(),
+        owner,
         local,
         plaintext_from: delivery.plaintext_from.iter().copied().collect(),
     }

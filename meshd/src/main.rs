@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use meshd::config::Config;
 
+use crate::cli::bypass::{Switch, bypass};
 use crate::cli::enrol::{EnrolArgs, UnenrolArgs};
 use crate::cli::intercept::Intercept;
 use crate::cli::probe::{ConnectArgs, ProbeArgs};
@@ -71,6 +72,14 @@ enum Command {
         #[command(subcommand)]
         action: Intercept,
     },
+    /// The kill switch: meshd gets out of the way where there is another way than through it.
+    Bypass {
+        #[arg(value_enum)]
+        switch: Switch,
+        /// Only this unit's strict ports and raw addresses.
+        #[arg(long, value_name = "UNIT")]
+        unit: Option<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -97,6 +106,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Probe(args) => probe::probe(&load(&cli.config)?, args),
         Command::ProbeConnect(args) => probe::connect(args),
         Command::Intercept { action } => intercept::run(&cli.config, action),
+        Command::Bypass { switch, unit } => bypass(&load(&cli.config)?, *switch, unit.as_deref()),
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod bridge;
 mod identity;
+mod intercept;
 mod ipv6;
 mod lab;
 mod many;

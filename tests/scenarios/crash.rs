@@ -81,7 +81,7 @@ fn a_stopped_meshd_leaves_no_other_rules_than_a_killed_one() -> Result<()> {
 }
 
 /// All that capture may change; link-local addresses come by themselves, and late.
-fn kernel_state(host: &Host) -> Result<String> {
+pub(crate) fn kernel_state(host: &Host) -> Result<String> {
     let mut state = host.netfilter()?;
     for family in ["-4", "-6"] {
         state += &host.command("ip", &[family, "rule", "show"])?;

@@ -167,8 +167,8 @@ impl Daemon {
 
     /// A verb's `-o json`.
     pub fn json(&self, verb: &str) -> Result<serde_json::Value> {
-        let output =
-            self.run(&[verb, "-o", "json"])?.expect_success(&format!("meshd {verb} on {}", self.host.name()))?;
+        let words: Vec<&str> = verb.split(' ').chain(["-o", "json"]).collect();
+        let output = self.run(&words)?.expect_success(&format!("meshd {verb} on {}", self.host.name()))?;
         serde_json::from_str(&output).with_context(|| format!("meshd {verb} -o json gave:\n{output}"))
     }
 

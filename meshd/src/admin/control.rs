@@ -13,6 +13,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::serve::IncomingStream;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
@@ -30,7 +31,18 @@ pub struct Control {
 }
 
 /// A request to reload, and whom to tell how it went.
-pub type Reload = oneshot::Sender<Result<(), String>>;
+pub struct Reload {
+    /// The plan an operator orders to be in force, also if it was held or reverted before.
+    pub apply: Option<String>,
+    pub answer: oneshot::Sender<Result<(), String>>,
+}
+
+/// What `/intercept/apply` is told.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ApplyOrder {
+    /// The plan the operator has seen.
+    pub plan: String,
+}
 
 /// Who is at the other end of the admin socket, as the kernel says (SO_PEERCRED).
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +65,8 @@ impl Connected<IncomingStream<'_, UnixListener>> for Operator {
 pub(super) fn routes(control: Control, view: Arc<View>) -> Router {
     Router::new()
         .route("/reload", post(reload))
+        .route("/intercept/apply", post(apply))
+        .route("/intercept/follow", post(follow))
         .with_state(control)
         .merge(probe::routes(view))
         .layer(middleware::from_fn(for_root))
@@ -73,9 +87,22 @@ async fn for_root(ConnectInfo(operator): ConnectInfo<Operator>, request: Request
 }
 
 async fn reload(State(control): State<Control>) -> Response {
+    reload_and(control, None).await
+}
+
+async fn apply(State(control): State<Control>, Json(order): Json<ApplyOrder>) -> Response {
+    reload_and(control, Some(order.plan)).await
+}
+
+/// An operator has changed the capture state on disk, and waits for it to be in force.
+async fn follow(State(control): State<Control>) -> Response {
+    outcome(control.keeper.follow()).await
+}
+
+async fn reload_and(control: Control, apply: Option<String>) -> Response {
     let (answer, answered) = oneshot::channel();
     outcome(async {
-        control.reload.send(answer).await.map_err(|_| "meshd is stopping".to_owned())?;
+        control.reload.send(Reload { apply, answer }).await.map_err(|_| "meshd is stopping".to_owned())?;
         answered.await.unwrap_or_else(|_| Err("meshd is stopping".to_owned()))
     })
     .await

@@ -2,6 +2,7 @@
 
 mod client;
 mod control;
+mod intercept;
 mod ledger;
 mod probe;
 mod server;
@@ -9,7 +10,8 @@ mod show;
 mod view;
 
 pub use client::{AdminError, fetch, order};
-pub use control::{Control, Reload};
+pub use control::{ApplyOrder, Control, Reload};
+pub use intercept::{InterceptPlan, InterceptStatus};
 pub use ledger::{CallerView, LedgerView, PortView, ledger};
 pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 pub use server::{bind, serve_metrics, serve_socket};

@@ -33,6 +33,7 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 pub async fn serve_socket(listener: UnixListener, view: Arc<View>, control: Control) {
     let routes = Router::new()
         .route("/status", get(|State(view): State<Arc<View>>| async move { Json(view.status()) }))
+        .route("/intercept", get(|State(view): State<Arc<View>>| async move { Json(view.capture()) }))
         .route("/edges", get(|State(view): State<Arc<View>>| async move { Json(view.edges()) }))
         .with_state(view.clone())
         .merge(ledger::routes(view.clone(), control.keeper.clone()))

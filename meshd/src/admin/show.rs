@@ -1,6 +1,7 @@
 //! `meshd status` and `meshd edges` as tables.
 
 use super::view::{EdgeView, StatusView};
+use crate::capture::KeeperView;
 
 /// The status as a page of text.
 pub fn status(status: &StatusView) -> String {
@@ -45,7 +46,24 @@ pub fn status(status: &StatusView) -> String {
             page += &format!("  ‼ source {}: {error}\n", source["name"].as_str().unwrap_or_default());
         }
     }
+    page += &capture(&status.capture);
     page += &format!("PKI: {} certificates renewed, {} attempts failed\n", status.renewals_ok, status.renewals_failed);
+    page
+}
+
+/// What of capture is not as configured stands out; `meshd intercept status` says more.
+fn capture(capture: &KeeperView) -> String {
+    let mut page =
+        format!("capture: {}, plan {}\n", capture.backend.label(), capture.plan.as_deref().unwrap_or("none"));
+    if capture.held {
+        page += "  ‼ the configured plan is held back: it was not confirmed in time\n";
+    }
+    if capture.reverted {
+        page += "  ‼ all rules are reverted; `meshd intercept apply` puts them back\n";
+    }
+    if !capture.bypass.is_empty() {
+        page += &format!("  ‼ bypass is on for {}; `meshd bypass off` ends it\n", capture.bypass.join(", "));
+    }
     page
 }
 
@@ -71,7 +89,7 @@ pub fn edges(edges: &[EdgeView]) -> String {
     table(&columns, rows.collect())
 }
 
-fn section(title: &str, columns: &[&str], rows: Vec<Vec<String>>) -> String {
+pub(super) fn section(title: &str, columns: &[&str], rows: Vec<Vec<String>>) -> String {
     if rows.is_empty() {
         return format!("{title}: none\n");
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::ledger::LedgerView;
-use crate::capture::{PublishedBook, Recovery};
+use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
 use crate::lifecycle::{Lifecycle, Stage};
@@ -27,9 +27,9 @@ pub struct View {
     credentials: watch::Receiver<Arc<Credentials>>,
     sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
     renewals: Arc<RenewalMetrics>,
+    keeper: KeeperHandle,
     domain: String,
     recovery: Recovery,
-    ledger: PublishedBook,
 }
 
 /// `meshd status`.
@@ -48,6 +48,7 @@ pub struct StatusView {
     pub serves: Vec<DeliveryView>,
     pub services: Vec<ServiceView>,
     pub sources: Vec<Value>,
+    pub capture: KeeperView,
     pub renewals_ok: u64,
     pub renewals_failed: u64,
 }
@@ -120,33 +121,18 @@ impl View {
         credentials: watch::Receiver<Arc<Credentials>>,
         sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
         renewals: Arc<RenewalMetrics>,
-        recovery: Recovery,
+        (keeper, recovery): (KeeperHandle, Recovery),
     ) -> View {
         let domain = config.dns.domain.to_string();
-        View {
-            started: Instant::now(),
-            shared,
-            lifecycle,
-            credentials,
-            sources,
-            renewals,
-            domain,
-            recovery,
-            ledger: PublishedBook::default(),
-        }
+        View { started: Instant::now(), shared, lifecycle, credentials, sources, renewals, keeper, domain, recovery }
     }
 
     pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
         &self.shared.telemetry
     }
 
-    /// Shows what this book says.
-    pub fn with_ledger(self, ledger: PublishedBook) -> View {
-        View { ledger, ..self }
-    }
-
     pub(super) fn ledger(&self) -> LedgerView {
-        LedgerView::of(&self.ledger.load(), &self.shared.enrolment.load())
+        LedgerView::of(&self.keeper.ledger.load(), &self.shared.enrolment.load())
     }
 
     pub(super) fn shared(&self) -> &Shared {
@@ -179,9 +165,14 @@ impl View {
             serves: self.serves(),
             services: self.services(),
             sources: sources.iter().filter_map(|health| serde_json::to_value(health).ok()).collect(),
+            capture: self.capture(),
             renewals_ok: self.renewals.refreshes_ok(),
             renewals_failed: self.renewals.refreshes_failed(),
         }
+    }
+
+    pub(super) fn capture(&self) -> KeeperView {
+        self.keeper.view()
     }
 
     fn identities(&self, credentials: &Credentials) -> Vec<IdentityView> {
@@ -321,9 +312,38 @@ impl View {
             ),
         ];
         metrics.extend(self.ledger().metrics());
+        metrics.extend(capture_metrics(&self.capture()));
         metrics.extend(self.recovery.metrics());
         metrics
     }
+}
+
+fn capture_metrics(view: &KeeperView) -> [Exposition; 5] {
+    let one = |value: f64| vec![(Vec::new(), value)];
+    let bypass = view.bypass.iter().map(|unit| (vec![("unit", unit.clone().into())], 1.0)).collect();
+    [
+        Exposition::gauge(
+            "meshd_capture_info",
+            "How connections are captured",
+            vec![(vec![("backend", view.backend.label().into())], 1.0)],
+        ),
+        Exposition::counter(
+            "meshd_capture_healed",
+            "Times rules or routes were put back after another tool had removed them",
+            one(view.healed as f64),
+        ),
+        Exposition::counter(
+            "meshd_capture_heal_failed",
+            "Times rules or routes could not be put back",
+            one(view.heal_failed as f64),
+        ),
+        Exposition::gauge(
+            "meshd_capture_held",
+            "1 while the configured plan is held back because nobody confirmed it, or everything is reverted",
+            one(f64::from(u8::from(view.held || view.reverted))),
+        ),
+        Exposition::gauge("meshd_bypass", "Units meshd is out of the way of; * for all", bypass),
+    ]
 }
 
 fn unix(time: SystemTime) -> f64 {

@@ -144,7 +144,7 @@ pub trait Backend: Send {
         Ok(Tally::default())
     }
 
-    /// Whether the kernel tells of changes to these rules; if not, they are looked at every tick.
+    /// Whether the kernel tells of changes to these rules; if not, they are looked at every second.
     fn notified(&self) -> bool {
         true
     }

@@ -1,43 +1,79 @@
-//! The thread that keeps the kernel equal to what is wanted: applies changes, follows units that restart, and
-//! puts back what other tools remove. A thread of its own because it runs programs and waits for them.
+//! The thread that keeps the kernel equal to what is wanted: applies changes, follows units that restart and what
+//! operators decide (`state`), and puts back what other tools remove. A thread of its own because it runs programs
+//! and waits for them.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use meshd_sys::kernel_events::KernelEvents;
 use tokio::sync::oneshot;
 
 use super::backend::{Backend, BackendKind, PassedOver, can_enforce};
 use super::ledger::{Ledger, PublishedBook};
-use super::state::{Applied, CaptureState};
+use super::pace::Pace;
+use super::plan::resolve;
+use super::state::{Applied, CaptureState, Locked, Stamp, StateFile};
+use super::timer::BootClock;
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 
 /// How soon a removed rule is noticed; healing must take less than two seconds.
 const TICK: Duration = Duration::from_millis(500);
+/// A revert timer that has not fired by then was killed: the daemon does its work.
+const TIMER_GRACE: Duration = Duration::from_secs(5);
+/// What an operator may have forgotten is said again.
+const REMINDER: Duration = Duration::from_secs(3600);
+
+type Answer = oneshot::Sender<Result<(), CaptureError>>;
 
 /// What the rest of the daemon asks of the keeper.
 enum Command {
-    Stop(oneshot::Sender<()>),
-    Want(Box<Wanted>, oneshot::Sender<Result<(), CaptureError>>),
+    /// Put what the configuration says in force, as far as operators let it.
+    Want(Box<Wanted>, Answer),
+    /// The same by order of an operator: what was held or reverted before is over.
+    Apply(Box<Wanted>, Answer),
+    /// The state on disk has changed.
+    Follow(Answer),
     /// Raw addresses to capture from now on.
     RawAddresses(BTreeSet<SocketAddr>, oneshot::Sender<()>),
-    /// Reads the kernel's counts now, and keeps them.
+    /// Read the kernel's counts now, and keep them.
     Count(oneshot::Sender<()>),
+    /// End the thread.
+    Stop(oneshot::Sender<()>),
 }
 
-/// Counted for operators.
+/// Counted and shown for operators.
 #[derive(Debug, Default)]
-pub struct CaptureCounters {
+struct Shared {
+    healed: AtomicU64,
+    heal_failed: AtomicU64,
+    fighting: AtomicBool,
+    /// What was last known of the state on disk, and the plan's hash.
+    known: Mutex<(Option<String>, CaptureState)>,
+}
+
+/// What the daemon knows of capture.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct KeeperView {
+    pub backend: BackendKind,
+    pub passed_over: Vec<PassedOver>,
+    /// The plan of the configuration the daemon runs with.
+    pub plan: Option<String>,
     /// Times rules or routes were put back after somebody else had removed them.
-    pub healed: AtomicU64,
+    pub healed: u64,
     /// Times they could not be.
-    pub heal_failed: AtomicU64,
+    pub heal_failed: u64,
+    /// Somebody removes them again and again.
+    pub fighting: bool,
+    /// The plan was not confirmed in time, so another one is in force.
+    pub held: bool,
+    pub reverted: bool,
+    /// Whom meshd is out of the way of; `*` for everybody.
+    pub bypass: Vec<String>,
 }
 
 /// How the rest of the daemon speaks to the keeper; the thread ends when the last one is dropped.
@@ -45,21 +81,35 @@ pub struct CaptureCounters {
 pub struct KeeperHandle {
     commands: Sender<Command>,
     pub backend: BackendKind,
-    pub passed_over: Arc<[PassedOver]>,
-    pub counters: Arc<CaptureCounters>,
+    passed_over: Arc<[PassedOver]>,
+    shared: Arc<Shared>,
     /// Who called in clear, as of the last ten seconds.
     pub ledger: PublishedBook,
 }
 
 impl KeeperHandle {
-    /// Puts `wanted` in force; on an error what was in force before still is.
+    /// Puts `wanted` in force, as far as operators let it; on an error what was in force before still is.
     pub async fn want(&self, wanted: Wanted) -> Result<(), CaptureError> {
+        self.ask(|answer| Command::Want(Box::new(wanted), answer)).await
+    }
+
+    /// The same by order: an operator wants it in force although it was held or everything was reverted.
+    pub async fn apply(&self, wanted: Wanted) -> Result<(), CaptureError> {
+        self.ask(|answer| Command::Apply(Box::new(wanted), answer)).await
+    }
+
+    /// Does at once what the state on disk says; answered when it is in force.
+    pub async fn follow(&self) -> Result<(), CaptureError> {
+        self.ask(Command::Follow).await
+    }
+
+    async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), CaptureError> {
         let (answer, answered) = oneshot::channel();
         let gone = || CaptureError::State {
             what: "the capture thread is gone".into(),
             source: std::io::Error::other("restart meshd; the log says why"),
         };
-        self.commands.send(Command::Want(Box::new(wanted), answer)).map_err(|_| gone())?;
+        self.commands.send(command(answer)).map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
 
@@ -82,6 +132,21 @@ impl KeeperHandle {
         }
     }
 
+    pub fn view(&self) -> KeeperView {
+        let (plan, state) = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        KeeperView {
+            backend: self.backend,
+            passed_over: self.passed_over.to_vec(),
+            healed: self.shared.healed.load(Ordering::Relaxed),
+            heal_failed: self.shared.heal_failed.load(Ordering::Relaxed),
+            fighting: self.shared.fighting.load(Ordering::Relaxed),
+            held: plan.as_ref().is_some_and(|hash| state.holds(hash)),
+            reverted: state.reverted.is_some(),
+            bypass: state.bypass.labels().into_iter().map(str::to_owned).collect(),
+            plan,
+        }
+    }
+
     /// Ends the thread and the backend's own work, after what is on its way has been passed on. Rules stay.
     pub async fn stop(&self) {
         let (answer, answered) = oneshot::channel();
@@ -94,16 +159,25 @@ impl KeeperHandle {
 
 pub struct Keeper {
     backend: Box<dyn Backend>,
-    state_path: PathBuf,
-    state: CaptureState,
-    wanted: Option<Wanted>,
-    facts: Facts,
-    events: KernelEvents,
-    counters: Arc<CaptureCounters>,
-    ledger: Ledger,
+    file: StateFile,
+    /// The version of the state that was followed.
+    stamp: Option<Stamp>,
+    /// What the configuration says.
+    intent: Option<Wanted>,
+    /// What is in the kernel; None when nothing is.
+    in_force: Option<(Wanted, Facts)>,
     raw_addresses: BTreeSet<SocketAddr>,
-    /// Something may not be as it should: to be looked at.
+    ledger: Ledger,
+    events: KernelEvents,
+    /// Rules or routes may have changed since they were looked at.
     suspicious: bool,
+    /// Who changed netfilter rules last.
+    suspect: Option<String>,
+    pace: Pace,
+    /// The last failure told, and when anything was told or reminded of.
+    told: Option<(String, Instant)>,
+    reminded: Instant,
+    shared: Arc<Shared>,
 }
 
 impl Keeper {
@@ -111,35 +185,39 @@ impl Keeper {
     pub fn start(
         backend: Box<dyn Backend>,
         passed_over: Vec<PassedOver>,
-        state_path: PathBuf,
+        file: StateFile,
     ) -> Result<KeeperHandle, CaptureError> {
         let failed = |what: &str| {
             let what = what.to_owned();
             move |source| CaptureError::State { what, source }
         };
-        let state = CaptureState::load(&state_path)?;
-        let ledger = Ledger::open(&state_path)?;
+        begin(&file)?;
         let events = KernelEvents::open().map_err(failed("cannot follow changes of rules and routes"))?;
-        let counters = Arc::new(CaptureCounters::default());
+        let shared = Arc::new(Shared::default());
         let (commands, inbox) = channel();
+        let ledger = Ledger::open(file.path())?;
         let handle = KeeperHandle {
             commands,
             backend: backend.kind(),
             passed_over: passed_over.into(),
-            counters: counters.clone(),
+            shared: shared.clone(),
             ledger: ledger.published(),
         };
         let keeper = Keeper {
             backend,
-            state_path,
-            state,
-            wanted: None,
-            facts: Facts::default(),
-            events,
-            counters,
-            ledger,
+            file,
+            stamp: None,
+            intent: None,
+            in_force: None,
             raw_addresses: BTreeSet::new(),
+            ledger,
+            events,
             suspicious: false,
+            suspect: None,
+            pace: Pace::default(),
+            told: None,
+            reminded: Instant::now(),
+            shared,
         };
         std::thread::Builder::new()
             .name("capture".into())
@@ -150,125 +228,326 @@ impl Keeper {
 
     fn run(mut self, inbox: &Receiver<Command>) {
         loop {
+            // Whoever asked may have given up; the rules are in force all the same.
             match inbox.recv_timeout(TICK) {
-                Ok(Command::Want(wanted, answer)) => {
-                    // Whoever asked may have given up; the rules are in force all the same.
-                    let _ = answer.send(self.want(*wanted));
+                Ok(Command::Want(wanted, answer)) => drop(answer.send(self.want(*wanted, |_| {}))),
+                Ok(Command::Apply(wanted, answer)) => {
+                    let hash = wanted.hash();
+                    let lift = |state: &mut CaptureState| {
+                        state.reverted = None;
+                        state.held.take_if(|held| held.hash == hash);
+                    };
+                    drop(answer.send(self.want(*wanted, lift)));
                 }
+                Ok(Command::Follow(answer)) => drop(answer.send(self.follow())),
                 Ok(Command::RawAddresses(addresses, answer)) => {
                     self.raw_addresses = addresses;
-                    self.follow_facts();
+                    self.tick(Instant::now());
                     let _ = answer.send(());
                 }
                 Ok(Command::Count(answer)) => {
-                    self.ledger.harvest(self.backend.as_ref());
-                    self.ledger.save();
+                    self.count();
                     let _ = answer.send(());
                 }
                 Ok(Command::Stop(answer)) => {
-                    self.ledger.harvest(self.backend.as_ref());
-                    self.ledger.save();
+                    self.count();
                     drop(self);
                     let _ = answer.send(());
                     return;
                 }
-                Err(RecvTimeoutError::Timeout) => self.tick(),
+                Err(RecvTimeoutError::Timeout) => self.tick(Instant::now()),
                 // Rules stay on purpose: see the head of this module.
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
 
-    fn want(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
-        can_enforce(self.backend.kind(), &wanted)?;
-        self.forget_what_another_configuration_left(&wanted)?;
-        self.facts = self.apply_as_it_is(&wanted)?;
-        self.wanted = Some(wanted);
-        Ok(())
-    }
-
-    /// A unit that stops meanwhile takes its cgroup with it, and rules that name it are refused: then once more.
-    fn apply_as_it_is(&mut self, wanted: &Wanted) -> Result<Facts, CaptureError> {
-        let found = self.facts_for(wanted);
-        let Err(error) = self.apply(wanted, &found) else { return Ok(found) };
-        let now = self.facts_for(wanted);
-        if now == found {
-            return Err(error);
-        }
-        self.apply(wanted, &now)?;
-        Ok(now)
-    }
-
-    fn apply(&mut self, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
-        // Written first: a crash between the two must leave a record of what may be there.
-        self.state.applied = Some(Applied { backend: self.backend.kind(), wanted: wanted.clone() });
-        self.state.save(&self.state_path)?;
-        // Replacing rules resets what they counted.
+    fn count(&mut self) {
         self.ledger.harvest(self.backend.as_ref());
-        self.backend.apply(wanted, facts)?;
-        self.ledger.harvest(self.backend.as_ref());
-        // Our own changes are no news; somebody else's among them would never be noticed.
-        self.events.drain();
-        self.suspicious = !self.backend.intact(wanted)?;
-        Ok(())
-    }
-
-    /// An earlier run may have used another backend, table or range; nobody else would remove its rules.
-    fn forget_what_another_configuration_left(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
-        let Some(Applied { backend, wanted: before }) = self.state.applied.take() else { return Ok(()) };
-        let routes = |wanted: &Wanted| (wanted.vip4, wanted.vip6, wanted.table, wanted.mark, wanted.mark_mask);
-        if backend == self.backend.kind() && routes(&before) == routes(wanted) {
-            return Ok(());
-        }
-        tracing::info!(backend = backend.label(), "removing what an earlier configuration had installed");
-        backend.open().revert(&before)
-    }
-
-    fn tick(&mut self) {
-        self.follow_facts();
-        let Some(wanted) = self.wanted.clone() else { return };
-        self.suspicious |= self.events.drain() || !self.backend.notified();
-        if self.suspicious {
-            self.heal(&wanted);
-        }
-        self.ledger.tick(self.backend.as_ref(), &wanted);
-    }
-
-    fn follow_facts(&mut self) {
-        let Some(wanted) = self.wanted.clone() else { return };
-        let facts = self.facts_for(&wanted);
-        if facts != self.facts {
-            match self.apply(&wanted, &facts) {
-                Ok(()) => self.facts = facts,
-                Err(error) => {
-                    tracing::error!(%error, "rules do not follow this host's units and services; trying again");
-                }
-            }
-        }
+        self.ledger.save();
     }
 
     fn facts_for(&self, wanted: &Wanted) -> Facts {
         Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted) }
     }
 
-    fn heal(&mut self, wanted: &Wanted) {
-        let healed = match self.backend.intact(wanted) {
-            Ok(true) => {
-                self.suspicious = false;
-                return;
+    /// `lift`: what of the operators' decisions is over.
+    fn want(&mut self, intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+        can_enforce(self.backend.kind(), &intent)?;
+        let mut locked = self.file.lock()?;
+        let before = locked.state.clone();
+        lift(&mut locked.state);
+        if let Some(timer) = &mut locked.state.timer {
+            timer.hash = intent.hash();
+        }
+        locked.state.intent = Some(intent.clone());
+        if let Err(error) = self.settle(&mut locked, &intent, Look::NotAtAll) {
+            locked.state = before;
+            locked.save()?;
+            return Err(error);
+        }
+        locked.save()?;
+        self.tell_start(&locked.state, &intent);
+        self.intent = Some(intent);
+        self.remember(&locked);
+        Ok(())
+    }
+
+    /// Does what somebody else wrote into the state.
+    fn follow(&mut self) -> Result<(), CaptureError> {
+        let Some(intent) = self.intent.clone() else { return Ok(()) };
+        let mut locked = self.file.lock()?;
+        self.settle(&mut locked, &intent, Look::NotAtAll)?;
+        locked.save()?;
+        self.remember(&locked);
+        Ok(())
+    }
+
+    fn remember(&mut self, locked: &Locked) {
+        self.stamp = self.file.stamp();
+        let now = (self.intent.as_ref().map(Wanted::hash), locked.state.clone());
+        let (plan, before) =
+            std::mem::replace(&mut *self.shared.known.lock().unwrap_or_else(PoisonError::into_inner), now);
+        if plan.is_some() {
+            audit(&before, &locked.state);
+        }
+    }
+
+    /// Makes the kernel equal to what the configuration and operators say. All writing goes through here, under
+    /// the lock: what an operator has just taken away is never put back.
+    fn settle(&mut self, locked: &mut Locked, intent: &Wanted, look: Look) -> Result<Settled, CaptureError> {
+        let Some(target) = resolve(intent, &locked.state) else { return self.remove(locked, intent) };
+        let mut facts = self.facts_for(&target);
+        let unchanged = self.in_force.as_ref().is_some_and(|(wanted, known)| *wanted == target && *known == facts);
+        // A unit that restarts hides nobody who removes rules meanwhile.
+        let removed = look == Look::InTheKernel && self.in_force.is_some() && !self.backend.intact(&target)?;
+        if unchanged && !removed && locked.state.applied.is_some() {
+            return Ok(Settled::WasInForce);
+        }
+        self.forget_what_another_configuration_left(locked, &target)?;
+        // Written first: a crash between the two must leave a record of what may be there.
+        let record = Applied { backend: self.backend.kind(), wanted: target.clone() };
+        let before = locked.state.applied.replace(record);
+        locked.save()?;
+        // Replacing rules resets what they counted.
+        self.ledger.harvest(self.backend.as_ref());
+        let mut applied = self.backend.apply(&target, &facts);
+        let later = self.facts_for(&target);
+        if applied.is_err() && later != facts {
+            // A unit ended in between, and its cgroup with it.
+            facts = later;
+            applied = self.backend.apply(&target, &facts);
+        }
+        if let Err(error) = applied {
+            locked.state.applied = before;
+            return Err(error);
+        }
+        self.ledger.expect_new_rules();
+        // Our own changes are no news, but somebody else's may hide among them.
+        self.events.drain();
+        self.suspicious = true;
+        self.in_force = Some((target, facts));
+        Ok(if removed { Settled::PutBack } else { Settled::PutInForce })
+    }
+
+    /// Another run, or another plan, may have used another backend, table or range: nobody else would remove its rules.
+    fn forget_what_another_configuration_left(
+        &mut self,
+        locked: &mut Locked,
+        target: &Wanted,
+    ) -> Result<(), CaptureError> {
+        let Some(applied) = &locked.state.applied else { return Ok(()) };
+        if applied.is_replaced_by(self.backend.kind(), target) {
+            return Ok(());
+        }
+        tracing::info!(backend = applied.backend.label(), "removing what an earlier configuration had installed");
+        // Ours may hold what it made; another one's is a stranger's.
+        match applied.backend == self.backend.kind() {
+            true => self.backend.revert(&applied.wanted)?,
+            false => applied.backend.open().revert(&applied.wanted)?,
+        }
+        locked.state.applied = None;
+        self.in_force = None;
+        locked.save()
+    }
+
+    fn remove(&mut self, locked: &mut Locked, intent: &Wanted) -> Result<Settled, CaptureError> {
+        let ours = self.in_force.take().map(|(wanted, _)| wanted);
+        let recorded = locked.state.applied.take().map(|applied| applied.wanted);
+        if ours.is_none() && recorded.is_none() {
+            return Ok(Settled::WasInForce);
+        }
+        self.backend.revert(&ours.or(recorded).unwrap_or_else(|| intent.clone()))?;
+        Ok(Settled::Removed)
+    }
+
+    fn tick(&mut self, now: Instant) {
+        let Some(intent) = self.intent.clone() else { return };
+        if self.stamp != self.file.stamp()
+            && let Err(error) = self.follow()
+        {
+            self.tell_failure(now, "what operators decided is not in force", &error);
+        }
+        let news = self.events.drain();
+        self.suspicious |= news.any || !self.backend.notified();
+        self.suspect = news.by.or(self.suspect.take());
+        let moved = self.in_force.as_ref().is_some_and(|(wanted, facts)| *facts != self.facts_for(wanted));
+        if moved || self.suspicious && self.pace.due(now) {
+            self.look(now, &intent);
+        }
+        if let Some((wanted, _)) = &self.in_force {
+            self.ledger.tick(self.backend.as_ref(), wanted);
+        }
+        self.stand_in_for_the_timer(now);
+        self.remind(now);
+    }
+
+    fn look(&mut self, now: Instant, intent: &Wanted) {
+        self.pace.looked(now);
+        let settled = self.file.lock().and_then(|mut locked| {
+            let settled = self.settle(&mut locked, intent, Look::InTheKernel)?;
+            if settled != Settled::WasInForce {
+                locked.save()?;
+                self.remember(&locked);
             }
-            Ok(false) => self.apply(wanted, &self.facts.clone()),
-            Err(error) => Err(error),
-        };
-        match healed {
-            Ok(()) => {
-                self.counters.healed.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!("another tool had removed or changed meshd's rules or routes; they are back");
-            }
+            Ok(settled)
+        });
+        match settled {
+            Ok(Settled::WasInForce | Settled::Removed) => (self.suspicious, self.told) = (false, None),
+            Ok(Settled::PutInForce) => {}
+            Ok(Settled::PutBack) => self.count_heal(now),
+            // Suspicious still: tried again at the next look.
             Err(error) => {
-                self.counters.heal_failed.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(%error, "another tool removed or changed meshd's rules or routes, and they cannot be put back");
+                self.suspicious = true;
+                self.shared.heal_failed.fetch_add(1, Ordering::Relaxed);
+                self.tell_failure(now, "rules or routes are not what they should be; trying again", &error);
             }
         }
+        self.shared.fighting.store(self.pace.fighting(now), Ordering::Relaxed);
+    }
+
+    fn count_heal(&mut self, now: Instant) {
+        self.pace.healed(now);
+        self.shared.healed.fetch_add(1, Ordering::Relaxed);
+        let by = self.suspect.take().unwrap_or_else(|| "somebody the kernel does not name".into());
+        tracing::warn!(by, "another tool had removed or changed meshd's rules or routes; they are back");
+        if self.pace.fighting(now) {
+            tracing::error!(
+                by,
+                "meshd's rules or routes are removed again and again; putting them back every 30 s only. Look for \
+                 what reloads a whole ruleset (nftables.service, firewalld, ufw, a timer or playbook running \
+                 `nft flush ruleset`) or routes (networkd with ManageForeignRoutingPolicyRules=yes), and have it \
+                 leave `table inet meshd` and its routing table alone"
+            );
+        }
+    }
+
+    /// The same failure is told once a minute, not every second.
+    fn tell_failure(&mut self, now: Instant, what: &str, error: &CaptureError) {
+        let text = error.to_string();
+        let minute = Duration::from_secs(60);
+        if self.told.as_ref().is_some_and(|(told, at)| *told == text && now.duration_since(*at) < minute) {
+            return;
+        }
+        tracing::error!(error = text, "{what}");
+        self.told = Some((text, now));
+    }
+
+    /// Its process may have been killed; an unconfirmed plan must not stay for that.
+    fn stand_in_for_the_timer(&mut self, now: Instant) {
+        let clock = BootClock::now();
+        let overdue = |state: &CaptureState| {
+            state.timer.as_ref().is_some_and(|timer| timer.overdue(&clock).is_some_and(|late| late > TIMER_GRACE))
+        };
+        if !overdue(&self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).1) {
+            return;
+        }
+        let expired = self.file.lock().and_then(|mut locked| {
+            locked.state.give_up_unconfirmed(&clock);
+            locked.save()
+        });
+        if let Err(error) = expired.and_then(|()| self.follow()) {
+            self.tell_failure(now, "an unconfirmed plan cannot be taken back", &error);
+        }
+    }
+
+    /// What is not as the configuration says is said at start, and after every reload.
+    fn tell_start(&mut self, state: &CaptureState, intent: &Wanted) {
+        self.reminded = Instant::now();
+        if let Some(reverted) = &state.reverted {
+            tracing::warn!(
+                since = reverted.since,
+                why = reverted.why,
+                "rules stay removed until `meshd intercept apply`"
+            );
+        } else if let Some(held) = state.held.as_ref().filter(|held| held.hash == intent.hash()) {
+            let instead = if state.last_confirmed.is_some() { "the last confirmed plan" } else { "only virtual IPs" };
+            tracing::error!(
+                plan = held.hash,
+                why = held.why,
+                "the configured plan is held back, {instead} in force instead; change enrol.d, or run `meshd \
+                 intercept apply` and then `meshd intercept confirm`"
+            );
+        }
+        tell_bypass(state);
+    }
+
+    fn remind(&mut self, now: Instant) {
+        if now.duration_since(self.reminded) >= REMINDER {
+            self.reminded = now;
+            tell_bypass(&self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).1);
+        }
+    }
+}
+
+/// Whether the kernel is asked if what was put in force still is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    NotAtAll,
+    InTheKernel,
+}
+
+/// What was done to the kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Settled {
+    WasInForce,
+    PutInForce,
+    /// Somebody else had removed it.
+    PutBack,
+    Removed,
+}
+
+/// A start ends a revert, and gives up what a reboot kept from being confirmed.
+fn begin(file: &StateFile) -> Result<(), CaptureError> {
+    let mut locked = file.lock()?;
+    let clock = BootClock::now();
+    locked.state.give_up_unconfirmed(&clock);
+    locked.state.reverted = None;
+    locked.save()
+}
+
+/// What operators did, for the record.
+fn audit(before: &CaptureState, now: &CaptureState) {
+    if let Some(reverted) = now.reverted.as_ref().filter(|_| before.reverted != now.reverted) {
+        let (uid, why) = (reverted.by_uid, &reverted.why);
+        tracing::warn!(target: "audit", uid, why, "rules and routes were removed; `meshd intercept apply` puts them back");
+    }
+    if let Some(held) = now.held.as_ref().filter(|_| before.held != now.held) {
+        tracing::warn!(target: "audit", plan = held.hash, why = held.why, "plan taken back");
+    }
+    if let Some(plan) = now.confirmed.last().filter(|_| before.confirmed != now.confirmed) {
+        tracing::info!(target: "audit", plan, "plan confirmed");
+    }
+    if before.bypass != now.bypass {
+        tracing::warn!(target: "audit", bypass = now.bypass.labels().join(" "), "bypass changed");
+    }
+}
+
+fn tell_bypass(state: &CaptureState) {
+    if state.bypass.is_on() {
+        tracing::warn!(
+            bypassed = state.bypass.labels().join(" "),
+            "meshd is out of the way: strict ports take plaintext, raw addresses go direct; end it with `meshd bypass off`"
+        );
     }
 }

@@ -2,24 +2,30 @@
 //!
 //! `wanted` says what is to be so, as plain data; a `backend` renders it for one of the kernel's mechanisms and
 //! applies it; `keeper` is the thread that keeps the kernel equal to what is wanted; `flow` tells workers whom a
-//! captured connection was for. Rules outlive the daemon on purpose: without it, virtual IPs are refused at once
+//! captured connection was for. `plan` decides what is in force out of what is configured and what operators did
+//! (`state`), `manual` is what they do, `timer` takes an unconfirmed plan back, `flows` says what a plan would touch. Rules outlive the daemon on purpose: without it, virtual IPs are refused at once
 //! and strict ports stay closed; `meshd intercept revert` removes everything.
 
 mod backend;
 mod flow;
+pub mod flows;
 mod iptables;
 mod keeper;
 mod ledger;
+mod live;
+pub mod manual;
 mod nft;
+mod pace;
+pub mod plan;
 mod routes;
 mod state;
+pub mod timer;
 mod tool;
 mod transparent;
 mod tun;
 mod wanted;
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use meshd_discovery::ServiceName;
@@ -29,9 +35,10 @@ pub use backend::{
     Backend, BackendChoice, BackendKind, Capabilities, Chosen, ListenAt, PassedOver, can_enforce, choose,
 };
 pub use flow::{Flow, Recoverer, Recovery};
-pub use keeper::{CaptureCounters, Keeper, KeeperHandle};
+pub use keeper::{Keeper, KeeperHandle, KeeperView};
 pub use ledger::{Book, PlainCaller, PortRecord, PublishedBook, Tally};
-pub use state::{Applied, CaptureState};
+pub use live::{Live, look, refuse_lockout};
+pub use state::{Applied, Bypass, CaptureState, Held, Reverted, StateFile, unix_now};
 pub use tool::CaptureError;
 pub use tun::Flows as TunFlows;
 pub use wanted::{Caller, Facts, StrictPort, Wanted};
@@ -109,24 +116,6 @@ impl Default for CaptureConfig {
             raw: BTreeSet::new(),
         }
     }
-}
-
-/// Removes what is ours from the kernel, with or without a daemon.
-///
-/// `bare` is what to look for where there is no record of what was applied.
-pub fn revert(state_dir: &Path, bare: &Wanted) -> Result<(), CaptureError> {
-    let state_path = CaptureState::path(state_dir);
-    let mut state = CaptureState::load(&state_path)?;
-    match state.applied.take() {
-        Some(Applied { backend, wanted }) => backend.open().revert(&wanted)?,
-        // No record: whatever some backend may have left under this configuration.
-        None => BackendKind::ALL.iter().try_for_each(|backend| match backend.open().revert(bare) {
-            // A tool that is not installed has made no rules.
-            Err(CaptureError::Missing { .. }) => Ok(()),
-            reverted => reverted,
-        })?,
-    }
-    state.save(&state_path)
 }
 
 /// Whether what keeps virtual IPs on this host is there, whoever asks.

@@ -11,6 +11,10 @@ pub enum CaptureError {
     Failed { command: String, stderr: String, needs: &'static str },
     #[error("backend {backend} cannot do {what}; {remedy}")]
     Cannot { backend: &'static str, what: String, remedy: &'static str },
+    #[error("this would lock you out: {0}")]
+    Lockout(String),
+    #[error("nothing to confirm: {0}")]
+    NotConfirmable(String),
     #[error("{what}: {source}")]
     State { what: String, source: std::io::Error },
 }

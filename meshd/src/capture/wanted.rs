@@ -41,6 +41,8 @@ pub struct Wanted {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct StrictPort {
     pub port: u16,
+    /// Whose port it is.
+    pub owner: Caller,
     /// Who may still call it on this host: its owner, and the operator's `local_ok`.
     pub local: BTreeSet<Caller>,
     /// Networks that may still call it in clear (`plaintext_from`), say for a load balancer's checks.
@@ -77,6 +79,15 @@ impl Caller {
         match self {
             Caller::Port(port) => Some(*port),
             Caller::Uid(_) | Caller::Unit(_) => None,
+        }
+    }
+
+    /// As operators write it: `payments.service`, `uid:1001`, `port:8080`.
+    pub fn label(&self) -> String {
+        match self {
+            Caller::Unit(unit) => unit.clone(),
+            Caller::Uid(uid) => format!("uid:{uid}"),
+            Caller::Port(port) => format!("port:{port}"),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::finding::Finding;
 use super::rules::RuleFacts;
 use super::ruleset::Chain;
 use crate::admin::{AdminError, StatusView};
-use crate::capture::{self, Applied, BackendKind, CaptureError, CaptureState};
+use crate::capture::{self, Applied, BackendKind, CaptureError, StateFile, Wanted};
 use crate::config::Config;
 use crate::enrol;
 
@@ -70,7 +70,7 @@ fn reach(address: &str) -> bool {
 
 /// What was recorded as applied, and whether the kernel still has it.
 pub(super) fn rules(config: &Config, facts: &RuleFacts) -> Finding {
-    let recorded = CaptureState::load(&CaptureState::path(&config.state_dir)).map(|state| state.applied);
+    let recorded = StateFile::new(&config.state_dir).read().map(|state| state.applied);
     let routed = recorded.as_ref().ok().and_then(Option::as_ref).map(capture::routes_are_there);
     judge_rules(recorded, facts.chains.iter().any(Chain::is_ours), routed)
 }
@@ -98,6 +98,32 @@ fn judge_rules(
         Some(Ok(true)) => gone("meshd's chains are gone from the packet filter"),
         Some(Ok(false)) | None => gone("meshd's routes are gone"),
     }
+}
+
+/// What operators decided about capture, and may have forgotten.
+pub(super) fn decisions(config: &Config) -> Vec<Finding> {
+    let (as_configured, bypassed) = ("capture is as configured", "nothing bypasses the mesh");
+    // A record that cannot be read is told above.
+    let Ok(state) = StateFile::new(&config.state_dir).read() else { return Vec::new() };
+    let plan = state.intent.as_ref().map(Wanted::hash).unwrap_or_default();
+    let capture = if let Some(held) = state.held.as_ref().filter(|held| held.hash == plan) {
+        let detail = format!("the configured plan is held back: {}", held.why);
+        let remedy = "change enrol.d, or run `meshd intercept apply` and then `meshd intercept confirm`";
+        Finding::failed(as_configured, detail, remedy)
+    } else if let Some(reverted) = &state.reverted {
+        let detail = format!("all rules are removed ({})", reverted.why);
+        Finding::failed(as_configured, detail, "`meshd intercept apply` puts them back")
+    } else {
+        Finding::ok(as_configured, "")
+    };
+    let bypass = match state.bypass.is_on() {
+        false => Finding::ok(bypassed, ""),
+        true => {
+            let detail = format!("meshd is out of the way of {}", state.bypass.labels().join(", "));
+            Finding::warning(bypassed, detail, "`meshd bypass off` ends it")
+        }
+    };
+    vec![capture, bypass]
 }
 
 pub(super) fn running(status: &Result<StatusView, AdminError>) -> Vec<Finding> {

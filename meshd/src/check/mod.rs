@@ -56,6 +56,7 @@ pub async fn check(path: &Path) -> Vec<Finding> {
     let status = status(&config).await;
     let rules = rules::RuleFacts::gather(status.is_ok());
     findings.push(daemon::rules(&config, &rules));
+    findings.extend(daemon::decisions(&config));
     findings.push(marks(&config, &rules));
     findings.extend(daemon::running(&status));
     findings

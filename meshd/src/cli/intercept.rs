@@ -1,33 +1,246 @@
 //! `meshd intercept`: the kernel rules that hand connections to meshd.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::{Context, bail, ensure};
 use clap::Subcommand;
-use meshd::capture;
+use meshd::admin::{self, AdminError, ApplyOrder, InterceptPlan, InterceptStatus};
+use meshd::app;
+use meshd::capture::manual::{self, Pending};
+use meshd::capture::{self, StateFile, Wanted, timer};
 use meshd::config::Config;
 use meshd::dns;
+use meshd::enrol;
+use meshd_pki_client::Agent;
+
+use super::{Output, on_runtime, run};
+
+/// A daemon that does not answer within this time is treated as one that is not there.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Subcommand)]
 pub(crate) enum Intercept {
+    /// Show the rules that would be in force, and the connections of this host they would change.
+    Plan {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Have the daemon put the plan in force; one that was never confirmed is taken back unless you confirm it.
+    Apply {
+        /// How long you have for `meshd intercept confirm`; units s, m.
+        #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
+        confirm_within: Duration,
+    },
+    /// You can still get in: keep the plan in force, now and whenever it is applied again.
+    Confirm,
     /// Remove meshd's rules and routes, and what makes programs ask its DNS; works without the daemon, and touches
     /// nothing else.
-    Revert,
+    Revert {
+        /// Wait for the revert timer to run out first; how the timer runs.
+        #[arg(long, value_name = "PLAN", hide = true)]
+        unless_confirmed: Option<String>,
+    },
+    /// What is in force, and what operators decided about it.
+    Status {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
 }
 
 pub(crate) fn run(path: &Path, action: &Intercept) -> anyhow::Result<ExitCode> {
     match action {
-        Intercept::Revert => {
-            // The way out must work when everything else is broken, the configuration included.
-            let config = Config::load(path).unwrap_or_else(|error| {
-                eprintln!("meshd: {error:#}; reverting what the default configuration installs");
-                Config::default()
-            });
-            let captured = capture::revert(&config.state_dir, &config.capture.bare(config.proxy.capture_port));
-            // Whichever fails, the other is tried.
-            dns::integrate::remove(&config.dns)?;
-            captured?;
-        }
+        Intercept::Plan { output } => plan(path, *output)?,
+        Intercept::Apply { confirm_within } => apply(path, *confirm_within)?,
+        Intercept::Confirm => confirm(&Config::load(path)?)?,
+        Intercept::Revert { unless_confirmed: None } => revert(path)?,
+        Intercept::Revert { unless_confirmed: Some(hash) } => revert_unless_confirmed(path, hash)?,
+        Intercept::Status { output } => status(&Config::load(path)?, *output)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A plan as the files say it, and that locks nobody out.
+struct Planned {
+    config: Config,
+    wanted: Wanted,
+    live: capture::Live,
+}
+
+fn planned(path: &Path) -> anyhow::Result<Planned> {
+    let config = Config::load(path)?;
+    let agent = Agent::open(&config.identity_dir())?;
+    let trust_domain = agent.watch().borrow().trust_domain.clone();
+    let enrolment = enrol::load(&config.enrol_dir, &trust_domain, &config.reserved())?;
+    let wanted = Wanted { daemon_uid: daemon_uid(&config)?, ..app::wanted(&config, &enrolment) };
+    let live = capture::look(&wanted, ssh_connection().as_deref())?;
+    capture::refuse_lockout(&enrolment, &wanted, &live)?;
+    Ok(Planned { config, wanted, live })
+}
+
+/// Whose sockets the rules believe: the running daemon's user, otherwise the owner of its identity.
+fn daemon_uid(config: &Config) -> anyhow::Result<u32> {
+    let of = |path: PathBuf| std::fs::metadata(path).map(|found| found.uid());
+    of(config.admin_socket())
+        .or_else(|_| of(config.identity_dir()))
+        .with_context(|| format!("cannot look at {}; run this as root", config.identity_dir().display()))
+}
+
+/// The SSH session the command was typed in; sudo hides it from us, but not the shell before it.
+fn ssh_connection() -> Option<String> {
+    let mut pid = std::process::id();
+    while pid > 1 {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let session = environment.split(|byte| *byte == 0).find_map(|variable| {
+            std::str::from_utf8(variable).ok()?.strip_prefix("SSH_CONNECTION=").map(str::to_owned)
+        });
+        if session.is_some() {
+            return session;
+        }
+        pid = parent(pid)?;
+    }
+    None
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
+}
+
+fn plan(path: &Path, output: Output) -> anyhow::Result<()> {
+    let Planned { config, wanted, live } = planned(path)?;
+    let state = StateFile::new(&config.state_dir).read()?;
+    let chosen = capture::choose(config.capture.backend, &wanted)?;
+    let plan = InterceptPlan::new(&wanted, &live, &state, &chosen);
+    match output {
+        Output::Table => print!("{plan}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
+    }
+    Ok(())
+}
+
+fn apply(path: &Path, within: Duration) -> anyhow::Result<()> {
+    let Planned { config, wanted, .. } = planned(path)?;
+    let plan = wanted.hash();
+    let order = ApplyOrder { plan: plan.clone() };
+    let put_in_force =
+        || on_runtime(async { Ok(admin::order(&config.admin_socket(), "/intercept/apply", &order).await?) });
+    if StateFile::new(&config.state_dir).read()?.is_confirmed(&plan) {
+        put_in_force()?;
+        println!("plan {plan} is in force; it was confirmed before, so it stays");
+        return Ok(());
+    }
+    let armed = manual::arm(&config.state_dir, &plan, within)?;
+    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    let started = timer::start(&program, &std::path::absolute(path)?, &plan, within);
+    let done = started.context("cannot start the revert timer, so nothing was applied").and_then(|()| put_in_force());
+    if let Err(error) = done {
+        manual::disarm(&config.state_dir, armed)?;
+        return Err(error);
+    }
+    println!(
+        "plan {plan} is in force\nIt is taken back in {} s, also if meshd dies or this session ends, unless you run\n    \
+         meshd intercept confirm\nCheck first that you can still log in, from another terminal.",
+        within.as_secs()
+    );
+    Ok(())
+}
+
+fn confirm(config: &Config) -> anyhow::Result<()> {
+    let confirmed = manual::confirm(&config.state_dir)?;
+    let timer = if confirmed.disarmed { "; the revert timer is off" } else { "" };
+    println!("plan {} is confirmed and stays{timer}", confirmed.hash);
+    Ok(())
+}
+
+/// The way out must work when everything else is broken, the configuration included.
+fn config_or_defaults(path: &Path) -> Config {
+    Config::load(path).unwrap_or_else(|error| {
+        eprintln!("meshd: {error:#}; reverting what the default configuration installs");
+        Config::default()
+    })
+}
+
+fn revert(path: &Path) -> anyhow::Result<()> {
+    run::log();
+    let config = config_or_defaults(path);
+    let told = manual::forbid(&config.state_dir, "meshd intercept revert");
+    // What only the daemon can let go of; all else is removed here, also if it hangs.
+    if let Err(error) = follow(&config) {
+        tracing::debug!(%error, "no daemon takes part");
+    }
+    let removed = manual::revert(&config.state_dir, &config.capture.bare(config.proxy.capture_port));
+    // Whichever fails, the other is tried.
+    dns::integrate::remove(&config.dns)?;
+    removed?;
+    Ok(told?)
+}
+
+/// Has a running daemon do at once what the state on disk says.
+pub(super) fn follow(config: &Config) -> Result<(), AdminError> {
+    let socket = config.admin_socket();
+    let ordered = on_runtime(async {
+        let order = admin::order(&socket, "/intercept/follow", &());
+        Ok(tokio::time::timeout(DAEMON_TIMEOUT, order).await)
+    });
+    match ordered {
+        Ok(Ok(answer)) => answer.map(drop),
+        Ok(Err(_)) => Err(AdminError::Answer("none came in time".into())),
+        Err(error) => Err(AdminError::Answer(error.to_string())),
+    }
+}
+
+/// The revert timer itself.
+fn revert_unless_confirmed(path: &Path, hash: &str) -> anyhow::Result<()> {
+    // Fails for a process that leads its session already, which is just as well.
+    let _ = nix::unistd::setsid();
+    println!("{}", timer::ARMED);
+    let config = config_or_defaults(path);
+    on_runtime(async {
+        while let Pending::Wait(left) = manual::pending(&config.state_dir) {
+            tokio::time::sleep(left.min(Duration::from_secs(1))).await;
+        }
+        Ok(())
+    })?;
+    let bare = config.capture.bare(config.proxy.capture_port);
+    Ok(manual::expire(&config.state_dir, hash, &bare)?)
+}
+
+fn status(config: &Config, output: Output) -> anyhow::Result<()> {
+    let state = StateFile::new(&config.state_dir).read()?;
+    let daemon = on_runtime(async { Ok(admin::fetch(&config.admin_socket(), "/intercept").await) })?.ok();
+    let status = InterceptStatus::new(&state, daemon);
+    match output {
+        Output::Table => print!("{status}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+    }
+    Ok(())
+}
+
+fn duration(text: &str) -> anyhow::Result<Duration> {
+    let (number, unit) = text.split_at(text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len()));
+    let number: u64 = number.parse().context("write it like 60s or 2m")?;
+    let seconds = match unit {
+        "s" | "" => number,
+        "m" => number * 60,
+        _ => bail!("write it like 60s or 2m"),
+    };
+    ensure!((1..=3600).contains(&seconds), "give between 1s and 60m");
+    Ok(Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_units_and_bounds() {
+        assert_eq!(duration("60s").unwrap(), Duration::from_secs(60));
+        assert_eq!(duration("2m").unwrap(), Duration::from_secs(120));
+        for wrong in ["", "s", "1h", "0s", "61m", "-1s"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
 }

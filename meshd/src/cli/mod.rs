@@ -1,5 +1,6 @@
 //! The verbs of the command line, one file per family.
 
+pub(crate) mod bypass;
 pub(crate) mod enrol;
 pub(crate) mod inspect;
 pub(crate) mod intercept;

@@ -33,7 +33,7 @@ fn raise_descriptor_limit() {
 }
 
 /// To standard error, for journald; `RUST_LOG=debug` or `RUST_LOG=meshd::transport=debug,info` says how much.
-fn log() {
+pub(crate) fn log() {
     let wanted = std::env::var("RUST_LOG").ok().and_then(|filter| filter.parse::<Targets>().ok());
     let filter = wanted.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);

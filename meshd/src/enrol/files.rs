@@ -137,7 +137,8 @@ impl Enrolment {
             return Err(source.refuse(entry, ("workload", reason)));
         }
         for serve in &entry.get_ref().serve {
-            self.add_delivery(&workload, serve.get_ref(), reserved).map_err(|error| source.refuse(serve, error))?;
+            self.add_delivery(&workload, serve.get_ref(), source.origin(serve), reserved)
+                .map_err(|error| source.refuse(serve, error))?;
         }
         Ok(())
     }
@@ -146,6 +147,7 @@ impl Enrolment {
         &mut self,
         owner: &Arc<Workload>,
         serve: &ServeEntry,
+        origin: Origin,
         reserved: &Reserved,
     ) -> Result<(), FieldError> {
         let service: ServiceName =
@@ -167,6 +169,7 @@ impl Enrolment {
             client_address: serve.client_address,
             local_ok: serve.local_ok.clone(),
             plaintext_from: serve.plaintext_from.clone(),
+            origin,
         });
         if self.by_target.insert((service.clone(), serve.port), delivery.clone()).is_some() {
             return Err(("workload.serve", format!("{service}:{} is served twice on this host", serve.port)));

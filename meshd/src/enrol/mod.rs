@@ -50,6 +50,8 @@ pub struct Delivery {
     pub local_ok: Vec<u32>,
     /// Networks that may call a strict port in clear.
     pub plaintext_from: Vec<IpNet>,
+    /// File and line, for whoever must change it.
+    pub origin: Origin,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]

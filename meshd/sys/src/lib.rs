@@ -1,9 +1,9 @@
 //! The kernel, behind safe functions: the only crate of the project that may say `unsafe`.
 //!
-//! `sock_diag` asks the kernel who owns a TCP socket, `conntrack` what NAT rewrote; `sockets` opens the sockets
-//! meshd listens on and dials with; `kernel_events` tells when rules or routes change; `inherit` adopts listeners
-//! handed over by systemd; `clock` asks how good it is; `memory` tunes the allocator; `tun` makes a network device whose packets this process
-//! reads and writes.
+//! `sock_diag` asks the kernel who owns a TCP socket, `sock_dump` lists them all; `conntrack` knows what NAT rewrote;
+//! `sockets` opens the sockets meshd listens on and dials with; `kernel_events` tells when rules or routes change;
+//! `inherit` adopts listeners handed over by systemd; `clock` asks how good it is; `memory` tunes the allocator;
+//! `tun` makes a network device whose packets this process reads and writes.
 
 pub mod clock;
 pub mod conntrack;
@@ -11,5 +11,6 @@ pub mod inherit;
 pub mod kernel_events;
 pub mod memory;
 pub mod sock_diag;
+pub mod sock_dump;
 pub mod sockets;
 pub mod tun;

@@ -14,12 +14,12 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 pub use listeners::{Listener, listeners};
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_HEADER: usize = 16;
+pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
+pub(crate) const NLM_F_REQUEST: u16 = 1;
+pub(crate) const NLMSG_ERROR: u16 = 2;
+pub(crate) const NLMSG_HEADER: usize = 16;
 const REQUEST: usize = NLMSG_HEADER + 56; // nlmsghdr + inet_diag_req_v2
-const INET_DIAG_MSG: usize = 72;
+pub(crate) const INET_DIAG_MSG: usize = 72;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 const ENOENT: i32 = 2;
 
@@ -143,7 +143,7 @@ fn decode_reply(message: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Re
     Ok(Lookup::Owned(SocketOwner { uid, inode, cgroup: cgroup_attribute(&body[INET_DIAG_MSG..]) }))
 }
 
-fn cgroup_attribute(mut attributes: &[u8]) -> Option<u64> {
+pub(crate) fn cgroup_attribute(mut attributes: &[u8]) -> Option<u64> {
     while attributes.len() >= 4 {
         let length = u16_at(attributes, 0)? as usize;
         if length < 4 || length > attributes.len() {
@@ -159,15 +159,15 @@ fn cgroup_attribute(mut attributes: &[u8]) -> Option<u64> {
     None
 }
 
-fn truncated() -> io::Error {
+pub(crate) fn truncated() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "sock_diag reply is too short: kernel and meshd disagree on its layout")
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 

@@ -195,6 +195,7 @@ COMMIT
         let local = [Caller::Uid(997), Caller::Unit("a\\x2db.service".into()), Caller::Unit("off.service".into())];
         wanted.strict = [StrictPort {
             port: 8080,
+            owner: Caller::Uid(997),
             local: local.into_iter().collect(),
             plaintext_from: ["10.9.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()].into_iter().collect(),
         }]

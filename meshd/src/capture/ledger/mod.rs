@@ -73,7 +73,12 @@ impl Ledger {
         }
     }
 
-    /// The same at once; for right before and after rules are replaced, which resets what they counted.
+    /// Makes the next tick read what the new rules count; whoever waits for them need not wait for that.
+    pub(super) fn expect_new_rules(&mut self) {
+        self.harvested = None;
+    }
+
+    /// The same at once; for right before rules are replaced, which resets what they counted.
     pub(super) fn harvest(&mut self, backend: &dyn Backend) {
         // Before the first rules there is nothing to read; later, the next tick tells.
         if let Err(error) = self.try_harvest(backend) {

@@ -81,6 +81,7 @@ mod tests {
         let local = [Caller::Uid(997), Caller::Unit("pay.service".into()), Caller::Unit("off.service".into())];
         wanted.strict = [StrictPort {
             port: 8080,
+            owner: Caller::Unit("pay.service".into()),
             local: local.into_iter().collect(),
             plaintext_from: ["10.9.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()].into_iter().collect(),
         }]

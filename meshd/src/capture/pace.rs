@@ -1,0 +1,69 @@
+//! How often to look whether rules are still there, and when to stop fighting over them. Pure: time is passed in.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Healing must take less than two seconds; a busy host changes routes many times a second.
+const USUAL: Duration = Duration::from_secs(1);
+/// Beyond this many heals within the span somebody keeps removing what we put back.
+const FIGHT: usize = 6;
+const FIGHT_SPAN: Duration = Duration::from_secs(60);
+/// Between heals then: two tools in a loop would cost the host more than closed strict ports are worth.
+const FIGHTING: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    looked: Option<Instant>,
+    heals: VecDeque<Instant>,
+}
+
+impl Pace {
+    /// Whether it is time to look again.
+    pub(super) fn due(&self, now: Instant) -> bool {
+        let interval = if self.fighting(now) { FIGHTING } else { USUAL };
+        self.looked.is_none_or(|looked| now.duration_since(looked) >= interval)
+    }
+
+    pub(super) fn looked(&mut self, now: Instant) {
+        self.looked = Some(now);
+    }
+
+    pub(super) fn healed(&mut self, now: Instant) {
+        self.heals.push_back(now);
+        while self.heals.len() > FIGHT + 1 {
+            self.heals.pop_front();
+        }
+    }
+
+    /// Somebody removes them again and again.
+    pub(super) fn fighting(&self, now: Instant) -> bool {
+        self.heals.iter().filter(|healed| now.duration_since(**healed) < FIGHT_SPAN).count() > FIGHT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_of_changes_is_looked_at_once_a_second() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        assert!(pace.due(start));
+        pace.looked(start);
+        assert!(!pace.due(start + Duration::from_millis(500)) && pace.due(start + USUAL));
+    }
+
+    #[test]
+    fn whoever_keeps_removing_rules_is_answered_every_half_minute_until_it_gives_up() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        let second = |number: u64| start + Duration::from_secs(number);
+        for heal in 0..=FIGHT as u64 {
+            assert!(pace.due(second(heal)) && !pace.fighting(second(heal)), "{heal}");
+            pace.looked(second(heal));
+            pace.healed(second(heal));
+        }
+        assert!(pace.fighting(second(7)) && !pace.due(second(7)));
+        assert!(pace.due(second(36)));
+        assert!(!pace.fighting(second(70)));
+    }
+}
