@@ -22,7 +22,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Control, Reload, View};
-use crate::capture::{self, Caller, Keeper, KeeperHandle, ListenAt, Recovery, StateFile, StrictPort, Wanted};
+use crate::capture::{
+    self, Caller, Keeper, KeeperHandle, ListenAt, OwnerRecord, Recovery, StateFile, StrictPort, Wanted,
+};
 use crate::config::{Config, identity_in};
 use crate::dns::{self, Vips};
 use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortWatch, Selector};
@@ -117,7 +119,8 @@ impl App {
         tell_choice(&chosen);
         let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
         let recovery = chosen.backend.recovery();
-        let listeners = bind_workers(&config, workers, inherited, &listen_at, &recovery)?;
+        let owners = chosen.backend.owners();
+        let listeners = bind_workers(&config, workers, inherited, &listen_at, &recovery, owners)?;
         let keeper =
             start!(Keeper::start(chosen.backend, chosen.passed_over, StateFile::new(&config.state_dir)), "capture")?;
         let dns = bind_dns(&config).await?;
@@ -325,6 +328,7 @@ fn bind_workers(
     mut inherited: Vec<(String, StdListener)>,
     capture: &ListenAt,
     recovery: &Recovery,
+    owners: OwnerRecord,
 ) -> Result<Vec<Listeners>, StartError> {
     let listen = if capture.transparent { sockets::listen_transparent } else { sockets::listen };
     // An inherited listener carries its queue of waiting connections over: it must not be bound anew.
@@ -355,7 +359,7 @@ fn bind_workers(
                 "[proxy] mesh_listen has only IPv6 addresses, and this host has no IPv6".to_owned(),
             ));
         }
-        all.push(Listeners { captured, mesh, recovery: recovery.clone() });
+        all.push(Listeners { captured, mesh, recovery: recovery.clone(), owners });
     }
     Ok(all)
 }

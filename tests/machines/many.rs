@@ -1,4 +1,4 @@
-//! Many connections: nothing is left of them, and few are not identified.
+//! Many connections: nothing is left of them, and hardly any is not identified.
 
 use std::io::Write;
 
@@ -12,6 +12,8 @@ use meshd_tests::wait::until;
 use crate::{DEADLINE, ask};
 
 const LEAVING: u64 = 1000;
+/// One in a hundred: those whose connection was opened while the rules were replaced.
+const UNIDENTIFIED_MAX: f64 = 20.0;
 
 #[test]
 fn ten_thousand_connections_leave_no_descriptor_and_no_nat_entry_by_nft_tproxy() -> Result<()> {
@@ -52,7 +54,7 @@ fn leave_nothing(backend: &str) -> Result<()> {
 }
 
 #[test]
-fn on_a_busy_host_only_clients_that_do_not_wait_for_an_answer_go_unidentified() -> Result<()> {
+fn also_on_a_busy_host_clients_that_do_not_wait_for_an_answer_are_identified() -> Result<()> {
     let mesh = MachineMesh::start(Plan::shop_with_one_server())?;
     ask(&mesh, "checkout")?;
     let quiet = leave_at_once(&mesh)?;
@@ -62,6 +64,7 @@ fn on_a_busy_host_only_clients_that_do_not_wait_for_an_answer_go_unidentified() 
     }
     let busy = leave_at_once(&mesh)?;
     say(&format!("clients that leave at once: {quiet} of {LEAVING} unidentified, {busy} on a busy host"))?;
+    ensure!(quiet + busy < UNIDENTIFIED_MAX, "{quiet} on a quiet host, {busy} on a busy one");
     let before = mesh.daemon("web").metrics()?;
     let load = ["load", "--target", "payments.shop.mesh:80", "--per-request", "--size", "64", "--requests", "1000"];
     let load: LoadReport = report(&web.run(&mesh.testkit("web", "checkout", &load))?)?;

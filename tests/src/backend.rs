@@ -13,6 +13,11 @@ pub fn can_be_strict() -> bool {
     chosen() != "tun"
 }
 
+/// Whether the kernel records who opens connections.
+pub fn records_owners() -> bool {
+    ["auto", "nft-tproxy", "nft-redirect"].contains(&chosen().as_str())
+}
+
 /// What meshd's unit must grant it: legacy iptables speaks to the kernel by a raw socket.
 pub(crate) fn capabilities() -> &'static str {
     if chosen() == "iptables-legacy" {

@@ -8,6 +8,7 @@ use super::flow::Recovery;
 use super::iptables::{Iptables, Variant};
 use super::ledger::Tally;
 use super::nft::{Nft, NftCapture};
+use super::owner::OwnerRecord;
 use super::tool::CaptureError;
 use super::tun::Tun;
 use super::wanted::{Facts, Wanted};
@@ -128,6 +129,11 @@ pub trait Backend: Send {
 
     /// How workers learn whom a captured connection was for.
     fn recovery(&self) -> Recovery;
+
+    /// Which connections it records the owners of, as `probe` found this host can.
+    fn owners(&self) -> OwnerRecord {
+        OwnerRecord::default()
+    }
 
     /// The rules as an operator reads them.
     fn render(&self, wanted: &Wanted, facts: &Facts) -> String;

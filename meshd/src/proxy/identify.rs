@@ -1,14 +1,16 @@
 //! WHO opened the connection: its socket's owner as the kernel knows it, mapped to an enrolled workload.
 //!
-//! First thing after accept and before reading: a socket that closes meanwhile answers "uid 0".
+//! First thing after accept and before reading: a socket that closes meanwhile answers "uid 0". What has closed
+//! already is looked for in what the kernel recorded when the connection was opened.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use meshd_sys::sock_diag::{Lookup, SocketDiag, SocketOwner};
+use meshd_sys::sock_diag::{Lookup, SocketDiag};
 
+use crate::capture::{OwnerReader, RecordedOwner};
 use crate::enrol::{self, CgroupUnits, Enrolment, PortWatch, UnitLookup, Workload};
 use crate::fault::Fault;
 use crate::telemetry::UnknownOwners;
@@ -16,9 +18,16 @@ use crate::telemetry::UnknownOwners;
 /// The worker's means of asking the kernel.
 pub(super) struct Identifier {
     diag: RefCell<SocketDiag>,
+    recorded: Option<RefCell<OwnerReader>>,
     units: RefCell<CgroupUnits>,
     /// Whom our own sockets belong to.
     own: (u32, Option<Arc<str>>),
+}
+
+/// Who a socket belongs to, or belonged to when it was opened.
+struct Owner {
+    uid: u32,
+    unit: Option<Arc<str>>,
 }
 
 /// Why nobody was identified, with all an operator needs to enrol the caller.
@@ -30,9 +39,10 @@ pub(super) struct Unidentified {
 }
 
 impl Identifier {
-    pub(super) fn open() -> std::io::Result<Identifier> {
+    pub(super) fn open(recorded: Option<OwnerReader>) -> std::io::Result<Identifier> {
         Ok(Identifier {
             diag: RefCell::new(SocketDiag::open()?),
+            recorded: recorded.map(RefCell::new),
             units: RefCell::new(CgroupUnits::discover()),
             own: (nix::unistd::getuid().as_raw(), enrol::own_unit()),
         })
@@ -47,19 +57,18 @@ impl Identifier {
         client: SocketAddr,
         original: SocketAddr,
     ) -> Result<Arc<Workload>, Unidentified> {
-        let owner = self.owner(unknown, client, original).ok_or(Unidentified {
+        let Owner { uid, unit } = self.owner(unknown, client, original).ok_or(Unidentified {
             fault: Fault::IdentifyUnknown,
             unit: None,
             uid: None,
         })?;
-        let unit = self.unit_of(owner);
-        let found = enrolment.workload_of(unit.as_ref(), owner.uid);
-        let found = found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), owner.uid, Instant::now()));
+        let found = enrolment.workload_of(unit.as_ref(), uid);
+        let found = found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), uid, Instant::now()));
         if let Some(who) = found {
             return Ok(who.clone());
         }
-        let fault = if self.is_ours(owner.uid, unit.as_ref()) { Fault::Loop } else { Fault::Unenrolled };
-        Err(Unidentified { fault, unit, uid: Some(owner.uid) })
+        let fault = if self.is_ours(uid, unit.as_ref()) { Fault::Loop } else { Fault::Unenrolled };
+        Err(Unidentified { fault, unit, uid: Some(uid) })
     }
 
     /// Whether this daemon dialled it itself, say for a source configured by a name of the mesh.
@@ -68,21 +77,42 @@ impl Identifier {
     }
 
     /// Counts what it does not believe: a socket that is closing would answer "uid 0".
-    fn owner(&self, unknown: &UnknownOwners, client: SocketAddr, original: SocketAddr) -> Option<SocketOwner> {
-        match self.diag.borrow_mut().owner(client, original) {
-            Ok(Lookup::Owned(owner)) => return Some(owner),
-            Ok(Lookup::Orphaned { state }) => unknown.orphaned(state),
-            Ok(Lookup::Missing) => unknown.missing(),
+    fn owner(&self, unknown: &UnknownOwners, client: SocketAddr, original: SocketAddr) -> Option<Owner> {
+        let found = match self.diag.borrow_mut().owner(client, original) {
+            Ok(found) => found,
             Err(error) => {
                 unknown.no_answer();
                 tracing::warn!(%client, %error, "the kernel does not answer who opened a connection");
+                return None;
             }
+        };
+        if let Lookup::Owned(owner) = found {
+            return Some(Owner { uid: owner.uid, unit: owner.cgroup.and_then(|cgroup| self.unit_of(cgroup)) });
         }
-        None
+        let recorded = self.recorded(client, original);
+        match found {
+            _ if recorded.is_some() => {}
+            Lookup::Orphaned { state } => unknown.orphaned(state),
+            _ => unknown.missing(),
+        }
+        recorded
     }
 
-    fn unit_of(&self, owner: SocketOwner) -> Option<Arc<str>> {
-        match self.units.borrow_mut().unit_of(owner.cgroup?) {
+    /// A cgroup below no unit we know may have been an enrolled unit's that has ended: its user alone is no answer.
+    fn recorded(&self, client: SocketAddr, original: SocketAddr) -> Option<Owner> {
+        let RecordedOwner { uid, cgroup } = match self.recorded.as_ref()?.borrow_mut().owner(client, original) {
+            Ok(recorded) => recorded?,
+            Err(error) => {
+                tracing::warn!(%client, %error, "the kernel does not answer who it recorded as a connection's owner");
+                return None;
+            }
+        };
+        let Some(cgroup) = cgroup else { return Some(Owner { uid, unit: None }) };
+        self.unit_of(cgroup).map(|unit| Owner { uid, unit: Some(unit) })
+    }
+
+    fn unit_of(&self, cgroup: u64) -> Option<Arc<str>> {
+        match self.units.borrow_mut().unit_of(cgroup) {
             UnitLookup::Unit(unit) => Some(unit),
             UnitLookup::Unknown => None,
         }

@@ -26,7 +26,7 @@ use super::limits::{Admission, SourceLimits};
 use super::outbound::{self, Admitted};
 use super::resolve::Place;
 use super::{Shared, inbound};
-use crate::capture::{Flow, Recoverer, Recovery};
+use crate::capture::{Flow, OwnerReader, OwnerRecord, Recoverer, Recovery};
 use crate::lifecycle::{Lifecycle, Stage};
 use crate::telemetry::Direction;
 use crate::transport::dial::{Dialer, OwnAddresses};
@@ -57,6 +57,8 @@ pub struct Listeners {
     pub mesh: Vec<StdListener>,
     /// How to learn whom a captured connection was for.
     pub recovery: Recovery,
+    /// Whose owners are known also when their sockets are gone.
+    pub owners: OwnerRecord,
 }
 
 /// What a worker publishes about itself.
@@ -207,7 +209,7 @@ impl Parts {
         };
         Ok(Env {
             worker: self.worker,
-            identifier: Identifier::open()?,
+            identifier: Identifier::open(OwnerReader::open(listeners.owners)?)?,
             dialer,
             pool: Pool::default(),
             lifecycle: self.lifecycle,

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use meshd::capture::Recovery;
+use meshd::capture::{OwnerRecord, Recovery};
 use meshd::dns::Vips;
 use meshd::enrol::{self, Enrolment, PortWatch, Reserved};
 use meshd::fault::Fault;
@@ -157,6 +157,7 @@ impl Host {
                 mesh: vec![listen(&mut mesh)],
                 captured: vec![listen(&mut everywhere), listen(&mut itself)],
                 recovery: Recovery::Transparent,
+                owners: OwnerRecord::default(),
             })
             .collect();
         let workers = proxy::start(&shared, listeners, &lifecycle, &generations).unwrap();

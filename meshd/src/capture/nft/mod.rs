@@ -3,16 +3,19 @@
 mod guard;
 mod ledger;
 mod owned;
+mod owners;
 mod raw;
 mod redirect;
 mod tproxy;
 
+use std::cell::OnceCell;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use self::raw::Raw;
 use super::backend::{Backend, BackendKind, ListenAt};
 use super::flow::Recovery;
 use super::ledger::Tally;
+use super::owner::OwnerRecord;
 use super::tool::{CaptureError, NFT, Tool};
 use super::wanted::{Facts, Wanted};
 use super::{routes, transparent};
@@ -39,11 +42,13 @@ pub(super) struct Nft {
     capture: NftCapture,
     installed: Option<Installed>,
     raw: Raw,
+    /// What this host's nft and kernel can record, once tried.
+    owners: OnceCell<OwnerRecord>,
 }
 
 impl Nft {
     pub(super) fn new(capture: NftCapture) -> Nft {
-        Nft { capture, installed: None, raw: Raw::default() }
+        Nft { capture, installed: None, raw: Raw::default(), owners: OnceCell::new() }
     }
 
     fn tool(&self) -> Tool {
@@ -54,14 +59,32 @@ impl Nft {
     }
 
     /// The `nft -f -` input that replaces our table.
-    fn table(&self, wanted: &Wanted, facts: &Facts) -> String {
+    fn table(&self, wanted: &Wanted, facts: &Facts, record: OwnerRecord) -> String {
         let capture = match self.capture {
             NftCapture::Tproxy => tproxy::chains(wanted),
             NftCapture::Redirect => redirect::chains(wanted),
         };
+        let owners = owners::chains(wanted, record);
         let (guard, ledger) = (guard::chains(wanted, facts), ledger::chains(wanted));
         let rest = ledger + &transparent::chains(wanted);
-        format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{guard}{rest}}}\n")
+        format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{owners}{guard}{rest}}}\n")
+    }
+
+    /// `--check` has the kernel judge the whole transaction without committing it.
+    fn check(&self, wanted: &Wanted, record: OwnerRecord) -> Result<(), CaptureError> {
+        self.tool().run(&["--check", "-f", "-"], &self.table(wanted, &Facts::default(), record)).map(drop)
+    }
+
+    /// As much as this host can: nft 1.0.6 has no registers for the keys of IPv6, older ones for neither.
+    fn record(&self, wanted: &Wanted) -> OwnerRecord {
+        const BEST_FIRST: [OwnerRecord; 2] = [OwnerRecord { v4: true, v6: true }, OwnerRecord { v4: true, v6: false }];
+        *self.owners.get_or_init(|| {
+            let can = BEST_FIRST.into_iter().find(|record| self.check(wanted, *record).is_ok()).unwrap_or_default();
+            if !can.v4 {
+                tracing::info!("nft or the kernel is too old to record who opens connections: see docs/enrolment.md");
+            }
+            can
+        })
     }
 }
 
@@ -96,14 +119,18 @@ impl Backend for Nft {
     }
 
     fn probe(&self, wanted: &Wanted) -> Result<(), CaptureError> {
-        // `--check` has the kernel judge the whole transaction without committing it.
-        self.tool().run(&["--check", "-f", "-"], &self.table(wanted, &Facts::default()))?;
+        self.check(wanted, OwnerRecord::default())?;
         if !wanted.raw_callers.is_empty() {
             let chains = raw::chains(self.capture, wanted, &Facts::default());
             // Under another name: the one of a daemon that just ended may still be held.
             NFT.run(&["--check", "-f", "-"], &owned::transaction("meshd_raw_probe", 0, &chains))?;
         }
+        self.record(wanted);
         Ok(())
+    }
+
+    fn owners(&self) -> OwnerRecord {
+        self.owners.get().copied().unwrap_or_default()
     }
 
     fn prepare(&mut self, wanted: &Wanted) -> Result<ListenAt, CaptureError> {
@@ -124,7 +151,7 @@ impl Backend for Nft {
     fn render(&self, wanted: &Wanted, facts: &Facts) -> String {
         let mut text = format!(
             "# nft -f -\n{}# routes\n{}",
-            self.table(wanted, facts),
+            self.table(wanted, facts, self.record(wanted)),
             routes::render(wanted) + &transparent::render(wanted)
         );
         if !wanted.raw_callers.is_empty() {
@@ -142,7 +169,7 @@ impl Backend for Nft {
             routes::install_raw(wanted)?;
         }
         self.raw.keep(self.capture, wanted, facts)?;
-        let text = self.table(wanted, facts);
+        let text = self.table(wanted, facts, self.record(wanted));
         // Replacing it would reset what it counts.
         if !self.has(&text) {
             self.tool().run(&["-f", "-"], &text)?;
@@ -191,7 +218,7 @@ mod tests {
 
     #[test]
     fn without_strict_ports_only_virtual_ips_are_touched() {
-        let text = Nft::new(NftCapture::Tproxy).table(&wanted(), &Facts::default());
+        let text = Nft::new(NftCapture::Tproxy).table(&wanted(), &Facts::default(), OwnerRecord::default());
         let expected = "table inet meshd
 delete table inet meshd
 table inet meshd {

@@ -1,0 +1,166 @@
+//! Clients that write and close at once: nobody owns their sockets any more when meshd looks, which nft backends
+//! make up for. Whatever backend the run is for, web uses the one of the test here.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use meshd_tests::lab::Lab;
+use meshd_tests::load::{LoadReport, report};
+use meshd_tests::mesh::Mesh;
+use meshd_tests::plan::Plan;
+use meshd_tests::wait::{until, until_some};
+use nix::sys::signal::Signal;
+use socket2::{Domain, Socket, Type};
+
+use crate::identify::connect_from;
+use crate::{DEADLINE, refused};
+
+const PORT: u16 = 18888;
+
+/// A mesh whose payments only listens.
+struct Hasty {
+    mesh: Mesh,
+    payments: TcpListener,
+    target: SocketAddr,
+}
+
+impl Hasty {
+    fn start(backend: &str) -> Result<Self> {
+        let mut plan = Plan::shop_with_one_server();
+        for workload in plan.hosts.iter_mut().flat_map(|host| &mut host.workloads).filter(|it| it.name == "payments") {
+            workload.app = None;
+        }
+        let lab = Arc::new(Lab::new(&plan.host_names())?);
+        let mut mesh = Mesh::prepare(lab, plan)?;
+        mesh.daemon("web").use_backend(backend)?;
+        mesh.start_pki()?;
+        mesh.join_all()?;
+        mesh.start_all()?;
+        let payments = mesh.host("api-1").within(listen)??;
+        payments.set_nonblocking(true)?;
+        let target = (mesh.virtual_address("web", "payments.shop.mesh")?, 80).into();
+        Ok(Self { mesh, payments, target })
+    }
+
+    /// Connects, writes and closes as checkout.
+    fn leave(&self, more: &[&str]) -> Result<()> {
+        let target = self.target.to_string();
+        let leave = self.mesh.testkit("web", "checkout", &[&["leave", "--target", &target], more].concat());
+        let left: LoadReport = report(&self.mesh.host("web").run(&leave)?)?;
+        ensure!(left.failed == 0, "{left:?}");
+        Ok(())
+    }
+
+    /// `work` while meshd stands still: whatever it does is over when meshd looks.
+    fn unseen<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let daemon = self.mesh.daemon("web");
+        daemon.signal(Signal::SIGSTOP)?;
+        let done = work();
+        daemon.signal(Signal::SIGCONT)?;
+        done
+    }
+
+    /// How many have arrived whole at payments since the last time.
+    fn heard(&self) -> Result<u32> {
+        let mut heard = 0;
+        loop {
+            let mut client = match self.payments.accept() {
+                Ok((client, _)) => client,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(heard),
+                Err(error) => return Err(error.into()),
+            };
+            client.set_nonblocking(false)?;
+            client.set_read_timeout(Some(DEADLINE))?;
+            let mut said = String::new();
+            client.read_to_string(&mut said)?;
+            ensure!(said == "bye\n", "not what the client wrote: {said:?}");
+            heard += 1;
+        }
+    }
+
+    fn ensure_heard(&self, goal: u32) -> Result<()> {
+        let mut heard = 0;
+        let arrived = || {
+            heard += self.heard().unwrap_or(u32::MAX / 2);
+            heard >= goal
+        };
+        let waited = until(DEADLINE, &format!("{goal} clients heard"), arrived);
+        waited.with_context(|| format!("{heard} were"))?;
+        ensure!(heard == goal, "{heard} instead of {goal}");
+        Ok(())
+    }
+
+    fn all_refused(&self) -> Result<f64> {
+        Ok(self.mesh.daemon("web").metrics()?.sum("meshd_refused_total", &[]))
+    }
+}
+
+/// With room for all who come while a test looks elsewhere.
+fn listen() -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 8080)).into())?;
+    socket.listen(1024)?;
+    Ok(socket.into())
+}
+
+fn are_heard(backend: &str) -> Result<()> {
+    const CALLS: u32 = 200;
+    let hasty = Hasty::start(backend)?;
+    hasty.leave(&["--connections", &CALLS.to_string()])?;
+    hasty.ensure_heard(CALLS)?;
+    hasty.unseen(|| hasty.leave(&["--connections", &CALLS.to_string()]))?;
+    hasty.ensure_heard(CALLS)?;
+    let unknown = hasty.mesh.daemon("web").metrics()?.sum("meshd_identify_unknown_total", &[]);
+    ensure!(unknown < 1.0 && hasty.all_refused()? < 1.0, "{unknown} unknown, {} refused", hasty.all_refused()?);
+    let checkout = hasty.mesh.spiffe_id("checkout");
+    let arrived = || hasty.mesh.daemon("api-1").access_log();
+    let as_checkout = || arrived().iter().filter(|event| event.client_id.as_deref() == Some(&checkout)).count();
+    until(DEADLINE, "every one of them in the access log, as checkout", || as_checkout() == 2 * CALLS as usize)
+}
+
+#[test]
+fn a_client_that_writes_and_closes_at_once_is_heard_by_nft_tproxy() -> Result<()> {
+    are_heard("nft-tproxy")
+}
+
+#[test]
+fn a_client_that_writes_and_closes_at_once_is_heard_by_nft_redirect() -> Result<()> {
+    are_heard("nft-redirect")
+}
+
+/// The second caller is in a cgroup above those meshd knows, with another user: it must not pass for the first.
+fn is_not_taken_for_the_one_before(backend: &str) -> Result<()> {
+    let hasty = Hasty::start(backend)?;
+    let from = SocketAddr::from(([0, 0, 0, 0], PORT));
+    hasty.leave(&["--from", &from.to_string()])?;
+    hasty.ensure_heard(1)?;
+    let web = hasty.mesh.host("web");
+    hasty.unseen(|| {
+        // The kernel gives the tuple away again when a second has passed.
+        let again = || connect_from(from, hasty.target).ok();
+        let second = || until_some(Duration::from_secs(5), "a second connection of the same tuple", again);
+        web.within(|| -> Result<()> {
+            let mut second = second()?;
+            second.write_all(b"bye\n")?;
+            Ok(())
+        })?
+    })?;
+    until(DEADLINE, "it refused", || hasty.all_refused().is_ok_and(|count| count >= 1.0))?;
+    ensure!(refused(&hasty.mesh, "web", "identify_unknown")? + refused(&hasty.mesh, "web", "unenrolled")? == 1.0);
+    // What comes after it is served: it was not merely late.
+    hasty.leave(&[])?;
+    hasty.ensure_heard(1)
+}
+
+#[test]
+fn who_uses_a_tuple_again_is_not_taken_for_the_one_before_by_nft_tproxy() -> Result<()> {
+    is_not_taken_for_the_one_before("nft-tproxy")
+}
+
+#[test]
+fn who_uses_a_tuple_again_is_not_taken_for_the_one_before_by_nft_redirect() -> Result<()> {
+    is_not_taken_for_the_one_before("nft-redirect")
+}
