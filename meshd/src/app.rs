@@ -85,6 +85,9 @@ impl App {
         let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
         let (identities, identities_receiver) = watch::channel(enrolment.identities());
         tokio::spawn(agent.run(identities_receiver));
+        // First of all: until then strict ports of a host that has just booted are open. What is captured meanwhile
+        // waits in the listeners' queues.
+        let Captured { keeper, listeners, recovery } = start_capture(&config, &enrolment, inherited).await?;
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
@@ -100,7 +103,6 @@ impl App {
             Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
             None => AccessLog::off(),
         };
-        let workers = config.proxy.worker_count();
         let shared = Arc::new(Shared {
             config: config.proxy.clone(),
             mark: Mark(config.capture.mark),
@@ -110,19 +112,10 @@ impl App {
             tls: ArcSwap::from_pointee(tls),
             vips: vips.clone(),
             raw: ArcSwap::default(),
-            telemetry: Telemetry::new(workers, access_log),
+            telemetry: Telemetry::new(config.proxy.worker_count(), access_log),
         });
         count_panics(&shared.telemetry);
         shared.ports.refresh(&shared.enrolment.load());
-        let intent = start!(planned(&config, &shared.enrolment.load()), "capture")?;
-        let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
-        tell_choice(&chosen);
-        let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
-        let recovery = chosen.backend.recovery();
-        let owners = chosen.backend.owners();
-        let listeners = bind_workers(&config, workers, inherited, &listen_at, &recovery, owners)?;
-        let keeper =
-            start!(Keeper::start(chosen.backend, chosen.passed_over, StateFile::new(&config.state_dir)), "capture")?;
         let dns = bind_dns(&config).await?;
         let metrics =
             start!(TcpListener::bind(config.metrics.listen).await, "[metrics] listen {}", config.metrics.listen)?;
@@ -139,8 +132,6 @@ impl App {
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         tokio::spawn(follow_ports(shared.clone()));
         let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
-        // Only now: what is captured must find somebody who listens and knows where to.
-        start!(keeper.want(intent).await, "capture")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());
         raw.follow_to(&directory.borrow().clone()).await;
         let raw = tokio::spawn(raw.follow(directory.clone()));
@@ -266,18 +257,36 @@ impl App {
 
     async fn try_reload_enrolment(&self, apply: Option<&str>) -> Result<(), String> {
         let credentials = self.credentials.borrow().clone();
-        let enrolment = load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?;
-        let plan = planned(&self.config, &enrolment).map_err(|error| error.to_string())?;
+        let enrolment = Arc::new(load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?);
+        let plan = self.plan(enrolment.clone()).await?;
+        if let Some(hash) = apply.filter(|hash| *hash != plan.hash()) {
+            return Err(another_plan(hash, &plan.hash()));
+        }
+        // Who is captured must be known and certified first: a connection that went direct a moment ago is not to
+        // be refused for that.
+        let before = self.shared.enrolment.swap(enrolment.clone());
+        self.identities.send_replace(enrolment.identities());
+        if !plan.raw_callers.is_empty() {
+            wait_for_certificates(&mut self.credentials.clone(), &enrolment.identities()).await;
+        }
         let done = match apply {
-            Some(hash) if hash != plan.hash() => return Err(another_plan(hash, &plan.hash())),
             Some(_) => self.keeper.apply(plan).await,
             None => self.keeper.want(plan).await,
         };
-        done.map_err(|error| error.to_string())?;
-        self.identities.send_replace(enrolment.identities());
-        self.shared.enrolment.store(Arc::new(enrolment));
-        self.shared.ports.refresh(&self.shared.enrolment.load());
+        if let Err(error) = done {
+            self.identities.send_replace(before.identities());
+            self.shared.enrolment.store(before);
+            return Err(error.to_string());
+        }
+        self.shared.ports.refresh(&enrolment);
         Ok(())
+    }
+
+    /// Asks systemd, and looks through sockets and processes: not on the thread that answers names.
+    async fn plan(&self, enrolment: Arc<Enrolment>) -> Result<Wanted, String> {
+        let config = self.config.clone();
+        let planned = tokio::task::spawn_blocking(move || planned(&config, &enrolment));
+        planned.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 }
 
@@ -315,6 +324,31 @@ fn default_identity(config: &Config, path: &Path, credentials: &Credentials) -> 
     id.map(Some).map_err(|error| StartError(error.to_string()))
 }
 
+/// What capture is made of once it works.
+struct Captured {
+    keeper: KeeperHandle,
+    listeners: Vec<Listeners>,
+    recovery: Recovery,
+}
+
+async fn start_capture(
+    config: &Config,
+    enrolment: &Enrolment,
+    inherited: Vec<(String, StdListener)>,
+) -> Result<Captured, StartError> {
+    let intent = start!(planned(config, enrolment), "capture")?;
+    let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
+    tell_choice(&chosen);
+    let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
+    let recovery = chosen.backend.recovery();
+    let owners = chosen.backend.owners();
+    let listeners = bind_workers(config, inherited, &listen_at, &recovery, owners)?;
+    let keeper =
+        start!(Keeper::start(chosen.backend, chosen.passed_over, StateFile::new(&config.state_dir)), "capture")?;
+    start!(keeper.want(intent).await, "capture")?;
+    Ok(Captured { keeper, listeners, recovery })
+}
+
 fn tell_choice(chosen: &capture::Chosen) {
     for passed in &chosen.passed_over {
         tracing::info!(backend = passed.backend.label(), "capture backend passed over: {}", passed.reason);
@@ -324,7 +358,6 @@ fn tell_choice(chosen: &capture::Chosen) {
 
 fn bind_workers(
     config: &Config,
-    workers: usize,
     mut inherited: Vec<(String, StdListener)>,
     capture: &ListenAt,
     recovery: &Recovery,
@@ -337,7 +370,7 @@ fn bind_workers(
         Some(inherited.swap_remove(at).1)
     };
     let mut all = Vec::new();
-    for worker in 0..workers {
+    for worker in 0..config.proxy.worker_count() {
         let mut captured = Vec::new();
         for &address in &capture.addresses {
             match take(&format!("capture-{worker}-{}", address.ip())).map_or_else(|| listen(address), Ok) {

@@ -106,7 +106,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Probe(args) => probe::probe(&load(&cli.config)?, args),
         Command::ProbeConnect(args) => probe::connect(args),
         Command::Intercept { action } => intercept::run(&cli.config, action),
-        Command::Bypass { switch, unit } => bypass(&load(&cli.config)?, *switch, unit.as_deref()),
+        Command::Bypass { switch, unit } => {
+            bypass(&intercept::config_or_defaults(&cli.config), *switch, unit.as_deref())
+        }
     }
 }
 

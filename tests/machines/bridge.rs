@@ -6,7 +6,7 @@ use meshd_tests::machine::{Machine, MachineMesh, units};
 use meshd_tests::plan::Plan;
 use meshd_tests::process::Process;
 
-use crate::ask;
+use crate::{ask, shop_without_strict_ports};
 
 /// Bridge, NAT and published port (9000 to the container's 80) with the rules that Docker writes.
 const DOCKER: &str = "\
@@ -38,21 +38,26 @@ const CONTAINER: &str = "ip netns exec container /usr/bin/testkit echo-http --li
 
 #[test]
 fn containers_on_a_bridge_reach_out_and_are_reached_whatever_meshd_does_by_nft_tproxy() -> Result<()> {
-    left_alone("nft-tproxy")
+    left_alone(Plan::shop_with_one_server(), "nft-tproxy")
 }
 
 #[test]
 fn containers_on_a_bridge_reach_out_and_are_reached_whatever_meshd_does_by_nft_redirect() -> Result<()> {
-    left_alone("nft-redirect")
+    left_alone(Plan::shop_with_one_server(), "nft-redirect")
 }
 
 #[test]
 fn containers_on_a_bridge_reach_out_and_are_reached_whatever_meshd_does_by_iptables() -> Result<()> {
-    left_alone("iptables-nft")
+    left_alone(Plan::shop_with_one_server(), "iptables-nft")
 }
 
-fn left_alone(backend: &str) -> Result<()> {
-    let mesh = MachineMesh::prepare(Plan::shop_with_one_server(), backend)?;
+#[test]
+fn containers_on_a_bridge_reach_out_and_are_reached_whatever_meshd_does_by_tun() -> Result<()> {
+    left_alone(shop_without_strict_ports(), "tun")
+}
+
+fn left_alone(plan: Plan, backend: &str) -> Result<()> {
+    let mesh = MachineMesh::prepare(plan, backend)?;
     let web = mesh.machine("web");
     web.command("sh", &["-euc", DOCKER])?;
     web.start_unit("docker.service", &units::service(&format!("/usr/sbin/{CONTAINER}"), &[]))?;

@@ -5,12 +5,11 @@ use meshd_tests::machine::{Machine, MachineMesh, units};
 use meshd_tests::plan::Plan;
 use meshd_tests::wait::{until, until_some};
 
-use crate::{DEADLINE, PAYMENTS, ask, clients, ensure_answered, ensure_refused, refused};
+use crate::{DEADLINE, PAYMENTS, activate, ask, clients, ensure_answered, ensure_refused, refused};
 
 /// Asks payments, shows the answer in its journal, and stays.
 const ASKS_AND_STAYS: &str =
     "/bin/sh -c 'curl --silent --show-error --max-time 20 http://payments.shop.mesh/; exec sleep infinity'";
-const PROXYD: &str = "/usr/lib/systemd/systemd-socket-proxyd";
 
 #[test]
 fn every_enrolled_unit_has_its_identity_beside_units_that_have_none() -> Result<()> {
@@ -88,8 +87,8 @@ fn socket_activated_units_call_and_serve() -> Result<()> {
     server.systemctl(&["stop", "payments.service"])?;
     let backend = "/usr/bin/testkit echo-http --listen 127.0.0.1:8081 --name payments-on-api-activated";
     server.start_unit("backend.service", &units::service(backend, &[]))?;
-    activate(server, "payments", "127.0.0.1:8080", "127.0.0.1:8081")?;
-    activate(web, "checkout", "127.0.0.1:7070", "payments.shop.mesh:80")?;
+    activate(server, "payments", &["User=payments"], "127.0.0.1:8080", "127.0.0.1:8081")?;
+    activate(web, "checkout", &["User=checkout"], "127.0.0.1:7070", "payments.shop.mesh:80")?;
 
     for _ in 0..2 {
         let answer = mesh.curl("web", "stray", &["--fail", "http://127.0.0.1:7070/"])?;
@@ -100,13 +99,6 @@ fn socket_activated_units_call_and_serve() -> Result<()> {
         ensure!(state.trim() == "active", "{unit} was not started by its socket: {state}");
     }
     arrived_as(&mesh, &["checkout", "checkout"])
-}
-
-/// A socket whose service starts with its first connection, and passes what it accepts on.
-fn activate(machine: &Machine, name: &str, listen: &str, target: &str) -> Result<()> {
-    let service = units::service(&format!("{PROXYD} {target}"), &[&format!("User={name}")]);
-    machine.install_unit(&format!("{name}.service"), &service)?;
-    machine.start_unit(&format!("{name}.socket"), &units::socket(listen))
 }
 
 fn wait_for_answers(machine: &Machine, unit: &str, count: usize) -> Result<()> {

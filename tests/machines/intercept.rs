@@ -5,16 +5,12 @@ use meshd_tests::machine::MachineMesh;
 use meshd_tests::plan::{self, Plan};
 use meshd_tests::wait::until;
 
-use crate::{DEADLINE, ask};
+use crate::{DEADLINE, ask, shop_without_strict_ports};
 
 #[test]
 fn an_unconfirmed_plan_applied_over_ssh_is_taken_back_by_systemd() -> Result<()> {
     let strict = Plan::shop_with_one_server();
-    let mut open = strict.clone();
-    for workload in open.hosts.iter_mut().flat_map(|host| &mut host.workloads) {
-        workload.serve.iter_mut().for_each(|serve| serve.strict = false);
-    }
-    let mesh = MachineMesh::start(open)?;
+    let mesh = MachineMesh::start(shop_without_strict_ports())?;
     let (api, machine) = (mesh.daemon("api-1"), mesh.machine("api-1"));
     let url = format!("http://{}:8080/", machine.host().address());
     let gets_in =

@@ -9,7 +9,7 @@ use meshd_tests::metrics::Metrics;
 use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
 
-use crate::{DEADLINE, ask};
+use crate::{DEADLINE, ask, shop_without_strict_ports};
 
 const LEAVING: u64 = 1000;
 /// One in a hundred: those whose connection was opened while the rules were replaced.
@@ -17,16 +17,26 @@ const UNIDENTIFIED_MAX: f64 = 20.0;
 
 #[test]
 fn ten_thousand_connections_leave_no_descriptor_and_no_nat_entry_by_nft_tproxy() -> Result<()> {
-    leave_nothing("nft-tproxy")
+    leave_nothing(Plan::shop_with_one_server(), "nft-tproxy")
 }
 
 #[test]
 fn ten_thousand_connections_leave_no_descriptor_and_no_nat_entry_by_nft_redirect() -> Result<()> {
-    leave_nothing("nft-redirect")
+    leave_nothing(Plan::shop_with_one_server(), "nft-redirect")
 }
 
-fn leave_nothing(backend: &str) -> Result<()> {
-    let mesh = MachineMesh::prepare(Plan::shop_with_one_server(), backend)?;
+#[test]
+fn ten_thousand_connections_leave_no_descriptor_and_no_nat_entry_by_iptables() -> Result<()> {
+    leave_nothing(Plan::shop_with_one_server(), "iptables-nft")
+}
+
+#[test]
+fn ten_thousand_connections_leave_no_descriptor_and_no_nat_entry_by_tun() -> Result<()> {
+    leave_nothing(shop_without_strict_ports(), "tun")
+}
+
+fn leave_nothing(plan: Plan, backend: &str) -> Result<()> {
+    let mesh = MachineMesh::prepare(plan, backend)?;
     mesh.start_daemons()?;
     // What a first connection opens for good is not a leak.
     ask(&mesh, "checkout")?;

@@ -316,19 +316,23 @@ impl Keeper {
     /// Makes the kernel equal to what the configuration and operators say. All writing goes through here, under
     /// the lock: what an operator has just taken away is never put back.
     fn settle(&mut self, locked: &mut Locked, intent: &Wanted, look: Look) -> Result<Settled, CaptureError> {
-        let Some(target) = resolve(intent, &locked.state) else { return self.remove(locked, intent) };
+        let Some(target) = resolve(intent, &locked.state) else { return self.remove(locked) };
         let mut facts = self.facts_for(&target);
         let unchanged = self.in_force.as_ref().is_some_and(|(wanted, known)| *wanted == target && *known == facts);
-        // A unit that restarts hides nobody who removes rules meanwhile.
-        let removed = look == Look::InTheKernel && self.in_force.is_some() && !self.backend.intact(&target)?;
+        // Rules about units that have ended read differently, so only of those that should be as they were is it known.
+        let removed = look == Look::InTheKernel && unchanged && !self.backend.intact(&target)?;
         if unchanged && !removed && locked.state.applied.is_some() {
             return Ok(Settled::WasInForce);
         }
-        self.forget_what_another_configuration_left(locked, &target)?;
+        let replaced = self.forget_what_another_configuration_left(locked, &target)?;
         // Written first: a crash between the two must leave a record of what may be there.
         let record = Applied { backend: self.backend.kind(), wanted: target.clone() };
+        let known = locked.state.applied.as_ref() == Some(&record);
         let before = locked.state.applied.replace(record);
-        locked.save()?;
+        if !known {
+            // Not for what is on record: rules must come back also when the disk is full.
+            locked.save()?;
+        }
         // Replacing rules resets what they counted.
         self.ledger.harvest(self.backend.as_ref());
         let mut applied = self.backend.apply(&target, &facts);
@@ -340,6 +344,7 @@ impl Keeper {
         }
         if let Err(error) = applied {
             locked.state.applied = before;
+            self.restore(locked, replaced);
             return Err(error);
         }
         self.ledger.expect_new_rules();
@@ -350,34 +355,52 @@ impl Keeper {
         Ok(if removed { Settled::PutBack } else { Settled::PutInForce })
     }
 
-    /// Another run, or another plan, may have used another backend, table or range: nobody else would remove its rules.
+    /// Another run, or another plan, may have used another backend, table or range: nobody else would remove its
+    /// rules. What was removed is returned, to be put back if nothing can take its place.
     fn forget_what_another_configuration_left(
         &mut self,
         locked: &mut Locked,
         target: &Wanted,
-    ) -> Result<(), CaptureError> {
-        let Some(applied) = &locked.state.applied else { return Ok(()) };
+    ) -> Result<Option<Applied>, CaptureError> {
+        let Some(applied) = &locked.state.applied else { return Ok(None) };
         if applied.is_replaced_by(self.backend.kind(), target) {
-            return Ok(());
+            return Ok(None);
         }
         tracing::info!(backend = applied.backend.label(), "removing what an earlier configuration had installed");
-        // Ours may hold what it made; another one's is a stranger's.
-        match applied.backend == self.backend.kind() {
-            true => self.backend.revert(&applied.wanted)?,
-            false => applied.backend.open().revert(&applied.wanted)?,
-        }
-        locked.state.applied = None;
+        self.revert(&applied.clone())?;
+        let replaced = locked.state.applied.take();
         self.in_force = None;
-        locked.save()
+        locked.save()?;
+        Ok(replaced)
     }
 
-    fn remove(&mut self, locked: &mut Locked, intent: &Wanted) -> Result<Settled, CaptureError> {
-        let ours = self.in_force.take().map(|(wanted, _)| wanted);
-        let recorded = locked.state.applied.take().map(|applied| applied.wanted);
-        if ours.is_none() && recorded.is_none() {
-            return Ok(Settled::WasInForce);
+    /// Strict ports must not be left open because the new rules were refused.
+    fn restore(&mut self, locked: &mut Locked, replaced: Option<Applied>) {
+        let Some(applied) = replaced else { return };
+        let facts = self.facts_for(&applied.wanted);
+        let restored = match applied.backend == self.backend.kind() {
+            true => self.backend.apply(&applied.wanted, &facts),
+            false => applied.backend.open().apply(&applied.wanted, &facts),
+        };
+        match restored {
+            Ok(()) => locked.state.applied = Some(applied),
+            Err(error) => tracing::error!(%error, "the rules of the earlier configuration cannot be put back"),
         }
-        self.backend.revert(&ours.or(recorded).unwrap_or_else(|| intent.clone()))?;
+    }
+
+    /// Our own backend may hold what it made; another one's rules are a stranger's.
+    fn revert(&mut self, applied: &Applied) -> Result<(), CaptureError> {
+        match applied.backend == self.backend.kind() {
+            true => self.backend.revert(&applied.wanted),
+            false => applied.backend.open().revert(&applied.wanted),
+        }
+    }
+
+    fn remove(&mut self, locked: &mut Locked) -> Result<Settled, CaptureError> {
+        let ours = self.in_force.take().map(|(wanted, _)| Applied { backend: self.backend.kind(), wanted });
+        let recorded = locked.state.applied.take();
+        let Some(applied) = ours.or(recorded) else { return Ok(Settled::WasInForce) };
+        self.revert(&applied)?;
         Ok(Settled::Removed)
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::backend::BackendKind;
 use super::plan::resolve;
-use super::state::{Applied, CaptureState, Held, Locked, Reverted, StateFile, own_uid, unix_now};
+use super::state::{Applied, CaptureState, Held, Locked, StateFile, unix_now};
 use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
@@ -15,16 +15,17 @@ use super::wanted::{Facts, Wanted};
 /// From now on nobody puts rules in force or heals them, until an operator applies or the daemon starts anew.
 pub fn forbid(state_dir: &Path, why: &str) -> Result<(), CaptureError> {
     let mut locked = StateFile::new(state_dir).lock_at_any_price();
-    locked.state.reverted = Some(Reverted { since: unix_now(), by_uid: own_uid(), why: why.to_owned() });
-    locked.state.timer = None;
+    locked.state.forbid(why);
     locked.save()
 }
 
 /// Removes what is ours from the kernel.
 ///
 /// `bare` is what to look for where there is no record of what was applied.
-pub fn revert(state_dir: &Path, bare: &Wanted) -> Result<(), CaptureError> {
+pub fn revert(state_dir: &Path, why: &str, bare: &Wanted) -> Result<(), CaptureError> {
     let mut locked = StateFile::new(state_dir).lock_at_any_price();
+    // Again: what was written without the lock may have been written over.
+    locked.state.forbid(why);
     remove(&mut locked.state, bare)?;
     locked.save()
 }

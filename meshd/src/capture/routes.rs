@@ -4,6 +4,8 @@
 use super::tool::{CaptureError, IP};
 use super::wanted::Wanted;
 
+/// With numbers, whatever names the host gives its tables.
+const LIST_RULES: &str = "-N rule show";
 /// Our policy rules come before everybody's: main is 32766, Tailscale starts at 5210.
 pub(super) const PREFERENCE: u32 = 100;
 
@@ -75,9 +77,9 @@ pub(super) fn intact(wanted: &Wanted) -> Result<bool, CaptureError> {
     let table = wanted.table.to_string();
     for family in families(wanted).iter().filter(|family| present(family.option)) {
         let net = if family.option == "-4" { wanted.vip4.to_string() } else { wanted.vip6.to_string() };
-        let rules = IP.run(&[family.option, "rule", "show"], "")?;
+        let rules = ip(family.option, LIST_RULES)?;
         // An empty table does not exist for `ip`, which says so with an error.
-        let routes = IP.run(&[family.option, "route", "show", "table", &table], "").unwrap_or_default();
+        let routes = ip(family.option, &format!("route show table {table}")).unwrap_or_default();
         if !rules.contains(&format!("to {net} lookup {table}")) || !routes.contains(&format!("local {net} ")) {
             return Ok(false);
         }
@@ -89,8 +91,8 @@ pub(super) fn intact(wanted: &Wanted) -> Result<bool, CaptureError> {
 pub(super) fn raw_intact(wanted: &Wanted) -> Result<bool, CaptureError> {
     let table = wanted.table.to_string();
     for family in raw_families(wanted).iter().filter(|family| present(family.option)) {
-        let rules = IP.run(&[family.option, "rule", "show"], "")?;
-        let routes = IP.run(&[family.option, "route", "show", "table", &table], "").unwrap_or_default();
+        let rules = ip(family.option, LIST_RULES)?;
+        let routes = ip(family.option, &format!("route show table {table}")).unwrap_or_default();
         if !rules.contains(&format!("fwmark {:#x}", wanted.raw_mark())) || !routes.contains("local default ") {
             return Ok(false);
         }

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,6 +18,8 @@ use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Caller, Wanted};
 
+/// Thousands of strict ports; more is none of ours.
+const MAX_SIZE: u64 = 16 << 20;
 const SCHEMA: u32 = 1;
 /// Plans that do not arm a revert timer again: enough for going back and forth during a rollout.
 const CONFIRMED_MAX: usize = 16;
@@ -128,6 +130,15 @@ impl Default for CaptureState {
 }
 
 impl CaptureState {
+    /// From now on nobody puts rules in force.
+    pub(super) fn forbid(&mut self, why: &str) {
+        let known = self.reverted.as_ref().is_some_and(|reverted| reverted.why == why);
+        if !known {
+            self.reverted = Some(Reverted { since: unix_now(), by_uid: own_uid(), why: why.to_owned() });
+        }
+        self.timer = None;
+    }
+
     pub fn is_confirmed(&self, hash: &str) -> bool {
         self.confirmed.iter().any(|confirmed| confirmed == hash)
     }
@@ -199,7 +210,7 @@ impl StateFile {
 
     /// Absent is empty. What cannot be understood is an error: it is the only record of what to undo.
     pub fn read(&self) -> Result<CaptureState, CaptureError> {
-        let text = match std::fs::read(&self.path) {
+        let text = match self.read_text() {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(CaptureState::default()),
             Err(error) => return Err(self.failed("cannot read")(error)),
@@ -211,6 +222,18 @@ impl StateFile {
             return Err(broken(format!("schema {} was written by a newer meshd: use that one", state.schema)));
         }
         Ok(state)
+    }
+
+    /// Its directory belongs to a user that is not root: neither a link nor a pipe there may stop the way out.
+    fn read_text(&self) -> io::Result<Vec<u8>> {
+        let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(&self.path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("this is no regular file; remove it"));
+        }
+        let mut text = Vec::new();
+        file.take(MAX_SIZE).read_to_end(&mut text)?;
+        Ok(text)
     }
 
     pub(super) fn stamp(&self) -> Option<Stamp> {
@@ -267,8 +290,10 @@ impl StateFile {
     /// The daemon's own, also when root comes first: both replace files in it by renaming.
     fn make_directory(&self) -> io::Result<()> {
         let Some(directory) = self.path.parent() else { return Ok(()) };
-        if directory.is_dir() {
-            return Ok(());
+        match std::fs::symlink_metadata(directory) {
+            Ok(found) if found.is_dir() => return Ok(()),
+            Ok(_) => return Err(io::Error::other("its directory is no directory; remove what is there")),
+            Err(_) => {}
         }
         // Not the state directory itself: whose that is to be, only its maker knows.
         std::fs::create_dir(directory)?;
@@ -278,7 +303,8 @@ impl StateFile {
         if owner.uid() == own_uid() {
             return Ok(());
         }
-        chown(directory, Some(owner.uid()), Some(owner.gid()))
+        // Not through a link that was put there meanwhile: it would give away what it leads to.
+        lchown(directory, Some(owner.uid()), Some(owner.gid()))
     }
 
     fn write(&self, state: &CaptureState) -> Result<(), CaptureError> {

@@ -1,7 +1,15 @@
 //! Runs the tools that speak to the kernel: `nft`, `ip`, `iptables-restore`.
 
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Far beyond what any of them takes, the lock of iptables (5 s) included.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
@@ -33,6 +41,23 @@ pub(super) struct Tool {
 pub(super) const NFT: Tool = Tool { name: "nft", package: "nftables", needs: "nf_tables" };
 pub(super) const IP: Tool = Tool { name: "ip", package: "iproute2", needs: "policy routing" };
 
+/// Ends a tool that hangs: whoever waits for it holds the lock that a revert needs.
+struct Watched(#[expect(dead_code, reason = "dropping it tells the watcher that the tool has ended")] Sender<()>);
+
+impl Watched {
+    fn over(child: &Child) -> Watched {
+        let (running, ended) = channel::<()>();
+        let pid = Pid::from_raw(child.id() as i32);
+        std::thread::spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                // It has not been waited for yet, so the number is still its own.
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
+        Watched(running)
+    }
+}
+
 impl Tool {
     /// What it printed; an error carries what it complained about.
     pub(super) fn run(&self, arguments: &[impl AsRef<str>], input: &str) -> Result<String, CaptureError> {
@@ -50,7 +75,9 @@ impl Tool {
             // A tool that ends early reports why on stderr; the broken pipe itself says nothing.
             let _ = stdin.write_all(input.as_bytes());
         }
+        let watched = Watched::over(&child);
         let output = child.wait_with_output().map_err(missing)?;
+        drop(watched);
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }

@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 
 use serde::Deserialize;
 
-use super::routes::{PREFERENCE, ip, present};
+use super::routes::{PREFERENCE, ensure_rule, ip, present};
 use super::tool::CaptureError;
 use super::wanted::Wanted;
 
@@ -57,7 +57,8 @@ struct ListedRule {
     sport: Option<u16>,
     fwmark: Option<String>,
     fwmask: Option<String>,
-    table: String,
+    /// Other tools' rules may lead nowhere: `unreachable`, `goto`, a VRF.
+    table: Option<String>,
 }
 
 /// None for a rule we never write.
@@ -72,14 +73,18 @@ fn as_answers(rule: &ListedRule) -> Option<Answers> {
     Some(Answers::Marked { mark, mask })
 }
 
-fn parse_rules(json: &str, table: u32) -> BTreeSet<Answers> {
-    let listed: Vec<ListedRule> = serde_json::from_str(json).unwrap_or_default();
-    listed.iter().filter(|rule| rule.table == table.to_string()).filter_map(as_answers).collect()
+fn parse_rules(json: &str, table: u32) -> serde_json::Result<BTreeSet<Answers>> {
+    let listed: Vec<ListedRule> = serde_json::from_str(json)?;
+    let table = Some(table.to_string());
+    Ok(listed.iter().filter(|rule| rule.table == table).filter_map(as_answers).collect())
 }
 
 /// Every rule that leads to our table. All rules are listed: older versions of `ip` cannot list those of one table.
 fn listed_rules(option: &str, table: u32) -> Result<BTreeSet<Answers>, CaptureError> {
-    Ok(parse_rules(&ip(option, "-j rule show")?, table))
+    parse_rules(&ip(option, "-N -j rule show")?, table).map_err(|error| CaptureError::State {
+        what: "cannot understand `ip -j rule show`".into(),
+        source: error.into(),
+    })
 }
 
 /// Makes the rules exactly those that are wanted; one that stays is never away for a moment.
@@ -91,7 +96,7 @@ pub(super) fn install(wanted: &Wanted) -> Result<(), CaptureError> {
             ip(option, &add_route(table))?;
         }
         for missing in rules.difference(&listed) {
-            ip(option, &missing.command("add", table))?;
+            ensure_rule(option, &missing.command("add", table))?;
         }
         for needless in listed.difference(&rules) {
             ip(option, &needless.command("del", table))?;
@@ -217,12 +222,13 @@ ip -6 rule add from ::1 ipproto tcp sport 8080 iif lo lookup 7472 pref 100 proto
 
     #[test]
     fn what_ip_lists_is_recognised() {
-        // `ip -j rule` of iproute2 6.1, after the commands above.
+        // `ip -j rule` of iproute2 6.1, after the commands above, beside a rule like Tailscale's.
         let listed = r#"[{"priority":0,"src":"all","table":"local"},
             {"priority":100,"src":"all","dst":"240.240.0.0","dstlen":16,"table":"7471"},
             {"priority":100,"src":"127.0.0.1","iif":"lo","ipproto":"tcp","sport":8080,"table":"7472"},
-            {"priority":100,"src":"all","fwmark":"0x4c0000","fwmask":"0xff0000","iif":"lo","table":"7472"}]"#;
+            {"priority":100,"src":"all","fwmark":"0x4c0000","fwmask":"0xff0000","iif":"lo","table":"7472"},
+            {"priority":5250,"src":"all","fwmark":"0x80000","fwmask":"0xff0000","action":"unreachable"}]"#;
         let wanted = delivering_to(&["127.0.0.1:8080", "10.0.0.5:8080"]);
-        assert_eq!(parse_rules(listed, 7472), wanted_rules(&wanted, "-4"));
+        assert_eq!(parse_rules(listed, 7472).unwrap(), wanted_rules(&wanted, "-4"));
     }
 }

@@ -126,19 +126,34 @@ fn apply(path: &Path, within: Duration) -> anyhow::Result<()> {
     let plan = wanted.hash();
     let order = ApplyOrder { plan: plan.clone() };
     let put_in_force =
-        || on_runtime(async { Ok(admin::order(&config.admin_socket(), "/intercept/apply", &order).await?) });
+        || on_runtime(async { Ok(admin::order(&config.admin_socket(), "/intercept/apply", &order).await) });
     if StateFile::new(&config.state_dir).read()?.is_confirmed(&plan) {
-        put_in_force()?;
+        put_in_force()??;
         println!("plan {plan} is in force; it was confirmed before, so it stays");
         return Ok(());
     }
     let armed = manual::arm(&config.state_dir, &plan, within)?;
     let program = std::env::current_exe().context("cannot tell where this program is")?;
     let started = timer::start(&program, &std::path::absolute(path)?, &plan, within);
-    let done = started.context("cannot start the revert timer, so nothing was applied").and_then(|()| put_in_force());
-    if let Err(error) = done {
+    if let Err(error) = started.context("cannot start the revert timer, so nothing was applied") {
         manual::disarm(&config.state_dir, armed)?;
         return Err(error);
+    }
+    match put_in_force()? {
+        Ok(_) => {}
+        // The daemon says that it did nothing, or is not there.
+        Err(error @ (AdminError::Refused(_) | AdminError::Connect { .. })) => {
+            manual::disarm(&config.state_dir, armed)?;
+            return Err(error.into());
+        }
+        // It may have changed the rules before it died: the timer must stay.
+        Err(error) => {
+            return Err(error).context(format!(
+                "whether plan {plan} is in force is not known; it is taken back in {} s unless you run `meshd intercept \
+                 confirm`",
+                within.as_secs()
+            ));
+        }
     }
     println!(
         "plan {plan} is in force\nIt is taken back in {} s, also if meshd dies or this session ends, unless you run\n    \
@@ -156,7 +171,7 @@ fn confirm(config: &Config) -> anyhow::Result<()> {
 }
 
 /// The way out must work when everything else is broken, the configuration included.
-fn config_or_defaults(path: &Path) -> Config {
+pub(crate) fn config_or_defaults(path: &Path) -> Config {
     Config::load(path).unwrap_or_else(|error| {
         eprintln!("meshd: {error:#}; reverting what the default configuration installs");
         Config::default()
@@ -166,12 +181,13 @@ fn config_or_defaults(path: &Path) -> Config {
 fn revert(path: &Path) -> anyhow::Result<()> {
     run::log();
     let config = config_or_defaults(path);
-    let told = manual::forbid(&config.state_dir, "meshd intercept revert");
+    let why = "meshd intercept revert";
+    let told = manual::forbid(&config.state_dir, why);
     // What only the daemon can let go of; all else is removed here, also if it hangs.
     if let Err(error) = follow(&config) {
         tracing::debug!(%error, "no daemon takes part");
     }
-    let removed = manual::revert(&config.state_dir, &config.capture.bare(config.proxy.capture_port));
+    let removed = manual::revert(&config.state_dir, why, &config.capture.bare(config.proxy.capture_port));
     // Whichever fails, the other is tried.
     dns::integrate::remove(&config.dns)?;
     removed?;

@@ -28,11 +28,11 @@ impl Tun {
     /// `NotFound` without the kernel's tun module, `PermissionDenied` without either right,
     /// `ResourceBusy` when an interface of that name exists.
     pub fn create(name: &str) -> io::Result<Tun> {
-        let request = request(name)?;
+        let mut request = request(name)?;
         let control = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(CONTROL)?;
         let fd = control.as_raw_fd();
         // SAFETY: TUNSETIFF reads and writes one struct ifreq, which lives until the call returns.
-        check(unsafe { libc::ioctl(fd, libc::TUNSETIFF as _, &raw const request) })?;
+        check(unsafe { libc::ioctl(fd, libc::TUNSETIFF as _, &raw mut request) })?;
         let header = VNET_HEADER as c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int.
         check(unsafe { libc::ioctl(fd, libc::TUNSETVNETHDRSZ as _, &raw const header) })?;

@@ -33,6 +33,12 @@ impl<'a> MachineDaemon<'a> {
         self.0.install_unit(UNIT, units::MESHD)
     }
 
+    /// What only root may do to the names of a host, it may from its next start on.
+    pub fn run_as_root(&self) -> Result<()> {
+        self.0.write(&format!("/etc/systemd/system/{UNIT}.d/root.conf"), "[Service]\nUser=root\nGroup=root\n")?;
+        self.0.systemctl(&["daemon-reload"]).map(drop)
+    }
+
     /// Runs `meshd join` with a token, as meshd's user.
     pub fn join(&self, token: &str) -> Result<()> {
         self.0.write("/run/token", token)?;
