@@ -78,7 +78,8 @@ pub struct App {
 impl App {
     pub async fn start(config: Config, config_path: &Path) -> Result<App, StartError> {
         let inherited = inherit::listeners();
-        let only_one = OnlyOne::here(&config.run_dir).map_err(|error| StartError(error.to_string()))?;
+        let only_one =
+            OnlyOne::here(&config.run_dir, &config.state_dir).map_err(|error| StartError(error.to_string()))?;
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
         let mut credentials = agent.watch();
         let renewals = agent.metrics();

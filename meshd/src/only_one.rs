@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 
@@ -13,8 +14,6 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Abstract names belong to a network namespace, as our rules and routes do.
 const NAME: &[u8] = b"meshd";
-/// CAP_NET_ADMIN (linux/capability.h): whoever lacks it cannot be a meshd.
-const CAP_NET_ADMIN: u32 = 12;
 
 /// Held for life.
 #[derive(Debug)]
@@ -30,9 +29,9 @@ pub enum OnlyOneError {
     SameDirectory { path: PathBuf, pid: Option<i32> },
     #[error(
         "another meshd{} runs on this host, with another run_dir; stop it first: both would change the same rules and \
-         routes (a second one needs a network namespace of its own)", process(*.pid)
+         routes (a second one needs a network namespace of its own)", process(Some(*.pid))
     )]
-    SameNamespace { pid: Option<i32> },
+    SameNamespace { pid: i32 },
     #[error("cannot make sure that no other meshd runs here: {0}")]
     Socket(io::Error),
 }
@@ -42,10 +41,12 @@ fn process(pid: Option<i32>) -> String {
 }
 
 impl OnlyOne {
-    /// Within a runtime, which answers whoever asks who we are.
-    pub fn here(run_dir: &Path) -> Result<OnlyOne, OnlyOneError> {
+    /// Within a runtime, which answers whoever asks who we are. Whoever owns `state_dir` is meshd's user, also when
+    /// root starts another one.
+    pub fn here(run_dir: &Path, state_dir: &Path) -> Result<OnlyOne, OnlyOneError> {
         let lock = lock_directory(run_dir)?;
-        if let Some(listener) = lock_namespace()? {
+        let service = std::fs::metadata(state_dir).map_or(0, |found| found.uid());
+        if let Some(listener) = lock_namespace(NAME, service)? {
             let listener = tokio::net::UnixListener::from_std(listener).map_err(OnlyOneError::Socket)?;
             // Accepting and closing keeps its queue empty: credentials are all that anybody wants of it.
             tokio::spawn(async move { while listener.accept().await.is_ok() {} });
@@ -74,22 +75,16 @@ fn lock_directory(run_dir: &Path) -> Result<File, OnlyOneError> {
     Ok(lock)
 }
 
-/// None if the name is taken by somebody who cannot be a meshd: a user must not keep it from starting.
-fn lock_namespace() -> Result<Option<UnixListener>, OnlyOneError> {
-    let address = SocketAddr::from_abstract_name(NAME).map_err(OnlyOneError::Socket)?;
+/// None if the name is taken, but not provably by a meshd: a user must not keep it from starting.
+fn lock_namespace(name: &[u8], service: u32) -> Result<Option<UnixListener>, OnlyOneError> {
+    let address = SocketAddr::from_abstract_name(name).map_err(OnlyOneError::Socket)?;
     let bound = UnixListener::bind_addr(&address).and_then(|listener| {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
     match bound {
         Ok(listener) => Ok(Some(listener)),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match holder() {
-            Some(Holder { pid, uid }) if !could_be_meshd(pid, uid) => {
-                tracing::warn!(pid, uid, "the abstract socket `meshd` is taken by a process that is no meshd; ignored");
-                Ok(None)
-            }
-            holder => Err(OnlyOneError::SameNamespace { pid: holder.map(|holder| holder.pid) }),
-        },
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => judge(holder(name), service),
         Err(error) => Err(OnlyOneError::Socket(error)),
     }
 }
@@ -99,25 +94,31 @@ struct Holder {
     uid: u32,
 }
 
+/// Only root, our own user and that of the service run another meshd, and each answers. Anybody may bind the name, and not listen,
+/// or let the queue fill up.
+fn judge(holder: Option<Holder>, service: u32) -> Result<Option<UnixListener>, OnlyOneError> {
+    match holder {
+        Some(Holder { pid, uid }) if [0, service, nix::unistd::getuid().as_raw()].contains(&uid) => {
+            Err(OnlyOneError::SameNamespace { pid })
+        }
+        Some(Holder { pid, uid }) => {
+            tracing::warn!(pid, uid, "the abstract socket `meshd` is taken by a process that is no meshd; ignored");
+            Ok(None)
+        }
+        None => {
+            tracing::warn!("the abstract socket `meshd` is taken by a process that does not answer; ignored");
+            Ok(None)
+        }
+    }
+}
+
 /// Who listens at the name; None if it does not take our call.
-fn holder() -> Option<Holder> {
-    let name = [b"\0", NAME].concat();
+fn holder(name: &[u8]) -> Option<Holder> {
+    let name = [b"\0", name].concat();
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).ok()?;
     socket.connect(&SockAddr::unix(std::str::from_utf8(&name).ok()?).ok()?).ok()?;
     let credentials = getsockopt(&OwnedFd::from(socket), sockopt::PeerCredentials).ok()?;
     Some(Holder { pid: credentials.pid(), uid: credentials.uid() })
-}
-
-fn could_be_meshd(pid: i32, uid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
-    uid == 0 || uid == nix::unistd::getuid().as_raw() || status.is_ok_and(|status| may_change_networks(&status))
-}
-
-/// By a `/proc/PID/status`.
-fn may_change_networks(status: &str) -> bool {
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let bits = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    bits.is_some_and(|bits| bits & (1 << CAP_NET_ADMIN) != 0)
 }
 
 #[cfg(test)]
@@ -139,9 +140,33 @@ mod tests {
         lock_directory(dir.path()).unwrap();
     }
 
+    /// A name of this test process alone.
+    fn name(what: &str) -> Vec<u8> {
+        format!("meshd-test-{what}-{}", std::process::id()).into_bytes()
+    }
+
     #[test]
-    fn an_ordinary_users_process_is_no_meshd() {
-        assert!(!may_change_networks("Name:\tsh\nCapEff:\t0000000000000000\n"));
-        assert!(may_change_networks("Name:\tmeshd\nCapEff:\t0000000000001400\n"));
+    fn the_second_in_a_namespace_is_refused() {
+        let name = name("second");
+        let _first = lock_namespace(&name, 0).unwrap().unwrap();
+        let second = lock_namespace(&name, 0).unwrap_err().to_string();
+        assert!(second.contains(&format!("(process {})", std::process::id())), "{second}");
+    }
+
+    #[test]
+    fn whoever_takes_the_name_and_does_not_answer_keeps_no_meshd_from_starting() {
+        let name = name("silent");
+        let squatter = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        let address = [b"\0", &*name].concat();
+        squatter.bind(&SockAddr::unix(std::str::from_utf8(&address).unwrap()).unwrap()).unwrap();
+        assert!(lock_namespace(&name, 0).unwrap().is_none());
+    }
+
+    #[test]
+    fn other_users_processes_are_no_meshd() {
+        let stranger = nix::unistd::getuid().as_raw() + 1;
+        assert!(judge(Some(Holder { pid: 7, uid: stranger }), 0).unwrap().is_none());
+        assert!(judge(Some(Holder { pid: 7, uid: 0 }), stranger).is_err());
+        assert!(judge(Some(Holder { pid: 7, uid: stranger }), stranger).is_err());
     }
 }

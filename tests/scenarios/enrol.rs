@@ -45,6 +45,13 @@ pub(crate) fn enrolled(mesh: &Mesh, host: &str, args: &[&str]) -> Result<String>
     enrol(mesh, host, args)?.expect_success(&format!("meshd enrol {args:?}"))
 }
 
+/// The same when the PKI refuses the identity, which a playbook tells by the exit code.
+pub(crate) fn enrolled_but_not_permitted(mesh: &Mesh, host: &str, args: &[&str]) -> Result<String> {
+    let told = enrol(mesh, host, args)?;
+    ensure!(told.exit_code() == Some(3), "meshd enrol {args:?}: {told:?}");
+    Ok(told.stdout)
+}
+
 fn ensure_not_done(finished: &Finished, reason: &str) -> Result<()> {
     ensure!(!finished.success() && finished.stderr.contains(reason), "expected `{reason}`: {finished:?}");
     Ok(())
@@ -102,7 +109,7 @@ fn sent_by(mesh: &Mesh, unit: &str) -> f64 {
 #[test]
 fn an_identity_the_pki_does_not_permit_is_told_with_the_command_that_permits_it() -> Result<()> {
     let mesh = shop_without("web")?;
-    let said = enrolled(&mesh, "web", &["stranger.service", "--as", "ns/shop/sa/stranger"])?;
+    let said = enrolled_but_not_permitted(&mesh, "web", &["stranger.service", "--as", "ns/shop/sa/stranger"])?;
     let command = "meshd-pki entry add --host web ns/shop/sa/stranger";
     ensure!(said.contains("the PKI refuses it") && said.contains(command), "{said}");
     Ok(())

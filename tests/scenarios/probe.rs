@@ -9,7 +9,7 @@ use meshd_tests::plan::Plan;
 use meshd_tests::process::{Finished, Process, Program};
 
 use crate::PAYMENTS;
-use crate::enrol::{enrolled, fresh, shop_without};
+use crate::enrol::{enrolled, enrolled_but_not_permitted, fresh, shop_without};
 
 /// Exit codes of the error list (docs/enrolment.md).
 const UNENROLLED: i32 = 10;
@@ -72,7 +72,7 @@ fn a_refused_probe_exits_with_the_reason_and_says_what_to_do() -> Result<()> {
     let running = occupy(&mesh.host("web"), &unit)?;
     let not_enrolled = probe(&mesh, &unit, PAYMENTS)?;
     ensure_says(&not_enrolled, UNENROLLED, &["not enrolled", &format!("meshd enrol {unit} --as")])?;
-    enrolled(&mesh, "web", &[&unit, "--as", "ns/shop/sa/stranger"])?;
+    enrolled_but_not_permitted(&mesh, "web", &[&unit, "--as", "ns/shop/sa/stranger"])?;
     let not_permitted = probe(&mesh, &unit, PAYMENTS)?;
     ensure_says(&not_permitted, UNENROLLED, &["no certificate", "meshd-pki entry add --host web ns/shop/sa/stranger"])?;
     ensure_says(&probe(&mesh, &unit, "http://nothing.shop.mesh/")?, NO_SERVICE, &["knows no nothing.shop.mesh"])?;

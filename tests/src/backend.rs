@@ -27,15 +27,6 @@ pub(crate) fn capabilities() -> &'static str {
     }
 }
 
-/// Whether it can show applications the caller's address; said aloud where it cannot.
-pub fn can_be_transparent() -> bool {
-    let can = ["auto", "nft-tproxy", "nft-redirect"].contains(&chosen().as_str());
-    if !can {
-        println!("skipped: {} cannot do `client_address = \"transparent\"`", chosen());
-    }
-    can
-}
-
 /// Whether rules can tell the units of a host apart (docs/capture.md).
 pub fn can_tell_units() -> bool {
     can_be_strict() && chosen() != "iptables-legacy"

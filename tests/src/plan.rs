@@ -178,6 +178,9 @@ pub fn enrolment(workloads: &[Workload], by_unit: bool) -> String {
             let mode = if *strict && backend::can_be_strict() { "strict" } else { "permissive" };
             let _ = writeln!(text, "  [[workload.serve]]\n  service = \"{service}\"\n  port = {port}");
             let _ = writeln!(text, "  deliver = \"{deliver}\"\n  mode = \"{mode}\"\n  local_ok = {local_ok:?}");
+            // Only on strict ports; where a backend has none, what else a plan serves can still be tested.
+            let can_be = mode == "strict" || *client_address != "proxy-v2";
+            let client_address = if can_be { client_address } else { "none" };
             let _ = writeln!(text, "  client_address = {client_address:?}");
         }
     }

@@ -54,10 +54,25 @@ const MACHINES: Tier = Tier {
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
     ("nft-redirect", &["tun::"]),
-    ("iptables-nft", &["tun::", "ledger::", "raw::"]),
-    ("iptables-legacy", &["tun::", "ledger::", "raw::"]),
+    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::"]),
+    ("iptables-legacy", &["tun::", "ledger::", "raw::", "client_address::"]),
     // No strict ports; and a firewall like ufw's must be told to accept the device (tun:: shows that it is named).
-    ("tun", &["strict::", "ledger::", "raw::", "iptables::"]),
+    (
+        "tun",
+        &[
+            "strict::",
+            "ledger::",
+            "raw::",
+            "iptables::",
+            "client_address::",
+            "bypass::",
+            "intercept::a_plan_nobody_confirms_gives_way_to_the_last_confirmed_one",
+            "intercept::a_plan_is_taken_back_also_when_meshd_is_killed_meanwhile",
+            "intercept::a_confirmed_plan_stays_and_arms_nothing_the_next_time",
+            "intercept::an_unconfirmed_plan_falls_also_when_its_timer_was_killed",
+            "intercept::a_plan_shows_what_happens_to_open_connections",
+        ],
+    ),
 ];
 
 #[derive(clap::Args)]
@@ -90,6 +105,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     ensure!(cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests"])?, "the build failed");
     for tier in [SCENARIOS, MACHINES] {
         summary.add(tier.name, as_root(&tier, args)?);
+    }
+    if let Some(only) = &args.only
+        && summary.is_empty()
+    {
+        summary.add("--only", Outcome::failed(format!("no scenario has `{only}` in its name")));
     }
     Ok(summary.print())
 }
@@ -181,7 +201,7 @@ fn run_tests(mut command: Command) -> Result<Outcome> {
         skipped = line.strip_prefix(SKIPPED).map(str::to_owned).or(skipped);
     }
     let status = child.wait()?;
-    if let Some(reason) = skipped {
+    if let Some(reason) = skipped.filter(|_| status.success() && counts.ran() == 0) {
         return Ok(Outcome::Skipped(reason));
     }
     if !status.success() && counts.failed == 0 {
@@ -200,6 +220,10 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
+    fn ran(&self) -> usize {
+        self.passed + self.failed
+    }
+
     /// `test result: ok. 3 passed; 0 failed; 1 ignored; ...`
     fn add(&mut self, line: &str) {
         if let Some(reason) = line.strip_prefix(RESULT) {
@@ -245,6 +269,11 @@ impl Summary {
         self.tiers.push((tier, outcome));
     }
 
+    /// Whether everything was counted, and nothing ran.
+    fn is_empty(&self) -> bool {
+        self.tiers.iter().all(|(_, outcome)| matches!(outcome, Outcome::Counted(counts) if counts.ran() == 0))
+    }
+
     /// Whether nothing failed.
     pub(crate) fn print(&self) -> bool {
         println!("\nSummary");
@@ -286,6 +315,28 @@ mod tests {
         counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
         counts.add("test a::b ... ok");
         assert_eq!(counts, Counts { passed: 4, failed: 2, ignored: 1, reason: None });
+    }
+
+    #[test]
+    fn only_a_program_that_ran_nothing_and_succeeded_was_skipped() {
+        let run = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            run_tests(command).unwrap()
+        };
+        assert!(matches!(run("echo 'skipped: no root'"), Outcome::Skipped(_)));
+        let result = "echo 'skipped: no root'; echo 'test result: FAILED. 1 passed; 1 failed'";
+        assert!(matches!(run(result), Outcome::Counted(counts) if counts.failed == 1));
+        assert!(matches!(run("echo 'skipped: no root'; exit 1"), Outcome::Counted(counts) if counts.failed == 1));
+    }
+
+    #[test]
+    fn a_filter_that_matches_nothing_is_told_from_a_tier_that_was_skipped() {
+        let mut summary = Summary::default();
+        summary.add("one", Outcome::Counted(Counts::default()));
+        assert!(summary.is_empty());
+        summary.add("two", Outcome::Skipped("not here".to_owned()));
+        assert!(!summary.is_empty());
     }
 
     #[test]

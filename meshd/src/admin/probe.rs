@@ -129,7 +129,7 @@ fn workload(view: &View, request: &ProbeRequest) -> Option<Arc<Workload>> {
         (None, None) => None,
     };
     let by_port = || {
-        let port = shared.ports.owners().port_of(unit.as_ref(), request.uid.unwrap_or_default())?;
+        let port = shared.ports.owners().port_of(unit.as_ref(), request.uid)?;
         enrolment.ports().find(|(enrolled, _)| *enrolled == port).map(|(_, workload)| workload)
     };
     found.or_else(by_port).cloned()

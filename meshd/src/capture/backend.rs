@@ -218,7 +218,7 @@ pub fn can_enforce(kind: BackendKind, wanted: &Wanted) -> Result<(), CaptureErro
     }
     if let (false, Some(address)) = (can.transparent, wanted.transparent.first()) {
         let what = format!("transparent client addresses (deliver {address})");
-        return cannot(what, "set client_address to \"proxy-v2\", or use another backend");
+        return cannot(what, "set client_address to \"none\", or use another backend");
     }
     if wanted.answer_mark() == 0 && wanted.transparent.iter().any(|address| !address.ip().is_loopback()) {
         let what = "transparent client addresses with a single bit in [capture] mark_mask".into();

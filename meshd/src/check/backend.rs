@@ -1,11 +1,13 @@
 //! Which capture backend this host gets, and why.
 
 use super::finding::Finding;
-use crate::capture::{BackendChoice, CaptureError, Chosen, Wanted, choose};
+use crate::capture::{BackendChoice, BackendKind, CaptureError, Chosen, Wanted, choose};
 
 /// Tried without a trace.
-pub(super) fn check(choice: BackendChoice, wanted: &Wanted) -> Finding {
-    judge(choice, choose(choice, wanted))
+pub(super) fn check(choice: BackendChoice, wanted: &Wanted) -> (Finding, Option<BackendKind>) {
+    let chosen = choose(choice, wanted);
+    let kind = chosen.as_ref().ok().map(|chosen| chosen.backend.kind());
+    (judge(choice, chosen), kind)
 }
 
 fn judge(choice: BackendChoice, chosen: Result<Chosen, CaptureError>) -> Finding {
@@ -28,7 +30,7 @@ fn judge(choice: BackendChoice, chosen: Result<Chosen, CaptureError>) -> Finding
 mod tests {
     use super::super::finding::Verdict;
     use super::*;
-    use crate::capture::{BackendKind, PassedOver};
+    use crate::capture::PassedOver;
 
     #[test]
     fn the_choice_comes_with_its_reasons() {

@@ -9,6 +9,7 @@ use meshd_sys::sock_diag::{Lookup, SocketDiag, SocketOwner};
 
 use super::finding::Finding;
 use super::tools::{Look, look, try_look_with_input};
+use crate::enrol::cgroup2_mount;
 
 /// RHEL 9 has 5.14; what meshd asks of the kernel is not tested on older ones.
 const KERNEL_MIN: (u32, u32) = (5, 14);
@@ -53,7 +54,7 @@ pub(super) struct KernelFacts {
 impl KernelFacts {
     pub(super) fn gather() -> KernelFacts {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let cgroup2 = cgroup2_mount(&mounts);
+        let cgroup2 = cgroup2_mount(&mounts).map(|mount| mount.display().to_string());
         KernelFacts {
             release: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
             tproxy: nft_takes(TPROXY),
@@ -87,13 +88,6 @@ fn any_cgroup(mount: &str) -> Option<String> {
     let cgroups = std::fs::read_dir(mount).ok()?.filter_map(Result::ok);
     let path = cgroups.map(|entry| entry.path()).find(|path| path.is_dir())?;
     Some(path.strip_prefix("/sys/fs/cgroup").ok()?.to_str()?.to_owned())
-}
-
-fn cgroup2_mount(mountinfo: &str) -> Option<String> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        filesystem.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4).map(str::to_owned))?
-    })
 }
 
 /// Asks the kernel for a connection of our own whether it can tell owners.

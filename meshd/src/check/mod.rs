@@ -78,9 +78,10 @@ pub async fn before_install(path: &Path) -> Vec<Finding> {
     let enrolment = claimed(&config, credentials.as_ref());
     let mut findings = vec![configuration];
     findings.extend(host::judge(&host::HostFacts::gather(&config)));
-    findings.extend(tools::judge(&tools::ToolFacts::gather()));
+    let (capture, backend) = backend::check(config.capture.backend, &app::wanted(&config, &enrolment));
+    findings.extend(tools::judge(&tools::ToolFacts::gather(), backend));
     findings.extend(kernel::judge(&kernel::KernelFacts::gather()));
-    findings.push(backend::check(config.capture.backend, &app::wanted(&config, &enrolment)));
+    findings.push(capture);
     findings.extend(rules::judge(&rules, config.proxy.mesh_listen.first().map_or(0, std::net::SocketAddr::port)));
     findings.push(marks(&config, &rules));
     findings.extend(ports::judge(listeners.as_deref(), &ports::wishes(&config)));

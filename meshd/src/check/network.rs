@@ -12,6 +12,8 @@ use crate::capture::CaptureConfig;
 
 /// A route this wide is for everything (a default, or a VPN's half of the Internet); our rule comes before it.
 const WIDE: u8 = 4;
+/// Of the running meshd: for names (dns/integrate/resolved.rs), and for the tun backend.
+const OUR_LINKS: [&str; 2] = ["meshd-dns", "meshd-vip"];
 
 #[derive(Clone, Debug, Deserialize)]
 struct Route {
@@ -82,12 +84,12 @@ fn virtual_ips(facts: &NetworkFacts, capture: &CaptureConfig) -> Finding {
     let check = "the virtual IPs are free";
     let remedy = "choose other ranges for [capture] vip4 and vip6 in meshd.toml";
     let ours = [IpNet::from(capture.vip4), IpNet::from(capture.vip6)];
-    if let Some((device, address)) =
-        facts.addresses.iter().find(|(_, address)| ours.iter().any(|net| net.contains(address)))
-    {
+    let mut foreign = facts.addresses.iter().filter(|(device, _)| !is_our_link(device));
+    if let Some((device, address)) = foreign.find(|(_, address)| ours.iter().any(|net| net.contains(address))) {
         return Finding::failed(check, format!("{address} of {device} is one of them"), remedy);
     }
-    let others = facts.routes.iter().filter(|route| route.table != capture.table.to_string());
+    let table = capture.table.to_string();
+    let others = facts.routes.iter().filter(|route| route.table != table && !is_our_link(&route.dev));
     let taken = others
         .filter_map(|route| Some((route, network(&route.dst)?)))
         .find(|(_, net)| net.prefix_len() >= WIDE && ours.iter().any(|our| our.contains(net) || net.contains(our)));
@@ -98,6 +100,10 @@ fn virtual_ips(facts: &NetworkFacts, capture: &CaptureConfig) -> Finding {
         }
         None => Finding::ok(check, format!("{}, {}", capture.vip4, capture.vip6)),
     }
+}
+
+fn is_our_link(device: &str) -> bool {
+    OUR_LINKS.contains(&device)
 }
 
 /// None for `default`.
@@ -159,6 +165,15 @@ mod tests {
             assert_eq!(taken(&facts(&route(wide, ""), "[]")), Verdict::Ok, "{wide}");
         }
         assert_eq!(taken(&facts(&route("240.240.0.0/16", "7471"), "[]")), Verdict::Ok, "our own");
+    }
+
+    #[test]
+    fn what_meshd_made_itself_is_not_in_its_way() {
+        let addresses = r#"[{"ifname":"meshd-dns","addr_info":[{"local":"240.240.0.0"}]},
+            {"ifname":"meshd-vip","addr_info":[{"local":"240.240.0.1"}]}]"#;
+        let routes = r#"[{"dst":"240.240.0.0","dev":"meshd-dns","table":"local"},
+            {"dst":"240.240.0.0/16","dev":"meshd-vip"}]"#;
+        assert_eq!(taken(&facts(routes, addresses)), Verdict::Ok);
     }
 
     #[test]

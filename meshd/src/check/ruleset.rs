@@ -16,7 +16,7 @@ pub(super) struct Chain {
 impl Chain {
     /// Ours are checked for elsewhere.
     pub(super) fn is_ours(&self) -> bool {
-        self.table.ends_with(" meshd") || self.name.starts_with("MESHD_")
+        [" meshd", " meshd_raw"].iter().any(|table| self.table.ends_with(table)) || self.name.starts_with("MESHD_")
     }
 
     /// What an operator recognises it by.
@@ -40,10 +40,10 @@ pub(super) fn from_nft(text: &str) -> Vec<Chain> {
     let (mut table, mut chain) = (String::new(), None::<Chain>);
     let mut statement = String::new();
     for line in text.lines().map(str::trim) {
-        if let Some(name) = line.strip_prefix("table ").and_then(|rest| rest.strip_suffix('{')) {
-            name.trim().clone_into(&mut table);
-        } else if let Some(name) = line.strip_prefix("chain ").and_then(|rest| rest.strip_suffix('{')) {
-            chain = Some(Chain { table: table.clone(), name: name.trim().to_owned(), ..Chain::default() });
+        if let Some(name) = opened(line, "table ") {
+            name.clone_into(&mut table);
+        } else if let Some(name) = opened(line, "chain ") {
+            chain = Some(Chain { table: table.clone(), name: name.to_owned(), ..Chain::default() });
         } else if line == "}" {
             // Of a set or a table, it ends nothing we keep.
             chains.extend(chain.take());
@@ -58,6 +58,11 @@ pub(super) fn from_nft(text: &str) -> Vec<Chain> {
         }
     }
     chains
+}
+
+/// The name in `table inet filter {`; a comment may follow: tables with an owner say who it is.
+fn opened<'a>(line: &'a str, kind: &str) -> Option<&'a str> {
+    Some(line.strip_prefix(kind)?.split_once('{')?.0.trim())
 }
 
 fn add_statement(chain: &mut Chain, statement: &str) {
@@ -134,6 +139,16 @@ table ip nat {
             ["ct state established,related accept", "tcp dport { 22, 80, 443 } accept", "jump more"]
         );
         assert_eq!((chains[1].hook.as_deref(), chains[2].policy_drop), (None, false));
+    }
+
+    #[test]
+    fn a_table_that_belongs_to_a_process_is_read_like_any_other_and_ours_is_known() {
+        let text =
+            "table inet filter {\n}\ntable inet meshd_raw { # progname nft\n\tflags owner\n\n\tchain take {\n\t}\n}\n";
+        let chains = from_nft(text);
+        assert_eq!(chains[0].table, "inet meshd_raw");
+        assert!(chains[0].is_ours());
+        assert!(!from_nft("table inet my_meshd {\nchain take {\n}\n}\n")[0].is_ours());
     }
 
     #[test]

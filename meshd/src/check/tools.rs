@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::process::{Command, Output, Stdio};
 
 use super::finding::Finding;
+use crate::capture::BackendKind;
 
 /// RHEL 9, Ubuntu 22.04 and Debian 12 have newer ones.
 const SYSTEMD_MIN: u32 = 249;
@@ -76,7 +77,8 @@ impl ToolFacts {
     }
 }
 
-pub(super) fn judge(facts: &ToolFacts) -> Vec<Finding> {
+/// `backend`: the one this host gets, if there is any.
+pub(super) fn judge(facts: &ToolFacts, backend: Option<BackendKind>) -> Vec<Finding> {
     let needed = |check, look: &Look, package: &str, why: &str| match look {
         Look::Said(version) => Finding::ok(check, version.trim()),
         Look::Missing | Look::Complained(_) => {
@@ -86,13 +88,24 @@ pub(super) fn judge(facts: &ToolFacts) -> Vec<Finding> {
     let iptables = "iptables is installed";
     vec![
         systemd(facts),
-        needed("nft is installed", &facts.nft, "nftables", "capture with nftables"),
+        nft(&facts.nft, backend),
         needed("ip is installed", &facts.ip, "iproute2 (iproute on RHEL)", "every capture backend"),
         match &facts.iptables {
             Look::Said(version) => Finding::ok(iptables, version.trim()),
             _ => Finding::ok("iptables is not installed", "only the iptables backend would need it"),
         },
     ]
+}
+
+fn nft(look: &Look, backend: Option<BackendKind>) -> Finding {
+    let (check, install) = ("nft is installed", "install the package nftables");
+    match (look, backend) {
+        (Look::Said(version), _) => Finding::ok(check, version.trim()),
+        (_, None | Some(BackendKind::NftTproxy | BackendKind::NftRedirect)) => {
+            Finding::failed(check, "capture with nftables needs it", install)
+        }
+        (_, Some(other)) => Finding::warning(check, format!("{} does without it", other.label()), install),
+    }
 }
 
 fn systemd(facts: &ToolFacts) -> Finding {
@@ -135,7 +148,7 @@ mod tests {
     }
 
     fn verdicts(facts: &ToolFacts) -> Vec<Verdict> {
-        judge(facts).iter().map(|finding| finding.verdict).collect()
+        judge(facts, Some(BackendKind::NftTproxy)).iter().map(|finding| finding.verdict).collect()
     }
 
     #[test]
@@ -144,10 +157,11 @@ mod tests {
     }
 
     #[test]
-    fn iptables_may_be_missing_and_nft_may_not() {
+    fn iptables_may_be_missing_and_nft_where_another_backend_is_used() {
         let facts = ToolFacts { iptables: Look::Missing, nft: Look::Missing, ..facts() };
         assert_eq!(verdicts(&facts), [Verdict::Ok, Verdict::Failed, Verdict::Ok, Verdict::Ok]);
-        assert!(judge(&facts)[1].remedy.contains("nftables"));
+        assert!(judge(&facts, None)[1].remedy.contains("nftables"));
+        assert_eq!(judge(&facts, Some(BackendKind::Tun))[1].verdict, Verdict::Warning);
     }
 
     #[test]

@@ -17,10 +17,13 @@ use meshd_identity::{SpiffeId, TrustDomain};
 use meshd_pki_client::Agent;
 use serde::Serialize;
 
+use super::intercept::DAEMON_TIMEOUT;
 use super::{Output, on_runtime};
 
 /// How long the PKI's answer for a new identity is waited for.
 const CERTIFICATE: Duration = Duration::from_secs(5);
+/// Exit code when it is enrolled, but the PKI refuses the identity.
+const REFUSED_BY_PKI: u8 = 3;
 const TICK: Duration = Duration::from_millis(50);
 
 #[derive(Args)]
@@ -130,7 +133,16 @@ impl Files<'_> {
         )
         .context("nothing was changed")?;
         file.write()?;
-        match on_runtime(async { Ok(admin::order(&self.config.admin_socket(), "/reload", &()).await) })? {
+        let socket = self.config.admin_socket();
+        let answer = on_runtime(async {
+            Ok(tokio::time::timeout(DAEMON_TIMEOUT, admin::order(&socket, "/reload", &())).await)
+        })?;
+        let Ok(answer) = answer else {
+            bail!(
+                "the file is written, but the daemon has not answered: whether it is in force is unknown (`meshd status`)"
+            );
+        };
+        match answer {
             Ok(_) => Ok((then, Reloaded::Now)),
             Err(AdminError::Connect { source, .. })
                 if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
@@ -170,12 +182,15 @@ pub(crate) fn enrol(config: &Config, args: &EnrolArgs) -> anyhow::Result<ExitCod
         let mode = if delivery.mode == Mode::Strict { ", strict: plaintext callers are refused" } else { "" };
         println!("serves {}:{} from {}{mode}", delivery.service, delivery.port, delivery.deliver);
     }
-    match reloaded {
-        Reloaded::AtStart => println!("no meshd runs on this host: it takes effect when one is started"),
+    let permitted = match reloaded {
+        Reloaded::AtStart => {
+            println!("no meshd runs on this host: it takes effect when one is started");
+            true
+        }
         Reloaded::Now => tell_certificate(config, &identity)?,
-    }
+    };
     tell_names(&selector);
-    Ok(ExitCode::SUCCESS)
+    Ok(if permitted { ExitCode::SUCCESS } else { ExitCode::from(REFUSED_BY_PKI) })
 }
 
 pub(crate) fn unenrol(config: &Config, args: &UnenrolArgs) -> anyhow::Result<ExitCode> {
@@ -248,8 +263,8 @@ fn tell_owner(owners: &PortOwners, selector: &Selector) {
     }
 }
 
-/// Waits a little for what the PKI says.
-fn tell_certificate(config: &Config, identity: &SpiffeId) -> anyhow::Result<()> {
+/// Waits a little for what the PKI says; false when it refuses.
+fn tell_certificate(config: &Config, identity: &SpiffeId) -> anyhow::Result<bool> {
     let answer =
         on_runtime(async { tokio::time::timeout(CERTIFICATE, pki_answer(config, identity)).await.ok().transpose() })?;
     match answer {
@@ -259,10 +274,11 @@ fn tell_certificate(config: &Config, identity: &SpiffeId) -> anyhow::Result<()> 
         Some(PkiAnswer::Refused(reason)) => {
             println!("the PKI refuses it: {reason}");
             println!("meshd asks again within a minute; until then its connections are refused");
+            return Ok(false);
         }
         None => println!("the PKI has not answered yet: until it does its connections are refused (see meshd check)"),
     }
-    Ok(())
+    Ok(true)
 }
 
 enum PkiAnswer {

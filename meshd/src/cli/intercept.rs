@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use clap::Subcommand;
 use meshd::admin::{self, AdminError, ApplyOrder, InterceptPlan, InterceptStatus};
 use meshd::app;
@@ -16,10 +16,10 @@ use meshd::dns;
 use meshd::enrol;
 use meshd_pki_client::Agent;
 
-use super::{Output, on_runtime, run};
+use super::{Output, on_runtime, run, time};
 
 /// A daemon that does not answer within this time is treated as one that is not there.
-const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Subcommand)]
 pub(crate) enum Intercept {
@@ -189,7 +189,7 @@ fn revert(path: &Path) -> anyhow::Result<()> {
     }
     let removed = manual::revert(&config.state_dir, why, &config.capture.bare(config.proxy.capture_port));
     // Whichever fails, the other is tried.
-    dns::integrate::remove(&config.dns)?;
+    dns::integrate::remove(&config.dns, &config.state_dir)?;
     removed?;
     Ok(told?)
 }
@@ -236,15 +236,9 @@ fn status(config: &Config, output: Output) -> anyhow::Result<()> {
 }
 
 fn duration(text: &str) -> anyhow::Result<Duration> {
-    let (number, unit) = text.split_at(text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len()));
-    let number: u64 = number.parse().context("write it like 60s or 2m")?;
-    let seconds = match unit {
-        "s" | "" => number,
-        "m" => number * 60,
-        _ => bail!("write it like 60s or 2m"),
-    };
-    ensure!((1..=3600).contains(&seconds), "give between 1s and 60m");
-    Ok(Duration::from_secs(seconds))
+    let within = if text.bytes().all(|byte| byte.is_ascii_digit()) { time(&format!("{text}s"))? } else { time(text)? };
+    ensure!((1..=3600).contains(&within.as_secs()), "give between 1s and 60m");
+    Ok(within)
 }
 
 #[cfg(test)]
@@ -255,7 +249,7 @@ mod tests {
     fn durations_have_units_and_bounds() {
         assert_eq!(duration("60s").unwrap(), Duration::from_secs(60));
         assert_eq!(duration("2m").unwrap(), Duration::from_secs(120));
-        for wrong in ["", "s", "1h", "0s", "61m", "-1s"] {
+        for wrong in ["", "s", "2h", "0s", "61m", "-1s"] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
     }

@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use meshd::admin::{self, LedgerView};
 use meshd::config::Config;
 use nix::unistd::{Uid, User};
 
-use super::{Output, on_runtime};
+use super::{Output, on_runtime, time};
 
 #[derive(clap::Args)]
 pub(crate) struct Ledger {
@@ -43,33 +43,4 @@ pub(crate) fn run(config: &Config, args: &Ledger) -> anyhow::Result<ExitCode> {
 
 fn user_name(uid: u32) -> Option<String> {
     User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name)
-}
-
-/// A number and its unit.
-fn time(text: &str) -> anyhow::Result<Duration> {
-    let wrong = || format!("`{text}` is no time; write a number and s, m, h or d, like 7d");
-    let unit = text.chars().last().with_context(wrong)?;
-    let number: u64 = text[..text.len() - unit.len_utf8()].parse().with_context(wrong)?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        _ => anyhow::bail!(wrong()),
-    };
-    Ok(Duration::from_secs(number.checked_mul(seconds).with_context(wrong)?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_time_is_a_number_and_a_unit() {
-        assert_eq!(time("7d").unwrap(), Duration::from_secs(7 * 86_400));
-        assert_eq!(time("90s").unwrap(), Duration::from_secs(90));
-        for wrong in ["", "7", "d", "7w", "-1d", "7 d", "99999999999999999999d", "7é"] {
-            assert!(time(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -9,6 +9,9 @@ pub(crate) mod ledger;
 pub(crate) mod probe;
 pub(crate) mod run;
 
+use std::time::Duration;
+
+use anyhow::Context;
 use clap::ValueEnum;
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -21,4 +24,33 @@ pub(crate) enum Output {
 /// Control work needs one thread: the data plane has threads of its own.
 pub(crate) fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+/// A number and its unit.
+pub(crate) fn time(text: &str) -> anyhow::Result<Duration> {
+    let wrong = || format!("`{text}` is no time; write a number and s, m, h or d, like 7d");
+    let unit = text.chars().last().with_context(wrong)?;
+    let number: u64 = text[..text.len() - unit.len_utf8()].parse().with_context(wrong)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => anyhow::bail!(wrong()),
+    };
+    Ok(Duration::from_secs(number.checked_mul(seconds).with_context(wrong)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_a_number_and_a_unit() {
+        assert_eq!(time("7d").unwrap(), Duration::from_secs(7 * 86_400));
+        assert_eq!(time("90s").unwrap(), Duration::from_secs(90));
+        for wrong in ["", "7", "d", "7w", "-1d", "7 d", "99999999999999999999d", "7é"] {
+            assert!(time(wrong).is_err(), "{wrong}");
+        }
+    }
 }

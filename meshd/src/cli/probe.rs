@@ -52,6 +52,7 @@ impl FromStr for Probed {
     fn from_str(text: &str) -> Result<Probed, String> {
         match text.strip_prefix("uid:") {
             Some(uid) => uid.parse().map(Probed::Uid).map_err(|_| format!("`{uid}` is no uid; write like uid:1001")),
+            None if text.starts_with("port:") => Err("name the unit that listens there, or uid:<its user>".to_owned()),
             None if text.contains('*') => Err("name one unit that runs, not a pattern".to_owned()),
             None if text.contains('.') => Ok(Probed::Unit(text.to_owned())),
             None => Err(format!("`{text}` names no unit; write it with its kind, like `{text}.service`")),
@@ -296,6 +297,7 @@ mod tests {
         for wrong in ["web", "uid:web", "docker-*.scope"] {
             assert!(wrong.parse::<Probed>().is_err(), "{wrong}");
         }
+        assert!("port:5432".parse::<Probed>().unwrap_err().contains("listens there"));
     }
 
     #[test]

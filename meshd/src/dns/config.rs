@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 
 use super::resolv_conf::DNS_PORT;
+use super::upstream::is_local;
 use super::zone::{Zone, Zones};
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -88,8 +89,9 @@ impl DnsConfig {
     pub(super) fn may_forward_for(&self, client: IpAddr) -> bool {
         let client = client.to_canonical();
         client.is_loopback()
-            || client == self.listen.ip()
             || self.forward_for.iter().any(|network| network.contains(&client))
+            || client == self.listen.ip()
+            || self.listen.ip().is_unspecified() && is_local(client)
     }
 }
 

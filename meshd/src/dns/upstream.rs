@@ -1,7 +1,7 @@
 //! Where questions that are not ours go: the servers of `[dns] upstream`, or those this host asks anyway.
 
 use std::fs::Metadata;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -88,12 +88,12 @@ fn is_ourselves(own: SocketAddr, server: SocketAddr) -> bool {
     if is_resolved_stub(server.ip()) {
         return true;
     }
-    server.port() == own.port() && (server.ip() == own.ip() || own.ip().is_unspecified() && is_local(server))
+    server.port() == own.port() && (server.ip() == own.ip() || own.ip().is_unspecified() && is_local(server.ip()))
 }
 
 /// An address can be bound exactly where it is local.
-fn is_local(address: SocketAddr) -> bool {
-    UdpSocket::bind(SocketAddr::new(address.ip(), 0)).is_ok()
+pub(super) fn is_local(address: IpAddr) -> bool {
+    UdpSocket::bind(SocketAddr::new(address, 0)).is_ok()
 }
 
 /// A file that was replaced, or written anew, has another one. Links are followed.

@@ -201,7 +201,8 @@ fn unit_in(cgroups: &str) -> Option<Arc<str>> {
     path.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice")).map(Arc::from)
 }
 
-fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
+/// By a `/proc/PID/mountinfo`.
+pub(crate) fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
         kind.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4).map(PathBuf::from))?

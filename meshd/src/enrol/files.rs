@@ -11,7 +11,7 @@ use meshd_identity::{SpiffeId, TrustDomain};
 use toml::Spanned;
 
 use super::entry::{EnrolFile, FieldError, ServeEntry, WorkloadEntry};
-use super::{Delivery, Enrolment, Selector, Workload};
+use super::{ClientAddress, Delivery, Enrolment, Mode, Selector, Workload};
 use crate::config::{ConfigError, line_of, parse_toml};
 
 #[derive(Debug, thiserror::Error)]
@@ -35,10 +35,14 @@ impl Reserved {
     }
 
     fn what(&self, address: SocketAddr) -> Option<&'static str> {
-        if self.has_port(address.port()) {
+        let ip = address.ip().to_canonical();
+        let reaches = |ours: &SocketAddr| {
+            let our_ip = ours.ip().to_canonical();
+            ours.port() == address.port() && (our_ip == ip || our_ip.is_unspecified() || ip.is_unspecified())
+        };
+        if self.listeners.iter().any(reaches) {
             return Some("one of meshd's own listeners");
         }
-        let ip = address.ip().to_canonical();
         self.virtual_ips.iter().any(|net| net.contains(&ip)).then_some("a virtual IP, which leads back into the mesh")
     }
 }
@@ -160,6 +164,13 @@ impl Enrolment {
             let reason = format!("{deliver} is {what}; deliver to an address the application listens on");
             return Err(("workload.serve.deliver", reason));
         }
+        if serve.client_address == ClientAddress::ProxyV2 && serve.mode != Mode::Strict {
+            let reason = format!(
+                "{service}: on a permissive port any plaintext caller can write the \"proxy-v2\" header itself, and name \
+                 any caller in it; set mode = \"strict\""
+            );
+            return Err(("workload.serve.client_address", reason));
+        }
         let delivery = Arc::new(Delivery {
             service: service.clone(),
             port: serve.port,
@@ -214,8 +225,6 @@ fn workload(
 mod tests {
     use super::*;
 
-    use crate::enrol::Mode;
-
     const PAYMENTS: &str = r#"
 [[workload]]
 unit = "payments.service"
@@ -245,6 +254,25 @@ mode = "strict"
         assert_eq!(workload.identity.to_string(), "spiffe://mesh.example/ns/shop/sa/payments");
         let delivery = enrolment.delivery(&"payments.shop".parse().unwrap(), 80).unwrap();
         assert_eq!((delivery.deliver.port(), delivery.mode), (8080, Mode::Strict));
+    }
+
+    #[test]
+    fn a_listener_of_ours_reserves_its_address_and_no_other() {
+        let listeners = vec!["127.0.0.1:53".parse().unwrap(), "0.0.0.0:15008".parse().unwrap()];
+        let reserved = Reserved { listeners, ..Reserved::default() };
+        let is_taken = |address: &str| reserved.what(address.parse().unwrap()).is_some();
+        assert!(!is_taken("10.0.0.5:53") && !is_taken("127.0.0.1:54"));
+        for taken in ["127.0.0.1:53", "[::ffff:127.0.0.1]:53", "0.0.0.0:53", "[::]:53", "10.0.0.5:15008"] {
+            assert!(is_taken(taken), "{taken}");
+        }
+    }
+
+    #[test]
+    fn who_calls_is_announced_on_strict_ports_only() {
+        let announced = format!("{PAYMENTS}client_address = \"proxy-v2\"\n");
+        assert!(load_text(&announced).is_ok());
+        let error = load_text(&announced.replace("strict", "permissive")).unwrap_err().to_string();
+        assert!(error.contains("workload.serve.client_address") && error.contains("mode = \"strict\""), "{error}");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use meshd_discovery::ServiceName;
 use meshd_identity::SpiffeId;
 
+pub(crate) use cgroups::cgroup2_mount;
 pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit};
 pub use cli_file::{CliFile, CliFileError};
 pub use entry::{ServeEntry, WorkloadEntry};

@@ -24,7 +24,7 @@ const REST: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PortOwner {
     Unit(Arc<str>),
-    /// Where cgroups tell nothing.
+    /// On hosts without cgroup2.
     Uid(u32),
 }
 
@@ -45,8 +45,10 @@ pub enum Ownership {
     Nobody,
     /// systemd listens for a socket unit: nobody knows for whom.
     SocketActivated,
-    /// Somebody's login session.
+    /// Somebody's login session, or what runs commands for whoever has an account.
     Session(Arc<str>),
+    /// A process below no unit, or whose cgroup is gone: a user can remove one it was delegated.
+    NoUnit,
     /// A root process outside of all units: it cannot be told from any other.
     Root,
     /// More than one unit, on different addresses or with SO_REUSEPORT.
@@ -76,8 +78,12 @@ impl fmt::Display for Ownership {
             Ownership::Nobody => f.write_str("nobody listens yet"),
             Ownership::SocketActivated => f.write_str("owner unknown (systemd listens): enrol the unit"),
             Ownership::Session(session) => {
-                write!(f, "{session} is a login session: enrol the unit, or say user_sessions = true")
+                write!(
+                    f,
+                    "{session} is a login session, or runs users' jobs: enrol the unit, or say user_sessions = true"
+                )
             }
+            Ownership::NoUnit => f.write_str("a process of no unit, or of one that has ended: enrol the unit"),
             Ownership::Root => f.write_str("a root process outside of all units: run it as a unit, and enrol that"),
             Ownership::Several(owners) => {
                 let names: Vec<String> = owners.iter().map(ToString::to_string).collect();
@@ -96,14 +102,15 @@ fn ownership(
     mut unit_of: impl FnMut(u64) -> UnitLookup,
 ) -> Ownership {
     let holders = listeners.iter().filter(|listener| listener.address.port() == port);
-    let (mut owners, mut session, mut systemd, mut root) = (BTreeSet::new(), None, false, false);
+    let (mut owners, mut session, mut systemd, mut root, mut no_unit) = (BTreeSet::new(), None, false, false, false);
     for holder in holders {
-        match holder.owner.cgroup.map_or(UnitLookup::Unknown, &mut unit_of) {
-            UnitLookup::Unit(unit) if &*unit == "init.scope" => systemd = true,
-            UnitLookup::Unit(unit) if is_session(&unit) && !user_sessions => session = Some(unit),
-            UnitLookup::Unit(unit) => _ = owners.insert(PortOwner::Unit(unit)),
-            UnitLookup::Unknown if holder.owner.uid == 0 => root = true,
-            UnitLookup::Unknown => _ = owners.insert(PortOwner::Uid(holder.owner.uid)),
+        match holder.owner.cgroup.map(&mut unit_of) {
+            Some(UnitLookup::Unit(unit)) if &*unit == "init.scope" => systemd = true,
+            Some(UnitLookup::Unit(unit)) if is_session(&unit) && !user_sessions => session = Some(unit),
+            Some(UnitLookup::Unit(unit)) => _ = owners.insert(PortOwner::Unit(unit)),
+            Some(UnitLookup::Unknown) | None if holder.owner.uid == 0 => root = true,
+            Some(UnitLookup::Unknown) => no_unit = true,
+            None => _ = owners.insert(PortOwner::Uid(holder.owner.uid)),
         }
     }
     // On another address of the port anybody may listen: that must neither give the identity away (so what
@@ -111,15 +118,23 @@ fn ownership(
     match (systemd, root, owners.len()) {
         (true, ..) => Ownership::SocketActivated,
         (_, true, _) => Ownership::Root,
+        (.., 0) if no_unit && session.is_none() => Ownership::NoUnit,
         (.., 0) => session.map_or(Ownership::Nobody, Ownership::Session),
         (.., 1) => owners.pop_first().map_or(Ownership::Nobody, Ownership::Owned),
         _ => Ownership::Several(owners),
     }
 }
 
-/// What anybody who logs in can fill with processes of their choice.
+/// Where jobs of users run: Debian's cron opens no session for them, nor does a sshd without PAM.
+const RUN_USERS_JOBS: [&str; 6] =
+    ["cron.service", "crond.service", "anacron.service", "atd.service", "ssh.service", "sshd.service"];
+
+/// What anybody who has an account can fill with processes of their choice.
 fn is_session(unit: &str) -> bool {
-    unit.starts_with("session-") && unit.ends_with(".scope") || unit.starts_with("user@") && unit.ends_with(".service")
+    let any_of = |templates: &[&str]| templates.iter().any(|template| unit.starts_with(template));
+    RUN_USERS_JOBS.contains(&unit)
+        || unit.starts_with("session-") && unit.ends_with(".scope")
+        || any_of(&["user@", "ssh@", "sshd@"]) && unit.ends_with(".service")
 }
 
 /// Who listens on each of `ports` at this moment, login sessions aside.
@@ -161,11 +176,11 @@ impl PortOwners {
         self.0.get(&port).unwrap_or(&Ownership::Nobody)
     }
 
-    /// The port whose owner this process belongs to.
-    pub fn port_of(&self, unit: Option<&Arc<str>>, uid: u32) -> Option<u16> {
+    /// The port whose owner this process belongs to; its uid counts only where the kernel tells no cgroup of it.
+    pub fn port_of(&self, unit: Option<&Arc<str>>, uid: Option<u32>) -> Option<u16> {
         let owns = |owner: &PortOwner| match owner {
             PortOwner::Unit(owner) => unit == Some(owner),
-            PortOwner::Uid(owner) => unit.is_none() && uid == *owner,
+            PortOwner::Uid(owner) => unit.is_none() && uid == Some(*owner),
         };
         self.0.iter().find(|(_, found)| found.owner().is_some_and(owns)).map(|(port, _)| *port)
     }
@@ -176,7 +191,7 @@ impl PortOwners {
         for (port, found) in &mut self.0 {
             let Some(Ownership::Owned(known)) = before.0.get(port) else { continue };
             let keeps = match found {
-                Ownership::Nobody | Ownership::Session(_) => true,
+                Ownership::Nobody | Ownership::Session(_) | Ownership::NoUnit => true,
                 Ownership::Several(owners) => owners.contains(known),
                 _ => false,
             };
@@ -226,11 +241,12 @@ impl PortWatch {
     }
 
     /// The workload of a process that is enrolled by no unit or uid of its own, but perhaps by a port it holds.
+    /// `uid`: of one whose cgroup the kernel does not tell.
     pub fn workload_of<'a>(
         &self,
         enrolment: &'a Enrolment,
         unit: Option<&Arc<str>>,
-        uid: u32,
+        uid: Option<u32>,
         now: Instant,
     ) -> Option<&'a Arc<Workload>> {
         if !enrolment.has_ports() {
@@ -337,6 +353,8 @@ mod tests {
             3 => UnitLookup::Unit("init.scope".into()),
             4 => UnitLookup::Unit("session-7.scope".into()),
             5 => UnitLookup::Unit("user@1000.service".into()),
+            6 => UnitLookup::Unit("cron.service".into()),
+            7 => UnitLookup::Unit("sshd@3-10.0.0.1:22-10.0.0.9:5.service".into()),
             _ => UnitLookup::Unknown,
         }
     }
@@ -354,7 +372,7 @@ mod tests {
 
     #[test]
     fn login_sessions_and_systemd_itself_own_nothing() {
-        for cgroup in [4, 5] {
+        for cgroup in [4, 5, 6, 7] {
             let found = owner_of_5432(&[listener("0.0.0.0:5432", 1000, cgroup)]);
             assert!(matches!(found, Ownership::Session(_)), "{found:?}");
         }
@@ -372,8 +390,25 @@ mod tests {
 
     #[test]
     fn without_units_the_uid_owns_it_but_root_never_does() {
-        assert_eq!(owner_of_5432(&[listener("0.0.0.0:5432", 26, 9)]), Ownership::Owned(PortOwner::Uid(26)));
+        let without_cgroup = |uid| {
+            let listener = listener("0.0.0.0:5432", uid, 9);
+            Listener { owner: SocketOwner { cgroup: None, ..listener.owner }, ..listener }
+        };
+        let owned = owner_of_5432(&[without_cgroup(26)]);
+        assert_eq!(owned, Ownership::Owned(PortOwner::Uid(26)));
+        let owners = PortOwners([(5432, owned)].into());
+        assert_eq!((owners.port_of(None, Some(26)), owners.port_of(None, None)), (Some(5432), None));
+        assert_eq!(owner_of_5432(&[without_cgroup(0)]), Ownership::Root);
         assert_eq!(owner_of_5432(&[listener("0.0.0.0:5432", 0, 9)]), Ownership::Root);
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_makes_nobody_the_owner_of_a_port_whose_unit_restarts() {
+        let before = PortOwners([(5432, Ownership::Owned(PortOwner::Unit("db.service".into())))].into());
+        let squatted = owner_of_5432(&[listener("0.0.0.0:5432", 1000, 9)]);
+        assert_eq!(squatted, Ownership::NoUnit);
+        let now = PortOwners([(5432, squatted)].into()).keeping(&before);
+        assert_eq!(now, before);
     }
 
     #[test]
@@ -381,11 +416,11 @@ mod tests {
         let owned = |unit: &str| Ownership::Owned(PortOwner::Unit(unit.into()));
         let before = PortOwners([(5432, owned("db.service"))].into());
         let gone = PortOwners([(5432, Ownership::Nobody)].into()).keeping(&before);
-        assert_eq!(gone.port_of(Some(&"db.service".into()), 26), Some(5432));
+        assert_eq!(gone.port_of(Some(&"db.service".into()), None), Some(5432));
         let other = PortOwners([(5432, owned("web.service"))].into()).keeping(&before);
-        assert_eq!(other.port_of(Some(&"db.service".into()), 26), None);
+        assert_eq!(other.port_of(Some(&"db.service".into()), None), None);
         let session = PortOwners([(5432, Ownership::Session("session-7.scope".into()))].into()).keeping(&before);
-        assert_eq!(session.port_of(Some(&"session-7.scope".into()), 1000), None);
+        assert_eq!(session.port_of(Some(&"session-7.scope".into()), None), None);
     }
 
     #[test]

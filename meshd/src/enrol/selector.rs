@@ -73,14 +73,22 @@ impl ScopePattern {
             return refused("one `*` is allowed, and only in names of scopes, like `docker-*.scope`");
         }
         let pattern = ScopePattern { before: before.into(), after: after.into() };
-        // Anybody who logs in gets a session scope; that must never happen by the way.
-        if pattern.matches("init.scope") || !before.starts_with("session-") && pattern.matches("session-1.scope") {
+        if pattern.spells("init.scope") || !pattern.means_sessions() && pattern.spells("session-1.scope") {
             return refused("this means login sessions, too; write more of the name before the `*`");
         }
         Ok(pattern)
     }
 
     pub fn matches(&self, name: &str) -> bool {
+        self.spells(name) && (self.means_sessions() || !name.starts_with("session-"))
+    }
+
+    /// Anybody who logs in gets a session scope; that must never be meant by the way.
+    fn means_sessions(&self) -> bool {
+        self.before.starts_with("session-")
+    }
+
+    fn spells(&self, name: &str) -> bool {
         name.len() >= self.literal() && name.starts_with(&*self.before) && name.ends_with(&*self.after)
     }
 
@@ -115,6 +123,11 @@ mod tests {
             assert!(Selector::unit(text).is_err(), "{text}");
         }
         assert!(Selector::unit("session-*.scope").is_ok(), "said in so many words");
+        for text in ["*2.scope", "se*2.scope"] {
+            let pattern = ScopePattern::parse(text).unwrap();
+            assert!(!pattern.matches("session-2.scope") && pattern.matches("sea-2.scope"), "{text}");
+        }
+        assert!(ScopePattern::parse("session-*.scope").unwrap().matches("session-2.scope"));
     }
 
     #[test]

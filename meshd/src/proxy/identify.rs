@@ -28,6 +28,8 @@ pub(super) struct Identifier {
 struct Owner {
     uid: u32,
     unit: Option<Arc<str>>,
+    /// Whether the kernel told its cgroup, of a unit or not.
+    has_cgroup: bool,
 }
 
 /// Why nobody was identified, with all an operator needs to enrol the caller.
@@ -57,13 +59,14 @@ impl Identifier {
         client: SocketAddr,
         original: SocketAddr,
     ) -> Result<Arc<Workload>, Unidentified> {
-        let Owner { uid, unit } = self.owner(unknown, client, original).ok_or(Unidentified {
+        let Owner { uid, unit, has_cgroup } = self.owner(unknown, client, original).ok_or(Unidentified {
             fault: Fault::IdentifyUnknown,
             unit: None,
             uid: None,
         })?;
         let found = enrolment.workload_of(unit.as_ref(), uid);
-        let found = found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), uid, Instant::now()));
+        let found =
+            found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), (!has_cgroup).then_some(uid), Instant::now()));
         if let Some(who) = found {
             return Ok(who.clone());
         }
@@ -87,7 +90,8 @@ impl Identifier {
             }
         };
         if let Lookup::Owned(owner) = found {
-            return Some(Owner { uid: owner.uid, unit: owner.cgroup.and_then(|cgroup| self.unit_of(cgroup)) });
+            let unit = owner.cgroup.and_then(|cgroup| self.unit_of(cgroup));
+            return Some(Owner { uid: owner.uid, unit, has_cgroup: owner.cgroup.is_some() });
         }
         let recorded = self.recorded(client, original);
         match found {
@@ -107,8 +111,8 @@ impl Identifier {
                 return None;
             }
         };
-        let Some(cgroup) = cgroup else { return Some(Owner { uid, unit: None }) };
-        self.unit_of(cgroup).map(|unit| Owner { uid, unit: Some(unit) })
+        let Some(cgroup) = cgroup else { return Some(Owner { uid, unit: None, has_cgroup: false }) };
+        self.unit_of(cgroup).map(|unit| Owner { uid, unit: Some(unit), has_cgroup: true })
     }
 
     fn unit_of(&self, cgroup: u64) -> Option<Arc<str>> {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 
@@ -22,6 +23,9 @@ const PACKAGES: &[&str] = &[
     "systemd-resolved",
     "systemd-sysv",
 ];
+
+/// After so long a tree is removed.
+const UNUSED: Duration = Duration::from_secs(30 * 86_400);
 
 /// Nobody reads manuals here.
 const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
@@ -57,7 +61,21 @@ pub(super) fn ensure() -> Result<PathBuf> {
         build(&release, &partial)?;
         fs::rename(&partial, &tree)?;
     }
+    File::open(&tree)?.set_modified(SystemTime::now())?;
+    remove_unused(&cache)?;
     Ok(tree)
+}
+
+/// Of other recipes and releases; using one says so.
+fn remove_unused(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache)? {
+        let entry = entry?;
+        let unused = entry.metadata()?.modified()?.elapsed().unwrap_or_default() > UNUSED;
+        if unused && entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Tests run as root, so the cache is the machine's unless told.
@@ -111,7 +129,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recipe_has_one_tree() {
-        assert_eq!(recipe(), recipe());
+    fn only_trees_nobody_used_for_a_month_are_removed() {
+        let cache = std::env::temp_dir().join(format!("meshd-trees-{}", std::process::id()));
+        let (old, new) = (cache.join("old"), cache.join("new"));
+        fs::create_dir_all(&old).unwrap();
+        fs::create_dir_all(&new).unwrap();
+        File::open(&old).unwrap().set_modified(SystemTime::now() - 2 * UNUSED).unwrap();
+        remove_unused(&cache).unwrap();
+        assert!(!old.exists() && new.exists());
+        fs::remove_dir_all(&cache).unwrap();
     }
 }

@@ -23,15 +23,22 @@ impl HostFile {
     pub(super) fn keep(&self) -> Result<(), IntegrationError> {
         let fail = |doing| IntegrationError::file(doing, &self.path);
         let found = fs::read_to_string(&self.path).map_err(fail("read"))?;
-        if found.starts_with(MARK) {
+        let (saved, new) = (self.beside("meshd-saved"), self.beside("meshd-new"));
+        let text = if found.starts_with(MARK) {
+            // Ours, perhaps from before the address was changed.
+            let original = fs::read_to_string(&saved).unwrap_or_else(|_| found.clone());
+            with_ours_first(self.ours, &ResolvConf::parse(&original))
+        } else {
+            remove_if_there(&saved)
+                .and_then(|()| duplicate(&self.path, &saved))
+                .map_err(IntegrationError::file("write", &saved))?;
+            with_ours_first(self.ours, &ResolvConf::parse(&found))
+        };
+        if text == found {
             return Ok(());
         }
-        let (saved, new) = (self.beside("meshd-saved"), self.beside("meshd-new"));
-        remove_if_there(&saved)
-            .and_then(|()| duplicate(&self.path, &saved))
-            .map_err(IntegrationError::file("write", &saved))?;
         let written = remove_if_there(&new)
-            .and_then(|()| fs::write(&new, with_ours_first(self.ours, &ResolvConf::parse(&found))))
+            .and_then(|()| fs::write(&new, text))
             .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(0o644)));
         written.map_err(IntegrationError::file("write", &new))?;
         // At no moment is there no file.
@@ -46,9 +53,14 @@ impl HostFile {
         if fs::symlink_metadata(&saved).is_err() {
             return Ok(());
         }
-        let ours = fs::read_to_string(&self.path).is_ok_and(|text| text.starts_with(MARK));
-        let done = if ours { fs::rename(&saved, &self.path) } else { fs::remove_file(&saved) };
+        // One that is not there is nobody's: better the saved one than none.
+        let theirs = fs::read_to_string(&self.path).is_ok_and(|text| !text.starts_with(MARK));
+        let done = if theirs { fs::remove_file(&saved) } else { fs::rename(&saved, &self.path) };
         done.map_err(IntegrationError::file("restore", &self.path))
+    }
+
+    pub(super) fn is_ours(&self) -> bool {
+        fs::read_to_string(&self.path).is_ok_and(|text| text.starts_with(MARK))
     }
 
     fn beside(&self, suffix: &str) -> PathBuf {
@@ -101,6 +113,19 @@ mod tests {
         file.keep().unwrap();
         assert!(fs::read_to_string(&file.path).unwrap().ends_with("nameserver 127.0.0.1\nnameserver 10.0.0.2\n"));
         file.restore().unwrap();
+        file.restore().unwrap();
+        assert_eq!(fs::read_to_string(&file.path).unwrap(), "nameserver 10.0.0.2\n");
+        assert_eq!(names(&directory), ["resolv.conf"]);
+    }
+
+    #[test]
+    fn another_address_of_ours_is_written_and_a_lost_file_comes_back() {
+        let (directory, file) = file();
+        file.keep().unwrap();
+        let file = HostFile::new([127, 0, 0, 2].into(), file.path);
+        file.keep().unwrap();
+        assert!(fs::read_to_string(&file.path).unwrap().ends_with("nameserver 127.0.0.2\nnameserver 10.0.0.2\n"));
+        fs::remove_file(&file.path).unwrap();
         file.restore().unwrap();
         assert_eq!(fs::read_to_string(&file.path).unwrap(), "nameserver 10.0.0.2\n");
         assert_eq!(names(&directory), ["resolv.conf"]);

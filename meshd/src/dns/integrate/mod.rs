@@ -6,7 +6,6 @@ mod resolved;
 mod tools;
 pub mod units;
 
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -95,6 +94,7 @@ impl Keeper {
         loop {
             let Some(units) = enrolled() else {
                 last = None;
+                self.units.forget();
                 tokio::time::sleep(LOOK).await;
                 continue;
             };
@@ -136,6 +136,9 @@ impl Keeper {
             Way::Units => self.units.keep(enrolled)?,
             Way::Host => self.host.keep()?,
             Way::Nothing => {}
+        }
+        if matches!(way, Way::Resolved | Way::Host) {
+            self.units.withdraw()?;
         }
         Ok(way)
     }
@@ -182,23 +185,28 @@ fn nsswitch_asks_resolved(text: &str) -> bool {
 /// of the mesh fail at once, and everything else is asked as before.
 pub fn release(config: &DnsConfig) -> Result<(), IntegrationError> {
     match config.integration {
-        Integration::Host => restore_host(config.local_address().ip()),
+        Integration::Host => host_file().restore(),
         _ => Ok(()),
     }
 }
 
-/// Takes away all that any integration left on this host; works without a daemon, and again. With `off` nothing is ours.
-pub fn remove(config: &DnsConfig) -> Result<(), IntegrationError> {
-    if config.integration == Integration::Off {
-        return Ok(());
-    }
-    resolved::remove()?;
-    restore_host(std::net::Ipv4Addr::LOCALHOST.into())?;
-    units::remove_all(Path::new(units::DIRECTORY))
+/// Takes away all that any integration left on this host; works without a daemon, and again. With `off` somebody else
+/// may integrate another meshd here: only what is surely ours goes.
+pub fn remove(config: &DnsConfig, state_dir: &Path) -> Result<(), IntegrationError> {
+    let off = config.integration == Integration::Off;
+    let host = host_file();
+    let bound = state_dir.join(units::RESOLV_CONF);
+    // Whichever fails, the others are tried.
+    let removed = [
+        resolved::remove(),
+        if off && !host.is_ours() { Ok(()) } else { host.restore() },
+        units::remove_all(Path::new(units::DIRECTORY), off.then_some(&bound)),
+    ];
+    removed.into_iter().collect()
 }
 
-fn restore_host(ours: IpAddr) -> Result<(), IntegrationError> {
-    HostFile::new(ours, HostFiles::default().resolv_conf).restore()
+fn host_file() -> HostFile {
+    HostFile::new(std::net::Ipv4Addr::LOCALHOST.into(), HostFiles::default().resolv_conf)
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ use super::{IntegrationError, tools};
 /// Where systemd reads drop-ins that survive a reboot.
 pub const DIRECTORY: &str = "/etc/systemd/system";
 const DROP_IN: &str = "50-meshd-dns.conf";
+/// In the state directory.
+pub(super) const RESOLV_CONF: &str = "resolv.conf";
 const TARGET: &str = "/etc/resolv.conf";
 
 /// The drop-ins of this host, and the file they bind.
@@ -28,7 +30,7 @@ pub struct DropIns {
 impl DropIns {
     /// The daemon's own; `state_dir` is the one of meshd.toml.
     pub fn new(state_dir: &Path) -> DropIns {
-        DropIns { directory: DIRECTORY.into(), resolv_conf: state_dir.join("resolv.conf") }
+        DropIns { directory: DIRECTORY.into(), resolv_conf: state_dir.join(RESOLV_CONF) }
     }
 
     /// True when something changed: systemd must then be told (`reload`), and units started anew.
@@ -101,10 +103,14 @@ fn remove(path: &Path) -> Result<bool, IntegrationError> {
     Ok(true)
 }
 
-/// Removes every drop-in of ours in `directory`, whichever daemon left it.
-pub(super) fn remove_all(directory: &Path) -> Result<(), IntegrationError> {
-    let drop_ins = DropIns { directory: directory.into(), resolv_conf: PathBuf::new() };
-    let installed = drop_ins.installed();
+/// Removes every drop-in of ours in `directory`, whichever daemon left it, or only those that bind the file `bound`.
+pub(super) fn remove_all(directory: &Path, bound: Option<&PathBuf>) -> Result<(), IntegrationError> {
+    let drop_ins = DropIns { directory: directory.into(), resolv_conf: bound.cloned().unwrap_or_default() };
+    let mut installed = drop_ins.installed();
+    if bound.is_some() {
+        let text = drop_ins.text()?;
+        installed.retain(|unit| fs::read_to_string(drop_ins.path(unit)).is_ok_and(|found| found == text));
+    }
     if drop_ins.remove(installed.iter().map(String::as_str))? && systemd_runs() {
         reload()?;
     }
@@ -130,25 +136,44 @@ pub(super) struct Units {
     /// The host's file itself, its content aside: what units' binds hang on.
     place: Option<(u64, u64)>,
     kept: Option<Vec<Arc<str>>>,
+    /// Drop-ins have changed and systemd has not read them.
+    reload_due: bool,
+    reload: fn() -> Result<(), IntegrationError>,
 }
 
 impl Units {
     pub(super) fn new(state_dir: &Path, ours: IpAddr, host_file: PathBuf) -> Units {
-        Units { ours, host_file, drop_ins: DropIns::new(state_dir), seen: None, place: None, kept: None }
+        Units {
+            ours,
+            host_file,
+            drop_ins: DropIns::new(state_dir),
+            seen: None,
+            place: None,
+            kept: None,
+            reload_due: false,
+            reload,
+        }
     }
 
     pub(super) fn keep(&mut self, enrolled: &[Arc<str>]) -> Result<(), IntegrationError> {
         self.follow_host_file()?;
-        if self.kept.as_deref() != Some(enrolled) {
-            self.follow_enrolment(enrolled)?;
-            self.kept = Some(enrolled.to_vec());
-        }
+        self.follow_enrolment(enrolled)?;
         let place = fs::metadata(&self.host_file).ok().map(|found| (found.dev(), found.ino()));
         if self.place.is_some() && place.is_some() && self.place != place {
             bind_again(&self.drop_ins.resolv_conf, enrolled);
         }
         self.place = place.or(self.place);
         Ok(())
+    }
+
+    /// Names reach units another way.
+    pub(super) fn withdraw(&mut self) -> Result<(), IntegrationError> {
+        self.follow_enrolment(&[])
+    }
+
+    /// Somebody else removed what was installed.
+    pub(super) fn forget(&mut self) {
+        self.kept = None;
     }
 
     fn follow_host_file(&mut self) -> Result<(), IntegrationError> {
@@ -163,16 +188,28 @@ impl Units {
         Ok(())
     }
 
-    fn follow_enrolment(&self, enrolled: &[Arc<str>]) -> Result<(), IntegrationError> {
+    fn follow_enrolment(&mut self, enrolled: &[Arc<str>]) -> Result<(), IntegrationError> {
+        if self.kept.as_deref() != Some(enrolled) {
+            let changed = self.change_drop_ins(enrolled);
+            self.reload_due |= !matches!(changed, Ok(false));
+            changed?;
+            self.kept = Some(enrolled.to_vec());
+        }
+        if self.reload_due {
+            (self.reload)()?;
+            self.reload_due = false;
+            tracing::info!("names of the mesh resolve in enrolled units from their next start on");
+        }
+        Ok(())
+    }
+
+    /// True when something changed.
+    fn change_drop_ins(&self, enrolled: &[Arc<str>]) -> Result<bool, IntegrationError> {
         let gone = self.drop_ins.installed().into_iter().filter(|unit| !enrolled.iter().any(|kept| **kept == **unit));
         let gone: Vec<String> = gone.collect();
         let removed = self.drop_ins.remove(gone.iter().map(String::as_str))?;
         let installed = self.drop_ins.install(enrolled.iter().map(AsRef::as_ref))?;
-        if removed || installed {
-            reload()?;
-            tracing::info!("names of the mesh resolve in enrolled units from their next start on");
-        }
-        Ok(())
+        Ok(removed || installed)
     }
 }
 
@@ -245,6 +282,28 @@ mod tests {
         assert!(!drop_ins.remove(["web.service", "pg@15.service"]).unwrap());
         assert_eq!(etc.read("system/web.service.d/local.conf"), "[Service]\n");
         assert!(!etc.directory.path().join("system/pg@15.service.d").exists());
+    }
+
+    #[test]
+    fn a_failed_reload_is_tried_again_and_drop_ins_taken_away_come_back() {
+        let mut etc = Etc::new();
+        let web = [Arc::from("web.service")];
+        etc.units.reload = || Err(IntegrationError::Impossible("no"));
+        assert!(etc.units.keep(&web).is_err());
+        assert!(etc.units.keep(&web).is_err(), "systemd still has not read it");
+        etc.units.reload = || Ok(());
+        etc.units.keep(&web).unwrap();
+        etc.units.reload = || Err(IntegrationError::Impossible("nothing changed"));
+        etc.units.keep(&web).unwrap();
+        etc.units.reload = || Ok(());
+        remove_all(&etc.units.drop_ins.directory, Some(&"/elsewhere/resolv.conf".into())).unwrap();
+        assert_eq!(etc.units.drop_ins.installed(), ["web.service"], "another daemon's");
+        etc.units.drop_ins.remove(["web.service"]).unwrap();
+        etc.units.forget();
+        etc.units.keep(&web).unwrap();
+        assert_eq!(etc.units.drop_ins.installed(), ["web.service"]);
+        etc.units.withdraw().unwrap();
+        assert_eq!(etc.units.drop_ins.installed(), Vec::<String>::new());
     }
 
     #[test]
