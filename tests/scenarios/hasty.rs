@@ -57,7 +57,7 @@ impl Hasty {
     /// `work` while meshd stands still: whatever it does is over when meshd looks.
     fn unseen<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let daemon = self.mesh.daemon("web");
-        daemon.signal(Signal::SIGSTOP)?;
+        daemon.stand_still()?;
         let done = work();
         daemon.signal(Signal::SIGCONT)?;
         done

@@ -152,7 +152,7 @@ fn a_caller_that_is_gone_before_it_is_looked_at_is_refused_and_never_root() -> R
     enrolled(&mesh, "web", &["--uid", "0", "--as", "ns/shop/sa/billing"])?;
     let address = mesh.virtual_address("web", "payments.shop.mesh")?;
     let daemon = mesh.daemon("web");
-    daemon.signal(Signal::SIGSTOP)?;
+    daemon.stand_still()?;
     let script = format!("for i in $(seq {CALLS}); do exec 3<>/dev/tcp/{address}/80; exec 3>&-; done");
     let called = mesh.in_unit("web", &fresh("hasty"), Program::new("bash").args(["-c", &script]));
     let called = mesh.host("web").run(&called);

@@ -137,6 +137,13 @@ impl Daemon {
         self.with_process(|process| process.signal(signal))?
     }
 
+    /// SIGSTOP, and every thread stopped: once the signal is sent, a worker may still be accepting. SIGCONT ends it.
+    pub fn stand_still(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        let pid = self.pid()?;
+        until(READY, "meshd to stand still", || stands_still(pid))
+    }
+
     /// SIGTERM, and the end of it; an exit code other than 0 is an error.
     pub fn stop(&self) -> Result<()> {
         let status = self.with_process(Process::stop)??;
@@ -248,6 +255,13 @@ pub(crate) fn metrics_text(host: &Host) -> Result<String> {
 /// Status and body of what meshd's metrics port answers.
 pub(crate) fn from_metrics_port(host: &Host, path: &str) -> Result<(u16, String)> {
     host.within(|| http::get(SocketAddr::from(METRICS), path))?
+}
+
+/// Every thread of it.
+fn stands_still(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stopped = |stat: String| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'));
+    threads.map(|thread| fs::read_to_string(thread.path().join("stat"))).all(|stat| stat.is_ok_and(stopped))
 }
 
 fn quoted(path: &Path) -> String {
