@@ -247,7 +247,7 @@ impl App {
     }
 
     /// `apply`: the plan an operator has ordered to be in force after it.
-    async fn reload_enrolment(&self, apply: Option<&str>) -> Result<(), String> {
+    async fn reload_enrolment(&mut self, apply: Option<&str>) -> Result<(), String> {
         let reloaded = self.try_reload_enrolment(apply).await;
         match &reloaded {
             Ok(()) => tracing::info!("enrolment reloaded"),
@@ -256,7 +256,7 @@ impl App {
         reloaded
     }
 
-    async fn try_reload_enrolment(&self, apply: Option<&str>) -> Result<(), String> {
+    async fn try_reload_enrolment(&mut self, apply: Option<&str>) -> Result<(), String> {
         let credentials = self.credentials.borrow().clone();
         let enrolment = Arc::new(load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?);
         let plan = self.plan(enrolment.clone()).await?;
@@ -269,6 +269,8 @@ impl App {
         self.identities.send_replace(enrolment.identities());
         if !plan.raw_callers.is_empty() {
             wait_for_certificates(&mut self.credentials.clone(), &enrolment.identities()).await;
+            // What has arrived must be in use before anybody is captured; the main loop waits for us.
+            self.install_credentials();
         }
         let done = match apply {
             Some(_) => self.keeper.apply(plan).await,
