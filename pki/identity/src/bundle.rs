@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
+use x509_parser::x509::SubjectPublicKeyInfo;
 
 use crate::TrustDomain;
 
@@ -12,8 +13,9 @@ pub const MAX_BUNDLE_BYTES: usize = 256 * 1024;
 /// SPIFFE Federation 4.1: what a client assumes when the document does not say.
 const DEFAULT_REFRESH_HINT_S: u64 = 300;
 const X509_USE: &str = "x509-svid";
+const JWT_USE: &str = "jwt-svid";
 
-/// The roots of one trust domain. Never empty, and never merged with those of another trust domain.
+/// What one trust domain trusts. Never without a root, and never merged with that of another trust domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Bundle {
@@ -24,6 +26,22 @@ pub struct Bundle {
     pub refresh_hint_s: u64,
     /// Root certificates, DER.
     pub roots: Vec<Vec<u8>>,
+    /// What JWT-SVIDs verify with.
+    pub jwt_keys: Vec<JwtKey>,
+}
+
+/// A public key of JWT-SVIDs, as the bundle document has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JwtKey {
+    pub kid: String,
+    pub parameters: KeyParameters,
+}
+
+/// RFC 7518 section 6, in base64url.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyParameters {
+    Ec { curve: String, x: String, y: String },
+    Rsa { n: String, e: String },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -55,6 +73,8 @@ struct Key {
     #[serde(rename = "use")]
     usage: String,
     #[serde(skip_serializing_if = "Option::is_none")]
+    kid: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     crv: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     x: Option<String>,
@@ -64,6 +84,7 @@ struct Key {
     n: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     e: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     x5c: Vec<String>,
 }
 
@@ -80,7 +101,12 @@ impl Bundle {
         for (index, root) in roots.iter().enumerate() {
             jwk_of_root(root).map_err(|problem| BundleError::Key { index, problem })?;
         }
-        Ok(Bundle { trust_domain, sequence, refresh_hint_s, roots })
+        Ok(Bundle { trust_domain, sequence, refresh_hint_s, roots, jwt_keys: Vec::new() })
+    }
+
+    #[must_use]
+    pub fn with_jwt_keys(self, jwt_keys: Vec<JwtKey>) -> Bundle {
+        Bundle { jwt_keys, ..self }
     }
 
     /// Reads a SPIFFE bundle document. The document does not name its trust domain; whoever fetched it knows.
@@ -90,18 +116,23 @@ impl Bundle {
         }
         let document: Document = serde_json::from_slice(json).map_err(|e| BundleError::Json(e.to_string()))?;
         let mut roots = Vec::new();
+        let mut jwt_keys = Vec::new();
         for (index, key) in document.keys.iter().enumerate() {
-            // Elements of other or unknown use (jwt-svid, future ones) are not ours to judge.
-            if key.usage == X509_USE {
-                roots.push(root_of_jwk(key).map_err(|problem| BundleError::Key { index, problem })?);
+            // Elements of unknown use, and keys nobody could select, are not ours to judge.
+            match key.usage.as_str() {
+                X509_USE => roots.push(root_of_jwk(key).map_err(|problem| BundleError::Key { index, problem })?),
+                JWT_USE => jwt_keys.extend(jwt_key(key)),
+                _ => {}
             }
         }
-        Bundle::new(trust_domain, document.spiffe_sequence, document.spiffe_refresh_hint, roots)
+        let bundle = Bundle::new(trust_domain, document.spiffe_sequence, document.spiffe_refresh_hint, roots)?;
+        Ok(bundle.with_jwt_keys(jwt_keys))
     }
 
     /// The canonical document: same bundle, same bytes.
     pub fn to_jwks(&self) -> Vec<u8> {
         let keys = self.roots.iter().map(|root| jwk_of_root(root).expect("roots are checked when a bundle is made"));
+        let keys = keys.chain(self.jwt_keys.iter().map(jwk_of_jwt_key));
         let document =
             Document { keys: keys.collect(), spiffe_sequence: self.sequence, spiffe_refresh_hint: self.refresh_hint_s };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
@@ -129,6 +160,59 @@ fn root_of_jwk(key: &Key) -> Result<Vec<u8>, String> {
     BASE64_STANDARD.decode(certificate).map_err(|e| format!("x5c is not base64: {e}"))
 }
 
+impl JwtKey {
+    /// From the SubjectPublicKeyInfo of a P-256 key.
+    pub fn from_spki(kid: &str, spki: &[u8]) -> Result<JwtKey, String> {
+        let (_, key) = SubjectPublicKeyInfo::from_der(spki).map_err(|e| format!("not a public key: {e}"))?;
+        match key.parsed().map_err(|e| format!("unreadable public key: {e}"))? {
+            PublicKey::EC(point) => {
+                let (curve, x, y) = coordinates(point.data())?;
+                Ok(JwtKey { kid: kid.to_owned(), parameters: KeyParameters::Ec { curve, x, y } })
+            }
+            _ => Err("not an elliptic key".to_owned()),
+        }
+    }
+}
+
+/// A document with these JWT keys and nothing else, as the Workload API hands it out.
+pub fn jwks_of_jwt_keys(keys: &[JwtKey]) -> Vec<u8> {
+    let keys: Vec<Key> = keys.iter().map(jwk_of_jwt_key).collect();
+    serde_json::to_vec(&serde_json::json!({ "keys": keys })).expect("strings always serialise")
+}
+
+fn jwt_key(key: &Key) -> Option<JwtKey> {
+    let parameters = match (key.kty.as_str(), &key.crv, &key.x, &key.y, &key.n, &key.e) {
+        ("EC", Some(curve), Some(x), Some(y), _, _) => {
+            KeyParameters::Ec { curve: curve.clone(), x: x.clone(), y: y.clone() }
+        }
+        ("RSA", _, _, _, Some(n), Some(e)) => KeyParameters::Rsa { n: n.clone(), e: e.clone() },
+        _ => return None,
+    };
+    Some(JwtKey { kid: key.kid.clone()?, parameters })
+}
+
+fn jwk_of_jwt_key(key: &JwtKey) -> Key {
+    let jwk = Key { usage: JWT_USE.to_owned(), kid: Some(key.kid.clone()), ..Key::default() };
+    match key.parameters.clone() {
+        KeyParameters::Ec { curve, x, y } => {
+            Key { kty: "EC".to_owned(), crv: Some(curve), x: Some(x), y: Some(y), ..jwk }
+        }
+        KeyParameters::Rsa { n, e } => Key { kty: "RSA".to_owned(), n: Some(n), e: Some(e), ..jwk },
+    }
+}
+
+/// Curve, x and y of an uncompressed point.
+fn coordinates(point: &[u8]) -> Result<(String, String, String), String> {
+    let (curve, size) = match point.len() {
+        65 => ("P-256", 32),
+        97 => ("P-384", 48),
+        133 => ("P-521", 66),
+        length => return Err(format!("elliptic key of {length} bytes; use P-256, P-384 or P-521")),
+    };
+    let (x, y) = point[1..].split_at(size);
+    Ok((curve.to_owned(), BASE64_URL_SAFE_NO_PAD.encode(x), BASE64_URL_SAFE_NO_PAD.encode(y)))
+}
+
 fn jwk_of_root(root: &[u8]) -> Result<Key, String> {
     let (rest, certificate) = X509Certificate::from_der(root).map_err(|e| format!("not an X.509 certificate: {e}"))?;
     if !rest.is_empty() {
@@ -141,14 +225,8 @@ fn jwk_of_root(root: &[u8]) -> Result<Key, String> {
     let key = Key { usage: X509_USE.to_owned(), x5c: vec![BASE64_STANDARD.encode(root)], ..Key::default() };
     match certificate.public_key().parsed().map_err(|e| format!("unreadable public key: {e}"))? {
         PublicKey::EC(point) => {
-            let (curve, size) = match point.data().len() {
-                65 => ("P-256", 32),
-                97 => ("P-384", 48),
-                133 => ("P-521", 66),
-                length => return Err(format!("elliptic key of {length} bytes; use P-256, P-384 or P-521")),
-            };
-            let (x, y) = point.data()[1..].split_at(size);
-            Ok(Key { kty: "EC".to_owned(), crv: Some(curve.to_owned()), x: text(x), y: text(y), ..key })
+            let (curve, x, y) = coordinates(point.data())?;
+            Ok(Key { kty: "EC".to_owned(), crv: Some(curve), x: Some(x), y: Some(y), ..key })
         }
         PublicKey::RSA(rsa) => {
             let modulus = rsa.modulus.strip_prefix(&[0]).unwrap_or(rsa.modulus);
@@ -217,6 +295,19 @@ mod tests {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
         let bundle = Bundle::new(domain(), 1, 300, vec![root_with(&key)]).unwrap();
         assert!(String::from_utf8(bundle.to_jwks()).unwrap().contains("\"P-384\""));
+    }
+
+    #[test]
+    fn jwt_keys_have_a_kid_and_come_back() {
+        let key = KeyPair::generate().unwrap();
+        let jwt = JwtKey::from_spki("k1", &rcgen::PublicKeyData::subject_public_key_info(&key)).unwrap();
+        let bundle = Bundle::new(domain(), 5, 120, vec![root()]).unwrap().with_jwt_keys(vec![jwt.clone()]);
+        assert_eq!(Bundle::from_jwks(domain(), &bundle.to_jwks()).unwrap(), bundle);
+        let json: serde_json::Value = serde_json::from_slice(&bundle.to_jwks()).unwrap();
+        assert_eq!((json["keys"][1]["use"].as_str(), json["keys"][1]["kid"].as_str()), (Some("jwt-svid"), Some("k1")));
+        assert!(json["keys"][1].get("x5c").is_none());
+        let only: serde_json::Value = serde_json::from_slice(&jwks_of_jwt_keys(&[jwt])).unwrap();
+        assert_eq!(only["keys"], serde_json::json!([json["keys"][1]]));
     }
 
     #[test]
