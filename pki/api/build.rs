@@ -5,6 +5,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed={file}");
     let descriptors = protox::compile([file], ["proto"])?;
     // No transport: callers bring their own TLS connections.
-    tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
+    // Default stubs: a server that lacks a method answers Unimplemented.
+    tonic_prost_build::configure().build_transport(false).generate_default_stubs(true).compile_fds(descriptors)?;
     Ok(())
 }

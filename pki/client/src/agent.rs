@@ -10,6 +10,7 @@ use meshd_pki_api::{MAX_BATCH, v1};
 use tokio::sync::watch;
 
 use crate::connect::{ConnectError, PkiClient, call, connect, verified_tls};
+use crate::inventory::inventory;
 use crate::key::NewKey;
 use crate::metrics::RenewalMetrics;
 use crate::reply::{ReplyError, problem, read_bundle, read_svid};
@@ -186,8 +187,12 @@ impl Agent {
         for (id, key) in asked.iter().zip(&keys) {
             items.push(v1::IssueItem { spiffe_id: id.to_string(), csr: key.request()? });
         }
-        let request =
-            v1::IssueBatchRequest { items, host_time_unix_ms: unix_ms(now), bundle_sequence: held.bundle.sequence };
+        let request = v1::IssueBatchRequest {
+            items,
+            host_time_unix_ms: unix_ms(now),
+            bundle_sequence: held.bundle.sequence,
+            inventory: Some(inventory(held)),
+        };
         let mut pki = self.connect_anywhere().await?;
         let reply =
             call(pki.issue_batch(request)).await.map_err(|status| RenewError::Refused(refusal_text(&status)))?;

@@ -12,6 +12,7 @@ mod connect;
 mod credentials;
 #[cfg(feature = "testing")]
 pub mod fake;
+mod inventory;
 mod join;
 mod judge;
 mod key;

@@ -1,6 +1,6 @@
 //! Certificate profiles. Pure: `now` and public keys come in, certificates go out.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, TrustDomain};
 use rcgen::{
@@ -11,7 +11,7 @@ use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 
 use crate::keys::{KeyError, random};
-use crate::lifetimes::{AUTHORITY_BACKDATE, LEAF_BACKDATE, Lifetimes, SKEW};
+use crate::lifetimes::{AUTHORITY_BACKDATE, LEAF_BACKDATE, Lifetimes};
 use crate::times::{from_unix, unix};
 
 /// X.520 serialNumber: what makes the subject of every authority unique.
@@ -34,6 +34,8 @@ pub struct Authority {
     pub id: String,
     pub certificate: Vec<u8>,
     pub not_after: SystemTime,
+    /// Nothing it signs ends later than this long before its own end.
+    skew: Duration,
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -50,7 +52,7 @@ impl Authority {
         let not_after = whole_seconds(now + lifetimes.root);
         let params = authority_params(domain, "meshd root", &id, BasicConstraints::Unconstrained, now, not_after)?;
         let certificate = params.self_signed(&key)?.der().to_vec();
-        Authority::from_parts(id, certificate, key, not_after)
+        Authority::from_parts(id, certificate, key, not_after, lifetimes.skew)
     }
 
     pub fn new_intermediate(
@@ -63,7 +65,7 @@ impl Authority {
         let not_after = root.clamp(now, now + lifetimes.intermediate)?;
         let params = authority_params(domain, "meshd ca", &id, BasicConstraints::Constrained(0), now, not_after)?;
         let certificate = params.signed_by(&key, &root.issuer)?.der().to_vec();
-        Authority::from_parts(id, certificate, key, not_after)
+        Authority::from_parts(id, certificate, key, not_after, lifetimes.skew)
     }
 
     pub(crate) fn from_parts(
@@ -71,9 +73,10 @@ impl Authority {
         certificate: Vec<u8>,
         key: KeyPair,
         not_after: SystemTime,
+        skew: Duration,
     ) -> Result<Authority, AuthorityError> {
         let issuer = Issuer::from_ca_cert_der(&CertificateDer::from(certificate.as_slice()), key)?;
-        Ok(Authority { id, certificate, not_after, issuer })
+        Ok(Authority { id, certificate, not_after, skew, issuer })
     }
 
     pub(crate) fn pkcs8(&self) -> Vec<u8> {
@@ -85,7 +88,7 @@ impl Authority {
         &self,
         id: &SpiffeId,
         public_key: &impl PublicKeyData,
-        life: std::time::Duration,
+        life: Duration,
         now: SystemTime,
     ) -> Result<Issued, AuthorityError> {
         let serial = new_serial()?;
@@ -107,7 +110,7 @@ impl Authority {
 
     /// Nothing outlives what signed it, less the skew of clocks.
     fn clamp(&self, now: SystemTime, wanted: SystemTime) -> Result<SystemTime, AuthorityError> {
-        let end = wanted.min(self.not_after - SKEW);
+        let end = wanted.min(self.not_after - self.skew);
         if end <= now {
             let end = crate::times::rfc3339(unix(self.not_after));
             return Err(AuthorityError::Ending { id: self.id.clone(), end });
@@ -143,7 +146,7 @@ fn authority_params(
     Ok(params)
 }
 
-fn new_id() -> Result<String, KeyError> {
+pub(crate) fn new_id() -> Result<String, KeyError> {
     let mut bytes = [0; 16];
     random(&mut bytes)?;
     Ok(data_encoding::HEXLOWER.encode(&bytes))
@@ -167,8 +170,6 @@ fn date(time: SystemTime) -> OffsetDateTime {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use meshd_identity::inspect_svid;
     use x509_parser::certificate::X509Certificate;
     use x509_parser::prelude::FromDer;
@@ -222,16 +223,17 @@ mod tests {
 
     #[test]
     fn nothing_outlives_its_issuer() {
-        let (root, intermediate) = chain(&Lifetimes::default());
+        let lifetimes = Lifetimes::default();
+        let (root, intermediate) = chain(&lifetimes);
         let key = KeyPair::generate().unwrap();
         let id = SpiffeId::pki(&domain());
         let late = intermediate.not_after - Duration::from_secs(3600);
         let issued = intermediate.issue(&id, &key, Duration::from_secs(86_400), late).unwrap();
-        assert_eq!(issued.not_after, intermediate.not_after - SKEW);
-        let gone = intermediate.issue(&id, &key, Duration::from_secs(60), intermediate.not_after - SKEW);
+        assert_eq!(issued.not_after, intermediate.not_after - lifetimes.skew);
+        let gone = intermediate.issue(&id, &key, Duration::from_secs(60), intermediate.not_after - lifetimes.skew);
         assert!(matches!(gone, Err(AuthorityError::Ending { .. })));
         let near_the_end = root.not_after - Duration::from_secs(86_400);
         let short = Authority::new_intermediate(&root, &domain(), &Lifetimes::default(), near_the_end).unwrap();
-        assert_eq!(short.not_after, root.not_after - SKEW);
+        assert_eq!(short.not_after, root.not_after - lifetimes.skew);
     }
 }

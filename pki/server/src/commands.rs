@@ -6,10 +6,10 @@ use std::time::{Duration, SystemTime};
 use meshd_identity::{IdError, JoinToken, Secret, SpiffeId, TokenError, TrustDomain, sha256};
 
 use crate::audit::Event;
-use crate::db::tokens::{self, TokenRow};
-use crate::db::{self, DbError, authorities, hosts};
 use crate::keys::{KeyError, random};
 use crate::state_dir::{StateDir, StateError};
+use crate::store::tokens::{self, Token};
+use crate::store::{DbError, View, hosts, settings};
 use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
@@ -51,7 +51,7 @@ pub struct TokenRequest<'a> {
 }
 
 pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
-    let mut state = StateDir::open(dir)?;
+    let state = StateDir::open(dir)?;
     SpiffeId::host(&state.trust_domain, asked.host)?;
     let allow = asked.allow.iter().map(|text| workload(&state.trust_domain, text)).collect::<Result<Vec<_>, _>>()?;
     if asked.ttl > LONGEST_TTL {
@@ -60,7 +60,7 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     random(&mut id)?;
     random(&mut secret)?;
-    let recovery = authorities::recovery_keys(state.database.reader())?;
+    let recovery = state.database.read(settings::recovery_keys)?;
     let incomplete = || StateError::Incomplete { dir: dir.to_owned(), what: "its recovery key" };
     let token = JoinToken {
         id: data_encoding::HEXLOWER.encode(&id),
@@ -70,16 +70,14 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         recovery_key_id: sha256(recovery.first().ok_or_else(incomplete)?),
     };
     token.check()?;
-    let allowed: Vec<&str> = allow.iter().map(SpiffeId::as_str).collect();
-    let row = TokenRow {
+    let row = Token {
         id: token.id.clone(),
         secret_hash: sha256(&secret).to_vec(),
         host_id: asked.host.to_owned(),
-        allow: allowed.join(" "),
+        allow: allow.iter().map(SpiffeId::to_string).collect(),
         created_at: unix(now),
         expires_at: unix(now + asked.ttl),
-        used_key: None,
-        used_at: None,
+        used: None,
     };
     let event = Event {
         event: "token_create",
@@ -87,13 +85,12 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         host: Some(row.host_id.clone()),
         token: Some(row.id.clone()),
         not_after: Some(rfc3339(row.expires_at)),
-        detail: Some(format!("allow: {}", row.allow)),
+        detail: Some(format!("allow: {}", row.allow.join(" "))),
         ..Event::default()
     };
-    let StateDir { database, audit, .. } = &mut state;
-    database.transaction(|transaction| -> Result<(), CommandError> {
-        tokens::insert(transaction, &row)?;
-        record(audit, now, event)
+    state.database.transaction(|records| -> Result<(), CommandError> {
+        tokens::put_token(records, &row)?;
+        Ok(state.record(now, std::slice::from_ref(&event))?)
     })?;
     Ok(token)
 }
@@ -103,22 +100,20 @@ fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandE
     if !asked.is_empty() {
         return Ok(asked.to_vec());
     }
-    let advertised = db::get_meta(state.database.reader(), "advertise")?.unwrap_or_default();
-    let known: Vec<String> = advertised.split_whitespace().map(str::to_owned).collect();
+    let known = state.database.read(settings::advertise)?;
     if known.is_empty() { Err(CommandError::NoAddress) } else { Ok(known) }
 }
 
 /// Permits a host an identity. True when that is new.
 pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<bool, CommandError> {
-    let mut state = StateDir::open(dir)?;
+    let state = StateDir::open(dir)?;
     let id = workload(&state.trust_domain, identity)?;
     SpiffeId::host(&state.trust_domain, host)?;
-    let StateDir { database, audit, .. } = &mut state;
-    database.transaction(|transaction| -> Result<bool, CommandError> {
-        refuse_unknown(transaction, host, unix(now))?;
-        let new = hosts::permit(transaction, host, id.as_str(), unix(now))?;
+    state.database.transaction(|records| -> Result<bool, CommandError> {
+        refuse_unknown(records, host, unix(now))?;
+        let new = hosts::permit(records, host, id.as_str(), unix(now))?;
         if new {
-            record(audit, now, entry_event("entry_add", host, &id))?;
+            state.record(now, &[entry_event("entry_add", host, &id)])?;
         }
         Ok(new)
     })
@@ -126,29 +121,27 @@ pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Res
 
 /// Takes an identity away: it is not renewed any more, and ends with its certificate.
 pub fn remove_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<(), CommandError> {
-    let mut state = StateDir::open(dir)?;
+    let state = StateDir::open(dir)?;
     let id = workload(&state.trust_domain, identity)?;
-    let StateDir { database, audit, .. } = &mut state;
-    database.transaction(|transaction| -> Result<(), CommandError> {
-        if !hosts::forbid(transaction, host, id.as_str())? {
+    state.database.transaction(|records| -> Result<(), CommandError> {
+        if !hosts::forbid(records, host, id.as_str())? {
             return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
         }
-        record(audit, now, entry_event("entry_remove", host, &id))
+        Ok(state.record(now, &[entry_event("entry_remove", host, &id)])?)
     })
 }
 
 /// `(host, identity)` pairs, of one host or of all.
 pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, String)>, CommandError> {
     let state = StateDir::open(dir)?;
-    let mut entries = hosts::entries(state.database.reader())?;
-    entries.retain(|(owner, _)| host.is_none_or(|host| host == owner));
-    Ok(entries)
+    let entries = state.database.read(hosts::entries)?.into_iter();
+    Ok(entries.filter(|one| host.is_none_or(|host| host == one.host)).map(|one| (one.host, one.spiffe_id)).collect())
 }
 
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
-fn refuse_unknown(connection: &rusqlite::Connection, host: &str, now: i64) -> Result<(), CommandError> {
-    let enrolled = hosts::list(connection)?.into_iter().map(|row| row.id);
-    let invited = tokens::open(connection, now)?.into_iter().map(|token| token.host_id);
+fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
+    let enrolled = hosts::hosts(view)?.into_iter().map(|row| row.id);
+    let invited = tokens::open(view, now)?.into_iter().map(|token| token.host_id);
     let known: std::collections::BTreeSet<String> = enrolled.chain(invited).collect();
     if known.contains(host) {
         return Ok(());
@@ -172,9 +165,4 @@ fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> 
 fn entry_event(event: &'static str, host: &str, id: &SpiffeId) -> Event {
     let (host, identity) = (Some(host.to_owned()), Some(id.to_string()));
     Event { event, result: "ok", host, identity, ..Event::default() }
-}
-
-fn record(audit: &crate::audit::Audit, now: SystemTime, event: Event) -> Result<(), CommandError> {
-    let written = audit.append(unix(now), &[event]);
-    Ok(written.map_err(|source| StateError::Audit { path: audit.path().to_owned(), source })?)
 }

@@ -12,7 +12,9 @@ const MAX_BYTES: usize = 4096;
 
 pub(crate) struct Request {
     pub(crate) public_key: SubjectPublicKeyInfo,
-    /// SHA-256 of the SubjectPublicKeyInfo.
+    /// SubjectPublicKeyInfo.
+    pub(crate) spki: Vec<u8>,
+    /// SHA-256 of it.
     pub(crate) key_id: [u8; 32],
 }
 
@@ -32,7 +34,7 @@ impl Request {
         }
         csr.verify_signature().map_err(|_| "the certificate request is not signed by its own key".to_owned())?;
         let public_key = SubjectPublicKeyInfo::from_der(key.raw).map_err(|error| format!("unusable key: {error}"))?;
-        Ok(Request { public_key, key_id: sha256(key.raw) })
+        Ok(Request { public_key, spki: key.raw.to_vec(), key_id: sha256(key.raw) })
     }
 }
 

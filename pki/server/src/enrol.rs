@@ -4,16 +4,14 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use meshd_identity::{SpiffeId, TrustDomain, sha256};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::enroll_request::Attestation;
-use rusqlite::Connection;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::db::authorities::{self, IssuedRow};
-use crate::db::tokens::{self, TokenRow};
-use crate::db::{DbError, hosts};
-use crate::pki::Pki;
+use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
-use crate::state_dir::StateDir;
+use crate::store::hosts::{self, Host, HostState, Issued};
+use crate::store::tokens::{self, Token, Use};
+use crate::store::{DbError, Records, View, settings};
 use crate::times::{rfc3339, unix};
 
 impl Pki {
@@ -43,54 +41,51 @@ impl Pki {
         request: &v1::EnrollRequest,
         remote: &str,
     ) -> Result<v1::EnrollReply, Refused> {
+        self.refuse_while_frozen()?;
         let csr = Request::read(&request.csr).map_err(Refused::Invalid)?;
         let now = self.now();
         let signer = self.signer();
-        let mut state = self.state();
-        let StateDir { database, audit, .. } = &mut *state;
-        let (host_id, svid) = database.transaction(|transaction| -> Result<_, Refused> {
-            let token = check_token(transaction, proof, &request.host_id, &csr, unix(now))?;
+        let (host_id, svid) = self.state.database.transaction(|records| -> Result<_, Refused> {
+            let token = check_token(records, proof, &request.host_id, &csr, unix(now))?;
             let id = host_identity(&self.trust_domain, &token.host_id)?;
             let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
-            admit(transaction, &token, &csr, unix(now))?;
-            let row = IssuedRow {
-                serial: &leaf.serial,
-                spiffe_id: id.as_str(),
-                host_id: &token.host_id,
-                authority: &signer.intermediate.id,
+            let (token_id, host_id) = (token.id.clone(), token.host_id.clone());
+            admit(records, token, &csr, unix(now))?;
+            let issued = Issued {
+                serial: leaf.serial.clone(),
+                spiffe_id: id.to_string(),
+                authority: signer.intermediate.id.clone(),
                 issued_at: unix(now),
                 not_after: unix(leaf.not_after),
             };
-            authorities::insert_issued(transaction, &row)?;
+            hosts::note_issued(records, &host_id, vec![issued], unix(now))?;
             let event = Event {
                 event: "enrol",
                 result: "ok",
-                host: Some(token.host_id.clone()),
+                host: Some(host_id.clone()),
                 identity: Some(id.to_string()),
-                serial: Some(leaf.serial.clone()),
+                serial: Some(leaf.serial),
                 authority: Some(signer.intermediate.id.clone()),
                 not_after: Some(rfc3339(unix(leaf.not_after))),
-                token: Some(token.id),
+                token: Some(token_id),
                 remote: Some(remote.to_owned()),
                 detail: None,
             };
             // Nobody new comes in without a trace: the line is on disk before the host exists.
-            self.record(audit, &[event]).map_err(|_| {
+            self.record(&[event]).map_err(|_| {
                 let text = "the PKI cannot write its audit log and enrols nobody until it can; see its disk and log";
                 Refused::Unavailable(text.to_owned())
             })?;
             let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
-            Ok((token.host_id, v1::Svid { spiffe_id: id.to_string(), chain }))
+            Ok((host_id, v1::Svid { spiffe_id: id.to_string(), chain }))
         })?;
-        let recovery_keys = authorities::recovery_keys(database.reader())?;
-        drop(state);
         self.metrics.issued.inc();
         Ok(v1::EnrollReply {
             host_id,
             svid: Some(svid),
-            bundle: Some(self.trust_bundle()),
+            bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
-            recovery_keys,
+            recovery_keys: self.state.database.read(settings::recovery_keys)?,
             pki_addresses: self.advertise.clone(),
         })
     }
@@ -98,13 +93,13 @@ impl Pki {
 
 /// The token as it may be used now, by this key, for this host.
 fn check_token(
-    connection: &Connection,
+    view: &mut dyn View,
     proof: &v1::JoinTokenProof,
     asked_host: &str,
     csr: &Request,
     now: i64,
-) -> Result<TokenRow, Refused> {
-    let token = tokens::get(connection, &proof.id)?;
+) -> Result<Token, Refused> {
+    let token = tokens::token(view, &proof.id)?;
     let secret_hash = sha256(&proof.secret);
     // One answer for an unknown id and a wrong secret: ids are not secret, but nothing is gained by telling.
     let known = token.filter(|token| verify_slices_are_equal(&token.secret_hash, &secret_hash).is_ok());
@@ -126,29 +121,42 @@ fn check_token(
              `meshd-pki token create --host {asked}`"
         )));
     }
-    if token.used_key.as_ref().is_some_and(|key| *key != csr.key_id) {
-        let (id, used) = (&token.id, rfc3339(token.used_at.unwrap_or_default()));
+    if let Some(used) = token.used.as_ref().filter(|used| used.key_id != csr.key_id) {
+        let (id, used) = (&token.id, rfc3339(used.at));
         return Err(Refused::Forbidden(format!(
             "join token {id} was already used at {used} by another key, and serves only once; if that was not you, \
              somebody else enrolled as `{host}`: find out first, then run `meshd-pki token create --host {host}`"
         )));
     }
-    refuse_if_banned(connection, host)?;
+    if hosts::host(view, host)?.is_some_and(|known| known.state == HostState::Banned) {
+        return Err(Refused::Forbidden(banned(host)));
+    }
     Ok(token)
 }
 
-fn refuse_if_banned(connection: &Connection, host: &str) -> Result<(), Refused> {
-    match hosts::get(connection, host)? {
-        Some(row) if row.state != "active" => Err(Refused::Forbidden(format!("host `{host}` is {}", row.state))),
-        _ => Ok(()),
-    }
+pub(crate) fn banned(host: &str) -> String {
+    format!("host `{host}` is banned from this mesh")
 }
 
-fn admit(connection: &Connection, token: &TokenRow, csr: &Request, now: i64) -> Result<(), DbError> {
-    tokens::bind(connection, &token.id, &csr.key_id, now)?;
-    hosts::enrol(connection, &token.host_id, &csr.key_id, now)?;
-    for identity in token.allow.split_whitespace() {
-        hosts::permit(connection, &token.host_id, identity, now)?;
+fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -> Result<(), DbError> {
+    token.used.get_or_insert_with(|| Use { key_id: csr.key_id.to_vec(), at: now });
+    tokens::put_token(records, &token)?;
+    // A host that is known and enrols again has a new key; what it did before is not its own any more.
+    let host = Host {
+        id: token.host_id,
+        state: HostState::Active,
+        key_current: csr.key_id.to_vec(),
+        public_key: csr.spki.clone(),
+        next: None,
+        enrolled_at: now,
+        last_seen: now,
+        acked_sequence: 0,
+        clock_offset_ms: 0,
+        roots_in_use: Vec::new(),
+    };
+    hosts::put_host(records, &host)?;
+    for identity in &token.allow {
+        hosts::permit(records, &host.id, identity, now)?;
     }
     Ok(())
 }

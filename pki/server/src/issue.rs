@@ -2,35 +2,36 @@
 
 use meshd_identity::{SpiffeId, inspect_svid, sha256};
 use meshd_pki_api::{MAX_BATCH, v1};
-use rusqlite::Connection;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::db::authorities::{self, IssuedRow};
-use crate::db::hosts::{self, HostRow, Sighting};
-use crate::enrol::excerpt;
-use crate::pki::Pki;
+use crate::enrol::{banned, excerpt};
+use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::signer::Signer;
-use crate::state_dir::StateDir;
+use crate::store::hosts::{self, Host, HostState, Issued, NextKey, Sighting};
+use crate::store::{DbError, View};
 use crate::times::{rfc3339, unix, unix_ms};
 
 /// How many permitted identities a refusal lists.
 const LISTED: usize = 10;
 
 /// The host that sent a message, as its certificate and our records have it.
-struct Caller {
-    host: HostRow,
-    id: SpiffeId,
-    key_id: [u8; 32],
+pub(crate) struct Caller {
+    pub(crate) host: Host,
+    pub(crate) id: SpiffeId,
+    pub(crate) key_id: [u8; 32],
 }
 
 /// One item decided.
 struct Decided {
     result: v1::IssueResult,
     event: Event,
+    issued: Option<Issued>,
+    /// Of the host itself, when it was given a new certificate.
+    next_key: Option<NextKey>,
 }
 
 impl Pki {
@@ -67,30 +68,65 @@ impl Pki {
             let count = request.items.len();
             return Err(Refused::Invalid(format!("{count} certificates asked for at once; {MAX_BATCH} are allowed")));
         }
+        self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let mut state = self.state();
-        let StateDir { database, audit, .. } = &mut *state;
-        let decided = database.transaction(|transaction| -> Result<_, Refused> {
-            let caller = self.caller(transaction, certificate)?;
-            note_caller(transaction, &caller, request, unix_ms(now))?;
-            let permitted = hosts::permitted(transaction, &caller.host.id)?;
-            let decide = |item| self.decide(transaction, &signer, &caller, &permitted, item, remote);
-            request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()
+        let (caller, permitted) = self.state.database.read(|view| -> Result<_, Refused> {
+            let caller = self.caller(view, certificate)?;
+            let permitted = hosts::permitted(view, &caller.host.id)?;
+            Ok((caller, permitted))
         })?;
-        // Renewals go on when the audit disk is full: the alarm is raised, the fleet keeps working.
+        let decide = |item| self.decide(&signer, &caller, &permitted, item, remote);
+        let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
+        // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
+        if let Err(error) = self.note(&caller, request, &mut decided, unix_ms(now)) {
+            self.metrics.note_failures.inc();
+            tracing::error!(%error, host = %caller.host.id, "certificates were issued but are not on record");
+        }
         let (results, events): (Vec<_>, Vec<_>) = decided.into_iter().map(|one| (one.result, one.event)).unzip();
-        _ = self.record(audit, &events);
-        drop(state);
+        _ = self.record(&events);
         Ok(v1::IssueBatchReply {
             results,
-            bundle: Some(self.trust_bundle()),
+            bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.advertise.clone(),
+            tainted_roots: self.tainted_roots(),
         })
     }
 
-    fn caller(&self, connection: &Connection, certificate: Option<&[u8]>) -> Result<Caller, Refused> {
+    /// Notes what the host told, what it was given, and that it holds the key it connected with.
+    fn note(
+        &self,
+        caller: &Caller,
+        request: &v1::IssueBatchRequest,
+        decided: &mut [Decided],
+        now_ms: u64,
+    ) -> Result<(), DbError> {
+        let now = i64::try_from(now_ms / 1000).unwrap_or(i64::MAX);
+        let sighting = Sighting {
+            now,
+            acked_sequence: request.bundle_sequence,
+            clock_offset_ms: offset_ms(request.host_time_unix_ms, now_ms),
+            roots_in_use: request.inventory.as_ref().map(|inventory| inventory.roots.as_slice()),
+        };
+        let issued: Vec<Issued> = decided.iter_mut().filter_map(|one| one.issued.take()).collect();
+        let next = decided.iter_mut().find_map(|one| one.next_key.take());
+        self.state.database.transaction(|records| {
+            let Some(mut host) = hosts::host(records, &caller.host.id)? else {
+                return Ok(());
+            };
+            host.saw(&sighting);
+            host.used_key(&caller.key_id);
+            if next.is_some() {
+                host.next.clone_from(&next);
+            }
+            hosts::put_host(records, &host)?;
+            hosts::note_issued(records, &host.id, issued.clone(), now)
+        })
+    }
+
+    /// Who sent a message: a host whose certificate is valid now, that is enrolled and not banned.
+    pub(crate) fn caller(&self, view: &mut dyn View, certificate: Option<&[u8]>) -> Result<Caller, Refused> {
         let unknown = |text: String| Err(Refused::Unauthenticated(text));
         let Some(certificate) = certificate else {
             return unknown("a host certificate is needed for this call; run `meshd join` first".to_owned());
@@ -105,11 +141,11 @@ impl Pki {
             return unknown(format!("the certificate of {id} ended at {ended}; run `meshd join` with a new token"));
         }
         let name = info.id.name();
-        let Some(host) = hosts::get(connection, name)? else {
+        let Some(host) = hosts::host(view, name)? else {
             return unknown(format!("host `{name}` is not enrolled here; run `meshd-pki token create --host {name}`"));
         };
-        if host.state != "active" {
-            return Err(Refused::Forbidden(format!("host `{name}` is {}", host.state)));
+        if host.state == HostState::Banned {
+            return Err(Refused::Forbidden(banned(name)));
         }
         let (_, parsed) = X509Certificate::from_der(certificate)
             .map_err(|error| Refused::Unauthenticated(format!("unreadable certificate: {error}")))?;
@@ -118,7 +154,6 @@ impl Pki {
 
     fn decide(
         &self,
-        connection: &Connection,
         signer: &Signer,
         caller: &Caller,
         permitted: &[String],
@@ -140,23 +175,21 @@ impl Pki {
                 let refusal = v1::Refusal { code: code.into(), message: message.clone() };
                 let outcome = Some(v1::issue_result::Outcome::Refusal(refusal));
                 let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
-                return Ok(Decided { result, event: Event { result: "refused", detail: Some(message), ..event } });
+                let event = Event { result: "refused", detail: Some(message), ..event };
+                return Ok(Decided { result, event, issued: None, next_key: None });
             }
         };
         let now = self.now();
         let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
-        let row = IssuedRow {
-            serial: &leaf.serial,
-            spiffe_id: id.as_str(),
-            host_id: &caller.host.id,
-            authority: &signer.intermediate.id,
+        let issued = Issued {
+            serial: leaf.serial.clone(),
+            spiffe_id: id.to_string(),
+            authority: signer.intermediate.id.clone(),
             issued_at: unix(now),
             not_after: unix(leaf.not_after),
         };
-        authorities::insert_issued(connection, &row)?;
-        if id == caller.id {
-            hosts::set_next_key(connection, &caller.host.id, &csr.key_id)?;
-        }
+        let is_host = id == caller.id;
+        let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
         let event = Event {
             serial: Some(leaf.serial),
@@ -167,30 +200,15 @@ impl Pki {
         let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
         let svid = v1::Svid { spiffe_id: id.to_string(), chain };
         let outcome = Some(v1::issue_result::Outcome::Svid(svid));
-        Ok(Decided { result: v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome }, event })
+        let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
+        Ok(Decided { result, event, issued: Some(issued), next_key })
     }
 }
 
-/// Notes what the host told, and that it holds the key it connected with.
-fn note_caller(
-    connection: &Connection,
-    caller: &Caller,
-    request: &v1::IssueBatchRequest,
-    now_ms: u64,
-) -> Result<(), Refused> {
-    let host_ms = i64::try_from(request.host_time_unix_ms).unwrap_or(i64::MAX);
-    let pki_ms = i64::try_from(now_ms).unwrap_or(i64::MAX);
-    let sighting = Sighting {
-        host_id: &caller.host.id,
-        now: pki_ms / 1000,
-        acked_sequence: request.bundle_sequence,
-        clock_offset_ms: host_ms.saturating_sub(pki_ms),
-    };
-    hosts::seen(connection, &sighting)?;
-    if caller.host.key_next.as_deref() == Some(caller.key_id.as_slice()) {
-        hosts::promote_next_key(connection, &caller.host.id)?;
-    }
-    Ok(())
+/// How far the host's clock is ahead of the PKI's.
+pub(crate) fn offset_ms(host_ms: u64, pki_ms: u64) -> i64 {
+    let number = |milliseconds: u64| i64::try_from(milliseconds).unwrap_or(i64::MAX);
+    number(host_ms).saturating_sub(number(pki_ms))
 }
 
 type ItemRefusal = (v1::refusal::Code, String);
@@ -198,7 +216,7 @@ type ItemRefusal = (v1::refusal::Code, String);
 /// An item that may be signed: the host itself, or an identity the PKI permits it.
 fn check_item(caller: &Caller, permitted: &[String], item: &v1::IssueItem) -> Result<(SpiffeId, Request), ItemRefusal> {
     let invalid = |text: String| (v1::refusal::Code::Invalid, text);
-    let id: SpiffeId = item.spiffe_id.parse().map_err(|error: meshd_identity::IdError| invalid(error.to_string()))?;
+    let id = parse_id(&item.spiffe_id).map_err(invalid)?;
     if id != caller.id && !permitted.iter().any(|allowed| allowed == id.as_str()) {
         return Err((v1::refusal::Code::NotPermitted, not_permitted(caller, &id, permitted)));
     }
@@ -206,7 +224,11 @@ fn check_item(caller: &Caller, permitted: &[String], item: &v1::IssueItem) -> Re
     Ok((id, csr))
 }
 
-fn not_permitted(caller: &Caller, id: &SpiffeId, permitted: &[String]) -> String {
+pub(crate) fn parse_id(text: &str) -> Result<SpiffeId, String> {
+    text.parse().map_err(|error: meshd_identity::IdError| error.to_string())
+}
+
+pub(crate) fn not_permitted(caller: &Caller, id: &SpiffeId, permitted: &[String]) -> String {
     let host = &caller.host.id;
     let domain = caller.id.trust_domain();
     if id.trust_domain() != domain {

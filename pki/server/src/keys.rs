@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-use aws_lc_rs::rand;
+use aws_lc_rs::{hmac, rand};
 
 const KEK_BYTES: usize = 32;
 /// The name of the systemd credential that replaces the file.
@@ -27,7 +27,10 @@ pub enum KeyError {
 }
 
 /// The key-encryption key.
-pub(crate) struct Kek(LessSafeKey);
+pub(crate) struct Kek {
+    seal: LessSafeKey,
+    derive: hmac::Key,
+}
 
 impl Kek {
     pub(crate) fn load(path: &Path) -> Result<Kek, KeyError> {
@@ -47,7 +50,12 @@ impl Kek {
 
     fn from_bytes(bytes: &[u8]) -> Result<Kek, KeyError> {
         let key = UnboundKey::new(&AES_256_GCM, bytes).map_err(|_| KeyError::Library)?;
-        Ok(Kek(LessSafeKey::new(key)))
+        Ok(Kek { seal: LessSafeKey::new(key), derive: hmac::Key::new(hmac::HMAC_SHA256, bytes) })
+    }
+
+    /// Another secret that all who hold this one can make, and nobody else.
+    pub(crate) fn derived(&self, purpose: &str) -> Vec<u8> {
+        hmac::sign(&self.derive, purpose.as_bytes()).as_ref().to_vec()
     }
 
     /// Encrypts a private key for one authority; the result opens for no other.
@@ -56,7 +64,9 @@ impl Kek {
         random(&mut nonce)?;
         let mut sealed = key.to_vec();
         let wrapped = Nonce::assume_unique_for_key(nonce);
-        self.0.seal_in_place_append_tag(wrapped, Aad::from(authority), &mut sealed).map_err(|_| KeyError::Library)?;
+        self.seal
+            .seal_in_place_append_tag(wrapped, Aad::from(authority), &mut sealed)
+            .map_err(|_| KeyError::Library)?;
         Ok([&nonce[..], &sealed].concat())
     }
 
@@ -65,7 +75,7 @@ impl Kek {
         let (nonce, sealed) = wrapped.split_first_chunk::<NONCE_LEN>().ok_or_else(failed)?;
         let mut sealed = sealed.to_vec();
         let nonce = Nonce::assume_unique_for_key(*nonce);
-        let opened = self.0.open_in_place(nonce, Aad::from(authority), &mut sealed).map_err(|_| failed())?;
+        let opened = self.seal.open_in_place(nonce, Aad::from(authority), &mut sealed).map_err(|_| failed())?;
         Ok(opened.to_vec())
     }
 }
@@ -82,6 +92,16 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<(), KeyError>
         file.sync_all()
     };
     create().map_err(|source| KeyError::Create { path: path.to_owned(), source })
+}
+
+/// Writes a file only its owner can read, whole or not at all, over what was there.
+pub(crate) fn replace_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    path.parent().map_or(Ok(()), |dir| fs::File::open(dir)?.sync_all())
 }
 
 #[cfg(test)]

@@ -5,32 +5,94 @@ use std::time::Duration;
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Every end is clamped this far before the end of what it depends on: clocks differ that much.
-pub const SKEW: Duration = Duration::from_secs(5 * 60);
 /// Leaf certificates start this long ago, for hosts whose clock is behind.
 pub const LEAF_BACKDATE: Duration = HOUR;
 /// Authorities start this long ago, so that no leaf ever starts before its issuer.
 pub const AUTHORITY_BACKDATE: Duration = Duration::from_secs(48 * 3600);
-/// The PKI's own server certificate, held in memory only.
-pub const ENDPOINT: Duration = DAY;
-pub const ENDPOINT_EVERY: Duration = Duration::from_secs(8 * 3600);
 
 /// Each life is several times the time between replacements, so that missed ones are an alarm and not an outage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lifetimes {
     pub root: Duration,
+    pub root_every: Duration,
+    /// The first root is replaced this early: a rehearsal on the real fleet, while everybody remembers the setup.
+    pub first_root: Duration,
     pub intermediate: Duration,
     pub intermediate_every: Duration,
     pub leaf: Duration,
+    /// The PKI's own server certificate, held in memory only.
+    pub endpoint: Duration,
+    pub endpoint_every: Duration,
+    pub jwt_key: Duration,
+    pub jwt_key_every: Duration,
+    /// Between the first bundle with a JWT key and the first token under it: consumers cache bundles.
+    pub jwt_key_wait: Duration,
+    /// The longest life of a JWT-SVID.
+    pub jwt: Duration,
+    /// Every end is clamped this far before the end of what it depends on: clocks differ that much.
+    pub skew: Duration,
+    /// An old root stays in the bundle this much longer than any proof asks for.
+    pub hold: Duration,
+    /// A prepared root is activated, acknowledged or not, when the active one has only this left.
+    pub last_call: Duration,
+    /// What followers of the bundle are told about when to ask again.
+    pub refresh_hint: Duration,
 }
 
 impl Default for Lifetimes {
     fn default() -> Lifetimes {
-        Lifetimes { root: 365 * DAY, intermediate: 14 * DAY, intermediate_every: 3 * DAY, leaf: DAY }
+        Lifetimes {
+            root: 365 * DAY,
+            root_every: 90 * DAY,
+            first_root: 7 * DAY,
+            intermediate: 14 * DAY,
+            intermediate_every: 3 * DAY,
+            leaf: DAY,
+            endpoint: DAY,
+            endpoint_every: 8 * HOUR,
+            jwt_key: 30 * DAY,
+            jwt_key_every: 7 * DAY,
+            jwt_key_wait: DAY,
+            jwt: HOUR,
+            skew: Duration::from_secs(5 * 60),
+            hold: 30 * DAY,
+            last_call: 8 * DAY,
+            refresh_hint: Duration::from_secs(5 * 60),
+        }
     }
 }
 
 impl Lifetimes {
+    /// All of them divided: months in minutes, for rehearsals and tests. Certificates count whole seconds, so nothing
+    /// becomes shorter than one.
+    pub fn compressed(factor: u32) -> Lifetimes {
+        let mut all = Lifetimes::default();
+        let Lifetimes {
+            root,
+            root_every,
+            first_root,
+            intermediate,
+            intermediate_every,
+            leaf,
+            endpoint,
+            endpoint_every,
+            jwt_key,
+            jwt_key_every,
+            jwt_key_wait,
+            jwt,
+            skew,
+            hold,
+            last_call,
+            refresh_hint,
+        } = &mut all;
+        let lives = [root, root_every, first_root, intermediate, intermediate_every, leaf, endpoint, endpoint_every];
+        let rest = [jwt_key, jwt_key_every, jwt_key_wait, jwt, skew, hold, last_call, refresh_hint];
+        for life in lives.into_iter().chain(rest) {
+            *life = Duration::from_secs((life.as_secs() / u64::from(factor.max(1))).max(1));
+        }
+        all
+    }
+
     pub fn check(&self) -> Result<(), String> {
         let seconds = Duration::as_secs;
         if self.leaf < Duration::from_secs(2) {
@@ -52,6 +114,9 @@ impl Lifetimes {
         }
         if self.root < self.intermediate * 4 {
             return Err("the root must live at least 4 times as long as an intermediate".to_owned());
+        }
+        if self.root < self.root_every * 4 {
+            return Err("a root must live at least 4 times as long as its replacement interval".to_owned());
         }
         Ok(())
     }

@@ -24,6 +24,9 @@ pub struct Metrics {
     pub(crate) items_refused: Counter,
     pub(crate) audit_failures: Counter,
     pub(crate) maintenance_failures: Counter,
+    pub(crate) note_failures: Counter,
+    pub(crate) clones_seen: Counter,
+    pub(crate) clock_distrusted: Gauge,
     pub(crate) tls_failures: Counter,
     pub(crate) connections: Gauge,
     pub(crate) not_after: Family<Certificate, Gauge>,
@@ -38,6 +41,9 @@ impl Metrics {
             items_refused: Counter::default(),
             audit_failures: Counter::default(),
             maintenance_failures: Counter::default(),
+            note_failures: Counter::default(),
+            clones_seen: Counter::default(),
+            clock_distrusted: Gauge::default(),
             tls_failures: Counter::default(),
             connections: Gauge::default(),
             not_after: Family::default(),
@@ -53,6 +59,17 @@ impl Metrics {
             m.audit_failures.clone(),
         );
         registry.register("maintenance_failures", "Failed rotations", m.maintenance_failures.clone());
+        registry.register(
+            "note_failures",
+            "Answers given to hosts that the database could not note",
+            m.note_failures.clone(),
+        );
+        registry.register("clones_seen", "Times two machines used one host's key", m.clones_seen.clone());
+        registry.register(
+            "clock_distrusted",
+            "1 while nothing is issued or rotated because this machine's clock may be wrong",
+            m.clock_distrusted.clone(),
+        );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
         registry.register("connections", "Open connections", m.connections.clone());
         let expiry = "Unix time at which a certificate of the PKI itself ends";

@@ -4,35 +4,70 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use meshd_identity::TrustDomain;
 use meshd_pki_api::v1;
+use tokio::sync::watch;
 
-use crate::audit::{Allowance, Audit, Event};
-use crate::db::{self, authorities};
+use crate::attest::Nonces;
+use crate::audit::{Allowance, Event};
+use crate::clock::{ClockGuard, Distrust};
+use crate::deny::SignedDeny;
+use crate::instances::Instances;
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
+use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError};
-use crate::times::{Clock, from_unix, unix, unix_ms};
+use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
+use crate::sync::{Current, tainted};
+use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
 const KEEP_S: i64 = 30 * 86_400;
+/// Clocks of hosts heard within this time have a say.
+const HEARD_LATELY_S: i64 = 600;
+/// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
+const MOST_STEPS: u32 = 16;
 
 pub struct Options {
     pub lifetimes: Lifetimes,
     /// `HOST:PORT` hosts are told to use; empty leaves them with those of their token.
     pub advertise: Vec<String>,
     pub clock: Clock,
+    /// Time since boot, sleep included: what the wall clock is compared with.
+    pub boot_time: BootTime,
 }
+
+pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
 
 impl Default for Options {
     fn default() -> Options {
-        Options { lifetimes: Lifetimes::default(), advertise: Vec::new(), clock: Arc::new(SystemTime::now) }
+        Options {
+            lifetimes: Lifetimes::default(),
+            advertise: Vec::new(),
+            clock: Arc::new(SystemTime::now),
+            boot_time: Arc::new(boot_time),
+        }
     }
+}
+
+impl Options {
+    /// Both clocks from one that tests turn.
+    pub fn with_clock(lifetimes: Lifetimes, clock: Clock) -> Options {
+        let wall = clock.clone();
+        let boot_time = move || wall().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Options { lifetimes, clock, boot_time: Arc::new(boot_time), ..Options::default() }
+    }
+}
+
+fn boot_time() -> Duration {
+    // Fails only for clocks the kernel does not know; this one it has since 2.6.39.
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    time.map_or(Duration::ZERO, Duration::from)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +78,8 @@ pub enum PkiError {
     State(#[from] StateError),
     #[error(transparent)]
     Signer(#[from] SignerError),
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
 }
 
 pub struct Pki {
@@ -51,9 +88,16 @@ pub struct Pki {
     pub(crate) lifetimes: Lifetimes,
     pub(crate) advertise: Vec<String>,
     clock: Clock,
-    kek: Kek,
-    /// One connection behind one lock: the single writer of this process.
-    state: Mutex<StateDir>,
+    boot_time: BootTime,
+    clock_guard: Mutex<ClockGuard>,
+    distrust: RwLock<Option<Distrust>>,
+    instances: Mutex<Instances>,
+    pub(crate) nonces: Nonces,
+    deny: RwLock<Arc<SignedDeny>>,
+    /// Wakes whoever waits for news.
+    current: watch::Sender<Current>,
+    pub(crate) kek: Kek,
+    pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
     _running: File,
@@ -62,63 +106,154 @@ pub struct Pki {
 impl Pki {
     pub fn open(dir: &Path, options: Options) -> Result<Pki, PkiError> {
         options.lifetimes.check().map_err(PkiError::Lifetimes)?;
-        let mut state = StateDir::open(dir)?;
+        let state = StateDir::open(dir)?;
         let running = state.lock()?;
         state.check()?;
         let kek = state.kek()?;
         if !options.advertise.is_empty() {
-            let addresses = options.advertise.join(" ");
-            db::set_meta(state.database.reader(), "advertise", &addresses).map_err(StateError::from)?;
+            let addresses = &options.advertise;
+            state
+                .database
+                .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
         }
         let now = (options.clock)();
-        let signer = Signer::load(&mut state, &kek, &options.lifetimes, now)?;
+        // Before anything is signed: a PKI that was off for long may have no root left that verifies.
+        rotate(&state, &kek, &options.lifetimes, true, now)?;
+        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
             lifetimes: options.lifetimes,
             advertise: options.advertise,
             clock: options.clock,
+            boot_time: options.boot_time,
+            clock_guard: Mutex::default(),
+            distrust: RwLock::default(),
+            instances: Mutex::default(),
+            nonces: Nonces::new(&kek.derived("attestation nonces")),
+            deny: RwLock::default(),
+            current: watch::Sender::default(),
             kek,
-            state: Mutex::new(state),
+            state,
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
             _running: running,
         };
-        pki.export_expiry()?;
+        pki.look_at_clocks()?;
+        pki.refresh_deny()?;
+        pki.export_expiry();
+        pki.tell();
         Ok(pki)
     }
 
-    /// Replaces what is due and forgets what is long over. Called every few seconds; does nothing most times.
+    /// Takes the step that is due, replaces what is due, forgets what is long over. Called every few seconds; does
+    /// nothing most times.
     pub fn maintain(&self) -> Result<(), PkiError> {
         let now = self.now();
-        if self.signer().is_fresh(now) {
-            return Ok(());
+        self.look_at_clocks()?;
+        rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
+        self.prune_deny()?;
+        self.refresh()?;
+        let before = unix(now) - KEEP_S;
+        self.state.database.transaction(|records| -> Result<(), StateError> {
+            tokens::prune(records, before)?;
+            Ok(intermediates::prune(records, before)?)
+        })?;
+        Ok(())
+    }
+
+    /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
+    /// waits for it. Called every second.
+    pub fn refresh(&self) -> Result<(), PkiError> {
+        let now = self.now();
+        let sequence = self.state.database.read(trust::trust).map_err(StateError::from)?.sequence;
+        if !self.signer().is_fresh(sequence, now) {
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
+            self.export_expiry();
         }
-        let mut state = self.state();
-        let signer = Signer::load(&mut state, &self.kek, &self.lifetimes, now)?;
-        authorities::prune(state.database.reader(), unix(now) - KEEP_S).map_err(StateError::from)?;
-        drop(state);
-        *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
-        self.export_expiry()
+        self.refresh_deny()?;
+        self.tell();
+        Ok(())
+    }
+
+    fn tell(&self) {
+        let current = Current { bundle: self.signer().bundle.sequence, deny: self.deny().sequence };
+        self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
+    }
+
+    pub(crate) fn news(&self) -> watch::Receiver<Current> {
+        self.current.subscribe()
+    }
+
+    fn look_at_clocks(&self) -> Result<(), PkiError> {
+        let now = self.now();
+        let since = unix(now) - HEARD_LATELY_S;
+        let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
+        let offsets: Vec<i64> =
+            hosts.iter().filter(|host| host.last_seen >= since).map(|host| host.clock_offset_ms).collect();
+        let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = guard.look(now, (self.boot_time)(), &offsets, self.lifetimes.skew);
+        drop(guard);
+        let mut distrust = self.distrust.write().unwrap_or_else(PoisonError::into_inner);
+        if *distrust != found {
+            match &found {
+                Some(why) => tracing::error!(%why, "nothing is issued or rotated until this is cleared up"),
+                None => tracing::info!("the clock is believed again"),
+            }
+        }
+        self.metrics.clock_distrusted.set(i64::from(found.is_some()));
+        *distrust = found;
+        Ok(())
+    }
+
+    /// Why the clock is not believed, if it is not.
+    pub fn distrust(&self) -> Option<Distrust> {
+        self.distrust.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Hosts live on what they have: that is better than certificates of a wrong time.
+    pub(crate) fn refuse_while_frozen(&self) -> Result<(), Refused> {
+        match self.distrust() {
+            Some(why) => Err(Refused::Unavailable(format!("the PKI issues nothing now: {why}"))),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn instances(&self) -> MutexGuard<'_, Instances> {
+        self.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn deny(&self) -> Arc<SignedDeny> {
+        self.deny.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_deny(&self, set: SignedDeny) {
+        *self.deny.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(set);
+    }
+
+    pub(crate) fn tainted_roots(&self) -> Vec<String> {
+        // A failing database is reported by whatever else reads it.
+        self.state.database.read(trust::trust).map(|trust| tainted(&trust)).unwrap_or_default()
     }
 
     /// The trust bundle with this digest, or the latest.
     pub fn bundle(&self, digest: &[u8]) -> Result<v1::TrustBundle, Refused> {
-        let state = self.state();
-        let reader = state.database.reader();
-        let found = match digest.len() {
-            0 => authorities::latest_bundle(reader)?,
-            32 => authorities::bundle_by_digest(reader, digest)?,
-            length => {
-                return Err(Refused::Invalid(format!("the bundle digest has {length} bytes; SHA-256 has 32")));
+        let found = self.state.database.read(|view| match digest.len() {
+            0 => {
+                let sequence = trust::trust(view)?.sequence;
+                Ok(bundles::bundle(view, sequence)?)
             }
-        };
-        let row = found.ok_or_else(|| {
+            32 => Ok(bundles::by_digest(view, digest)?),
+            length => Err(Refused::Invalid(format!("the bundle digest has {length} bytes; SHA-256 has 32"))),
+        })?;
+        let found = found.ok_or_else(|| {
             let domain = &self.trust_domain;
             let text = format!("the PKI of `{domain}` never had the bundle asked for; make a new join token from it");
             Refused::NotFound(text)
         })?;
-        Ok(v1::TrustBundle { trust_domain: self.trust_domain.to_string(), sequence: row.sequence, jwks: row.jwks })
+        let trust_domain = self.trust_domain.to_string();
+        Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
     }
 
     pub(crate) fn now(&self) -> SystemTime {
@@ -129,24 +264,13 @@ impl Pki {
         unix_ms(self.now())
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, StateDir> {
-        // Every change is one transaction, so a panic leaves nothing half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn signer(&self) -> Arc<Signer> {
         self.signer.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(crate) fn trust_bundle(&self) -> v1::TrustBundle {
-        let signer = self.signer();
-        let trust_domain = self.trust_domain.to_string();
-        v1::TrustBundle { trust_domain, sequence: signer.bundle.sequence, jwks: signer.bundle.to_jwks() }
-    }
-
     /// Writes to the audit log; on failure to the ordinary log, with an alarm.
-    pub(crate) fn record(&self, audit: &Audit, events: &[Event]) -> io::Result<()> {
-        let written = audit.append(unix(self.now()), events);
+    pub(crate) fn record(&self, events: &[Event]) -> io::Result<()> {
+        let written = self.state.audit.append(unix(self.now()), events);
         if let Err(error) = &written {
             self.metrics.audit_failures.inc();
             for event in events {
@@ -162,21 +286,51 @@ impl Pki {
     pub(crate) fn record_refusal(&self, event: Event) {
         let allowed = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(unix(self.now()));
         if allowed {
-            _ = self.record(&self.state().audit, &[event]);
+            _ = self.record(&[event]);
         }
     }
 
-    fn export_expiry(&self) -> Result<(), PkiError> {
+    fn export_expiry(&self) {
         let signer = self.signer();
-        let root = authorities::active(self.state().database.reader(), "root").map_err(StateError::from)?;
         let ends = [
-            ("root", root.map_or(SystemTime::UNIX_EPOCH, |row| from_unix(row.not_after))),
+            ("root", signer.root_not_after),
             ("intermediate", signer.intermediate.not_after),
             ("endpoint", signer.endpoint_not_after),
         ];
         for (kind, end) in ends {
             self.metrics.not_after.get_or_create(&Certificate { kind }).set(unix(end));
         }
-        Ok(())
     }
+}
+
+/// The bundle that goes with what this signer signs.
+pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
+    let bundle = &signer.bundle;
+    let trust_domain = bundle.trust_domain.to_string();
+    v1::TrustBundle { trust_domain, sequence: bundle.sequence, jwks: bundle.to_jwks() }
+}
+
+/// Takes every step that is due, one transaction each.
+fn rotate(
+    state: &StateDir,
+    kek: &Kek,
+    lifetimes: &Lifetimes,
+    clock_is_good: bool,
+    now: SystemTime,
+) -> Result<(), PkiError> {
+    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good, now };
+    for _ in 0..MOST_STEPS {
+        // Looked at without a lock first: most times nothing is due.
+        let due = state.database.read(|view| rotator.is_due(view)).map_err(StateError::from)?;
+        if !due {
+            return Ok(());
+        }
+        let event = state.database.transaction(|records| rotator.advance(records))?;
+        let Some(event) = event else { return Ok(()) };
+        tracing::info!(step = event.event, authority = event.authority, detail = event.detail, "rotation");
+        if let Err(error) = state.record(now, &[event]) {
+            tracing::error!(%error, "a rotation step was taken but is not in the audit log");
+        }
+    }
+    Ok(())
 }

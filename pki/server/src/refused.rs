@@ -1,7 +1,7 @@
 use tonic::{Code, Status};
 
 use crate::authority::AuthorityError;
-use crate::db::DbError;
+use crate::store::DbError;
 
 /// Why a host's request was not served. The text goes to the host's operator and names the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -18,19 +18,21 @@ use meshd_pki_api::MAX_MESSAGE_BYTES;
 use meshd_pki_api::v1::host_server::HostServer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio::time::{interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
-use crate::pki::Pki;
+use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// Hosts connect for one call and leave; a restart of 3,000 of them is a matter of seconds.
-const MAX_CONNECTIONS: usize = 2048;
+/// Every host keeps one connection open and makes another for a renewal.
+const MAX_CONNECTIONS: usize = 16 * 1024;
 const MAX_STREAMS: u32 = 32;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const MAINTAIN_EVERY: Duration = Duration::from_secs(10);
+/// A ban is on its way to every host within this time.
+const REFRESH_EVERY: Duration = Duration::from_secs(1);
 const DRAIN: Duration = Duration::from_secs(10);
 
 /// Serves until `stop` completes, then lets calls in progress finish. Nothing of it runs on afterwards.
@@ -38,7 +40,8 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     let router = router(pki.clone());
     let graceful = GracefulShutdown::new();
     let mut maintenance = JoinSet::new();
-    maintenance.spawn(maintain(pki.clone()));
+    maintenance.spawn(every(MAINTAIN_EVERY, pki.clone(), Pki::maintain));
+    maintenance.spawn(every(REFRESH_EVERY, pki.clone(), Pki::refresh));
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {
@@ -71,12 +74,13 @@ pub async fn serve_metrics(pki: Arc<Pki>, listener: TcpListener) -> std::io::Res
     axum::serve(listener, router).await
 }
 
-async fn maintain(pki: Arc<Pki>) {
-    let mut ticks = interval(MAINTAIN_EVERY);
+async fn every(period: Duration, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiError>) {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let worker = pki.clone();
-        match tokio::task::spawn_blocking(move || worker.maintain()).await {
+        match tokio::task::spawn_blocking(move || act(&worker)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 pki.metrics.maintenance_failures.inc();

@@ -7,10 +7,14 @@ use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Semaphore;
-use tonic::{Request, Response, Status};
+use tokio::sync::mpsc::{Sender, channel};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::BoxStream;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::pki::Pki;
 use crate::refused::Refused;
+use crate::sync::Had;
 
 /// Who is at the other end of a connection; put into every request by the listener.
 #[derive(Debug, Clone)]
@@ -22,17 +26,19 @@ pub(crate) struct Peer {
 
 /// Calls worked on at once. All of them share one database, so more would only wait with a thread each.
 const AT_ONCE: usize = 8;
+/// A host that does not read is told nothing more; what it missed is in the answer to its next report.
+const UNREAD_REPLIES: usize = 4;
 
 pub(crate) struct HostService {
     pki: Arc<Pki>,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
 }
 
 #[tonic::async_trait]
 impl Host for HostService {
     async fn bundle(&self, request: Request<v1::BundleRequest>) -> Result<Response<v1::BundleReply>, Status> {
         let digest = request.into_inner().sha256;
-        self.run("bundle", move |pki| {
+        self.answer("bundle", move |pki| {
             let bundle = pki.bundle(&digest)?;
             Ok(v1::BundleReply { bundle: Some(bundle) })
         })
@@ -42,7 +48,7 @@ impl Host for HostService {
     async fn enroll(&self, request: Request<v1::EnrollRequest>) -> Result<Response<v1::EnrollReply>, Status> {
         let peer = peer(&request)?;
         let message = request.into_inner();
-        self.run("enroll", move |pki| pki.enrol(&message, &peer.address.to_string())).await
+        self.answer("enroll", move |pki| pki.enrol(&message, &peer.address.to_string())).await
     }
 
     async fn issue_batch(
@@ -51,8 +57,48 @@ impl Host for HostService {
     ) -> Result<Response<v1::IssueBatchReply>, Status> {
         let peer = peer(&request)?;
         let message = request.into_inner();
-        self.run("issue_batch", move |pki| {
+        self.answer("issue_batch", move |pki| {
             pki.issue_batch(peer.certificate.as_deref(), &message, &peer.address.to_string())
+        })
+        .await
+    }
+
+    async fn transitions(
+        &self,
+        request: Request<v1::TransitionsRequest>,
+    ) -> Result<Response<v1::TransitionsReply>, Status> {
+        let message = request.into_inner();
+        self.answer("transitions", move |pki| pki.transitions(&message)).await
+    }
+
+    async fn challenge(&self, request: Request<v1::ChallengeRequest>) -> Result<Response<v1::ChallengeReply>, Status> {
+        let message = request.into_inner();
+        self.answer("challenge", move |pki| pki.challenge(&message)).await
+    }
+
+    async fn attest(&self, request: Request<v1::AttestRequest>) -> Result<Response<v1::EnrollReply>, Status> {
+        let peer = peer(&request)?;
+        let message = request.into_inner();
+        self.answer("attest", move |pki| pki.attest(&message, &peer.address.to_string())).await
+    }
+
+    async fn sync(
+        &self,
+        request: Request<Streaming<v1::SyncRequest>>,
+    ) -> Result<Response<BoxStream<v1::SyncReply>>, Status> {
+        let peer = peer(&request)?;
+        let (replies, stream) = channel(UNREAD_REPLIES);
+        let (pki, permits) = (self.pki.clone(), self.permits.clone());
+        // Ends with the connection: then nobody reads the replies, and no report comes.
+        tokio::spawn(Conversation { pki, permits, peer, reports: request.into_inner(), replies }.hold());
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn issue_jwt(&self, request: Request<v1::IssueJwtRequest>) -> Result<Response<v1::IssueJwtReply>, Status> {
+        let peer = peer(&request)?;
+        let message = request.into_inner();
+        self.answer("issue_jwt", move |pki| {
+            pki.issue_jwt(peer.certificate.as_deref(), &message, &peer.address.to_string())
         })
         .await
     }
@@ -60,27 +106,80 @@ impl Host for HostService {
 
 impl HostService {
     pub(crate) fn new(pki: Arc<Pki>) -> HostService {
-        HostService { pki, permits: Semaphore::new(AT_ONCE) }
+        HostService { pki, permits: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
-    async fn run<T: Send + 'static>(
+    async fn answer<T: Send + 'static>(
         &self,
         method: &'static str,
         act: impl FnOnce(&Pki) -> Result<T, Refused> + Send + 'static,
     ) -> Result<Response<T>, Status> {
-        let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
-        let pki = self.pki.clone();
-        let result = tokio::task::spawn_blocking(move || act(&pki)).await;
-        let result = result.map_err(|error| {
-            tracing::error!(%error, method, "a request panicked");
-            self.pki.metrics.count(method, "internal");
-            Status::internal("the PKI failed; see the log of meshd-pki")
-        })?;
-        self.pki.metrics.count(method, result.as_ref().map_or_else(Refused::kind, |_| "ok"));
-        if let Err(refused) = &result {
-            tracing::warn!(method, reason = %refused, "refused");
+        run(self.pki.clone(), &self.permits, method, act).await.map(Response::new)
+    }
+}
+
+async fn run<T: Send + 'static>(
+    pki: Arc<Pki>,
+    permits: &Semaphore,
+    method: &'static str,
+    act: impl FnOnce(&Pki) -> Result<T, Refused> + Send + 'static,
+) -> Result<T, Status> {
+    let _permit = permits.acquire().await.expect("the semaphore is never closed");
+    let worker = pki.clone();
+    let result = tokio::task::spawn_blocking(move || act(&worker)).await;
+    let result = result.map_err(|error| {
+        tracing::error!(%error, method, "a request panicked");
+        pki.metrics.count(method, "internal");
+        Status::internal("the PKI failed; see the log of meshd-pki")
+    })?;
+    pki.metrics.count(method, result.as_ref().map_or_else(Refused::kind, |_| "ok"));
+    if let Err(refused) = &result {
+        tracing::warn!(method, reason = %refused, "refused");
+    }
+    Ok(result?)
+}
+
+/// One host's conversation, until either side ends it.
+struct Conversation {
+    pki: Arc<Pki>,
+    permits: Arc<Semaphore>,
+    peer: Peer,
+    reports: Streaming<v1::SyncRequest>,
+    replies: Sender<Result<v1::SyncReply, Status>>,
+}
+
+impl Conversation {
+    async fn hold(mut self) {
+        let mut news = self.pki.news();
+        // What the host has, as far as it said; nothing is pushed before its first report.
+        let mut had: Option<Had> = None;
+        loop {
+            let reply = tokio::select! {
+                report = self.reports.message() => match report {
+                    Ok(Some(report)) => {
+                        had = Some(Had { bundle: report.bundle_sequence, deny: report.deny_sequence });
+                        self.answer(report).await
+                    }
+                    Ok(None) | Err(_) => return,
+                },
+                Ok(()) = news.changed(), if had.is_some() => {
+                    let had = had.unwrap_or_default();
+                    run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(had)).await
+                }
+            };
+            let is_over = reply.is_err();
+            if self.replies.send(reply).await.is_err() || is_over {
+                return;
+            }
         }
-        Ok(Response::new(result?))
+    }
+
+    async fn answer(&self, report: v1::SyncRequest) -> Result<v1::SyncReply, Status> {
+        let peer = self.peer.clone();
+        run(self.pki.clone(), &self.permits, "sync", move |pki| {
+            pki.sync_report(peer.certificate.as_deref(), &report, &peer.address.to_string())
+        })
+        .await
     }
 }
 

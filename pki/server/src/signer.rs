@@ -11,20 +11,26 @@ use rustls::{RootCertStore, ServerConfig};
 
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError};
-use crate::db::authorities::{self, AuthorityRow};
 use crate::keys::Kek;
-use crate::lifetimes::{ENDPOINT, ENDPOINT_EVERY, Lifetimes};
-use crate::state_dir::{StateDir, StateError, authority_row};
+use crate::lifetimes::Lifetimes;
+use crate::rotation::decide::seconds;
+use crate::rotation::step::bundle_of;
+use crate::rotation::{Root, Trust};
+use crate::state_dir::{StateDir, StateError};
+use crate::store::intermediates::{self, Intermediate};
+use crate::store::{Records, trust};
 use crate::times::{from_unix, rfc3339, unix};
 
-/// Replaced as a whole whenever a part of it is renewed.
+/// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
+/// never of different times.
 pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
     pub(crate) bundle: Bundle,
+    pub(crate) root_not_after: SystemTime,
     pub(crate) tls: Arc<ServerConfig>,
-    pub(crate) replace_intermediate_at: SystemTime,
-    pub(crate) replace_endpoint_at: SystemTime,
     pub(crate) endpoint_not_after: SystemTime,
+    replace_intermediate_at: SystemTime,
+    replace_endpoint_at: SystemTime,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -40,79 +46,127 @@ pub enum SignerError {
 }
 
 impl Signer {
-    /// Loads the active intermediate, or makes one when there is none or its time has come. Nothing but the root is
-    /// needed: a PKI that was off for months starts again by itself.
+    /// Loads this replica's intermediate, or makes one when there is none, its time has come, or its root is not the
+    /// active one any more. An intermediate travels in every chain and needs no distribution: it is active at once.
     pub(crate) fn load(
-        state: &mut StateDir,
+        state: &StateDir,
         kek: &Kek,
         lifetimes: &Lifetimes,
         now: SystemTime,
     ) -> Result<Signer, SignerError> {
-        let stored = authorities::active(state.database.reader(), "intermediate").map_err(StateError::from)?;
-        let usable = stored.filter(|row| replacement_time(row, lifetimes) > now);
-        let (intermediate, replace_at) = match usable {
-            Some(row) => (unwrap(kek, &row)?, replacement_time(&row, lifetimes)),
-            None => (renew_intermediate(state, kek, lifetimes, now)?, now + lifetimes.intermediate_every),
-        };
-        let bundle = state.latest_bundle()?;
-        let (tls, endpoint_not_after) = server_tls(&intermediate, &bundle, &state.trust_domain, now)?;
+        let mut made = None;
+        let (trust, row) = state.database.transaction(|records| -> Result<_, StateError> {
+            let trust = trust::trust(records)?;
+            let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
+            let stored = intermediates::active(records, &state.replica)?;
+            let usable = stored.filter(|row| row.root == root.id && replacement_time(row, lifetimes) > now);
+            let row = match usable {
+                Some(row) => hand_out(records, row, &trust, lifetimes, now)?,
+                None => {
+                    let row = new_intermediate(state, kek, lifetimes, root, &trust, now)?;
+                    intermediates::replace(records, &row)?;
+                    made = Some(row.clone());
+                    row
+                }
+            };
+            Ok((trust, row))
+        })?;
+        if let Some(row) = made {
+            note(state, &row, now);
+        }
+        let intermediate = unwrap(kek, &row, lifetimes)?;
+        let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;
+        let (tls, endpoint_not_after) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
+        let root_not_after = trust.active().map_or(0, |root| root.not_after);
         Ok(Signer {
             intermediate,
             bundle,
+            root_not_after: from_unix(root_not_after),
             tls,
-            replace_intermediate_at: replace_at,
-            replace_endpoint_at: now + ENDPOINT_EVERY,
             endpoint_not_after,
+            replace_intermediate_at: replacement_time(&row, lifetimes),
+            replace_endpoint_at: now + lifetimes.endpoint_every,
         })
     }
 
-    pub(crate) fn is_fresh(&self, now: SystemTime) -> bool {
-        now < self.replace_intermediate_at && now < self.replace_endpoint_at
+    pub(crate) fn is_fresh(&self, sequence: u64, now: SystemTime) -> bool {
+        self.bundle.sequence == sequence && now < self.replace_intermediate_at && now < self.replace_endpoint_at
     }
 }
 
-fn replacement_time(row: &AuthorityRow, lifetimes: &Lifetimes) -> SystemTime {
+/// What a replica hands out is on record before it does so: the rotation counts on it.
+fn hand_out(
+    records: &mut dyn Records,
+    mut row: Intermediate,
+    trust: &Trust,
+    lifetimes: &Lifetimes,
+    now: SystemTime,
+) -> Result<Intermediate, StateError> {
+    let before = row.clone();
+    row.longest_leaf_s = row.longest_leaf_s.max(seconds(lifetimes.leaf));
+    if row.bundle_sequence != trust.sequence {
+        row.bundle_sequence = trust.sequence;
+        row.joined_bundle_at = unix(now);
+    }
+    if row != before {
+        intermediates::put_intermediate(records, &row)?;
+    }
+    Ok(row)
+}
+
+fn replacement_time(row: &Intermediate, lifetimes: &Lifetimes) -> SystemTime {
     let half_left = from_unix(row.not_after) - lifetimes.intermediate / 2;
     (from_unix(row.activated_at) + lifetimes.intermediate_every).min(half_left)
 }
 
-fn unwrap(kek: &Kek, row: &AuthorityRow) -> Result<Authority, SignerError> {
-    let missing = StateError::Incomplete { dir: "the database".into(), what: "the key of an active authority" };
-    let wrapped = row.wrapped_key.as_ref().ok_or(missing)?;
-    let key = kek.unwrap(&row.id, wrapped).map_err(StateError::from)?;
+fn unwrap(kek: &Kek, row: &Intermediate, lifetimes: &Lifetimes) -> Result<Authority, SignerError> {
+    let key = kek.unwrap(&row.id, &row.wrapped_key).map_err(StateError::from)?;
     let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
-    Ok(Authority::from_parts(row.id.clone(), row.certificate.clone(), key, from_unix(row.not_after))?)
+    let not_after = from_unix(row.not_after);
+    Ok(Authority::from_parts(row.id.clone(), row.certificate.clone(), key, not_after, lifetimes.skew)?)
 }
 
-/// A new key and certificate. Active at once: an intermediate travels in every chain and needs no distribution.
-fn renew_intermediate(
-    state: &mut StateDir,
+fn new_intermediate(
+    state: &StateDir,
     kek: &Kek,
     lifetimes: &Lifetimes,
+    root: &Root,
+    trust: &Trust,
     now: SystemTime,
-) -> Result<Authority, SignerError> {
-    let root = authorities::active(state.database.reader(), "root").map_err(StateError::from)?;
-    let incomplete = || StateError::Incomplete { dir: state.dir().to_owned(), what: "its root" };
-    let root = unwrap(kek, &root.ok_or_else(incomplete)?)?;
+) -> Result<Intermediate, StateError> {
+    let key = kek.unwrap(&root.id, &root.wrapped_key)?;
+    let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
+    let (id, end) = (root.id.clone(), from_unix(root.not_after));
+    let root = Authority::from_parts(id, root.certificate.clone(), key, end, lifetimes.skew)?;
     let made = Authority::new_intermediate(&root, &state.trust_domain, lifetimes, now)?;
-    let wrapped = kek.wrap(&made.id, &made.pkcs8()).map_err(StateError::from)?;
-    let row = authority_row(&made, "intermediate", Some(&root.id), wrapped, now);
-    state.database.transaction(|transaction| -> Result<(), StateError> {
-        authorities::retire_intermediates(transaction)?;
-        Ok(authorities::insert_active(transaction, &row)?)
-    })?;
+    Ok(Intermediate {
+        wrapped_key: kek.wrap(&made.id, &made.pkcs8())?,
+        not_after: unix(made.not_after),
+        id: made.id,
+        certificate: made.certificate,
+        replica: state.replica.clone(),
+        root: root.id,
+        activated_at: unix(now),
+        replaced_at: None,
+        longest_leaf_s: seconds(lifetimes.leaf),
+        bundle_sequence: trust.sequence,
+        joined_bundle_at: unix(now),
+    })
+}
+
+fn note(state: &StateDir, row: &Intermediate, now: SystemTime) {
     let event = Event {
         event: "intermediate",
         result: "ok",
-        authority: Some(made.id.clone()),
-        not_after: Some(rfc3339(unix(made.not_after))),
+        authority: Some(row.id.clone()),
+        not_after: Some(rfc3339(row.not_after)),
+        detail: Some(format!("under root {}", row.root)),
         ..Event::default()
     };
     if let Err(error) = state.record(now, &[event]) {
         tracing::error!(%error, "a new intermediate is in use but not in the audit log");
     }
-    tracing::info!(authority = %made.id, not_after = %rfc3339(unix(made.not_after)), "new intermediate");
-    Ok(made)
+    tracing::info!(authority = %row.id, root = %row.root, not_after = %rfc3339(row.not_after), "new intermediate");
 }
 
 /// TLS 1.3 only. A client certificate is optional at the handshake and demanded by the methods that need it.
@@ -120,10 +174,11 @@ fn server_tls(
     intermediate: &Authority,
     bundle: &Bundle,
     domain: &TrustDomain,
+    lifetimes: &Lifetimes,
     now: SystemTime,
 ) -> Result<(Arc<ServerConfig>, SystemTime), SignerError> {
     let key = KeyPair::generate().map_err(AuthorityError::from)?;
-    let leaf = intermediate.issue(&SpiffeId::pki(domain), &key, ENDPOINT, now)?;
+    let leaf = intermediate.issue(&SpiffeId::pki(domain), &key, lifetimes.endpoint, now)?;
     let chain = [leaf.certificate, intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let mut roots = RootCertStore::empty();

@@ -10,14 +10,15 @@ use meshd_identity::{Bundle, BundleError, TrustDomain, sha256};
 use rcgen::{KeyPair, PublicKeyData};
 
 use crate::audit::{Audit, Event};
-use crate::authority::{Authority, AuthorityError};
-use crate::db::authorities::{self, AuthorityRow, BundleRow};
-use crate::db::{self, Database, DbError};
+use crate::authority::AuthorityError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
-use crate::times::{unix, unix_ms};
+use crate::rotation::step::{RotationError, Rotator, bundle_of};
+use crate::store::{Database, DbError, settings, trust};
+use crate::times::unix;
 
-const REFRESH_HINT_S: u64 = 300;
+/// The only replica of a PKI with a database of its own.
+pub(crate) const LOCAL_REPLICA: &str = "local";
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -41,6 +42,8 @@ pub enum StateError {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
     #[error("cannot make the recovery key: {0}")]
     Recovery(#[from] rcgen::Error),
 }
@@ -49,6 +52,8 @@ pub enum StateError {
 pub struct StateDir {
     dir: PathBuf,
     pub trust_domain: TrustDomain,
+    /// Which of the PKI's servers this is.
+    pub(crate) replica: String,
     pub(crate) database: Database,
     pub audit: Audit,
 }
@@ -71,7 +76,7 @@ pub fn init(
 ) -> Result<Initialised, StateError> {
     prepare_dir(dir)?;
     let database = dir.join("pki.db");
-    if db::is_initialised(&database)? {
+    if Database::is_initialised(&database)? {
         return Err(StateError::Initialised { dir: dir.to_owned() });
     }
     let recovery_path = recovery_key.map_or_else(|| dir.join("recovery.key"), Path::to_owned);
@@ -100,48 +105,26 @@ fn fill(
     now: SystemTime,
 ) -> Result<[u8; 32], StateError> {
     let kek = load_or_create_kek(dir)?;
-    let root = Authority::new_root(domain, &Lifetimes::default(), now)?;
-    let bundle = Bundle::new(domain.clone(), unix_ms(now), REFRESH_HINT_S, vec![root.certificate.clone()])?;
-    let wrapped = kek.wrap(&root.id, &root.pkcs8())?;
-    Database::create(path, domain, |transaction| -> Result<(), StateError> {
-        authorities::insert_active(transaction, &authority_row(&root, "root", None, wrapped, now))?;
-        let row = BundleRow { sequence: bundle.sequence, jwks: bundle.to_jwks() };
-        authorities::insert_bundle(transaction, &row, &bundle.digest(), unix(now))?;
-        authorities::insert_recovery_key(transaction, recovery, unix(now))?;
+    let lifetimes = Lifetimes::default();
+    let rotator = Rotator { domain, kek: &kek, lifetimes: &lifetimes, clock_is_good: true, now };
+    let mut digest = [0; 32];
+    Database::create(path, domain, |records| -> Result<(), StateError> {
+        let (root, bundle) = rotator.found(records)?;
+        digest = bundle.digest();
+        settings::set_recovery_keys(records, &[recovery.to_vec()])?;
         let audit = Audit::new(dir.join("audit.jsonl"));
-        let event = Event { event: "init", result: "ok", authority: Some(root.id.clone()), ..Event::default() };
-        append(&audit, now, &[event])
+        append(&audit, now, &[Event { event: "init", result: "ok", authority: Some(root.id), ..Event::default() }])
     })?;
-    Ok(bundle.digest())
-}
-
-pub(crate) fn authority_row(
-    authority: &Authority,
-    kind: &str,
-    parent: Option<&str>,
-    wrapped_key: Vec<u8>,
-    now: SystemTime,
-) -> AuthorityRow {
-    AuthorityRow {
-        id: authority.id.clone(),
-        kind: kind.to_owned(),
-        state: "active".to_owned(),
-        parent: parent.map(str::to_owned),
-        certificate: authority.certificate.clone(),
-        wrapped_key: Some(wrapped_key),
-        activated_at: unix(now),
-        not_after: unix(authority.not_after),
-    }
+    Ok(digest)
 }
 
 impl StateDir {
     pub fn open(dir: &Path) -> Result<StateDir, StateError> {
         let database = Database::open(&dir.join("pki.db"))?;
         let incomplete = |what| StateError::Incomplete { dir: dir.to_owned(), what };
-        let domain = db::get_meta(database.reader(), "trust_domain")?;
-        let trust_domain = domain.and_then(|name| name.parse().ok()).ok_or_else(|| incomplete("its trust domain"))?;
+        let trust_domain = database.read(settings::trust_domain)?.ok_or_else(|| incomplete("its trust domain"))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
-        Ok(StateDir { dir: dir.to_owned(), trust_domain, database, audit })
+        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica: LOCAL_REPLICA.to_owned(), database, audit })
     }
 
     pub fn dir(&self) -> &Path {
@@ -153,13 +136,17 @@ impl StateDir {
     }
 
     pub(crate) fn check(&self) -> Result<(), StateError> {
-        Ok(self.database.check(&self.dir.join("pki.db"))?)
+        Ok(self.database.check()?)
     }
 
+    /// The bundle in force.
     pub(crate) fn latest_bundle(&self) -> Result<Bundle, StateError> {
-        let row = authorities::latest_bundle(self.database.reader())?;
-        let row = row.ok_or_else(|| StateError::Incomplete { dir: self.dir.clone(), what: "its bundle" })?;
-        Ok(Bundle::from_jwks(self.trust_domain.clone(), &row.jwks)?)
+        let trust = self.database.read(trust::trust)?;
+        Ok(bundle_of(&trust, &self.trust_domain)?)
+    }
+
+    pub(crate) fn incomplete(&self, what: &'static str) -> StateError {
+        StateError::Incomplete { dir: self.dir.clone(), what }
     }
 
     /// Held while a server runs; a second one would rotate the same authorities.
@@ -258,8 +245,9 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         init(parent.path(), &domain(), None, SystemTime::now()).unwrap();
         let state = StateDir::open(parent.path()).unwrap();
-        let root = authorities::active(state.database.reader(), "root").unwrap().unwrap();
-        let wrapped = root.wrapped_key.unwrap();
+        let trust = state.database.read(trust::trust).unwrap();
+        let root = trust.active().unwrap();
+        let wrapped = root.wrapped_key.clone();
         let key = state.kek().unwrap().unwrap(&root.id, &wrapped).unwrap();
         KeyPair::try_from(key.as_slice()).unwrap();
         assert!(KeyPair::try_from(wrapped.as_slice()).is_err());

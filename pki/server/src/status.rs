@@ -9,9 +9,11 @@ use meshd_identity::sha256;
 use serde::Serialize;
 
 use crate::commands::CommandError;
-use crate::db::{authorities, hosts, tokens};
 use crate::issue::shorten;
 use crate::state_dir::StateDir;
+use crate::store::hosts::{Host, HostState};
+use crate::store::tokens::Token;
+use crate::store::{View, hosts, intermediates, settings, tokens, trust};
 use crate::times::{rfc3339, unix};
 
 /// Below this the root needs attention: replacing it takes weeks of overlap.
@@ -41,6 +43,8 @@ pub struct AuthorityStatus {
     pub state: String,
     pub parent: Option<String>,
     pub not_after: String,
+    #[serde(skip)]
+    ends_at: i64,
 }
 
 #[derive(Debug, Serialize)]
@@ -49,7 +53,7 @@ pub struct HostStatus {
     pub state: String,
     pub enrolled_at: String,
     pub last_seen: String,
-    pub bundle_sequence: i64,
+    pub bundle_sequence: u64,
     pub clock_offset_ms: i64,
     pub key_sha256: String,
     pub identities: Vec<String>,
@@ -67,13 +71,12 @@ pub struct TokenStatus {
 impl Status {
     pub fn read(dir: &Path, now: SystemTime) -> Result<Status, CommandError> {
         let state = StateDir::open(dir)?;
-        let reader = state.database.reader();
         let bundle = state.latest_bundle()?;
         let now = unix(now);
         let mut problems = Vec::new();
-        let all = authorities::list(reader)?;
-        for row in all.iter().filter(|row| row.kind == "root" && row.not_after - now < ROOT_WARNING_S) {
-            problems.push(format!("root {} ends at {}", row.id, rfc3339(row.not_after)));
+        let authorities = state.database.read(|view| authorities(view, now))?;
+        for one in authorities.iter().filter(|one| one.kind == "root" && one.ends_at - now < ROOT_WARNING_S) {
+            problems.push(format!("root {} ends at {}", one.id, one.not_after));
         }
         let audit = state.audit.verify();
         if let Err(problem) = &audit {
@@ -83,16 +86,18 @@ impl Status {
         if dir.join("recovery.key").exists() {
             advice.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));
         }
-        let kept = all.into_iter().filter(|row| row.state != "old" || row.not_after > now);
+        let database = &state.database;
         Ok(Status {
             trust_domain: state.trust_domain.to_string(),
             bundle_sequence: bundle.sequence,
             bundle_sha256: HEXLOWER.encode(&bundle.digest()),
-            recovery_key_ids: authorities::recovery_keys(reader)?.iter().map(|key| hex_id(key)).collect(),
-            authorities: kept.map(authority_status).collect(),
-            hosts: hosts::list(reader)?.into_iter().map(|row| host_status(reader, row)).collect::<Result<_, _>>()?,
-            open_tokens: tokens::open(reader, now)?.into_iter().map(token_status).collect(),
-            valid_certificates: authorities::count_valid_issued(reader, now)?,
+            recovery_key_ids: database.read(settings::recovery_keys)?.iter().map(|key| hex_id(key)).collect(),
+            authorities,
+            hosts: database.read(|view| {
+                hosts::hosts(view)?.into_iter().map(|host| host_status(view, host)).collect::<Result<_, CommandError>>()
+            })?,
+            open_tokens: database.read(|view| tokens::open(view, now))?.into_iter().map(token_status).collect(),
+            valid_certificates: database.read(|view| hosts::valid_issued(view, now))?.len() as u64,
             audit_lines: audit.ok(),
             problems,
             advice,
@@ -142,31 +147,51 @@ fn hex_id(key: &[u8]) -> String {
     HEXLOWER.encode(&sha256(key))
 }
 
-fn authority_status(row: authorities::AuthorityRow) -> AuthorityStatus {
-    let not_after = rfc3339(row.not_after);
-    AuthorityStatus { id: row.id, kind: row.kind, state: row.state, parent: row.parent, not_after }
+/// Roots first, each with what it signed.
+fn authorities(view: &mut dyn View, now: i64) -> Result<Vec<AuthorityStatus>, CommandError> {
+    let roots = trust::trust(view)?.roots.into_iter().map(|root| AuthorityStatus {
+        state: root.state.name().to_owned(),
+        kind: "root".to_owned(),
+        parent: None,
+        not_after: rfc3339(root.not_after),
+        ends_at: root.not_after,
+        id: root.id,
+    });
+    let intermediates = intermediates::all(view)?.into_iter().map(|one| AuthorityStatus {
+        state: if one.replaced_at.is_none() { "active" } else { "old" }.to_owned(),
+        kind: "intermediate".to_owned(),
+        parent: Some(one.root),
+        not_after: rfc3339(one.not_after),
+        ends_at: one.not_after,
+        id: one.id,
+    });
+    Ok(roots.chain(intermediates).filter(|one| one.ends_at > now || one.state == "active").collect())
 }
 
-fn host_status(reader: &rusqlite::Connection, row: hosts::HostRow) -> Result<HostStatus, CommandError> {
-    let permitted = hosts::permitted(reader, &row.id)?;
+fn host_status(view: &mut dyn View, host: Host) -> Result<HostStatus, CommandError> {
+    let permitted = hosts::permitted(view, &host.id)?;
     Ok(HostStatus {
-        state: row.state,
-        enrolled_at: rfc3339(row.enrolled_at),
-        last_seen: rfc3339(row.last_seen),
-        bundle_sequence: row.acked_sequence,
-        clock_offset_ms: row.clock_offset_ms,
-        key_sha256: HEXLOWER.encode(&row.key_current),
+        state: match host.state {
+            HostState::Active => "active",
+            HostState::Banned => "banned",
+        }
+        .to_owned(),
+        enrolled_at: rfc3339(host.enrolled_at),
+        last_seen: rfc3339(host.last_seen),
+        bundle_sequence: host.acked_sequence,
+        clock_offset_ms: host.clock_offset_ms,
+        key_sha256: HEXLOWER.encode(&host.key_current),
         identities: permitted.iter().map(|id| shorten(id).to_owned()).collect(),
-        id: row.id,
+        id: host.id,
     })
 }
 
-fn token_status(row: tokens::TokenRow) -> TokenStatus {
+fn token_status(token: Token) -> TokenStatus {
     TokenStatus {
-        identities: row.allow.split_whitespace().map(|id| shorten(id).to_owned()).collect(),
-        id: row.id,
-        host: row.host_id,
-        created_at: rfc3339(row.created_at),
-        expires_at: rfc3339(row.expires_at),
+        identities: token.allow.iter().map(|id| shorten(id).to_owned()).collect(),
+        id: token.id,
+        host: token.host_id,
+        created_at: rfc3339(token.created_at),
+        expires_at: rfc3339(token.expires_at),
     }
 }

@@ -43,7 +43,7 @@ impl Desk {
         self.pki = None;
         let (start, passed) = (self.start, self.passed.clone());
         let clock = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
-        self.pki = Some(Pki::open(self.dir.path(), Options { clock, ..Options::default() }).unwrap());
+        self.pki = Some(Pki::open(self.dir.path(), Options::with_clock(Lifetimes::default(), clock)).unwrap());
     }
 
     fn pki(&self) -> &Pki {

@@ -1,0 +1,126 @@
+//! Whether the PKI's clock may be believed. A wrong one would end certificates early or rotate roots away.
+
+use std::time::{Duration, SystemTime};
+
+/// Fewer clocks than this are outvoted by chance.
+const QUORUM: usize = 5;
+
+/// Why nothing that depends on time is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Distrust {
+    /// Wall clock and boot time went different ways between two looks.
+    Jumped { seconds: i64 },
+    /// The median of the hosts' clocks.
+    Outvoted { median_ms: i64, hosts: usize },
+}
+
+impl std::fmt::Display for Distrust {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Distrust::Jumped { seconds } => write!(
+                f,
+                "the clock of this machine jumped by {seconds} s while the PKI ran; check NTP, then restart meshd-pki"
+            ),
+            Distrust::Outvoted { median_ms, hosts } => write!(
+                f,
+                "the clocks of {hosts} hosts are {:+.0} s from this machine's (median); check NTP here",
+                *median_ms as f64 / 1000.0
+            ),
+        }
+    }
+}
+
+/// Looks at the clocks again and again. A jump is forgiven when the fleet agrees with the new time, or it is undone.
+#[derive(Debug, Default)]
+pub(crate) struct ClockGuard {
+    last: Option<(SystemTime, Duration)>,
+    jumped: i64,
+}
+
+impl ClockGuard {
+    /// `boot` is the time since boot, which no administrator sets; `offsets_ms` are of hosts heard lately.
+    pub(crate) fn look(
+        &mut self,
+        wall: SystemTime,
+        boot: Duration,
+        offsets_ms: &[i64],
+        skew: Duration,
+    ) -> Option<Distrust> {
+        if let Some((last_wall, last_boot)) = self.last {
+            self.jumped += signed_seconds(last_wall, wall) - signed(boot) + signed(last_boot);
+        }
+        self.last = Some((wall, boot));
+        let limit = signed(skew);
+        let median = median(offsets_ms);
+        let agreed = median.is_some_and(|median| median.abs() <= limit * 1000);
+        if agreed {
+            self.jumped = 0;
+        }
+        match median {
+            Some(median_ms) if !agreed => Some(Distrust::Outvoted { median_ms, hosts: offsets_ms.len() }),
+            _ if self.jumped.abs() > limit => Some(Distrust::Jumped { seconds: self.jumped }),
+            _ => None,
+        }
+    }
+}
+
+fn median(offsets_ms: &[i64]) -> Option<i64> {
+    if offsets_ms.len() < QUORUM {
+        return None;
+    }
+    let mut sorted = offsets_ms.to_vec();
+    sorted.sort_unstable();
+    Some(sorted[sorted.len() / 2])
+}
+
+fn signed(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+}
+
+fn signed_seconds(from: SystemTime, to: SystemTime) -> i64 {
+    to.duration_since(from).map_or_else(|back| -signed(back.duration()), signed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SKEW: Duration = Duration::from_secs(300);
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_790_000_000 + seconds)
+    }
+
+    fn up(seconds: u64) -> Duration {
+        Duration::from_secs(1000 + seconds)
+    }
+
+    #[test]
+    fn a_jump_is_seen_and_forgiven_when_it_is_undone() {
+        let mut guard = ClockGuard::default();
+        assert_eq!(guard.look(at(0), up(0), &[], SKEW), None);
+        assert_eq!(guard.look(at(10), up(10), &[], SKEW), None);
+        assert_eq!(guard.look(at(3620), up(20), &[], SKEW), Some(Distrust::Jumped { seconds: 3600 }));
+        assert!(guard.look(at(3630), up(30), &[], SKEW).is_some(), "it does not wear off");
+        assert_eq!(guard.look(at(40), up(40), &[], SKEW), None);
+    }
+
+    #[test]
+    fn small_steps_that_add_up_are_a_jump() {
+        let mut guard = ClockGuard::default();
+        let seen: Vec<bool> = (0..10).map(|n| guard.look(at(n * 60), up(n * 10), &[], SKEW).is_some()).collect();
+        assert_eq!(seen.iter().filter(|distrusted| **distrusted).count(), 3, "{seen:?}");
+    }
+
+    #[test]
+    fn the_median_of_the_fleet_overrules_and_absolves() {
+        let mut guard = ClockGuard::default();
+        let wrong = [-3_600_000, -3_600_000, -3_599_000, 0, -3_601_000];
+        assert!(matches!(guard.look(at(0), up(0), &wrong, SKEW), Some(Distrust::Outvoted { hosts: 5, .. })));
+        assert_eq!(guard.look(at(10), up(10), &wrong[..4], SKEW), None, "four are no quorum");
+        assert!(guard.look(at(9999), up(20), &[], SKEW).is_some());
+        let right = [0, 10, -10, 2000, 3_600_000];
+        assert_eq!(guard.look(at(10_009), up(30), &right, SKEW), None, "the fleet confirms the new time");
+        assert_eq!(guard.look(at(10_019), up(40), &[], SKEW), None);
+    }
+}

@@ -1,0 +1,120 @@
+//! The deny set as hosts get it: signed by the active root, the newest that was ever in force.
+//!
+//! A database restored from a backup knows an older set than the hosts. So the highest sequence is kept apart from the
+//! database; while the set is below it, hosts are asked for theirs, and its own signature on it convinces the PKI.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use meshd_identity::signed::{self, VerifyingKey};
+use meshd_identity::statements::DenySet;
+
+use crate::audit::Event;
+use crate::keys::replace_private;
+use crate::pki::{Pki, PkiError};
+use crate::rotation::step::RotationError;
+use crate::state_dir::{StateDir, StateError};
+use crate::store::deny::{self, Deny};
+use crate::store::trust;
+use crate::times::{unix, unix_ms};
+
+/// A deny set ready to be handed out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct SignedDeny {
+    pub(crate) sequence: u64,
+    /// Empty as long as nobody was ever denied.
+    pub(crate) jws: String,
+    /// The PKI knows that there was a newer one.
+    pub(crate) is_behind: bool,
+}
+
+/// The highest sequence of a deny set there ever was, outside the database and its backups.
+pub(crate) struct Floor(PathBuf);
+
+impl Floor {
+    pub(crate) fn new(state: &StateDir) -> Floor {
+        Floor(state.dir().join("deny.floor"))
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        fs::read_to_string(&self.0).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    }
+
+    pub(crate) fn raise(&self, sequence: u64) -> io::Result<()> {
+        if self.get() >= sequence {
+            return Ok(());
+        }
+        replace_private(&self.0, format!("{sequence}\n").as_bytes())
+    }
+}
+
+impl Pki {
+    /// Reads the set again and signs it when it changed. Called every second: the command line changes it, too.
+    pub(crate) fn refresh_deny(&self) -> Result<(), PkiError> {
+        let floor = Floor::new(&self.state);
+        let known = self.deny();
+        let (set, trust) = self
+            .state
+            .database
+            .read(|view| -> Result<_, StateError> { Ok((deny::deny(view)?, trust::trust(view)?)) })?;
+        let is_behind = floor.get() > set.sequence;
+        if (set.sequence, is_behind) == (known.sequence, known.is_behind) {
+            return Ok(());
+        }
+        floor.raise(set.sequence).map_err(|source| StateError::Io {
+            action: "write",
+            path: floor.0.clone(),
+            source,
+        })?;
+        let signer = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
+        let key = self.kek.unwrap(&signer.id, &signer.wrapped_key).map_err(StateError::from)?;
+        let jws = match set.sequence {
+            0 => String::new(),
+            _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(RotationError::from)?,
+        };
+        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind });
+        Ok(())
+    }
+
+    /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.
+    pub(crate) fn learn_deny(&self, jws: &str) -> Result<(), PkiError> {
+        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        let keys: Vec<VerifyingKey> =
+            trust.roots.iter().filter_map(|root| VerifyingKey::from_certificate(&root.certificate)).collect();
+        let Ok(set) = signed::verify::<DenySet>(jws, &keys) else {
+            tracing::warn!("a host sent a deny set that this PKI has not signed; it is ignored");
+            return Ok(());
+        };
+        if set.trust_domain != self.trust_domain {
+            return Ok(());
+        }
+        let now = self.now();
+        let floor = Floor::new(&self.state).get();
+        self.state.database.transaction(|records| -> Result<Option<Deny>, StateError> {
+            if deny::deny(records)?.sequence >= set.sequence {
+                return Ok(None);
+            }
+            let floor = floor.max(set.sequence);
+            Ok(Some(deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?))
+        })?;
+        let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
+        _ = self.record(&[Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() }]);
+        self.refresh_deny()
+    }
+
+    /// Entries whose last certificate has ended do nothing any more.
+    pub(crate) fn prune_deny(&self) -> Result<(), PkiError> {
+        let now = self.now();
+        let ended = |set: &Deny| set.entries.iter().any(|entry| entry.until < unix(now));
+        let any = self.state.database.read(deny::deny).map_err(StateError::from)?;
+        if !ended(&any) {
+            return Ok(());
+        }
+        let floor = Floor::new(&self.state).get();
+        self.state.database.transaction(|records| -> Result<Deny, StateError> {
+            Ok(deny::change(records, floor, unix_ms(now), |entries| entries.retain(|one| one.until >= unix(now)))?)
+        })?;
+        self.refresh_deny()
+    }
+}

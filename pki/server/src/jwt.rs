@@ -1,0 +1,97 @@
+//! JWT-SVIDs (SPIFFE JWT-SVID sections 2 and 3): ES256, `sub`, `aud`, `exp`, `iat`, and no header beyond `alg`, `kid`, `typ`.
+
+use std::time::Duration;
+
+use base64::prelude::{BASE64_URL_SAFE_NO_PAD, Engine};
+use meshd_identity::{SpiffeId, signed};
+use meshd_pki_api::v1;
+use serde::Serialize;
+
+use crate::audit::Event;
+use crate::issue::{not_permitted, parse_id};
+use crate::pki::Pki;
+use crate::refused::Refused;
+use crate::store::{hosts, trust};
+use crate::times::{rfc3339, unix};
+
+/// Long enough for a call chain, short enough to be no credential worth stealing.
+const DEFAULT_LIFE: Duration = Duration::from_secs(15 * 60);
+const MOST_AUDIENCES: usize = 16;
+const LONGEST_AUDIENCE: usize = 512;
+
+#[derive(Serialize)]
+struct Header<'a> {
+    alg: &'static str,
+    kid: &'a str,
+    typ: &'static str,
+}
+
+#[derive(Serialize)]
+struct Claims<'a> {
+    sub: &'a str,
+    aud: &'a [String],
+    exp: i64,
+    iat: i64,
+}
+
+impl Pki {
+    pub fn issue_jwt(
+        &self,
+        certificate: Option<&[u8]>,
+        request: &v1::IssueJwtRequest,
+        remote: &str,
+    ) -> Result<v1::IssueJwtReply, Refused> {
+        self.refuse_while_frozen()?;
+        check_audience(&request.audience)?;
+        let now = unix(self.now());
+        let (caller, permitted, trust) = self.state.database.read(|view| -> Result<_, Refused> {
+            let caller = self.caller(view, certificate)?;
+            let permitted = hosts::permitted(view, &caller.host.id)?;
+            Ok((caller, permitted, trust::trust(view)?))
+        })?;
+        let id: SpiffeId = parse_id(&request.spiffe_id).map_err(Refused::Invalid)?;
+        if !permitted.iter().any(|allowed| allowed == id.as_str()) {
+            return Err(Refused::Forbidden(not_permitted(&caller, &id, &permitted)));
+        }
+        let asked = Duration::from_secs(request.ttl_s.into());
+        let life = if asked.is_zero() { DEFAULT_LIFE } else { asked }.min(self.lifetimes.jwt);
+        let unavailable = || Refused::Unavailable("the PKI has no key for JWTs now; see its log".to_owned());
+        let key = trust.jwt_signer(now).ok_or_else(unavailable)?;
+        let exp = (now + i64::try_from(life.as_secs()).unwrap_or(i64::MAX)).min(key.not_after);
+        let claims = Claims { sub: id.as_str(), aud: &request.audience, exp, iat: now };
+        let pkcs8 = self.kek.unwrap(&key.kid, &key.wrapped_key).map_err(|error| {
+            tracing::error!(%error, "the key of JWTs");
+            unavailable()
+        })?;
+        let token =
+            compact(&Header { alg: "ES256", kid: &key.kid, typ: "JWT" }, &claims, &pkcs8).ok_or_else(unavailable)?;
+        _ = self.record(&[Event {
+            event: "issue_jwt",
+            result: "ok",
+            host: Some(caller.host.id),
+            identity: Some(id.to_string()),
+            authority: Some(key.kid.clone()),
+            not_after: Some(rfc3339(exp)),
+            remote: Some(remote.to_owned()),
+            detail: Some(format!("audience: {}", request.audience.join(" "))),
+            ..Event::default()
+        }]);
+        Ok(v1::IssueJwtReply { token, not_after_unix: exp })
+    }
+}
+
+fn check_audience(audience: &[String]) -> Result<(), Refused> {
+    let bad = |text: &String| text.is_empty() || text.len() > LONGEST_AUDIENCE || text.chars().any(char::is_control);
+    if audience.is_empty() || audience.len() > MOST_AUDIENCES || audience.iter().any(bad) {
+        let text = format!("a JWT-SVID needs 1 to {MOST_AUDIENCES} audiences of 1 to {LONGEST_AUDIENCE} bytes each");
+        return Err(Refused::Invalid(text));
+    }
+    Ok(())
+}
+
+fn compact(header: &Header<'_>, claims: &Claims<'_>, pkcs8: &[u8]) -> Option<String> {
+    let text = |bytes: Vec<u8>| BASE64_URL_SAFE_NO_PAD.encode(bytes);
+    let signed = format!("{}.{}", text(serde_json::to_vec(header).ok()?), text(serde_json::to_vec(claims).ok()?));
+    let signature = signed::sign_bytes(pkcs8, signed.as_bytes()).ok()?;
+    Some(format!("{signed}.{}", text(signature)))
+}

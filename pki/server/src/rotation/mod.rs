@@ -1,0 +1,15 @@
+//! The rotation of roots and of JWT keys.
+//!
+//! - [`trust`]: what there is. A root goes one way: prepared, active, old, removed, retired.
+//! - [`decide`]: which step may be taken now, and what the others wait for. Pure.
+//! - [`step`]: takes it: keys, bundle, signatures and state in one transaction, so that a crash is always between steps.
+//! - [`jwt_keys`]: the same for the keys of JWT-SVIDs, which need less.
+
+pub(crate) mod decide;
+pub(crate) mod jwt_keys;
+#[cfg(test)]
+mod model_tests;
+pub(crate) mod step;
+pub(crate) mod trust;
+
+pub(crate) use trust::{JwtKey, Root, RootState, Trust};

@@ -1,0 +1,356 @@
+//! The whole fleet in a model: replicas that hand out what they last read, hosts that come when they like. Whatever
+//! happens in whatever order, nobody who holds a valid leaf meets a valid leaf whose root it lacks.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::decide::{Decision, Despite, Gate, Step, Surroundings, decide, seconds};
+use super::{Root, RootState, Trust};
+use crate::lifetimes::Lifetimes;
+use crate::rotation::trust::Urgency;
+use crate::store::hosts::{Host, HostState};
+use crate::store::intermediates::Intermediate;
+
+const MINUTE: i64 = 60;
+const HOUR: i64 = 3600;
+const DAY: i64 = 86_400;
+const START: i64 = 1_790_000_000;
+
+struct Verifier {
+    roots: BTreeSet<String>,
+    leaf_root: String,
+    leaf_end: i64,
+}
+
+struct World {
+    now: i64,
+    lifetimes: Lifetimes,
+    trust: Trust,
+    /// What each replica last read.
+    replicas: Vec<Trust>,
+    intermediates: Vec<Intermediate>,
+    records: Vec<Host>,
+    hosts: Vec<Verifier>,
+    made: u32,
+    activations: u32,
+    despite: Vec<Despite>,
+}
+
+impl World {
+    fn new(replicas: usize, hosts: usize) -> World {
+        let lifetimes = Lifetimes::default();
+        let mut world = World {
+            now: START,
+            lifetimes,
+            trust: Trust::default(),
+            replicas: Vec::new(),
+            intermediates: Vec::new(),
+            records: Vec::new(),
+            hosts: Vec::new(),
+            made: 0,
+            activations: 0,
+            despite: Vec::new(),
+        };
+        world.add_root();
+        world.publish();
+        world.trust.activate("r1", START);
+        for replica in 0..replicas {
+            world.replicas.push(world.trust.clone());
+            world.refresh(replica);
+        }
+        for id in 0..hosts {
+            world.records.push(record(id));
+            world.hosts.push(Verifier { roots: BTreeSet::new(), leaf_root: String::new(), leaf_end: 0 });
+            world.renew(id, 0);
+        }
+        world
+    }
+
+    fn add_root(&mut self) {
+        self.made += 1;
+        self.trust.roots.push(Root {
+            id: format!("r{}", self.made),
+            state: RootState::Prepared,
+            certificate: vec![],
+            wrapped_key: vec![],
+            published_sequence: 0,
+            published_at: self.now,
+            activated_at: None,
+            removed_at: None,
+            tainted_at: None,
+            not_after: self.now + seconds(self.lifetimes.root),
+        });
+    }
+
+    fn publish(&mut self) {
+        self.trust.sequence += 1;
+        for root in self.trust.roots.iter_mut().filter(|root| root.published_sequence == 0) {
+            root.published_sequence = self.trust.sequence;
+        }
+    }
+
+    fn decide(&self) -> Decision {
+        let world = Surroundings {
+            hosts: &self.records,
+            intermediates: &self.intermediates,
+            lifetimes: &self.lifetimes,
+            clock_is_good: true,
+            now: self.now,
+        };
+        decide(&self.trust, &world)
+    }
+
+    /// One step of the leader.
+    fn lead(&mut self) {
+        let before: Vec<String> = self.trust.in_bundle().map(|root| root.id.clone()).collect();
+        match self.decide().step {
+            Some(Step::Prepare) => self.add_root(),
+            Some(Step::Activate { root, despite }) => {
+                self.trust.activate(&root, self.now);
+                self.activations += 1;
+                self.despite.extend(despite);
+            }
+            Some(Step::Remove { root }) => self.trust.remove(&root, self.now),
+            Some(Step::Retire { root }) => self.trust.retire(&root),
+            None => {}
+        }
+        if before != self.trust.in_bundle().map(|root| root.id.clone()).collect::<Vec<_>>() {
+            self.publish();
+        }
+        assert!(self.trust.roots.iter().filter(|root| root.state == RootState::Active).count() == 1);
+        assert!((1..=4).contains(&self.trust.in_bundle().count()));
+    }
+
+    /// A replica reads what is stored, and makes a new intermediate when it is time.
+    fn refresh(&mut self, replica: usize) {
+        let trust = self.trust.clone();
+        let (name, now) = (replica.to_string(), self.now);
+        let root = trust.active().unwrap().id.clone();
+        let every = seconds(self.lifetimes.intermediate_every);
+        let current = self.intermediates.iter_mut().find(|one| one.replica == name && one.replaced_at.is_none());
+        match current {
+            Some(one) if one.root == root && now < one.activated_at + every => {
+                if one.bundle_sequence != trust.sequence {
+                    (one.bundle_sequence, one.joined_bundle_at) = (trust.sequence, now);
+                }
+            }
+            other => {
+                if let Some(old) = other {
+                    old.replaced_at = Some(now);
+                }
+                self.intermediates.push(Intermediate {
+                    id: format!("{name}-{now}"),
+                    replica: name,
+                    root,
+                    certificate: vec![],
+                    wrapped_key: vec![],
+                    activated_at: now,
+                    replaced_at: None,
+                    not_after: now + seconds(self.lifetimes.intermediate),
+                    longest_leaf_s: seconds(self.lifetimes.leaf),
+                    bundle_sequence: trust.sequence,
+                    joined_bundle_at: now,
+                });
+            }
+        }
+        self.intermediates.retain(|one| one.not_after > now - 30 * DAY);
+        self.replicas[replica] = trust;
+    }
+
+    /// A host gets a leaf and the bundle that goes with it, both from one replica, and tells what it had before.
+    fn renew(&mut self, host: usize, replica: usize) {
+        let name = replica.to_string();
+        let signing = self.intermediates.iter().rev().find(|one| one.replica == name && one.replaced_at.is_none());
+        let Some(signing) = signing.filter(|one| one.not_after > self.now) else {
+            return;
+        };
+        let trust = &self.replicas[replica];
+        let verifier = &mut self.hosts[host];
+        let record = &mut self.records[host];
+        record.last_seen = self.now;
+        if record.acked_sequence > trust.sequence {
+            // A host never goes back to an older bundle, and then not to its leaf either.
+            return;
+        }
+        verifier.roots = trust.in_bundle().map(|root| root.id.clone()).collect();
+        verifier.leaf_root = signing.root.clone();
+        verifier.leaf_end = (self.now + seconds(self.lifetimes.leaf)).min(signing.not_after);
+        record.acked_sequence = trust.sequence;
+        record.roots_in_use = vec![verifier.leaf_root.clone()];
+    }
+
+    fn check(&self) {
+        let valid: Vec<&Verifier> = self.hosts.iter().filter(|host| host.leaf_end > self.now).collect();
+        for (a, b) in valid.iter().flat_map(|a| valid.iter().map(move |b| (a, b))) {
+            assert!(b.roots.contains(&a.leaf_root), "at day {}: {} unknown", (self.now - START) / DAY, a.leaf_root);
+        }
+    }
+
+    /// Everybody does what it should for a while.
+    fn live(&mut self, days: i64) {
+        self.live_but(days, |_| {});
+    }
+
+    /// Everybody does, but what is reported is changed afterwards.
+    fn live_but(&mut self, days: i64, change: impl Fn(&mut [Host])) {
+        for _ in 0..days * 4 {
+            self.now += 6 * HOUR;
+            self.lead();
+            (0..self.replicas.len()).for_each(|replica| self.refresh(replica));
+            (0..self.hosts.len()).for_each(|host| self.renew(host, host % self.replicas.len()));
+            self.check();
+            change(&mut self.records);
+        }
+    }
+}
+
+fn record(id: usize) -> Host {
+    Host {
+        id: id.to_string(),
+        state: HostState::Active,
+        key_current: vec![],
+        public_key: vec![],
+        next: None,
+        enrolled_at: START,
+        last_seen: START,
+        acked_sequence: 0,
+        clock_offset_ms: 0,
+        roots_in_use: vec![],
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Happens {
+    Time(i64),
+    Lead,
+    Refresh(usize),
+    Renew(usize, usize),
+    Urgent,
+    Taint,
+}
+
+fn happens() -> impl Strategy<Value = Happens> {
+    prop_oneof![
+        6 => prop_oneof![MINUTE..HOUR, HOUR..12 * HOUR, DAY..4 * DAY].prop_map(Happens::Time),
+        8 => Just(Happens::Lead),
+        6 => (0..3_usize).prop_map(Happens::Refresh),
+        12 => (0..5_usize, 0..3_usize).prop_map(|(host, replica)| Happens::Renew(host, replica)),
+        1 => Just(Happens::Urgent),
+        1 => Just(Happens::Taint),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+    #[test]
+    fn no_verifier_ever_sees_a_leaf_whose_root_it_lacks(all in prop::collection::vec(happens(), 1..600)) {
+        let mut world = World::new(3, 5);
+        for one in all {
+            match one {
+                // Not so long that a root ends unattended: what is done then is done despite the proof.
+                Happens::Time(seconds) => {
+                    let active = world.trust.active().unwrap().not_after;
+                    world.now = (world.now + seconds).min(active - 10 * DAY);
+                }
+                Happens::Lead => world.lead(),
+                Happens::Refresh(replica) => world.refresh(replica),
+                Happens::Renew(host, replica) => world.renew(host, replica),
+                Happens::Urgent => world.trust.urgent = Some(Urgency { since: world.now, force: false }),
+                Happens::Taint => {
+                    let now = world.now;
+                    let active = world.trust.roots.iter_mut().find(|root| root.state == RootState::Active);
+                    active.unwrap().tainted_at = Some(now);
+                    world.trust.urgent = Some(Urgency { since: now, force: false });
+                }
+            }
+            world.check();
+        }
+        prop_assert!(world.despite.is_empty());
+    }
+}
+
+#[test]
+fn the_first_rotation_is_in_the_second_week_and_then_every_quarter() {
+    let mut world = World::new(1, 3);
+    world.live(6);
+    assert_eq!(world.activations, 0);
+    world.live(4);
+    assert_eq!(world.activations, 1);
+    world.live(80);
+    assert_eq!(world.activations, 1);
+    world.live(20);
+    assert_eq!(world.activations, 2);
+    world.live(5 * 365);
+    assert!((20..=23).contains(&world.activations), "{}", world.activations);
+    assert!(world.trust.roots.len() <= 8 + 3);
+    assert!(world.despite.is_empty());
+}
+
+#[test]
+fn a_host_that_does_not_acknowledge_holds_the_rotation_and_one_that_is_gone_does_not() {
+    let mut world = World::new(1, 3);
+    world.live(6);
+    let stuck = world.records[0].acked_sequence;
+    // It is heard, but keeps what it has: a defect no proof can see.
+    world.live_but(20, |records| records[0].acked_sequence = stuck);
+    assert_eq!(world.activations, 0);
+    let waiting = world.decide().waiting;
+    assert!(waiting.iter().any(|(_, gates)| gates.contains(&Gate::Hosts(vec!["0".to_owned()]))), "{waiting:?}");
+    world.records.remove(0);
+    world.hosts.remove(0);
+    world.live(2);
+    assert_eq!(world.activations, 1);
+}
+
+#[test]
+fn a_replica_that_does_not_read_holds_the_rotation() {
+    let mut world = World::new(2, 2);
+    world.live(6);
+    for _ in 0..5 * 4 {
+        world.now += 6 * HOUR;
+        world.lead();
+        world.refresh(0);
+        world.renew(0, 0);
+        world.renew(1, 0);
+        world.check();
+    }
+    assert_eq!(world.activations, 0);
+    let waiting = world.decide().waiting;
+    assert!(waiting.iter().any(|(_, gates)| gates.contains(&Gate::Replicas(vec!["1".to_owned()]))), "{waiting:?}");
+}
+
+#[test]
+fn an_old_root_stays_until_nobody_reports_it() {
+    let mut world = World::new(1, 2);
+    world.live(10);
+    assert_eq!(world.activations, 1);
+    world.live_but(60, |records| records[1].roots_in_use = vec!["r1".to_owned()]);
+    assert_eq!(world.trust.roots[0].state, RootState::Old);
+    world.live(2);
+    assert_ne!(world.trust.roots[0].state, RootState::Old);
+}
+
+#[test]
+fn a_tainted_root_is_replaced_and_gone_as_soon_as_every_host_has_moved() {
+    let mut world = World::new(1, 3);
+    world.live(30);
+    let tainted = world.trust.active().unwrap().id.clone();
+    let now = world.now;
+    for root in world.trust.roots.iter_mut().filter(|root| root.id == tainted) {
+        root.tainted_at = Some(now);
+    }
+    world.trust.urgent = Some(Urgency { since: now, force: false });
+    world.live(1);
+    let state = world.trust.roots.iter().find(|root| root.id == tainted).unwrap().state;
+    assert!(matches!(state, RootState::Removed | RootState::Retired), "{state:?}");
+}
+
+#[test]
+fn an_active_root_about_to_end_is_replaced_whoever_lags() {
+    let mut world = World::new(1, 2);
+    world.live(8);
+    world.now = world.trust.active().unwrap().not_after - 8 * DAY;
+    world.lead();
+    assert_eq!(world.despite, [Despite::ActiveEnds]);
+}

@@ -1,0 +1,217 @@
+//! Taking a step: keys, bundle, signatures and state in one transaction.
+
+use std::time::SystemTime;
+
+use meshd_identity::signed::{self, SignedError};
+use meshd_identity::statements::BundleStatement;
+use meshd_identity::{Bundle, BundleError, JwtKey as PublicJwtKey, TrustDomain};
+use rcgen::{KeyPair, PublicKeyData};
+
+use super::decide::{Decision, Despite, Step, Surroundings, decide, seconds};
+use super::jwt_keys::{self, JwtStep};
+use super::{JwtKey, Root, RootState, Trust};
+use crate::audit::Event;
+use crate::authority::{Authority, AuthorityError, new_id};
+use crate::keys::{Kek, KeyError};
+use crate::lifetimes::Lifetimes;
+use crate::store::bundles::{self, Signature, StoredBundle};
+use crate::store::{DbError, Records, View, hosts, intermediates, trust};
+use crate::times::{rfc3339, unix, unix_ms};
+
+#[derive(Debug, thiserror::Error)]
+pub enum RotationError {
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error("cannot sign the bundle: {0}")]
+    Sign(#[from] SignedError),
+}
+
+/// What taking steps needs besides the records.
+pub(crate) struct Rotator<'a> {
+    pub(crate) domain: &'a TrustDomain,
+    pub(crate) kek: &'a Kek,
+    pub(crate) lifetimes: &'a Lifetimes,
+    pub(crate) clock_is_good: bool,
+    pub(crate) now: SystemTime,
+}
+
+impl Rotator<'_> {
+    /// What the rotation would do, and what it waits for.
+    pub(crate) fn outlook(&self, view: &mut dyn View) -> Result<(Trust, Decision), DbError> {
+        let trust = trust::trust(view)?;
+        let decision = self.decide(view, &trust)?;
+        Ok((trust, decision))
+    }
+
+    pub(crate) fn is_due(&self, view: &mut dyn View) -> Result<bool, DbError> {
+        let (trust, decision) = self.outlook(view)?;
+        let jwt = jwt_keys::next(&trust.jwt_keys, self.lifetimes, unix(self.now));
+        Ok(decision.step.is_some() || (jwt.is_some() && self.clock_is_good))
+    }
+
+    fn decide(&self, view: &mut dyn View, trust: &Trust) -> Result<Decision, DbError> {
+        let world = Surroundings {
+            hosts: &hosts::hosts(view)?,
+            intermediates: &intermediates::all(view)?,
+            lifetimes: self.lifetimes,
+            clock_is_good: self.clock_is_good,
+            now: unix(self.now),
+        };
+        Ok(decide(trust, &world))
+    }
+
+    /// The first state of a new PKI: one root, active at once, for there is nobody yet who could lack it.
+    pub(crate) fn found(&self, records: &mut dyn Records) -> Result<(Root, Bundle), RotationError> {
+        let mut trust = Trust { refresh_hint_s: self.lifetimes.refresh_hint.as_secs(), ..Trust::default() };
+        self.add_root(&mut trust)?;
+        let now = unix(self.now);
+        self.add_jwt_key(&mut trust, now)?;
+        trust.roots[0].state = RootState::Active;
+        trust.roots[0].activated_at = Some(now);
+        let bundle = self.publish(records, &mut trust, &[])?;
+        trust::put_trust(records, &trust)?;
+        Ok((trust.roots.remove(0), bundle))
+    }
+
+    /// Takes the step that is due, if any, and says what was done.
+    pub(crate) fn advance(&self, records: &mut dyn Records) -> Result<Option<Event>, RotationError> {
+        let (mut trust, decision) = self.outlook(records)?;
+        let before = trust.clone();
+        let event = match decision.step {
+            Some(step) => self.take(&mut trust, step)?,
+            None => match jwt_keys::next(&trust.jwt_keys, self.lifetimes, unix(self.now)) {
+                Some(step) if self.clock_is_good => self.take_jwt(&mut trust, step)?,
+                _ => return Ok(None),
+            },
+        };
+        if in_bundle(&before) != in_bundle(&trust) {
+            self.publish(records, &mut trust, &before.roots)?;
+        }
+        trust::put_trust(records, &trust)?;
+        Ok(Some(event))
+    }
+
+    fn take(&self, trust: &mut Trust, step: Step) -> Result<Event, RotationError> {
+        let now = unix(self.now);
+        Ok(match step {
+            Step::Prepare => {
+                let root = self.add_root(trust)?;
+                event("root_prepare", &root.id, format!("ends {}", rfc3339(root.not_after)))
+            }
+            Step::Activate { root, despite } => {
+                trust.activate(&root, now);
+                event("root_activate", &root, despite.map_or("", despite_text).to_owned())
+            }
+            Step::Remove { root } => {
+                trust.remove(&root, now);
+                event("root_remove", &root, String::new())
+            }
+            Step::Retire { root } => {
+                trust.retire(&root);
+                event("root_retire", &root, "its key is destroyed".to_owned())
+            }
+        })
+    }
+
+    fn take_jwt(&self, trust: &mut Trust, step: JwtStep) -> Result<Event, RotationError> {
+        Ok(match step {
+            JwtStep::Add { usable_at } => {
+                let kid = self.add_jwt_key(trust, usable_at)?;
+                event("jwt_key_prepare", &kid, format!("signs from {}", rfc3339(usable_at)))
+            }
+            JwtStep::Remove { kid } => {
+                trust.jwt_keys.retain(|key| key.kid != kid);
+                event("jwt_key_remove", &kid, String::new())
+            }
+        })
+    }
+
+    fn add_root<'t>(&self, trust: &'t mut Trust) -> Result<&'t Root, RotationError> {
+        let root = Authority::new_root(self.domain, self.lifetimes, self.now)?;
+        trust.roots.push(Root {
+            wrapped_key: self.kek.wrap(&root.id, &root.pkcs8())?,
+            not_after: unix(root.not_after),
+            id: root.id,
+            certificate: root.certificate,
+            state: RootState::Prepared,
+            published_sequence: 0,
+            published_at: unix(self.now),
+            activated_at: None,
+            removed_at: None,
+            tainted_at: None,
+        });
+        Ok(trust.roots.last().expect("it was just pushed"))
+    }
+
+    fn add_jwt_key(&self, trust: &mut Trust, usable_at: i64) -> Result<String, RotationError> {
+        let key = KeyPair::generate().map_err(AuthorityError::from)?;
+        let (kid, now) = (new_id()?, unix(self.now));
+        trust.jwt_keys.push(JwtKey {
+            public_key: key.subject_public_key_info(),
+            wrapped_key: self.kek.wrap(&kid, &key.serialize_der())?,
+            published_at: now,
+            usable_at,
+            not_after: now + seconds(self.lifetimes.jwt_key),
+            kid: kid.clone(),
+        });
+        Ok(kid)
+    }
+
+    /// Puts the bundle of `trust` in force: a higher sequence, signed by every root whose key is here, those that
+    /// just left it included. Roots that are in a bundle for the first time learn which.
+    fn publish(&self, records: &mut dyn Records, trust: &mut Trust, before: &[Root]) -> Result<Bundle, RotationError> {
+        // A time, so that it is higher than that of any backup restored, whatever happened since the backup.
+        let sequence = unix_ms(self.now).max(trust.sequence + 1);
+        trust.sequence = sequence;
+        for root in trust.roots.iter_mut().filter(|root| root.published_sequence == 0) {
+            root.published_sequence = sequence;
+        }
+        let bundle = bundle_of(trust, self.domain)?;
+        let statement = BundleStatement::about(&bundle);
+        let keys = trust.roots.iter().chain(before).filter(|root| !root.wrapped_key.is_empty());
+        let mut signatures: Vec<Signature> = Vec::new();
+        for root in keys {
+            if !signatures.iter().any(|one| one.root == root.id) {
+                let key = self.kek.unwrap(&root.id, &root.wrapped_key)?;
+                signatures.push(Signature { root: root.id.clone(), jws: signed::sign(&key, &statement)? });
+            }
+        }
+        let jwks = String::from_utf8(bundle.to_jwks()).expect("JSON is text");
+        let roots = trust.in_bundle().map(|root| root.id.clone()).collect();
+        let stored = StoredBundle { sequence, jwks, roots, signatures, created_at: unix(self.now) };
+        bundles::put_bundle(records, &stored)?;
+        Ok(bundle)
+    }
+}
+
+/// The bundle that `trust` describes.
+pub(crate) fn bundle_of(trust: &Trust, domain: &TrustDomain) -> Result<Bundle, BundleError> {
+    let roots = trust.in_bundle().map(|root| root.certificate.clone()).collect();
+    let bundle = Bundle::new(domain.clone(), trust.sequence, trust.refresh_hint_s, roots)?;
+    let jwt_keys = trust.jwt_keys.iter().filter_map(|key| PublicJwtKey::from_spki(&key.kid, &key.public_key).ok());
+    Ok(bundle.with_jwt_keys(jwt_keys.collect()))
+}
+
+fn in_bundle(trust: &Trust) -> (Vec<&str>, Vec<&str>) {
+    let roots = trust.in_bundle().map(|root| root.id.as_str()).collect();
+    (roots, trust.jwt_keys.iter().map(|key| key.kid.as_str()).collect())
+}
+
+fn event(event: &'static str, authority: &str, detail: String) -> Event {
+    let detail = Some(detail).filter(|text| !text.is_empty());
+    Event { event, result: "ok", authority: Some(authority.to_owned()), detail, ..Event::default() }
+}
+
+fn despite_text(despite: Despite) -> &'static str {
+    match despite {
+        Despite::NoActiveRoot => "at once: there was no active root",
+        Despite::ActiveEnds => "at once: the active root is about to end",
+        Despite::Forced => "at once: the operator forced it",
+    }
+}

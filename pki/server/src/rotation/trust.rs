@@ -1,0 +1,159 @@
+//! The roots and JWT keys of a trust domain, and the way each of them goes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::store::base64;
+
+const RETIRED_KEPT: usize = 8;
+
+/// Everything the bundle is made of.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Trust {
+    /// Of the bundle in force.
+    pub(crate) sequence: u64,
+    pub(crate) refresh_hint_s: u64,
+    /// In the order in which they were prepared.
+    pub(crate) roots: Vec<Root>,
+    #[serde(default)]
+    pub(crate) jwt_keys: Vec<JwtKey>,
+    /// The operator asked for a new root now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) urgent: Option<Urgency>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Root {
+    pub(crate) id: String,
+    pub(crate) state: RootState,
+    #[serde(with = "base64")]
+    pub(crate) certificate: Vec<u8>,
+    /// Empty when it was destroyed, or never was here.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) wrapped_key: Vec<u8>,
+    /// The first bundle with it, and when that came into force.
+    pub(crate) published_sequence: u64,
+    pub(crate) published_at: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) activated_at: Option<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) removed_at: Option<i64>,
+    /// Its key may be known to others: it goes as soon as nobody depends on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tainted_at: Option<i64>,
+    pub(crate) not_after: i64,
+}
+
+/// The way of a root. Every arrow is one transaction; there is no way back.
+///
+/// ```text
+/// prepared ---> active ---> old ---> removed ---> retired
+///     \_______________________________^   (tainted before it was ever used)
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum RootState {
+    /// In the bundle, signs nothing yet: it waits until every verifier is known to trust it.
+    Prepared,
+    /// Signs intermediates. At most one.
+    Active,
+    /// In the bundle, signs nothing any more: certificates under it are still out there.
+    Old,
+    /// Not in the bundle. Its key has signed the bundle without it, for hosts that know nothing newer.
+    Removed,
+    /// Its key is destroyed.
+    Retired,
+}
+
+impl RootState {
+    pub(crate) fn is_in_bundle(self) -> bool {
+        matches!(self, RootState::Prepared | RootState::Active | RootState::Old)
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            RootState::Prepared => "prepared",
+            RootState::Active => "active",
+            RootState::Old => "old",
+            RootState::Removed => "removed",
+            RootState::Retired => "retired",
+        }
+    }
+}
+
+/// Not by the calendar: as soon as every live host has the new root, or without waiting for the last of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Urgency {
+    pub(crate) since: i64,
+    /// Hosts that do not have the new root yet are cut off until they fetch it.
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct JwtKey {
+    pub(crate) kid: String,
+    /// SubjectPublicKeyInfo.
+    #[serde(with = "base64")]
+    pub(crate) public_key: Vec<u8>,
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) wrapped_key: Vec<u8>,
+    pub(crate) published_at: i64,
+    /// From when on it may sign.
+    pub(crate) usable_at: i64,
+    pub(crate) not_after: i64,
+}
+
+impl Trust {
+    pub(crate) fn in_state(&self, state: RootState) -> Option<&Root> {
+        self.roots.iter().find(|root| root.state == state)
+    }
+
+    pub(crate) fn active(&self) -> Option<&Root> {
+        self.in_state(RootState::Active)
+    }
+
+    pub(crate) fn in_bundle(&self) -> impl Iterator<Item = &Root> {
+        self.roots.iter().filter(|root| root.state.is_in_bundle())
+    }
+
+    /// The root signs from now on, and the one that did until now does not.
+    pub(crate) fn activate(&mut self, id: &str, now: i64) {
+        for root in &mut self.roots {
+            if root.state == RootState::Active {
+                root.state = RootState::Old;
+            }
+            if root.id == id {
+                root.state = RootState::Active;
+                root.activated_at = Some(now);
+            }
+        }
+        self.urgent = None;
+    }
+
+    pub(crate) fn remove(&mut self, id: &str, now: i64) {
+        for root in self.roots.iter_mut().filter(|root| root.id == id) {
+            root.state = RootState::Removed;
+            root.removed_at = Some(now);
+        }
+    }
+
+    /// Destroys the root's key. A few retired roots stay on record, to show what was.
+    pub(crate) fn retire(&mut self, id: &str) {
+        for root in self.roots.iter_mut().filter(|root| root.id == id) {
+            root.state = RootState::Retired;
+            root.wrapped_key.clear();
+        }
+        let is_retired = |root: &Root| root.state == RootState::Retired;
+        let mut surplus = self.roots.iter().filter(|root| is_retired(root)).count().saturating_sub(RETIRED_KEPT);
+        self.roots.retain(|root| {
+            let goes = is_retired(root) && surplus > 0;
+            surplus -= usize::from(goes);
+            !goes
+        });
+    }
+
+    /// The key that signs JWT-SVIDs now: the newest that everybody has had time to learn.
+    pub(crate) fn jwt_signer(&self, now: i64) -> Option<&JwtKey> {
+        let usable = self.jwt_keys.iter().filter(|key| key.usable_at <= now && now < key.not_after);
+        usable.max_by_key(|key| key.usable_at)
+    }
+}

@@ -1,0 +1,45 @@
+//! Who is refused although their certificates are still valid.
+
+use meshd_identity::TrustDomain;
+use meshd_identity::statements::{Denied, DenySet};
+use serde::{Deserialize, Serialize};
+
+use super::{DbError, Records, View, get, put};
+
+const KEY: &str = "deny";
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Deny {
+    pub(crate) sequence: u64,
+    pub(crate) entries: Vec<Denied>,
+}
+
+impl Deny {
+    pub(crate) fn to_set(&self, domain: &TrustDomain) -> DenySet {
+        DenySet { trust_domain: domain.clone(), sequence: self.sequence, entries: self.entries.clone() }
+    }
+}
+
+pub(crate) fn deny(view: &mut dyn View) -> Result<Deny, DbError> {
+    Ok(get(view, KEY)?.unwrap_or_default())
+}
+
+/// Changes the set and gives it a sequence above every other: a time, so that it is above those of a later state than
+/// the backup that was restored.
+pub(crate) fn change(
+    records: &mut dyn Records,
+    floor: u64,
+    now_ms: u64,
+    act: impl FnOnce(&mut Vec<Denied>),
+) -> Result<Deny, DbError> {
+    let mut deny = deny(records)?;
+    let before = deny.entries.clone();
+    act(&mut deny.entries);
+    deny.entries.sort();
+    deny.entries.dedup();
+    if deny.entries != before {
+        deny.sequence = now_ms.max(deny.sequence + 1).max(floor + 1);
+        put(records, KEY, &deny)?;
+    }
+    Ok(deny)
+}

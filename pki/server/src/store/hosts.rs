@@ -1,0 +1,160 @@
+//! Hosts, the identities they may hold, and what they were given.
+
+use serde::{Deserialize, Serialize};
+
+use super::{DbError, Records, View, base64, get, list, put};
+
+/// Ended certificates stay on record this long, for whoever looks into what happened.
+const KEEP_ENDED_S: i64 = 7 * 86_400;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum HostState {
+    Active,
+    /// May hold nothing, until the operator lifts it.
+    Banned,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Host {
+    #[serde(skip)]
+    pub(crate) id: String,
+    pub(crate) state: HostState,
+    /// SHA-256 of the enrolled key's SubjectPublicKeyInfo.
+    #[serde(with = "base64")]
+    pub(crate) key_current: Vec<u8>,
+    /// The SubjectPublicKeyInfo itself: what a host proves that comes back after its certificate has ended.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) public_key: Vec<u8>,
+    /// Issued but not yet used: the reply may have been lost, so both keys are the host's until one is seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) next: Option<NextKey>,
+    pub(crate) enrolled_at: i64,
+    pub(crate) last_seen: i64,
+    #[serde(default)]
+    pub(crate) acked_sequence: u64,
+    #[serde(default)]
+    pub(crate) clock_offset_ms: i64,
+    /// Roots that the chains it uses end in, as it last told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) roots_in_use: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct NextKey {
+    #[serde(with = "base64")]
+    pub(crate) key_id: Vec<u8>,
+    #[serde(with = "base64")]
+    pub(crate) public_key: Vec<u8>,
+}
+
+/// What a host's message tells about it.
+pub(crate) struct Sighting<'a> {
+    pub(crate) now: i64,
+    pub(crate) acked_sequence: u64,
+    pub(crate) clock_offset_ms: i64,
+    /// `None` from hosts that do not tell.
+    pub(crate) roots_in_use: Option<&'a [String]>,
+}
+
+impl Host {
+    pub(crate) fn saw(&mut self, sighting: &Sighting<'_>) {
+        self.last_seen = sighting.now;
+        self.acked_sequence = self.acked_sequence.max(sighting.acked_sequence);
+        self.clock_offset_ms = sighting.clock_offset_ms;
+        if let Some(roots) = sighting.roots_in_use {
+            self.roots_in_use = roots.to_vec();
+        }
+    }
+
+    /// It proved to hold this key; the one before is not its own any more.
+    pub(crate) fn used_key(&mut self, key_id: &[u8]) {
+        if let Some(next) = self.next.take_if(|next| next.key_id == key_id) {
+            self.key_current = next.key_id;
+            self.public_key = next.public_key;
+        }
+    }
+}
+
+pub(crate) fn host(view: &mut dyn View, id: &str) -> Result<Option<Host>, DbError> {
+    let found: Option<Host> = get(view, &format!("host/{id}"))?;
+    Ok(found.map(|host| Host { id: id.to_owned(), ..host }))
+}
+
+pub(crate) fn hosts(view: &mut dyn View) -> Result<Vec<Host>, DbError> {
+    let found: Vec<(String, Host)> = list(view, "host/")?;
+    Ok(found.into_iter().map(|(id, host)| Host { id, ..host }).collect())
+}
+
+pub(crate) fn put_host(records: &mut dyn Records, host: &Host) -> Result<(), DbError> {
+    put(records, &format!("host/{}", host.id), host)
+}
+
+/// That a host may hold an identity.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    #[serde(skip)]
+    pub(crate) host: String,
+    pub(crate) spiffe_id: String,
+    pub(crate) created_at: i64,
+}
+
+fn entry_key(host: &str, spiffe_id: &str) -> String {
+    format!("entry/{host}/{spiffe_id}")
+}
+
+pub(crate) fn entries(view: &mut dyn View) -> Result<Vec<Entry>, DbError> {
+    let found: Vec<(String, Entry)> = list(view, "entry/")?;
+    let owner = |key: &str| key.split('/').next().unwrap_or_default().to_owned();
+    Ok(found.into_iter().map(|(key, entry)| Entry { host: owner(&key), ..entry }).collect())
+}
+
+/// SPIFFE IDs a host may hold.
+pub(crate) fn permitted(view: &mut dyn View, host: &str) -> Result<Vec<String>, DbError> {
+    let found: Vec<(String, Entry)> = list(view, &format!("entry/{host}/"))?;
+    Ok(found.into_iter().map(|(_, entry)| entry.spiffe_id).collect())
+}
+
+/// Whether the entry is new.
+pub(crate) fn permit(records: &mut dyn Records, host: &str, spiffe_id: &str, now: i64) -> Result<bool, DbError> {
+    let key = entry_key(host, spiffe_id);
+    let new = records.get(&key)?.is_none();
+    if new {
+        put(records, &key, &Entry { host: host.to_owned(), spiffe_id: spiffe_id.to_owned(), created_at: now })?;
+    }
+    Ok(new)
+}
+
+/// Whether there was one.
+pub(crate) fn forbid(records: &mut dyn Records, host: &str, spiffe_id: &str) -> Result<bool, DbError> {
+    records.delete(&entry_key(host, spiffe_id))
+}
+
+/// A certificate on record.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Issued {
+    pub(crate) serial: String,
+    pub(crate) spiffe_id: String,
+    pub(crate) authority: String,
+    pub(crate) issued_at: i64,
+    pub(crate) not_after: i64,
+}
+
+/// Adds to what a host was given, and forgets what ended long ago.
+pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued>, now: i64) -> Result<(), DbError> {
+    if new.is_empty() {
+        return Ok(());
+    }
+    let key = format!("issued/{host}");
+    let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
+    all.retain(|one| one.not_after > now - KEEP_ENDED_S);
+    all.extend(new);
+    put(records, &key, &all)
+}
+
+/// Certificates on record that have not ended, with their hosts.
+pub(crate) fn valid_issued(view: &mut dyn View, now: i64) -> Result<Vec<(String, Issued)>, DbError> {
+    let found: Vec<(String, Vec<Issued>)> = list(view, "issued/")?;
+    let of_hosts = found.into_iter().flat_map(|(host, all)| all.into_iter().map(move |one| (host.clone(), one)));
+    Ok(of_hosts.filter(|(_, one)| one.not_after > now).collect())
+}

@@ -1,0 +1,48 @@
+//! What is said once for the whole PKI.
+
+use meshd_identity::TrustDomain;
+
+use super::{DbError, Records, View, get, put};
+
+const TRUST_DOMAIN: &str = "setting/trust_domain";
+const ADVERTISE: &str = "setting/advertise";
+const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
+const RECOVERY_KEYS: &str = "setting/recovery_keys";
+
+pub(crate) fn set_trust_domain(records: &mut dyn Records, domain: &TrustDomain) -> Result<(), DbError> {
+    put(records, TRUST_DOMAIN, &domain.as_str())
+}
+
+pub(crate) fn trust_domain(view: &mut dyn View) -> Result<Option<TrustDomain>, DbError> {
+    let name: Option<String> = get(view, TRUST_DOMAIN)?;
+    Ok(name.and_then(|name| name.parse().ok()))
+}
+
+/// `HOST:PORT` at which hosts reach this PKI, as `run --advertise` last said.
+pub(crate) fn set_advertise(records: &mut dyn Records, addresses: &[String]) -> Result<(), DbError> {
+    put(records, ADVERTISE, &addresses)
+}
+
+pub(crate) fn advertise(view: &mut dyn View) -> Result<Vec<String>, DbError> {
+    Ok(get(view, ADVERTISE)?.unwrap_or_default())
+}
+
+/// What the holders of recovery keys have said, oldest first: JWS of type `meshd-recovery+jws`.
+pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, DbError> {
+    Ok(get(view, RECOVERY_STATEMENTS)?.unwrap_or_default())
+}
+
+/// SubjectPublicKeyInfo of each recovery key in base64, current first.
+pub(crate) fn set_recovery_keys(records: &mut dyn Records, keys: &[Vec<u8>]) -> Result<(), DbError> {
+    let keys: Vec<String> = keys.iter().map(|key| data_encoding::BASE64.encode(key)).collect();
+    put(records, RECOVERY_KEYS, &keys)
+}
+
+pub(crate) fn recovery_keys(view: &mut dyn View) -> Result<Vec<Vec<u8>>, DbError> {
+    let keys: Vec<String> = get(view, RECOVERY_KEYS)?.unwrap_or_default();
+    let unreadable = |error: data_encoding::DecodeError| DbError::Record {
+        key: RECOVERY_KEYS.to_owned(),
+        detail: error.to_string(),
+    };
+    keys.iter().map(|key| data_encoding::BASE64.decode(key.as_bytes()).map_err(unreadable)).collect()
+}

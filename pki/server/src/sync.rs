@@ -1,0 +1,100 @@
+//! The conversation with a running host: it reports, the PKI tells what the host does not have yet.
+
+use meshd_pki_api::v1;
+
+use crate::audit::Event;
+use crate::enrol::excerpt;
+use crate::issue::offset_ms;
+use crate::pki::{Pki, trust_bundle};
+use crate::refused::Refused;
+use crate::rotation::Trust;
+use crate::store::hosts::{self, Sighting};
+use crate::store::{settings, trust};
+use crate::times::{unix, unix_ms};
+
+/// What a host had when it last reported, so that it is told nothing twice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Had {
+    pub(crate) bundle: u64,
+    pub(crate) deny: u64,
+}
+
+/// What there is; changes wake every conversation.
+pub(crate) type Current = Had;
+
+impl Pki {
+    /// Judges the host anew, notes its report, and answers. The certificate may have ended and the host may have been
+    /// banned since the connection was made.
+    pub fn sync_report(
+        &self,
+        certificate: Option<&[u8]>,
+        report: &v1::SyncRequest,
+        remote: &str,
+    ) -> Result<v1::SyncReply, Refused> {
+        let now = self.now();
+        let caller = self.state.database.read(|view| self.caller(view, certificate))?;
+        self.watch_for_clones(&caller.host.id, &report.instance, remote);
+        let sighting = Sighting {
+            now: unix(now),
+            acked_sequence: report.bundle_sequence,
+            clock_offset_ms: offset_ms(report.host_time_unix_ms, unix_ms(now)),
+            roots_in_use: report.inventory.as_ref().map(|inventory| inventory.roots.as_slice()),
+        };
+        let noted = self.state.database.transaction(|records| {
+            let Some(mut host) = hosts::host(records, &caller.host.id)? else { return Ok(()) };
+            host.saw(&sighting);
+            host.used_key(&caller.key_id);
+            hosts::put_host(records, &host)
+        });
+        if let Err::<(), crate::store::DbError>(error) = noted {
+            self.metrics.note_failures.inc();
+            tracing::error!(%error, host = %caller.host.id, "a report is not on record");
+        }
+        if !report.deny_set.is_empty()
+            && let Err(error) = self.learn_deny(&report.deny_set)
+        {
+            tracing::error!(%error, "a newer deny set came from a host, but cannot be stored");
+        }
+        self.sync_news(Had { bundle: report.bundle_sequence, deny: report.deny_sequence })
+    }
+
+    /// What a host lacks that has this.
+    pub(crate) fn sync_news(&self, had: Had) -> Result<v1::SyncReply, Refused> {
+        let signer = self.signer();
+        let deny = self.deny();
+        let (trust, recovery) = self.state.database.read(|view| -> Result<_, Refused> {
+            Ok((trust::trust(view)?, settings::recovery_statements(view)?.pop()))
+        })?;
+        Ok(v1::SyncReply {
+            server_time_unix_ms: self.now_ms(),
+            bundle: (signer.bundle.sequence > had.bundle).then(|| trust_bundle(&signer)),
+            deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
+            want_deny_set: had.deny > deny.sequence,
+            tainted_roots: tainted(&trust),
+            pki_addresses: self.advertise.clone(),
+            recovery: recovery.unwrap_or_default(),
+        })
+    }
+
+    fn watch_for_clones(&self, host: &str, instance: &str, remote: &str) {
+        let instance = excerpt(instance);
+        if instance.is_empty() || !self.instances().report(host, &instance, self.now()) {
+            return;
+        }
+        self.metrics.clones_seen.inc();
+        tracing::error!(host, remote, "two machines use the key of one host; one of them is a cloned image");
+        _ = self.record(&[Event {
+            event: "clone",
+            result: "alarm",
+            host: Some(host.to_owned()),
+            remote: Some(remote.to_owned()),
+            detail: Some(format!("process {instance} alternates with another under one host key")),
+            ..Event::default()
+        }]);
+    }
+}
+
+/// Roots whose key may be known to others, that somebody may still depend on.
+pub(crate) fn tainted(trust: &Trust) -> Vec<String> {
+    trust.roots.iter().filter(|root| root.tainted_at.is_some()).map(|root| root.id.clone()).collect()
+}
