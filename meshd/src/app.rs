@@ -345,7 +345,7 @@ async fn start_capture(
     let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
     let recovery = chosen.backend.recovery();
     let owners = chosen.backend.owners();
-    let listeners = bind_workers(config, inherited, &listen_at, &recovery, owners)?;
+    let listeners = bind_workers(config, inherited, &listen_at, &recovery, &owners)?;
     let keeper =
         start!(Keeper::start(chosen.backend, chosen.passed_over, StateFile::new(&config.state_dir)), "capture")?;
     start!(keeper.want(intent).await, "capture")?;
@@ -364,7 +364,7 @@ fn bind_workers(
     mut inherited: Vec<(String, StdListener)>,
     capture: &ListenAt,
     recovery: &Recovery,
-    owners: OwnerRecord,
+    owners: &OwnerRecord,
 ) -> Result<Vec<Listeners>, StartError> {
     let listen = if capture.transparent { sockets::listen_transparent } else { sockets::listen };
     // An inherited listener carries its queue of waiting connections over: it must not be bound anew.
@@ -395,7 +395,7 @@ fn bind_workers(
                 "[proxy] mesh_listen has only IPv6 addresses, and this host has no IPv6".to_owned(),
             ));
         }
-        all.push(Listeners { captured, mesh, recovery: recovery.clone(), owners });
+        all.push(Listeners { captured, mesh, recovery: recovery.clone(), owners: owners.clone() });
     }
     Ok(all)
 }

@@ -2,14 +2,21 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use meshd_sys::nft_map::NftMaps;
 
-/// Which connections have their owner recorded when they are opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OwnerRecord {
-    pub v4: bool,
-    pub v6: bool,
+use super::tun::Flows;
+
+/// Where it is recorded who opens a connection.
+#[derive(Clone, Debug, Default)]
+pub enum OwnerRecord {
+    #[default]
+    Nowhere,
+    /// In maps of our nftables table.
+    Nft,
+    /// Where TUN remembers its connections.
+    Tun(Arc<Flows>),
 }
 
 /// Whose socket it was at its first packet.
@@ -21,21 +28,29 @@ pub struct RecordedOwner {
 }
 
 /// One worker's means of asking.
-pub struct OwnerReader(NftMaps);
+pub enum OwnerReader {
+    Nft(NftMaps),
+    Tun(Arc<Flows>),
+}
 
 impl OwnerReader {
     /// None for a backend that records nothing.
-    pub fn open(record: OwnerRecord) -> io::Result<Option<OwnerReader>> {
-        if record == OwnerRecord::default() {
-            return Ok(None);
-        }
-        NftMaps::open("meshd").map(|maps| Some(OwnerReader(maps)))
+    pub fn open(record: &OwnerRecord) -> io::Result<Option<OwnerReader>> {
+        Ok(match record {
+            OwnerRecord::Nowhere => None,
+            OwnerRecord::Nft => Some(OwnerReader::Nft(NftMaps::open("meshd")?)),
+            OwnerRecord::Tun(flows) => Some(OwnerReader::Tun(flows.clone())),
+        })
     }
 
     /// The owner of the socket bound to `client` and connected to `original`, both as that process saw them.
     pub fn owner(&mut self, client: SocketAddr, original: SocketAddr) -> io::Result<Option<RecordedOwner>> {
+        let maps = match self {
+            OwnerReader::Tun(flows) => return Ok(flows.owner(client, original)),
+            OwnerReader::Nft(maps) => maps,
+        };
         let map = if original.is_ipv4() { "owner4" } else { "owner6" };
-        Ok(self.0.value(map, &key(client, original))?.as_deref().and_then(recorded))
+        Ok(maps.value(map, &key(client, original))?.as_deref().and_then(recorded))
     }
 }
 

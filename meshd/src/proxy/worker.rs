@@ -209,7 +209,7 @@ impl Parts {
         };
         Ok(Env {
             worker: self.worker,
-            identifier: Identifier::open(OwnerReader::open(listeners.owners)?)?,
+            identifier: Identifier::open(OwnerReader::open(&listeners.owners)?)?,
             dialer,
             pool: Pool::default(),
             lifecycle: self.lifecycle,

@@ -6,6 +6,7 @@ mod listeners;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket, sockopt,
@@ -54,10 +55,14 @@ pub struct SocketDiag {
 
 impl SocketDiag {
     pub fn open() -> io::Result<SocketDiag> {
+        SocketDiag::with_patience(Duration::from_millis(200))
+    }
+
+    /// The kernel answers inside sendto(); `patience` only bounds a kernel that does not answer at all.
+    pub fn with_patience(patience: Duration) -> io::Result<SocketDiag> {
         let netlink =
             socket(AddressFamily::Netlink, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
-        // The kernel answers inside sendto(); the timeout only bounds a kernel that does not answer at all.
-        setsockopt(&netlink, sockopt::ReceiveTimeout, &TimeVal::milliseconds(200))?;
+        setsockopt(&netlink, sockopt::ReceiveTimeout, &TimeVal::milliseconds(patience.as_millis() as i64))?;
         Ok(SocketDiag { netlink, sequence: 0 })
     }
 

@@ -11,6 +11,7 @@ mod tproxy;
 use std::cell::OnceCell;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use self::owners::Recorded;
 use self::raw::Raw;
 use super::backend::{Backend, BackendKind, ListenAt};
 use super::flow::Recovery;
@@ -43,7 +44,7 @@ pub(super) struct Nft {
     installed: Option<Installed>,
     raw: Raw,
     /// What this host's nft and kernel can record, once tried.
-    owners: OnceCell<OwnerRecord>,
+    owners: OnceCell<Recorded>,
 }
 
 impl Nft {
@@ -59,7 +60,7 @@ impl Nft {
     }
 
     /// The `nft -f -` input that replaces our table.
-    fn table(&self, wanted: &Wanted, facts: &Facts, record: OwnerRecord) -> String {
+    fn table(&self, wanted: &Wanted, facts: &Facts, record: Recorded) -> String {
         let capture = match self.capture {
             NftCapture::Tproxy => tproxy::chains(wanted),
             NftCapture::Redirect => redirect::chains(wanted),
@@ -71,13 +72,13 @@ impl Nft {
     }
 
     /// `--check` has the kernel judge the whole transaction without committing it.
-    fn check(&self, wanted: &Wanted, record: OwnerRecord) -> Result<(), CaptureError> {
+    fn check(&self, wanted: &Wanted, record: Recorded) -> Result<(), CaptureError> {
         self.tool().run(&["--check", "-f", "-"], &self.table(wanted, &Facts::default(), record)).map(drop)
     }
 
     /// As much as this host can: nft 1.0.6 has no registers for the keys of IPv6, older ones for neither.
-    fn record(&self, wanted: &Wanted) -> OwnerRecord {
-        const BEST_FIRST: [OwnerRecord; 2] = [OwnerRecord { v4: true, v6: true }, OwnerRecord { v4: true, v6: false }];
+    fn record(&self, wanted: &Wanted) -> Recorded {
+        const BEST_FIRST: [Recorded; 2] = [Recorded { v4: true, v6: true }, Recorded { v4: true, v6: false }];
         *self.owners.get_or_init(|| {
             let can = BEST_FIRST.into_iter().find(|record| self.check(wanted, *record).is_ok()).unwrap_or_default();
             if !can.v4 {
@@ -119,7 +120,7 @@ impl Backend for Nft {
     }
 
     fn probe(&self, wanted: &Wanted) -> Result<(), CaptureError> {
-        self.check(wanted, OwnerRecord::default())?;
+        self.check(wanted, Recorded::default())?;
         if !wanted.raw_callers.is_empty() {
             let chains = raw::chains(self.capture, wanted, &Facts::default());
             // Under another name: the one of a daemon that just ended may still be held.
@@ -130,7 +131,8 @@ impl Backend for Nft {
     }
 
     fn owners(&self) -> OwnerRecord {
-        self.owners.get().copied().unwrap_or_default()
+        let records = self.owners.get().is_some_and(|recorded| recorded.v4);
+        if records { OwnerRecord::Nft } else { OwnerRecord::Nowhere }
     }
 
     fn prepare(&mut self, wanted: &Wanted) -> Result<ListenAt, CaptureError> {
@@ -218,7 +220,7 @@ mod tests {
 
     #[test]
     fn without_strict_ports_only_virtual_ips_are_touched() {
-        let text = Nft::new(NftCapture::Tproxy).table(&wanted(), &Facts::default(), OwnerRecord::default());
+        let text = Nft::new(NftCapture::Tproxy).table(&wanted(), &Facts::default(), Recorded::default());
         let expected = "table inet meshd
 delete table inet meshd
 table inet meshd {

@@ -6,7 +6,6 @@
 
 use std::fmt::Write;
 
-use super::super::owner::OwnerRecord;
 use super::super::wanted::Wanted;
 
 /// `socket cgroupv2` finds an ancestor by its level, and none below the socket's own: units sit at 1-4.
@@ -14,7 +13,14 @@ const DEEPEST: u8 = 5;
 /// An accept queue that takes longer is lost anyway.
 const KEPT_SECONDS: u8 = 10;
 
-pub(super) fn chains(wanted: &Wanted, record: OwnerRecord) -> String {
+/// The address families whose connections have their owner recorded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Recorded {
+    pub(super) v4: bool,
+    pub(super) v6: bool,
+}
+
+pub(super) fn chains(wanted: &Wanted, record: Recorded) -> String {
     let Wanted { vip4, vip6, .. } = wanted;
     let mut text = String::new();
     let families = [(record.v4, "ip", "4", vip4.to_string()), (record.v6, "ip6", "6", vip6.to_string())];
@@ -60,7 +66,7 @@ mod tests {
 
     #[test]
     fn the_owner_before_is_forgotten_before_the_next_is_looked_for_deepest_cgroup_first() {
-        let text = chains(&wanted(), OwnerRecord { v4: true, v6: false });
+        let text = chains(&wanted(), Recorded { v4: true, v6: false });
         let at = |what: &str| text.find(what).unwrap_or_else(|| panic!("missing `{what}` in\n{text}"));
         let order = [at(": 0 . \".\" }\n"), at("level 5 } return"), at("level 2 } return"), at("level 0 } return")];
         assert!(order.is_sorted(), "{text}");
@@ -70,6 +76,6 @@ mod tests {
 
     #[test]
     fn nothing_is_recorded_where_the_host_cannot() {
-        assert_eq!(chains(&wanted(), OwnerRecord::default()), "");
+        assert_eq!(chains(&wanted(), Recorded::default()), "");
     }
 }

@@ -7,7 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::super::flow::Flow;
+use super::super::owner::RecordedOwner;
 use super::nat::{Seconds, Table, Tuple};
+use super::openers::Openers;
 use super::rewrite::{Address, Dropped, End, Parsed, Segment, parse};
 use super::translate::{CAPACITY, Family, Refused, Verdict};
 
@@ -67,6 +69,16 @@ impl Flows {
         }
     }
 
+    /// Who opened this connection, as its first packet passed.
+    pub(in super::super) fn owner(&self, client: SocketAddr, original: SocketAddr) -> Option<RecordedOwner> {
+        let (from, to) = (client.port(), original.port());
+        match (client.ip(), original.ip()) {
+            (IpAddr::V4(client), IpAddr::V4(original)) => self.v4.owner((client, from), (original, to)),
+            (IpAddr::V6(client), IpAddr::V6(original)) => self.v6.owner((client, from), (original, to)),
+            _ => None,
+        }
+    }
+
     /// Connections in the tables, those that only wait for TIME_WAIT to end included.
     pub fn len(&self) -> usize {
         self.v4.table().len() + self.v6.table().len()
@@ -102,12 +114,12 @@ impl Flows {
     }
 
     /// Rewrites the frame in place; returns how much of it to write back, or nothing to drop it.
-    pub(super) fn pass(&self, frame: &mut [u8], now: Seconds) -> Option<usize> {
+    pub(super) fn pass(&self, frame: &mut [u8], openers: &mut Openers, now: Seconds) -> Option<usize> {
         count(&self.counters.packets, 1);
         count(&self.counters.bytes, frame.len() as u64);
         let verdict = match parse(frame) {
-            Ok(Parsed::V4(segment)) => self.v4.pass(segment, now),
-            Ok(Parsed::V6(segment)) => self.v6.pass(segment, now),
+            Ok(Parsed::V4(segment)) => self.v4.pass(segment, openers, now),
+            Ok(Parsed::V6(segment)) => self.v6.pass(segment, openers, now),
             Err(dropped) => Verdict::Drop(dropped),
         };
         match verdict {
@@ -140,8 +152,20 @@ impl<A: Address + Into<IpAddr>> Side<A> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pass(&self, segment: Segment<'_, A>, now: Seconds) -> Verdict {
-        self.family.translate(segment, &mut self.table(), now)
+    fn pass(&self, segment: Segment<'_, A>, openers: &mut Openers, now: Seconds) -> Verdict {
+        let Some(opened) = self.family.opened(&segment) else {
+            return self.family.translate(segment, &mut self.table(), now);
+        };
+        let owner = openers.owner(opened.client.into(), opened.original.into(), now);
+        let mut table = self.table();
+        let verdict = self.family.translate(segment, &mut table, now);
+        table.opened_by(&opened, owner);
+        verdict
+    }
+
+    fn owner(&self, client: (A, u16), original: (A, u16)) -> Option<RecordedOwner> {
+        let [client, original] = [client, original].map(|(address, port)| End { address, port });
+        self.table().owner(&Tuple { client, original })
     }
 
     fn recover(&self, peer: End<A>) -> Option<Flow> {

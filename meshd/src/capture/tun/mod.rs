@@ -2,13 +2,15 @@
 //! connections after their packets came back with other addresses.
 //!
 //! `pump` moves packets between device and kernel, `translate` says where one goes, `nat` remembers which
-//! connection is which, `rewrite` changes bytes, `flows` is what workers ask who called whom; `device` is what
+//! connection is which, `rewrite` changes bytes, `openers` asks whose
+//! connection it is, `flows` is what workers ask who called whom; `device` is what
 //! `ip` is told. The device dies with the daemon, the policy rules stay: virtual IPs are unreachable then, at once.
 
 mod device;
 mod flows;
 mod metrics;
 mod nat;
+mod openers;
 #[cfg(test)]
 mod packets;
 mod pump;
@@ -24,6 +26,7 @@ pub use flows::Flows;
 
 use super::backend::{Backend, BackendKind, ListenAt};
 use super::flow::Recovery;
+use super::owner::OwnerRecord;
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 use pump::Pump;
@@ -78,6 +81,10 @@ impl Backend for Tun {
 
     fn recovery(&self) -> Recovery {
         self.flows.clone().map_or(Recovery::Transparent, Recovery::Tun)
+    }
+
+    fn owners(&self) -> OwnerRecord {
+        self.flows.clone().map_or(OwnerRecord::Nowhere, OwnerRecord::Tun)
     }
 
     fn render(&self, wanted: &Wanted, _facts: &Facts) -> String {

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use super::super::owner::RecordedOwner;
 use super::rewrite::{Address, End};
 
 /// Seconds since the table was made.
@@ -61,6 +62,8 @@ pub(super) enum Event {
 #[derive(Clone, Copy)]
 struct Mapping<A> {
     tuple: Tuple<A>,
+    /// Whose socket it was when its first packet passed.
+    owner: Option<RecordedOwner>,
     touched: Seconds,
     previous: u32,
     next: u32,
@@ -120,6 +123,19 @@ impl<A: Address> Table<A> {
         (mapping.stage != Stage::Free).then_some(mapping.tuple)
     }
 
+    /// Remembers whose first packet just passed, or that nobody knows. Always said of it: a tuple that is used again
+    /// is not the one's who had it before.
+    pub(super) fn opened_by(&mut self, tuple: &Tuple<A>, owner: Option<RecordedOwner>) {
+        if let Some(number) = self.numbers.get(tuple) {
+            self.mappings[*number as usize].owner = owner;
+        }
+    }
+
+    /// Who opened the connection.
+    pub(super) fn owner(&self, tuple: &Tuple<A>) -> Option<RecordedOwner> {
+        self.mappings.get(*self.numbers.get(tuple)? as usize)?.owner
+    }
+
     /// Mappings in use, those that only wait for TIME_WAIT to end included.
     pub(super) fn len(&self) -> usize {
         self.numbers.len()
@@ -157,7 +173,7 @@ impl<A: Address> Table<A> {
         let number = self.free_number(now)?;
         self.numbers.insert(tuple, number);
         let mapping = &mut self.mappings[number as usize];
-        mapping.tuple = tuple;
+        (mapping.tuple, mapping.owner) = (tuple, None);
         self.enter(number, Stage::Opening, now);
         Some(number)
     }
@@ -181,8 +197,15 @@ impl<A: Address> Table<A> {
         let number = self.mappings.len() as u32;
         let nowhere = End { address: A::read(&[0; 16]), port: 0 };
         let tuple = Tuple { client: nowhere, original: nowhere };
-        let unlinked = Mapping { tuple, touched: 0, previous: NONE, next: NONE, stage: Stage::Free, ended: [false; 2] };
-        self.mappings.push(unlinked);
+        self.mappings.push(Mapping {
+            tuple,
+            owner: None,
+            touched: 0,
+            previous: NONE,
+            next: NONE,
+            stage: Stage::Free,
+            ended: [false; 2],
+        });
         self.link(number);
         number
     }

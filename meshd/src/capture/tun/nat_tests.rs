@@ -96,6 +96,25 @@ fn an_application_port_used_again_starts_over_with_the_same_number() {
 }
 
 #[test]
+fn a_tuple_used_again_is_not_the_ones_who_opened_it_before() {
+    let owner = |uid| Some(RecordedOwner { uid, cgroup: None });
+    let mut table = Table::new(8);
+    table.opened_by(&tuple(1), owner(7));
+    assert_eq!(table.owner(&tuple(1)), None, "of a connection nobody knows nothing is remembered");
+    closed(&mut table, tuple(1), 0);
+    table.opened_by(&tuple(1), owner(7));
+    assert_eq!((table.owner(&tuple(1)), table.owner(&tuple(2))), (owner(7), None));
+    table.outward(tuple(1), Event::Opens, 1);
+    table.opened_by(&tuple(1), None);
+    assert_eq!(table.owner(&tuple(1)), None);
+    table.opened_by(&tuple(1), owner(8));
+    table.expire(1 + OPENING);
+    assert_eq!(table.owner(&tuple(1)), None, "forgotten with its connection");
+    table.outward(tuple(2), Event::Opens, 2 + OPENING);
+    assert_eq!(table.owner(&tuple(2)), None, "whoever has its number next starts from nothing");
+}
+
+#[test]
 fn full_of_open_connections_refuses_another_one() {
     let mut table = Table::new(2);
     for client in [1, 2] {

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::flows::{Flows, count};
+use super::openers::Openers;
 
 /// The largest packet there is, behind its header.
 const FRAME: usize = VNET_HEADER + 65535;
@@ -29,9 +30,10 @@ pub(super) struct Pump {
 impl Pump {
     pub(super) fn start(tun: Tun, flows: Arc<Flows>) -> io::Result<Pump> {
         let (stopped, stop) = io::pipe()?;
+        let mut openers = Openers::open()?;
         let thread = std::thread::Builder::new().name("tun".to_owned()).spawn(move || {
             // The device goes with the thread, however it ends: then virtual IPs are refused, never a black hole.
-            if let Err(error) = run(&tun, &stopped, &flows) {
+            if let Err(error) = run(&tun, &stopped, &flows, &mut openers) {
                 tracing::error!(%error, "lost the capture device; connections to virtual IPs are cut");
             }
         })?;
@@ -53,11 +55,11 @@ impl Drop for Pump {
     }
 }
 
-fn run(tun: &Tun, stopped: &PipeReader, flows: &Flows) -> io::Result<()> {
+fn run(tun: &Tun, stopped: &PipeReader, flows: &Flows, openers: &mut Openers) -> io::Result<()> {
     let mut frame = vec![0; FRAME];
     let mut stopping = false;
     loop {
-        let drained = drain(tun, flows, &mut frame)?;
+        let drained = drain(tun, flows, openers, &mut frame)?;
         if stopping {
             return Ok(());
         }
@@ -73,7 +75,7 @@ fn run(tun: &Tun, stopped: &PipeReader, flows: &Flows) -> io::Result<()> {
 }
 
 /// Passes on what is there, up to a batch; true when nothing was left.
-fn drain(tun: &Tun, flows: &Flows, frame: &mut [u8]) -> io::Result<bool> {
+fn drain(tun: &Tun, flows: &Flows, openers: &mut Openers, frame: &mut [u8]) -> io::Result<bool> {
     let now = flows.now();
     for _ in 0..BATCH {
         let length = match tun.receive(frame) {
@@ -82,7 +84,7 @@ fn drain(tun: &Tun, flows: &Flows, frame: &mut [u8]) -> io::Result<bool> {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
         };
-        if let Some(length) = flows.pass(&mut frame[..length], now)
+        if let Some(length) = flows.pass(&mut frame[..length], openers, now)
             && tun.send(&frame[..length]).is_err()
         {
             // TCP repeats what got lost; a device that is gone shows in the next read.

@@ -58,6 +58,12 @@ impl<A: Address> Family<A> {
         }
     }
 
+    /// The connection this packet opens, if it does.
+    pub(super) fn opened(&self, segment: &Segment<'_, A>) -> Option<Tuple<A>> {
+        let tuple = Tuple { client: segment.source(), original: segment.destination() };
+        (self.is_virtual(tuple.original.address) && event(segment) == Event::Opens).then_some(tuple)
+    }
+
     /// The connection an accepted socket's peer stands for.
     pub(super) fn tuple_of(&self, peer: End<A>, table: &Table<A>) -> Option<Tuple<A>> {
         table.tuple(self.number(peer)?)
