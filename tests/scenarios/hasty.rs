@@ -2,7 +2,7 @@
 //! backends make up for. Whatever backend the run is for, web uses the one of the test here.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,8 @@ use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
 use crate::identify::connect_from;
+use crate::raw::{STABLE, STABLE6, ask_for_raw};
+use crate::tun::virtual_ips;
 use crate::{DEADLINE, refused};
 
 const PORT: u16 = 18888;
@@ -38,6 +40,9 @@ impl Hasty {
         let lab = Arc::new(Lab::new(&plan.host_names())?);
         let mut mesh = Mesh::prepare(lab, plan)?;
         mesh.daemon("web").use_backend(backend)?;
+        if backend.starts_with("nft") {
+            ask_for_raw(&mesh, &["api-1"])?;
+        }
         mesh.start_pki()?;
         mesh.join_all()?;
         mesh.start_all()?;
@@ -98,6 +103,23 @@ impl Hasty {
         Ok(())
     }
 
+    /// In the `round`-th round.
+    fn ensure_all_heard(&self, round: usize) -> Result<()> {
+        const CALLS: u32 = 200;
+        self.leave(&["--connections", &CALLS.to_string()])?;
+        self.ensure_heard(CALLS)?;
+        self.unseen(|| self.leave(&["--connections", &CALLS.to_string()]))?;
+        self.ensure_heard(CALLS)?;
+        let unknown = self.mesh.daemon("web").metrics()?.sum("meshd_identify_unknown_total", &[]);
+        ensure!(unknown < 1.0 && self.all_refused()? < 1.0, "{unknown} unknown, {} refused", self.all_refused()?);
+        let checkout = self.mesh.spiffe_id("checkout");
+        let arrived = || self.mesh.daemon("api-1").access_log();
+        let as_checkout = || arrived().iter().filter(|event| event.client_id.as_deref() == Some(&checkout)).count();
+        until(DEADLINE, "every one of them in the access log, as checkout", || {
+            as_checkout() == 2 * round * CALLS as usize
+        })
+    }
+
     fn all_refused(&self) -> Result<f64> {
         Ok(self.mesh.daemon("web").metrics()?.sum("meshd_refused_total", &[]))
     }
@@ -111,19 +133,18 @@ fn listen() -> std::io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// At virtual IPs and, where they are captured, raw addresses; over both address families.
 fn are_heard(backend: &str) -> Result<()> {
-    const CALLS: u32 = 200;
-    let hasty = Hasty::start(backend)?;
-    hasty.leave(&["--connections", &CALLS.to_string()])?;
-    hasty.ensure_heard(CALLS)?;
-    hasty.unseen(|| hasty.leave(&["--connections", &CALLS.to_string()]))?;
-    hasty.ensure_heard(CALLS)?;
-    let unknown = hasty.mesh.daemon("web").metrics()?.sum("meshd_identify_unknown_total", &[]);
-    ensure!(unknown < 1.0 && hasty.all_refused()? < 1.0, "{unknown} unknown, {} refused", hasty.all_refused()?);
-    let checkout = hasty.mesh.spiffe_id("checkout");
-    let arrived = || hasty.mesh.daemon("api-1").access_log();
-    let as_checkout = || arrived().iter().filter(|event| event.client_id.as_deref() == Some(&checkout)).count();
-    until(DEADLINE, "every one of them in the access log, as checkout", || as_checkout() == 2 * CALLS as usize)
+    let mut hasty = Hasty::start(backend)?;
+    let mut targets = virtual_ips(&hasty.mesh)?.to_vec();
+    if backend.starts_with("nft") {
+        targets.extend([(STABLE.parse::<IpAddr>()?, 80).into(), SocketAddr::from((STABLE6.parse::<IpAddr>()?, 80))]);
+    }
+    for (round, target) in targets.into_iter().enumerate() {
+        hasty.target = target;
+        hasty.ensure_all_heard(round + 1).with_context(|| format!("to {target}"))?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -17,8 +17,8 @@ use nix::sys::signal::Signal;
 
 use crate::DEADLINE;
 
-const STABLE: &str = "10.96.3.7";
-const STABLE6: &str = "fd00:96::7";
+pub(crate) const STABLE: &str = "10.96.3.7";
+pub(crate) const STABLE6: &str = "fd00:96::7";
 /// Where payments listens.
 const PORT: u16 = 8080;
 const POOL: usize = 3;
@@ -31,19 +31,24 @@ fn start(enrolled: &[&str]) -> Result<Mesh> {
     }
     let lab = Arc::new(Lab::new(&plan.host_names())?);
     let mut mesh = Mesh::prepare(lab, plan)?;
-    let config = mesh.daemon("web").config();
-    let text = fs::read_to_string(&config)?;
-    fs::write(&config, text.replace("[capture]\n", "[capture]\nraw = [\"payments.shop\"]\n"))?;
-    describe(&mesh, &["api-1", "api-2"], &[STABLE, STABLE6])?;
     enrol(&mesh, enrolled)?;
-    for unit in ["checkout", "billing", "stray"] {
-        // A unit that runs already: a new one is known to the kernel's rules half a second later.
-        mesh.host("web").run(&mesh.in_unit("web", unit, Program::new("true")))?.expect_success("true")?;
-    }
+    ask_for_raw(&mesh, &["api-1", "api-2"])?;
     mesh.start_pki()?;
     mesh.join_all()?;
     mesh.start_all()?;
     Ok(mesh)
+}
+
+/// Before web starts: has it capture payments' raw addresses.
+pub(crate) fn ask_for_raw(mesh: &Mesh, hosts: &[&str]) -> Result<()> {
+    let config = mesh.daemon("web").config();
+    let text = fs::read_to_string(&config)?;
+    fs::write(&config, text.replace("[capture]\n", "[capture]\nraw = [\"payments.shop\"]\n"))?;
+    for unit in ["checkout", "billing", "stray"] {
+        // A unit that runs already: a new one is known to the kernel's rules half a second later.
+        mesh.host("web").run(&mesh.in_unit("web", unit, Program::new("true")))?.expect_success("true")?;
+    }
+    describe(mesh, hosts, &[STABLE, STABLE6])
 }
 
 /// The document of payments, as web sees it.

@@ -33,7 +33,7 @@ fn mesh() -> Result<Mesh> {
 }
 
 /// The service's virtual IPs of both families.
-fn virtual_ips(mesh: &Mesh) -> Result<[SocketAddr; 2]> {
+pub(crate) fn virtual_ips(mesh: &Mesh) -> Result<[SocketAddr; 2]> {
     let lookup = Program::new("getent").args(["ahostsv6", "payments.shop.mesh"]).uid(STRAY_UID);
     let found = mesh.host("web").run(&lookup)?.expect_success("looking up an IPv6 address")?;
     let v6: Ipv6Addr = found.split_whitespace().next().unwrap_or_default().parse().context(found.clone())?;

@@ -15,22 +15,19 @@ const NFTA_SET_ELEM_KEY: u16 = 1;
 const NFTA_SET_ELEM_DATA: u16 = 2;
 const NFTA_DATA_VALUE: u16 = 1;
 
-/// A netlink socket to read the maps of an `inet` table with; one per worker thread. Needs CAP_NET_ADMIN.
-pub struct NftMaps {
-    netlink: Nfnetlink,
-    table: String,
-}
+/// A netlink socket to read the maps of `inet` tables with; one per worker thread. Needs CAP_NET_ADMIN.
+pub struct NftMaps(Nfnetlink);
 
 impl NftMaps {
-    pub fn open(table: &str) -> io::Result<NftMaps> {
-        Ok(NftMaps { netlink: Nfnetlink::open()?, table: table.to_owned() })
+    pub fn open() -> io::Result<NftMaps> {
+        Nfnetlink::open().map(NftMaps)
     }
 
     /// The value of exactly `key`: what rules loaded, each field in the byte order they loaded it in and padded
     /// to 4 bytes. None without such an element, map or table.
-    pub fn value(&mut self, map: &str, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        let request = encode_request(&self.table, map, key);
-        self.netlink.ask(GET_ELEMENT, NFPROTO_INET, &request, |answer| value_of(answer, key))
+    pub fn value(&mut self, table: &str, map: &str, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let request = encode_request(table, map, key);
+        self.0.ask(GET_ELEMENT, NFPROTO_INET, &request, |answer| value_of(answer, key))
     }
 }
 

@@ -65,7 +65,8 @@ impl Nft {
             NftCapture::Tproxy => tproxy::chains(wanted),
             NftCapture::Redirect => redirect::chains(wanted),
         };
-        let owners = owners::chains(wanted, record);
+        let Wanted { vip4, vip6, .. } = wanted;
+        let owners = owners::chains(record, &format!("ip daddr {vip4}"), &format!("ip6 daddr {vip6}"));
         let (guard, ledger) = (guard::chains(wanted, facts), ledger::chains(wanted));
         let rest = ledger + &transparent::chains(wanted);
         format!("table inet meshd\ndelete table inet meshd\ntable inet meshd {{\n{capture}{owners}{guard}{rest}}}\n")
@@ -76,7 +77,7 @@ impl Nft {
         self.tool().run(&["--check", "-f", "-"], &self.table(wanted, &Facts::default(), record)).map(drop)
     }
 
-    /// As much as this host can: nft 1.0.6 has no registers for the keys of IPv6, older ones for neither.
+    /// As much as this host can: old ones cannot write down both user and cgroup.
     fn record(&self, wanted: &Wanted) -> Recorded {
         const BEST_FIRST: [Recorded; 2] = [Recorded { v4: true, v6: true }, Recorded { v4: true, v6: false }];
         *self.owners.get_or_init(|| {
@@ -121,12 +122,12 @@ impl Backend for Nft {
 
     fn probe(&self, wanted: &Wanted) -> Result<(), CaptureError> {
         self.check(wanted, Recorded::default())?;
+        let record = self.record(wanted);
         if !wanted.raw_callers.is_empty() {
-            let chains = raw::chains(self.capture, wanted, &Facts::default());
+            let chains = raw::chains(self.capture, wanted, &Facts::default(), record);
             // Under another name: the one of a daemon that just ended may still be held.
             NFT.run(&["--check", "-f", "-"], &owned::transaction("meshd_raw_probe", 0, &chains))?;
         }
-        self.record(wanted);
         Ok(())
     }
 
@@ -157,7 +158,8 @@ impl Backend for Nft {
             routes::render(wanted) + &transparent::render(wanted)
         );
         if !wanted.raw_callers.is_empty() {
-            let raw = owned::transaction(owned::NAME, 0, &raw::chains(self.capture, wanted, facts));
+            let raw =
+                owned::transaction(owned::NAME, 0, &raw::chains(self.capture, wanted, facts, self.record(wanted)));
             text += &format!("# nft -i, held while meshd runs\n{raw}# routes\n{}", self.render_raw_routes(wanted));
         }
         text
@@ -170,7 +172,7 @@ impl Backend for Nft {
         if self.needs_raw_routes(wanted) {
             routes::install_raw(wanted)?;
         }
-        self.raw.keep(self.capture, wanted, facts)?;
+        self.raw.keep(raw::chains(self.capture, wanted, facts, self.record(wanted)), wanted)?;
         let text = self.table(wanted, facts, self.record(wanted));
         // Replacing it would reset what it counts.
         if !self.has(&text) {

@@ -10,7 +10,8 @@ use super::super::tool::CaptureError;
 use super::super::wanted::{Facts, Present, Wanted};
 use super::guard::SYN;
 use super::owned::OwnedTable;
-use super::{NftCapture, redirect};
+use super::owners::Recorded;
+use super::{NftCapture, owners, redirect};
 
 /// Keeps the second table equal to what is wanted.
 #[derive(Default)]
@@ -26,11 +27,10 @@ struct Held {
 impl Raw {
     /// Puts it in force, where raw addresses are wanted. Once there, it stays until `release` even if nothing is
     /// wanted any more: connections it captured live on.
-    pub(super) fn keep(&mut self, capture: NftCapture, wanted: &Wanted, facts: &Facts) -> Result<(), CaptureError> {
+    pub(super) fn keep(&mut self, chains: String, wanted: &Wanted) -> Result<(), CaptureError> {
         if wanted.raw_callers.is_empty() && self.held.is_none() {
             return Ok(());
         }
-        let chains = chains(capture, wanted, facts);
         if let Some(held) = &mut self.held
             && held.table.is_alive()
         {
@@ -58,9 +58,11 @@ impl Raw {
 }
 
 /// What is in the table.
-pub(super) fn chains(capture: NftCapture, wanted: &Wanted, facts: &Facts) -> String {
+pub(super) fn chains(capture: NftCapture, wanted: &Wanted, facts: &Facts, record: Recorded) -> String {
     let mut text = set("raw4", "ipv4_addr", facts.raw_addresses.iter().filter(|address| address.is_ipv4()));
     text += &set("raw6", "ipv6_addr", facts.raw_addresses.iter().filter(|address| address.is_ipv6()));
+    // Of every caller: what an enrolled one left must not be another one's.
+    text += &owners::chains(record, "ip daddr . tcp dport @raw4", "ip6 daddr . tcp dport @raw6");
     text += "  chain take {\n";
     text += &take(capture, wanted);
     text += "  }\n  chain caller {\n";
@@ -164,7 +166,7 @@ mod tests {
     #[test]
     fn only_first_syns_of_enrolled_callers_are_taken() {
         for capture in [NftCapture::Tproxy, NftCapture::Redirect] {
-            let text = chains(capture, &asked(), &facts());
+            let text = chains(capture, &asked(), &facts(), Recorded { v4: true, v6: true });
             for line in [
                 "set raw4 { type ipv4_addr . inet_service; elements = { 10.0.0.1 . 8080, 10.96.3.7 . 80 }; }",
                 "set raw6 { type ipv6_addr . inet_service; elements = { fd00::3 . 80 }; }",
@@ -172,6 +174,7 @@ mod tests {
                 "meta skuid 998 meta mark & 0x00ff0000 == 0x004d0000 return",
                 "ct status & confirmed == confirmed return",
                 "meta skuid 1000 goto take",
+                "tcp flags syn / fin,syn,rst,ack ip daddr . tcp dport @raw4 jump record4",
                 "socket cgroupv2 level 2 \"unified/system.slice/web.service\" goto take",
             ] {
                 assert!(text.contains(line), "missing `{line}` in\n{text}");
@@ -182,7 +185,7 @@ mod tests {
 
     #[test]
     fn with_tproxy_the_fate_of_a_connection_is_in_its_conntrack_mark() {
-        let text = chains(NftCapture::Tproxy, &asked(), &facts());
+        let text = chains(NftCapture::Tproxy, &asked(), &facts(), Recorded::default());
         for line in [
             "ct direction original ct mark & 0x00ff0000 == 0x00b20000 meta mark set meta mark & 0xff00ffff | 0x00b20000 return",
             "ct mark set ct mark & 0xff00ffff | 0x00b20000",
