@@ -27,7 +27,7 @@ use crate::capture::{
 };
 use crate::config::{Config, identity_in};
 use crate::dns::{self, Vips};
-use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortWatch, Selector};
+use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortMemory, PortWatch, Selector};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
 use crate::proxy::{self, Listeners, Shared, Workers};
@@ -109,7 +109,11 @@ impl App {
             mark: Mark(config.capture.mark),
             directory: ArcSwap::from(directory.borrow().clone()),
             enrolment: ArcSwap::from_pointee(enrolment),
-            ports: PortWatch::default(),
+            ports: start!(
+                PortWatch::open(PortMemory::new(&config.state_dir)),
+                "{}: remove it to have the owners of enrolled ports learned anew",
+                PortMemory::new(&config.state_dir).path().display()
+            )?,
             tls: ArcSwap::from_pointee(tls),
             vips: vips.clone(),
             raw: ArcSwap::default(),

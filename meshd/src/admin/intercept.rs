@@ -11,6 +11,7 @@ use crate::capture::timer::{BootClock, Timer};
 use crate::capture::{
     Bypass, CaptureState, Chosen, Facts, Held, KeeperView, Live, PassedOver, Reverted, Wanted, unix_now,
 };
+use crate::enrol::PortMemory;
 
 /// `meshd intercept plan`.
 #[derive(Debug, Serialize)]
@@ -40,9 +41,15 @@ pub struct PlannedFlow {
 }
 
 impl InterceptPlan {
-    pub fn new(wanted: &Wanted, live: &Live, state: &CaptureState, chosen: &Chosen) -> InterceptPlan {
+    pub fn new(
+        wanted: &Wanted,
+        live: &Live,
+        state: &CaptureState,
+        memory: &PortMemory,
+        chosen: &Chosen,
+    ) -> InterceptPlan {
         let in_force = reduced(wanted, &state.bypass);
-        let facts = Facts::find(&in_force);
+        let facts = Facts::find(&in_force, memory);
         let hash = wanted.hash();
         let all = live
             .flows

@@ -291,9 +291,9 @@ impl View {
                 vec![(Vec::new(), self.renewals.last_success_unix().unwrap_or(0) as f64)],
             ),
             Exposition::counter(
-                "meshd_port_owner_changes",
-                "Times an enrolled port went from one unit to another",
-                vec![(Vec::new(), self.shared.ports.changes() as f64)],
+                "meshd_port_claims",
+                "Times others came to listen on an enrolled port whose owner does not; they are not taken for it",
+                vec![(Vec::new(), self.shared.ports.claims() as f64)],
             ),
             Exposition::gauge(
                 "meshd_source_services",

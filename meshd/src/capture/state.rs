@@ -17,6 +17,7 @@ use super::backend::BackendKind;
 use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Caller, Wanted};
+use crate::enrol::PortMemory;
 
 /// Thousands of strict ports; more is none of ours.
 const MAX_SIZE: u64 = 16 << 20;
@@ -204,6 +205,11 @@ impl StateFile {
         StateFile { path: state_dir.join("capture/state.json") }
     }
 
+    /// Whose the enrolled ports are is kept beside.
+    pub(super) fn port_memory(&self) -> PortMemory {
+        PortMemory::new(self.path.parent().and_then(Path::parent).unwrap_or(Path::new(".")))
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -340,6 +346,10 @@ pub struct Locked {
 }
 
 impl Locked {
+    pub(super) fn port_memory(&self) -> PortMemory {
+        self.file.port_memory()
+    }
+
     pub fn save(&self) -> Result<(), CaptureError> {
         if self._lock.is_none() && !self.file.path.parent().is_some_and(Path::is_dir) {
             // No daemon has run here yet, so there is nobody to tell.

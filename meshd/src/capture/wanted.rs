@@ -9,7 +9,7 @@ use data_encoding::HEXLOWER;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-use crate::enrol::{Cgroup, PortOwner, ScopePattern, find_cgroups, find_port_owners};
+use crate::enrol::{Cgroup, PortMemory, PortOwner, ScopePattern, find_cgroups, find_port_owners};
 
 /// The operator's intent, out of meshd.toml and enrol.d. Nothing in it changes by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -138,7 +138,7 @@ impl Wanted {
 pub struct Facts {
     /// Where the cgroup of each running unit is.
     pub cgroups: BTreeMap<String, Cgroup>,
-    /// Who listens on ports that stand for a caller.
+    /// Whose the ports are that stand for a caller.
     pub port_owners: BTreeMap<u16, PortOwner>,
     /// Raw addresses of services whose capture is asked for.
     pub raw_addresses: BTreeSet<SocketAddr>,
@@ -146,8 +146,8 @@ pub struct Facts {
 
 impl Facts {
     /// What is so at this moment.
-    pub fn find(wanted: &Wanted) -> Facts {
-        let port_owners = find_port_owners(&wanted.owned_ports());
+    pub fn find(wanted: &Wanted, memory: &PortMemory) -> Facts {
+        let port_owners = find_port_owners(&wanted.owned_ports(), memory);
         let owning = port_owners.values().filter_map(|owner| match owner {
             PortOwner::Unit(unit) => Some(&**unit),
             PortOwner::Uid(_) => None,

@@ -12,7 +12,9 @@ use clap::Args;
 use ipnet::IpNet;
 use meshd::admin::{self, AdminError, StatusView};
 use meshd::config::Config;
-use meshd::enrol::{self, CliFile, Enrolment, Mode, Ownership, PortOwners, Selector, ServeEntry, WorkloadEntry};
+use meshd::enrol::{
+    self, CliFile, Enrolment, Mode, Ownership, PortMemory, PortOwners, Selector, ServeEntry, WorkloadEntry,
+};
 use meshd_identity::{SpiffeId, TrustDomain};
 use meshd_pki_client::Agent;
 use serde::Serialize;
@@ -248,7 +250,7 @@ fn port_owners(files: &Files<'_>, file: &CliFile, selector: &Selector) -> anyhow
     let config = files.config;
     let then = enrol::load_as_if(&config.enrol_dir, (file.path(), &text), &files.trust_domain, &config.reserved())
         .context("nothing was changed")?;
-    let owners = PortOwners::look(&then).context("cannot see who listens")?;
+    let owners = PortOwners::look(&then, &PortMemory::new(&config.state_dir)).context("cannot see who listens")?;
     if owners.of(*port).is_conflict() {
         bail!("port {port}: {}; nothing was changed", owners.of(*port));
     }

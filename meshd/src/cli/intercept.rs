@@ -113,7 +113,7 @@ fn plan(path: &Path, output: Output) -> anyhow::Result<()> {
     let Planned { config, wanted, live } = planned(path)?;
     let state = StateFile::new(&config.state_dir).read()?;
     let chosen = capture::choose(config.capture.backend, &wanted)?;
-    let plan = InterceptPlan::new(&wanted, &live, &state, &chosen);
+    let plan = InterceptPlan::new(&wanted, &live, &state, &enrol::PortMemory::new(&config.state_dir), &chosen);
     match output {
         Output::Table => print!("{plan}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&plan)?),

@@ -5,6 +5,7 @@ mod cgroups;
 mod cli_file;
 mod entry;
 mod files;
+mod port_memory;
 mod ports;
 mod selector;
 
@@ -22,6 +23,7 @@ pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit};
 pub use cli_file::{CliFile, CliFileError};
 pub use entry::{ServeEntry, WorkloadEntry};
 pub use files::{EnrolError, Origin, Reserved, load, load_as_if};
+pub use port_memory::PortMemory;
 pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
 pub use selector::{ScopePattern, Selector, SelectorError};
 

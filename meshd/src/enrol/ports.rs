@@ -1,9 +1,9 @@
 //! Workloads known by the port they listen on: whose sockets those are, now and as long as they listen.
 //!
 //! A port is no proof of anything: whoever takes it first has it. So the owner is a unit, found by the cgroup the
-//! kernel wrote down when the socket was made; login sessions never count unless the operator says so; who was
-//! first stays, as long as it listens or nobody does; and a change of owner is logged and counted
-//! (docs/enrolment.md).
+//! kernel wrote down when the socket was made; login sessions never count unless the operator says so; and who was
+//! first stays the owner until the port is enrolled anew, whoever else comes to listen there, which is logged and
+//! counted (docs/enrolment.md).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use meshd_sys::sock_diag::{Listener, listeners};
 
-use super::{CgroupUnits, Enrolment, Selector, UnitLookup, Workload};
+use super::{CgroupUnits, Enrolment, PortMemory, Selector, UnitLookup, Workload};
 
 /// How often the kernel is asked who listens, at most.
 const REST: Duration = Duration::from_secs(1);
@@ -41,6 +41,11 @@ impl fmt::Display for PortOwner {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ownership {
     Owned(PortOwner),
+    /// Others listen where its owner did: none of them becomes it.
+    Claimed {
+        owner: PortOwner,
+        by: BTreeSet<PortOwner>,
+    },
     /// Nobody listens at the moment.
     Nobody,
     /// systemd listens for a socket unit: nobody knows for whom.
@@ -60,14 +65,14 @@ pub enum Ownership {
 impl Ownership {
     pub fn owner(&self) -> Option<&PortOwner> {
         match self {
-            Ownership::Owned(owner) => Some(owner),
+            Ownership::Owned(owner) | Ownership::Claimed { owner, .. } => Some(owner),
             _ => None,
         }
     }
 
     /// Whether an operator has to decide something.
     pub fn is_conflict(&self) -> bool {
-        matches!(self, Ownership::Several(_) | Ownership::Enrolled(..))
+        matches!(self, Ownership::Claimed { .. } | Ownership::Several(_) | Ownership::Enrolled(..))
     }
 }
 
@@ -75,6 +80,11 @@ impl fmt::Display for Ownership {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Ownership::Owned(owner) => owner.fmt(f),
+            Ownership::Claimed { owner, by } => write!(
+                f,
+                "{owner}, but {} there now and is not taken for it: if it should be, unenrol the port and enrol it again",
+                listen(by)
+            ),
             Ownership::Nobody => f.write_str("nobody listens yet"),
             Ownership::SocketActivated => f.write_str("owner unknown (systemd listens): enrol the unit"),
             Ownership::Session(session) => {
@@ -85,13 +95,15 @@ impl fmt::Display for Ownership {
             }
             Ownership::NoUnit => f.write_str("a process of no unit, or of one that has ended: enrol the unit"),
             Ownership::Root => f.write_str("a root process outside of all units: run it as a unit, and enrol that"),
-            Ownership::Several(owners) => {
-                let names: Vec<String> = owners.iter().map(ToString::to_string).collect();
-                write!(f, "{} listen there: enrol the units, one each", names.join(" and "))
-            }
+            Ownership::Several(owners) => write!(f, "{} there: enrol the units, one each", listen(owners)),
             Ownership::Enrolled(owner, by) => write!(f, "{owner} is enrolled already, as {by}: keep one of the two"),
         }
     }
+}
+
+fn listen(owners: &BTreeSet<PortOwner>) -> String {
+    let names: Vec<String> = owners.iter().map(ToString::to_string).collect();
+    format!("{} {}", names.join(" and "), if names.len() == 1 { "listens" } else { "listen" })
 }
 
 /// Who listens on `port`. Pure.
@@ -137,18 +149,32 @@ fn is_session(unit: &str) -> bool {
         || any_of(&["user@", "ssh@", "sshd@"]) && unit.ends_with(".service")
 }
 
-/// Who listens on each of `ports` at this moment, login sessions aside.
-pub fn find_port_owners(ports: &BTreeSet<u16>) -> BTreeMap<u16, PortOwner> {
+/// Whose each of `ports` is: whoever is remembered, or else listens at this moment, login sessions aside.
+pub fn find_port_owners(ports: &BTreeSet<u16>, memory: &PortMemory) -> BTreeMap<u16, PortOwner> {
     if ports.is_empty() {
         return BTreeMap::new();
     }
-    let Ok(listeners) = listeners() else { return BTreeMap::new() };
-    let mut units = CgroupUnits::discover();
-    let owner = |port: &u16| {
-        let found = ownership(&listeners, *port, false, |cgroup| units.unit_of(cgroup));
-        Some((*port, found.owner()?.clone()))
+    let mut known = match memory.read() {
+        Ok(known) => known,
+        Err(error) => {
+            // Whoever took a port must not profit from it: nobody's, until somebody looks.
+            tracing::warn!(path = %memory.path().display(), %error, "cannot read whose the enrolled ports are");
+            return BTreeMap::new();
+        }
     };
-    ports.iter().filter_map(owner).collect()
+    known.retain(|port, _| ports.contains(port));
+    if known.len() < ports.len()
+        && let Ok(listeners) = listeners()
+    {
+        let mut units = CgroupUnits::discover();
+        for port in ports {
+            let found = ownership(&listeners, *port, false, |cgroup| units.unit_of(cgroup));
+            if let Some(owner) = found.owner() {
+                known.entry(*port).or_insert_with(|| owner.clone());
+            }
+        }
+    }
+    known
 }
 
 /// The owners of all enrolled ports at one moment.
@@ -157,17 +183,22 @@ pub struct PortOwners(BTreeMap<u16, Ownership>);
 
 impl PortOwners {
     /// Asks the kernel now.
-    pub fn look(enrolment: &Enrolment) -> io::Result<PortOwners> {
+    pub fn look(enrolment: &Enrolment, memory: &PortMemory) -> io::Result<PortOwners> {
         if !enrolment.has_ports() {
             return Ok(PortOwners::default());
         }
-        Ok(PortOwners::judge(enrolment, &listeners()?, &mut CgroupUnits::discover()))
+        Ok(PortOwners::judge(enrolment, &listeners()?, &mut CgroupUnits::discover(), &memory.read()?))
     }
 
-    fn judge(enrolment: &Enrolment, listeners: &[Listener], units: &mut CgroupUnits) -> PortOwners {
+    fn judge(
+        enrolment: &Enrolment,
+        listeners: &[Listener],
+        units: &mut CgroupUnits,
+        remembered: &BTreeMap<u16, PortOwner>,
+    ) -> PortOwners {
         let judge = |(port, workload): (u16, &Arc<Workload>)| {
             let found = ownership(listeners, port, workload.user_sessions, |cgroup| units.unit_of(cgroup));
-            (port, unless_enrolled(enrolment, found))
+            (port, unless_enrolled(enrolment, staying(remembered.get(&port), found)))
         };
         PortOwners(enrolment.ports().map(judge).collect())
     }
@@ -184,23 +215,33 @@ impl PortOwners {
         };
         self.0.iter().find(|(_, found)| found.owner().is_some_and(owns)).map(|(port, _)| *port)
     }
+}
 
-    /// A unit that stops listening, say to restart, is still who it was; and whoever joins it on another address
-    /// of its port, which anybody can, takes nothing from it.
-    fn keeping(mut self, before: &PortOwners) -> PortOwners {
-        for (port, found) in &mut self.0 {
-            let Some(Ownership::Owned(known)) = before.0.get(port) else { continue };
-            let keeps = match found {
-                Ownership::Nobody | Ownership::Session(_) | Ownership::NoUnit => true,
-                Ownership::Several(owners) => owners.contains(known),
-                _ => false,
-            };
-            if keeps {
-                *found = Ownership::Owned(known.clone());
-            }
+/// A unit that stops listening, say to restart, is still who it was; and whoever listens in its stead, or beside it
+/// on another address of its port, which anybody can, takes nothing from it.
+fn staying(known: Option<&PortOwner>, found: Ownership) -> Ownership {
+    let Some(known) = known else { return found };
+    let owner = known.clone();
+    match found {
+        Ownership::Owned(other) if other != owner => Ownership::Claimed { owner, by: [other].into() },
+        Ownership::Several(others) if !others.contains(known) => Ownership::Claimed { owner, by: others },
+        Ownership::Several(_) | Ownership::Nobody | Ownership::Session(_) | Ownership::NoUnit => {
+            Ownership::Owned(owner)
         }
-        self
+        found => found,
     }
+}
+
+/// Whom every enrolled port belongs to from now on: who was first, until the port is enrolled no more.
+fn remembering(known: &BTreeMap<u16, PortOwner>, found: &PortOwners) -> BTreeMap<u16, PortOwner> {
+    let whose = |(port, found): (&u16, &Ownership)| {
+        let owner = known.get(port).or(match found {
+            Ownership::Owned(owner) => Some(owner),
+            _ => None,
+        });
+        Some((*port, owner?.clone()))
+    };
+    found.0.iter().filter_map(whose).collect()
 }
 
 /// One process, one workload: an owner that is enrolled by itself stays that.
@@ -211,7 +252,7 @@ fn unless_enrolled(enrolment: &Enrolment, found: Ownership) -> Ownership {
         None => None,
     };
     match (enrolled.map(|workload| workload.unit.clone()), found) {
-        (Some(by), Ownership::Owned(owner)) => Ownership::Enrolled(owner, by),
+        (Some(by), Ownership::Owned(owner) | Ownership::Claimed { owner, .. }) => Ownership::Enrolled(owner, by),
         (_, found) => found,
     }
 }
@@ -220,24 +261,33 @@ fn unless_enrolled(enrolment: &Enrolment, found: Ownership) -> Ownership {
 #[derive(Default)]
 pub struct PortWatch {
     owners: ArcSwap<PortOwners>,
-    asked: Mutex<Option<Asked>>,
-    changes: AtomicU64,
+    asked: Mutex<Asked>,
+    claims: AtomicU64,
+    memory: Option<PortMemory>,
 }
 
 /// When the kernel was last asked, and what helps asking it again.
+#[derive(Default)]
 struct Asked {
-    at: Instant,
-    units: CgroupUnits,
+    at: Option<Instant>,
+    units: Option<CgroupUnits>,
+    remembered: BTreeMap<u16, PortOwner>,
 }
 
 impl PortWatch {
+    /// One that remembers owners there.
+    pub fn open(memory: PortMemory) -> io::Result<PortWatch> {
+        let asked = Asked { remembered: memory.read()?, ..Asked::default() };
+        Ok(PortWatch { asked: Mutex::new(asked), memory: Some(memory), ..PortWatch::default() })
+    }
+
     pub fn owners(&self) -> Arc<PortOwners> {
         self.owners.load_full()
     }
 
-    /// Times an enrolled port went from one unit to another.
-    pub fn changes(&self) -> u64 {
-        self.changes.load(Ordering::Relaxed)
+    /// Times others came to listen on an enrolled port whose owner does not.
+    pub fn claims(&self) -> u64 {
+        self.claims.load(Ordering::Relaxed)
     }
 
     /// The workload of a process that is enrolled by no unit or uid of its own, but perhaps by a port it holds.
@@ -263,39 +313,53 @@ impl PortWatch {
     pub fn refresh_if_due(&self, enrolment: &Enrolment, now: Instant) {
         // Whoever holds the lock is asking for us.
         let Ok(mut asked) = self.asked.try_lock() else { return };
-        if asked.as_ref().is_some_and(|asked| now.saturating_duration_since(asked.at) < REST) {
+        if asked.at.is_some_and(|at| now.saturating_duration_since(at) < REST) {
             return;
         }
-        let units = asked.take().map_or_else(CgroupUnits::discover, |asked| asked.units);
-        let asked = asked.insert(Asked { at: now, units });
-        self.ask(enrolment, &mut asked.units);
+        asked.at = Some(now);
+        self.ask(enrolment, &mut asked);
     }
 
     /// Asks the kernel now: the enrolment is another one.
     pub fn refresh(&self, enrolment: &Enrolment) {
         if let Ok(mut asked) = self.asked.lock() {
-            let asked = asked.get_or_insert_with(|| Asked { at: Instant::now(), units: CgroupUnits::discover() });
-            self.ask(enrolment, &mut asked.units);
+            self.ask(enrolment, &mut asked);
         }
     }
 
-    fn ask(&self, enrolment: &Enrolment, units: &mut CgroupUnits) {
+    fn ask(&self, enrolment: &Enrolment, asked: &mut Asked) {
         if !enrolment.has_ports() {
             self.owners.store(Arc::default());
-            return;
+            return self.remember(asked, BTreeMap::new());
         }
         let found = match listeners() {
-            Ok(found) => PortOwners::judge(enrolment, &found, units),
+            Ok(found) => found,
             Err(error) => {
                 return tracing::warn!(%error, "the kernel does not answer who listens; owners of ports stay as known");
             }
         };
+        let units = asked.units.get_or_insert_with(CgroupUnits::discover);
+        let now = PortOwners::judge(enrolment, &found, units, &asked.remembered);
+        let remembered = remembering(&asked.remembered, &now);
+        self.remember(asked, remembered);
         let before = self.owners.load_full();
-        let now = found.keeping(&before);
         if now != *before {
             self.tell(&before, &now);
             self.owners.store(Arc::new(now));
         }
+    }
+
+    fn remember(&self, asked: &mut Asked, owners: BTreeMap<u16, PortOwner>) {
+        if asked.remembered == owners {
+            return;
+        }
+        if let Some(memory) = &self.memory
+            && let Err(error) = memory.write(&owners)
+        {
+            let path = memory.path().display();
+            tracing::error!(%path, %error, "cannot keep whose the enrolled ports are; it is known until meshd restarts");
+        }
+        asked.remembered = owners;
     }
 
     fn tell(&self, before: &PortOwners, now: &PortOwners) {
@@ -305,11 +369,11 @@ impl PortWatch {
                 continue;
             }
             match (earlier.owner(), found) {
-                (Some(was), Ownership::Owned(owner)) => {
-                    self.changes.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(port, %was, %owner, "another unit listens on an enrolled port and is that workload now");
+                (_, Ownership::Claimed { .. }) => {
+                    self.claims.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(port, owner = %found, "others listen on an enrolled port");
                 }
-                (None, Ownership::Owned(owner)) => {
+                (_, Ownership::Owned(owner)) => {
                     tracing::info!(port, %owner, "the owner of an enrolled port is known");
                 }
                 (_, Ownership::Nobody) => {}
@@ -402,37 +466,56 @@ mod tests {
         assert_eq!(owner_of_5432(&[listener("0.0.0.0:5432", 0, 9)]), Ownership::Root);
     }
 
-    #[test]
-    fn a_cgroup_that_is_gone_makes_nobody_the_owner_of_a_port_whose_unit_restarts() {
-        let before = PortOwners([(5432, Ownership::Owned(PortOwner::Unit("db.service".into())))].into());
-        let squatted = owner_of_5432(&[listener("0.0.0.0:5432", 1000, 9)]);
-        assert_eq!(squatted, Ownership::NoUnit);
-        let now = PortOwners([(5432, squatted)].into()).keeping(&before);
-        assert_eq!(now, before);
+    fn owned(unit: &str) -> Ownership {
+        Ownership::Owned(PortOwner::Unit(unit.into()))
+    }
+
+    /// What becomes of db's port when it is found like this.
+    fn after_db(found: Ownership) -> Ownership {
+        staying(Some(&PortOwner::Unit("db.service".into())), found)
     }
 
     #[test]
-    fn an_owner_that_restarts_stays_the_owner_and_another_one_replaces_it() {
-        let owned = |unit: &str| Ownership::Owned(PortOwner::Unit(unit.into()));
-        let before = PortOwners([(5432, owned("db.service"))].into());
-        let gone = PortOwners([(5432, Ownership::Nobody)].into()).keeping(&before);
-        assert_eq!(gone.port_of(Some(&"db.service".into()), None), Some(5432));
-        let other = PortOwners([(5432, owned("web.service"))].into()).keeping(&before);
-        assert_eq!(other.port_of(Some(&"db.service".into()), None), None);
-        let session = PortOwners([(5432, Ownership::Session("session-7.scope".into()))].into()).keeping(&before);
-        assert_eq!(session.port_of(Some(&"session-7.scope".into()), None), None);
+    fn a_cgroup_that_is_gone_makes_nobody_the_owner_of_a_port_whose_unit_restarts() {
+        let squatted = owner_of_5432(&[listener("0.0.0.0:5432", 1000, 9)]);
+        assert_eq!(squatted, Ownership::NoUnit);
+        assert_eq!(after_db(squatted), owned("db.service"));
+    }
+
+    #[test]
+    fn an_owner_that_restarts_stays_the_owner_whoever_is_quicker() {
+        for found in [Ownership::Nobody, Ownership::Session("session-7.scope".into()), owned("db.service")] {
+            assert_eq!(after_db(found), owned("db.service"));
+        }
+        let web = listener("0.0.0.0:5432", 33, 2);
+        let claimed = after_db(owner_of_5432(&[web]));
+        assert!(claimed.is_conflict() && claimed.to_string().contains("web.service listens there"), "{claimed}");
+        let owners = PortOwners([(5432, claimed)].into());
+        let port_of = |unit: &str| owners.port_of(Some(&unit.into()), None);
+        assert_eq!((port_of("db.service"), port_of("web.service")), (Some(5432), None));
+        // What only root can do ends it, for then nobody knows whose it is.
+        assert_eq!(after_db(Ownership::SocketActivated), Ownership::SocketActivated);
+    }
+
+    #[test]
+    fn who_was_first_is_remembered_until_the_port_is_enrolled_no_more() {
+        let found = |found| PortOwners([(5432, found)].into());
+        let first = remembering(&BTreeMap::new(), &found(owned("db.service")));
+        assert_eq!(first, [(5432, PortOwner::Unit("db.service".into()))].into());
+        for later in [Ownership::Nobody, Ownership::SocketActivated, after_db(owned("web.service"))] {
+            assert_eq!(remembering(&first, &found(later)), first);
+        }
+        assert_eq!(remembering(&first, &PortOwners::default()), BTreeMap::new());
+        assert_eq!(remembering(&BTreeMap::new(), &found(Ownership::Nobody)), BTreeMap::new());
     }
 
     #[test]
     fn listening_on_another_address_of_a_port_neither_wins_nor_takes_an_identity() {
-        let unit = |name: &str| PortOwner::Unit(name.into());
         let (owner, session) = (listener("0.0.0.0:5432", 26, 1), listener("127.0.0.3:5432", 1000, 4));
-        assert_eq!(owner_of_5432(&[session, owner]), Ownership::Owned(unit("db.service")));
+        assert_eq!(owner_of_5432(&[session, owner]), owned("db.service"));
         let systemd = listener("0.0.0.0:5432", 0, 3);
         assert_eq!(owner_of_5432(&[listener("127.0.0.3:5432", 33, 2), systemd]), Ownership::SocketActivated);
-        let before = PortOwners([(5432, Ownership::Owned(unit("db.service")))].into());
         let both = owner_of_5432(&[owner, listener("127.0.0.3:5432", 33, 2)]);
-        let now = PortOwners([(5432, both)].into()).keeping(&before);
-        assert_eq!(now.of(5432).owner(), Some(&unit("db.service")));
+        assert_eq!(after_db(both), owned("db.service"));
     }
 }
