@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use meshd_sys::sock_diag::{Listener, listeners};
+use meshd_sys::sock_dump::{Listener, listeners};
 
 use super::{CgroupUnits, Enrolment, PortMemory, Selector, UnitLookup, Workload};
 

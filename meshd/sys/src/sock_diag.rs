@@ -1,8 +1,6 @@
 //! Who opened this connection? One exact `NETLINK_SOCK_DIAG` request per connection, answered from
 //! the kernel's own hash table in 2-3 us whatever the number of sockets. Never a dump, never /proc.
 
-mod listeners;
-
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,8 +10,6 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-
-pub use listeners::{Listener, listeners};
 
 pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 pub(crate) const NLM_F_REQUEST: u16 = 1;

@@ -1,5 +1,6 @@
-//! Every TCP socket of this network namespace, in one dump: for showing an operator what a change would touch.
-//! Costs time and memory per socket of the host, so never on the path of a connection: that is `sock_diag`.
+//! Every TCP socket of this network namespace, or every listening one, in one dump. All of them cost time and memory
+//! per socket of the host, so never on the path of a connection: that is `sock_diag`. For listeners the kernel walks its
+//! table of those only.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,8 +12,8 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::sock_diag::{
-    INET_DIAG_MSG, NLM_F_REQUEST, NLMSG_ERROR, NLMSG_HEADER, SOCK_DIAG_BY_FAMILY, cgroup_attribute, truncated, u16_at,
-    u32_at,
+    INET_DIAG_MSG, NLM_F_REQUEST, NLMSG_ERROR, NLMSG_HEADER, SOCK_DIAG_BY_FAMILY, SocketOwner, cgroup_attribute,
+    truncated, u16_at, u32_at,
 };
 
 const NLM_F_DUMP: u16 = 0x300;
@@ -46,19 +47,41 @@ pub struct TcpSocket {
     pub cgroup: Option<u64>,
 }
 
+/// A socket somebody listens on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    pub address: SocketAddr,
+    /// Whoever made the socket: systemd for a socket-activated one.
+    pub owner: SocketOwner,
+}
+
 /// All of them, IPv4 and IPv6.
 pub fn tcp_sockets() -> io::Result<Vec<TcpSocket>> {
+    sockets_in(OPEN.iter().chain([&LISTEN]).map(|state| 1 << state).sum())
+}
+
+/// Those somebody listens on.
+pub fn listeners() -> io::Result<Vec<Listener>> {
+    let listener = |TcpSocket { local, uid, inode, cgroup, .. }| Listener {
+        address: local,
+        owner: SocketOwner { uid, inode, cgroup },
+    };
+    Ok(sockets_in(1 << LISTEN)?.into_iter().map(listener).collect())
+}
+
+/// `states`: a bit for each.
+fn sockets_in(states: u32) -> io::Result<Vec<TcpSocket>> {
     let netlink =
         socket(AddressFamily::Netlink, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
     setsockopt(&netlink, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
     let mut sockets = Vec::new();
-    dump(&netlink, AF_INET, &mut sockets)?;
-    dump(&netlink, AF_INET6, &mut sockets)?;
+    dump(&netlink, AF_INET, states, &mut sockets)?;
+    dump(&netlink, AF_INET6, states, &mut sockets)?;
     Ok(sockets)
 }
 
-fn dump(netlink: &OwnedFd, family: u8, sockets: &mut Vec<TcpSocket>) -> io::Result<()> {
-    let request = encode_request(family);
+fn dump(netlink: &OwnedFd, family: u8, states: u32, sockets: &mut Vec<TcpSocket>) -> io::Result<()> {
+    let request = encode_request(family, states);
     sendto(netlink.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
     let mut buffer = vec![0u8; BUFFER];
     loop {
@@ -69,7 +92,7 @@ fn dump(netlink: &OwnedFd, family: u8, sockets: &mut Vec<TcpSocket>) -> io::Resu
     }
 }
 
-fn encode_request(family: u8) -> [u8; REQUEST] {
+fn encode_request(family: u8, states: u32) -> [u8; REQUEST] {
     let mut request = [0u8; REQUEST];
     request[0..4].copy_from_slice(&(REQUEST as u32).to_ne_bytes());
     request[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
@@ -79,7 +102,6 @@ fn encode_request(family: u8) -> [u8; REQUEST] {
     let body = &mut request[NLMSG_HEADER..];
     body[0] = family;
     body[1] = 6; // IPPROTO_TCP
-    let states: u32 = OPEN.iter().chain([&LISTEN]).map(|state| 1u32 << state).sum();
     body[4..8].copy_from_slice(&states.to_ne_bytes());
     request
 }
@@ -144,6 +166,7 @@ fn ip(family: u8, field: &[u8]) -> io::Result<IpAddr> {
 mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
 
     #[test]
     fn listeners_and_both_ends_of_a_connection_are_in_the_dump() {
@@ -160,6 +183,30 @@ mod tests {
         assert_ne!(ours.inode, 0);
         assert!(sockets.iter().any(|socket| socket.local == at && socket.remote == from));
         drop(client);
+    }
+
+    #[test]
+    fn a_listener_is_found_with_its_owner_and_a_connection_is_not() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = TcpStream::connect(address).unwrap();
+        let inode = nix::sys::stat::fstat(listener.as_fd()).unwrap().st_ino;
+        let found = listeners().unwrap();
+        let ours: Vec<&Listener> = found.iter().filter(|found| found.address == address).collect();
+        assert_eq!(ours.len(), 1, "{ours:?}");
+        assert_eq!(u64::from(ours[0].owner.inode), inode);
+        assert_eq!(ours[0].owner.uid, nix::unistd::getuid().as_raw());
+        assert!(!found.iter().any(|found| found.address == client.local_addr().unwrap()));
+    }
+
+    #[test]
+    fn more_listeners_than_fit_one_message_are_all_found() {
+        let listeners_here: Vec<TcpListener> = (0..400).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let found = listeners().unwrap();
+        for listener in &listeners_here {
+            let address = listener.local_addr().unwrap();
+            assert!(found.iter().any(|found| found.address == address), "{address} is missing");
+        }
     }
 
     #[test]
