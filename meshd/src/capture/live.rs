@@ -29,7 +29,7 @@ pub fn look(wanted: &Wanted, session: Option<&str>) -> Result<Live, CaptureError
     let mut units = CgroupUnits::discover();
     let mut unit_of = |cgroup| match units.unit_of(cgroup) {
         UnitLookup::Unit(unit) => Some(unit),
-        UnitLookup::Unknown => None,
+        UnitLookup::Unknown | UnitLookup::NotLookedFor => None,
     };
     let ports = ssh_ports(&sockets, &mut unit_of);
     let lifeline = Lifeline { ports, session: session.and_then(Session::parse) };

@@ -7,8 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::ScopePattern;
+use super::walk_budget::WalkBudget;
 
 /// Where nft looks for the paths of cgroups.
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -23,6 +25,8 @@ pub enum UnitLookup {
     Unit(Arc<str>),
     /// Below no unit, or the cgroup is gone.
     Unknown,
+    /// Too many unknown cgroups lately: this one was not looked for, so it may be any unit's.
+    NotLookedFor,
 }
 
 /// The cgroup of a unit. A restarted unit has another one under the same path, hence the id.
@@ -55,6 +59,7 @@ pub struct CgroupUnits {
     /// None: a cgroup of the hierarchy that is below no unit.
     units: HashMap<u64, Option<Arc<str>>>,
     gone: HashSet<u64>,
+    budget: WalkBudget,
 }
 
 impl CgroupUnits {
@@ -65,13 +70,19 @@ impl CgroupUnits {
     }
 
     pub fn at(root: Option<PathBuf>) -> CgroupUnits {
-        CgroupUnits { root, units: HashMap::new(), gone: HashSet::new() }
+        CgroupUnits { root, units: HashMap::new(), gone: HashSet::new(), budget: WalkBudget::default() }
     }
 
-    /// Walks the hierarchy (about a millisecond) only for an id never seen before: a unit that just started.
+    /// Walks the hierarchy (about a millisecond) only for an id never seen before: a unit that just started. One walk
+    /// finds all that run, so with many unknown ids a few walks a second miss only what starts between two of them.
     pub fn unit_of(&mut self, cgroup: u64) -> UnitLookup {
         if !self.units.contains_key(&cgroup) && !self.gone.contains(&cgroup) {
+            let began = Instant::now();
+            if !self.budget.allows(began) {
+                return UnitLookup::NotLookedFor;
+            }
             self.walk();
+            self.budget.spend(began, began.elapsed());
             if !self.units.contains_key(&cgroup) {
                 self.remember_gone(cgroup);
             }
@@ -243,6 +254,20 @@ mod tests {
         assert_eq!(units.unit_of(42), UnitLookup::Unknown);
         let late = inode(root.path(), "system.slice/late.service");
         assert_eq!(units.unit_of(late), UnitLookup::Unit("late.service".into()));
+    }
+
+    #[test]
+    fn unknown_ids_without_end_are_not_walked_for_without_end_and_known_units_stay_known() {
+        let root = tempfile::tempdir().unwrap();
+        let web = inode(root.path(), "system.slice/web.service");
+        let mut units = CgroupUnits::at(Some(root.path().into()));
+        let known = UnitLookup::Unit("web.service".into());
+        assert_eq!(units.unit_of(web), known);
+        let now = Instant::now();
+        units.budget.spend(now, std::time::Duration::from_secs(60));
+        assert_eq!((units.unit_of(1 << 40), units.unit_of(web)), (UnitLookup::NotLookedFor, known));
+        // Not remembered as gone: it is looked for when there is time again.
+        assert!(units.gone.is_empty());
     }
 
     #[test]

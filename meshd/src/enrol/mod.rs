@@ -8,6 +8,7 @@ mod files;
 mod port_memory;
 mod ports;
 mod selector;
+mod walk_budget;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};

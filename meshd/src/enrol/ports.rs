@@ -120,6 +120,7 @@ fn ownership(
             Some(UnitLookup::Unit(unit)) if &*unit == "init.scope" => systemd = true,
             Some(UnitLookup::Unit(unit)) if is_session(&unit) && !user_sessions => session = Some(unit),
             Some(UnitLookup::Unit(unit)) => _ = owners.insert(PortOwner::Unit(unit)),
+            Some(UnitLookup::NotLookedFor) => no_unit = true,
             Some(UnitLookup::Unknown) | None if holder.owner.uid == 0 => root = true,
             Some(UnitLookup::Unknown) => no_unit = true,
             None => _ = owners.insert(PortOwner::Uid(holder.owner.uid)),

@@ -90,7 +90,15 @@ impl Identifier {
             }
         };
         if let Lookup::Owned(owner) = found {
-            let unit = owner.cgroup.and_then(|cgroup| self.unit_of(cgroup));
+            let unit = match owner.cgroup.map(|cgroup| self.units.borrow_mut().unit_of(cgroup)) {
+                Some(UnitLookup::Unit(unit)) => Some(unit),
+                Some(UnitLookup::Unknown) | None => None,
+                Some(UnitLookup::NotLookedFor) => {
+                    // Its user is no answer: the cgroup may be a unit's that is another workload.
+                    unknown.not_looked_for();
+                    return None;
+                }
+            };
             return Some(Owner { uid: owner.uid, unit, has_cgroup: owner.cgroup.is_some() });
         }
         let recorded = self.recorded(client, original);
@@ -112,13 +120,9 @@ impl Identifier {
             }
         };
         let Some(cgroup) = cgroup else { return Some(Owner { uid, unit: None, has_cgroup: false }) };
-        self.unit_of(cgroup).map(|unit| Owner { uid, unit: Some(unit), has_cgroup: true })
-    }
-
-    fn unit_of(&self, cgroup: u64) -> Option<Arc<str>> {
         match self.units.borrow_mut().unit_of(cgroup) {
-            UnitLookup::Unit(unit) => Some(unit),
-            UnitLookup::Unknown => None,
+            UnitLookup::Unit(unit) => Some(Owner { uid, unit: Some(unit), has_cgroup: true }),
+            UnitLookup::Unknown | UnitLookup::NotLookedFor => None,
         }
     }
 }

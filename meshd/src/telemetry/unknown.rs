@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// By the kernel's numbers (include/net/tcp_states.h); 0 is none of its states.
-const STATES: [&str; 14] = [
+const STATES: [&str; 15] = [
     "missing",
     "established",
     "syn_sent",
@@ -18,6 +18,7 @@ const STATES: [&str; 14] = [
     "closing",
     "new_syn_recv",
     "no_answer",
+    "not_looked_for",
 ];
 
 #[derive(Debug, Default)]
@@ -36,6 +37,11 @@ impl UnknownOwners {
 
     /// The kernel did not answer.
     pub fn no_answer(&self) {
+        self.count(STATES.len() - 2);
+    }
+
+    /// Its cgroup is one of too many that nobody knows.
+    pub fn not_looked_for(&self) {
         self.count(STATES.len() - 1);
     }
 
