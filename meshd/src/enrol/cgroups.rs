@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use super::ScopePattern;
@@ -65,8 +65,7 @@ pub struct CgroupUnits {
 impl CgroupUnits {
     /// Uses the cgroup-v2 hierarchy of this host, also where it is mounted beside v1.
     pub fn discover() -> CgroupUnits {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        CgroupUnits::at(cgroup2_mount(&mounts))
+        CgroupUnits::at(cgroup2().map(Path::to_owned))
     }
 
     pub fn at(root: Option<PathBuf>) -> CgroupUnits {
@@ -131,13 +130,23 @@ pub fn find_cgroups(units: &BTreeSet<&str>) -> BTreeMap<String, Cgroup> {
     if units.is_empty() {
         return found;
     }
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if let Some(root) = cgroup2_mount(&mounts) {
+    if let Some(root) = cgroup2() {
         let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let search = Search { root: &root, names: Names::of(units), own: own_cgroup(&own) };
-        search.descend(&root, MAX_DEPTH, &mut found);
+        let search = Search { root, names: Names::of(units), own: own_cgroup(&own) };
+        search.descend(root, MAX_DEPTH, &mut found);
     }
     found
+}
+
+/// Where the hierarchy is mounted. Looked for until found: the list of mounts is long where containers run.
+fn cgroup2() -> Option<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    if FOUND.get().is_none() {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        // Whoever else found it meanwhile found the same.
+        let _ = FOUND.set(cgroup2_mount(&mounts)?);
+    }
+    FOUND.get().map(PathBuf::as_path)
 }
 
 /// Names to look for, patterns apart.
