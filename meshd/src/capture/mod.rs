@@ -36,9 +36,10 @@ pub use backend::{
     Backend, BackendChoice, BackendKind, Capabilities, Chosen, ListenAt, PassedOver, can_enforce, choose,
 };
 pub use flow::{Flow, Recoverer, Recovery};
+pub use flows::{Lifeline, Session};
 pub use keeper::{Keeper, KeeperHandle, KeeperView};
 pub use ledger::{Book, PlainCaller, PortRecord, PublishedBook, Tally};
-pub use live::{Live, look, refuse_lockout};
+pub use live::{Live, lifeline, look, own_session, refuse_lockout};
 pub use owner::{OwnerReader, OwnerRecord, RecordedOwner};
 pub use state::{Applied, Bypass, CaptureState, Held, Reverted, StateFile, unix_now};
 pub use tool::CaptureError;

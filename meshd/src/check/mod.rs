@@ -28,6 +28,7 @@ pub use finding::{Finding, Verdict, worst};
 
 use crate::admin::{self, AdminError, StatusView};
 use crate::app;
+use crate::capture;
 use crate::config::Config;
 use crate::enrol::{self, EnrolError, Enrolment, Mode};
 use marks::OurMark;
@@ -85,7 +86,7 @@ pub async fn before_install(path: &Path) -> Vec<Finding> {
     findings.extend(rules::judge(&rules, config.proxy.mesh_listen.first().map_or(0, std::net::SocketAddr::port)));
     findings.push(marks(&config, &rules));
     findings.extend(ports::judge(listeners.as_deref(), &ports::wishes(&config)));
-    findings.push(ssh::judge(&ssh::SshFacts::gather(listeners.as_deref().unwrap_or_default()), &strict(&enrolment)));
+    findings.push(ssh::judge(capture::lifeline(capture::own_session()), &strict(&enrolment)));
     findings.extend(network::judge(&network::NetworkFacts::gather(), &config.capture));
     findings.extend(clock::judge(&clock::ClockFacts::gather(credentials.as_ref())));
     findings

@@ -75,7 +75,7 @@ fn planned(path: &Path) -> anyhow::Result<Planned> {
     let trust_domain = agent.watch().borrow().trust_domain.clone();
     let enrolment = enrol::load(&config.enrol_dir, &trust_domain, &config.reserved())?;
     let wanted = Wanted { daemon_uid: daemon_uid(&config)?, ..app::wanted(&config, &enrolment) };
-    let live = capture::look(&wanted, ssh_connection().as_deref())?;
+    let live = capture::look(&wanted, capture::own_session())?;
     capture::refuse_lockout(&enrolment, &wanted, &live)?;
     Ok(Planned { config, wanted, live })
 }
@@ -86,27 +86,6 @@ fn daemon_uid(config: &Config) -> anyhow::Result<u32> {
     of(config.admin_socket())
         .or_else(|_| of(config.identity_dir()))
         .with_context(|| format!("cannot look at {}; run this as root", config.identity_dir().display()))
-}
-
-/// The SSH session the command was typed in; sudo hides it from us, but not the shell before it.
-fn ssh_connection() -> Option<String> {
-    let mut pid = std::process::id();
-    while pid > 1 {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let session = environment.split(|byte| *byte == 0).find_map(|variable| {
-            std::str::from_utf8(variable).ok()?.strip_prefix("SSH_CONNECTION=").map(str::to_owned)
-        });
-        if session.is_some() {
-            return session;
-        }
-        pid = parent(pid)?;
-    }
-    None
-}
-
-fn parent(pid: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
 }
 
 fn plan(path: &Path, output: Output) -> anyhow::Result<()> {
