@@ -1,6 +1,7 @@
 //! `meshd probe`: a name as an enrolled unit sees it.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::host::Host;
@@ -34,13 +35,16 @@ fn ensure_says(finished: &Finished, exit: i32, facts: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A process in a host's unit of this name, as the kernel lists them; `name` is no other lab's.
-fn processes_of(program: &Process) -> Result<Vec<String>> {
+/// The cgroup of the unit a program runs in.
+fn cgroup_of(program: &Process) -> Result<PathBuf> {
     let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", program.pid()))?;
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup2")?;
-    let mounts = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
-    let found = mounts.iter().find_map(|mount| fs::read_to_string(format!("{mount}/{path}/cgroup.procs")).ok());
-    Ok(found.context("no such cgroup")?.lines().map(str::to_owned).collect())
+    let mut mounts = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().map(|mount| Path::new(mount).join(path));
+    mounts.find(|directory| directory.join("cgroup.procs").exists()).context("no such cgroup")
+}
+
+fn processes_of(program: &Process) -> Result<Vec<String>> {
+    Ok(fs::read_to_string(cgroup_of(program)?.join("cgroup.procs"))?.lines().map(str::to_owned).collect())
 }
 
 #[test]
@@ -108,4 +112,19 @@ fn a_probe_can_be_a_user_and_needs_root_a_daemon_and_a_unit_that_runs() -> Resul
     ensure_says(&user, 1, &["are you root?"])?;
     daemon.stop()?;
     ensure_says(&probe(&mesh, "uid:4711", PAYMENTS)?, 1, &["does meshd run?"])
+}
+
+#[test]
+fn a_probe_of_a_frozen_unit_ends_and_says_so() -> Result<()> {
+    let mesh = shop_without("web")?;
+    let unit = format!("{}.service", fresh("frozen"));
+    let running = occupy(&mesh.host("web"), &unit)?;
+    enrolled(&mesh, "web", &[&unit, "--as", "ns/shop/sa/checkout"])?;
+    let freezer = cgroup_of(&running)?.join("cgroup.freeze");
+    fs::write(&freezer, "1")?;
+    let frozen = probe(&mesh, &unit, PAYMENTS);
+    fs::write(&freezer, "0")?;
+    ensure_says(&frozen?, 1, &["said nothing", "is the unit frozen"])?;
+    ensure!(processes_of(&running)? == [running.pid().to_string()], "a probe stayed in the unit");
+    Ok(())
 }

@@ -6,13 +6,14 @@ mod names;
 mod show;
 
 use std::collections::BTreeSet;
-use std::io::{BufReader, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 use std::str::FromStr;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -24,9 +25,13 @@ use meshd::fault::Fault;
 use nix::unistd::{Uid, User};
 use serde::Serialize;
 
-use self::inside::{BIND, Event, GO, read_event};
+use self::inside::{BIND, DEADLINE, Event, GO, read_event};
 pub(crate) use self::inside::{ConnectArgs, connect};
 use super::{Output, on_runtime};
+
+/// The child ends within its own deadline, unless it does not run at all; starting and making a socket takes it
+/// milliseconds.
+const SILENCE: Duration = DEADLINE.saturating_add(Duration::from_secs(2));
 
 #[derive(Args)]
 pub(crate) struct ProbeArgs {
@@ -189,7 +194,8 @@ fn result(events: &[Event], outcome: Option<&ProbeOutcome>) -> String {
 struct Inside {
     child: Child,
     stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
+    /// What it tells, as it tells it.
+    told: Receiver<Result<Event>>,
     /// A cgroup of its own below the unit's, where the unit's takes no processes.
     leaf: Option<PathBuf>,
 }
@@ -209,7 +215,7 @@ impl Inside {
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             bail!("the probing process has no pipes");
         };
-        let mut inside = Inside { child, stdin, stdout: BufReader::new(stdout), leaf: None };
+        let mut inside = Inside { child, stdin, told: listen(BufReader::new(stdout)), leaf: None };
         if let Probed::Unit(unit) = caller {
             inside.enter(unit)?;
         }
@@ -237,7 +243,7 @@ impl Inside {
 
     fn bind(&mut self) -> Result<u16> {
         self.say(BIND)?;
-        match read_event(&mut self.stdout)? {
+        match self.hear()? {
             Some(Event::Bound { port }) => Ok(port),
             other => bail!("the probing process could not make a socket: {other:?}"),
         }
@@ -246,10 +252,23 @@ impl Inside {
     fn go(&mut self) -> Result<Vec<Event>> {
         self.say(GO)?;
         let mut events = Vec::new();
-        while let Some(event) = read_event(&mut self.stdout)? {
+        while let Some(event) = self.hear()? {
             events.push(event);
         }
         Ok(events)
+    }
+
+    /// None: it has ended.
+    fn hear(&self) -> Result<Option<Event>> {
+        match self.told.recv_timeout(SILENCE) {
+            Ok(event) => event.map(Some),
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => bail!(
+                "the probing process has said nothing for {} s: it does not get to run there; is the unit frozen \
+                 (`systemctl thaw UNIT`), or without CPU time (`systemctl show -p CPUQuotaPerSecUSec UNIT`)?",
+                SILENCE.as_secs()
+            ),
+        }
     }
 
     fn say(&mut self, line: &str) -> Result<()> {
@@ -266,6 +285,19 @@ impl Drop for Inside {
             let _ = std::fs::remove_dir(leaf);
         }
     }
+}
+
+/// On a thread of its own, as a pipe cannot be read with a deadline. It ends with the child.
+fn listen(mut lines: impl BufRead + Send + 'static) -> Receiver<Result<Event>> {
+    let (tell, told) = channel();
+    std::thread::spawn(move || {
+        while let Some(event) = read_event(&mut lines).transpose() {
+            if tell.send(event).is_err() {
+                return;
+            }
+        }
+    });
+    told
 }
 
 fn host_header(target: &Target) -> String {

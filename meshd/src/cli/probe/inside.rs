@@ -17,7 +17,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::super::on_runtime;
 
 /// For the whole of it; a mesh answers in milliseconds, an application should.
-const DEADLINE: Duration = Duration::from_secs(15);
+pub(super) const DEADLINE: Duration = Duration::from_secs(15);
 /// A server that speaks first does it at once.
 const GREETING: Duration = Duration::from_secs(1);
 /// Of what the far side says, as much is shown.
