@@ -6,6 +6,7 @@ mod config;
 mod forward;
 pub mod integrate;
 mod resolv_conf;
+mod shares;
 mod upstream;
 mod vips;
 mod zone;
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
 use meshd_discovery::Directory;
+use meshd_sys::sock_diag::SocketDiag;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
@@ -29,6 +31,7 @@ pub use zone::{Zone, ZoneError};
 
 use answer::{Knowledge, Reply};
 use forward::{Failure, Forwarder, Over};
+use shares::{Client, Shares};
 use upstream::{HostFiles, Upstreams};
 use zone::Zones;
 
@@ -37,6 +40,8 @@ use crate::telemetry::{DnsOutcome, Telemetry};
 /// A query is one name and a few options.
 const MAX_QUERY: usize = 4096;
 const MAX_CONNECTIONS: usize = 64;
+/// Of one client. A stub resolver asks for all programs of a host, by few connections at a time.
+const MAX_CONNECTIONS_OF_ONE: usize = MAX_CONNECTIONS / 4;
 const MAX_QUERIES_PER_CONNECTION: usize = 1024;
 /// RFC 7766 6.2.3: a server may close when idle; local clients ask at once.
 const IDLE: Duration = Duration::from_secs(2);
@@ -136,6 +141,9 @@ async fn send(socket: &UdpSocket, answer: &[u8], peer: SocketAddr) {
 
 async fn serve_tcp(listener: TcpListener, responder: Arc<Responder>) {
     let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let shares = Shares::of(MAX_CONNECTIONS_OF_ONE);
+    // Without it, all of this host are one client.
+    let mut diag = SocketDiag::open().ok();
     let mut connections = JoinSet::new();
     loop {
         // Beyond the limit clients wait in the kernel's queue.
@@ -143,9 +151,11 @@ async fn serve_tcp(listener: TcpListener, responder: Arc<Responder>) {
         match listener.accept().await {
             Ok((stream, peer)) => {
                 let responder = responder.clone();
+                let local = stream.local_addr().unwrap_or(peer);
+                let Some(share) = shares.take(Client::of(diag.as_mut(), peer, local)) else { continue };
                 connections.spawn(async move {
                     let _ = serve_connection(stream, peer, &responder).await; // a client that goes away is no news
-                    drop(permit);
+                    drop((permit, share));
                 });
             }
             Err(error) => pause("accept", &error).await,

@@ -120,17 +120,26 @@ async fn an_idle_tcp_connection_is_closed_after_two_seconds() {
 }
 
 #[tokio::test]
-async fn idle_connections_up_to_the_limit_hold_up_tcp_but_not_udp() {
+async fn a_client_with_its_share_of_connections_gets_no_more_until_one_ends() {
     let server = start().await;
-    let mut idle = Vec::new();
-    for _ in 0..MAX_CONNECTIONS + 4 {
-        idle.push(TcpStream::connect(server.tcp).await.unwrap());
+    let mut held = Vec::new();
+    for _ in 0..MAX_CONNECTIONS_OF_ONE {
+        let mut stream = TcpStream::connect(server.tcp).await.unwrap();
+        // Answered, so it was accepted.
+        stream.write_all(&framed(&question("web.shop.mesh."))).await.unwrap();
+        assert_eq!(receive(&mut stream).await.answers.len(), 1);
+        held.push(stream);
     }
+    let mut one_more = TcpStream::connect(server.tcp).await.unwrap();
+    assert_eq!(one_more.read(&mut [0; 16]).await.unwrap_or(0), 0);
     assert_eq!(ask_udp(&server, &question("web.shop.mesh.")).await.answers.len(), 1);
-    let (mut last, rest) = (idle.pop().unwrap(), idle);
-    last.write_all(&framed(&question("web.shop.mesh."))).await.unwrap();
-    drop(rest);
-    assert_eq!(receive(&mut last).await.answers.len(), 1);
+
+    let mut ended = held.pop().unwrap();
+    ended.shutdown().await.unwrap();
+    assert_eq!(ended.read(&mut [0; 16]).await.unwrap_or(0), 0);
+    let mut next = TcpStream::connect(server.tcp).await.unwrap();
+    next.write_all(&framed(&question("web.shop.mesh."))).await.unwrap();
+    assert_eq!(receive(&mut next).await.answers.len(), 1);
 }
 
 /// A server of the host that answers everything with one address, over UDP and TCP.
