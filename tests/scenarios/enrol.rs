@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use meshd_tests::backend;
 use meshd_tests::lab::Lab;
 use meshd_tests::load::{self, LoadReport};
-use meshd_tests::mesh::Mesh;
+use meshd_tests::mesh::{Mesh, STRAY_UID};
 use meshd_tests::plan::{Plan, enrolment};
 use meshd_tests::process::{Finished, Process, Program};
 use meshd_tests::wait::until;
@@ -126,6 +126,13 @@ fn enrol_touches_no_other_file_and_changes_nothing_when_it_cannot_hold() -> Resu
     let elsewhere = enrol(&mesh, "web", &[who, "--as", CHECKOUT])?;
     ensure_not_done(&elsewhere, "harness.toml:1")?;
     ensure_not_done(&daemon.run(&["unenrol", who])?, "harness.toml:1")?;
+    let user =
+        Program::new(mesh.host("web").binary("meshd")).args(["enrol", "--list", "--config"]).arg(daemon.config());
+    let unreadable = mesh.host("web").run(&user.unit("shell.service").uid(STRAY_UID))?;
+    ensure_not_done(&unreadable, "run this as root")?;
+    ensure!(!unreadable.stderr.contains("meshd join"), "{unreadable:?}");
+    let forged = ["x.service", "--as", CHECKOUT, "--serve", "x.shop:80=127.0.0.1:9", "--client-address", "proxy-v2"];
+    ensure_not_done(&enrol(&mesh, "web", &forged)?, "set mode = \"strict\"")?;
     let loops = ["x.service", "--as", CHECKOUT, "--serve", "x.shop:80=127.0.0.1:15008"];
     ensure_not_done(&enrol(&mesh, "web", &loops)?, "meshd's own listeners")?;
     ensure!(!ours.exists(), "something was written");

@@ -9,18 +9,19 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
 use meshd::admin::{self, AdminError, StatusView};
 use meshd::config::Config;
 use meshd::enrol::{
-    self, CliFile, Enrolment, Mode, Ownership, PortMemory, PortOwners, Selector, ServeEntry, WorkloadEntry,
+    self, CliFile, ClientAddress, Enrolment, Mode, Ownership, PortMemory, PortOwners, Selector, ServeEntry,
+    WorkloadEntry,
 };
 use meshd_identity::{SpiffeId, TrustDomain};
-use meshd_pki_client::Agent;
 use serde::Serialize;
 
 use super::intercept::DAEMON_TIMEOUT;
-use super::{Output, on_runtime};
+use super::{Output, on_runtime, trust_domain};
 
 /// How long the PKI's answer for a new identity is waited for.
 const CERTIFICATE: Duration = Duration::from_secs(5);
@@ -61,6 +62,9 @@ pub(crate) struct EnrolArgs {
     /// With --strict: a network that may still call them in clear. May be given more than once.
     #[arg(long, value_name = "CIDR", requires = "strict")]
     plaintext_from: Vec<IpNet>,
+    /// What the applications of --serve learn of their callers; `proxy-v2` takes --strict, too.
+    #[arg(long, value_name = "HOW", default_value = "none", value_parser = client_address(), requires = "serve")]
+    client_address: ClientAddress,
     /// With --port: also when a login session listens there.
     #[arg(long, requires = "port")]
     user_sessions: bool,
@@ -69,6 +73,14 @@ pub(crate) struct EnrolArgs {
     list: bool,
     #[arg(short, long, value_enum, default_value_t, requires = "list")]
     output: Output,
+}
+
+fn client_address() -> impl TypedValueParser<Value = ClientAddress> {
+    PossibleValuesParser::new(["none", "proxy-v2", "transparent"]).map(|word| match word.as_str() {
+        "proxy-v2" => ClientAddress::ProxyV2,
+        "transparent" => ClientAddress::Transparent,
+        _ => ClientAddress::None,
+    })
 }
 
 #[derive(Args)]
@@ -115,9 +127,7 @@ struct Files<'a> {
 
 impl Files<'_> {
     fn of(config: &Config) -> anyhow::Result<Files<'_>> {
-        let agent = Agent::open(&config.identity_dir()).context("this host has no identity yet")?;
-        let trust_domain = agent.watch().borrow().trust_domain.clone();
-        Ok(Files { config, trust_domain })
+        Ok(Files { config, trust_domain: trust_domain(config)? })
     }
 
     fn now(&self) -> anyhow::Result<Enrolment> {
@@ -232,7 +242,7 @@ fn entry(selector: &Selector, identity: &SpiffeId, args: &EnrolArgs) -> Workload
         mode: if args.strict { Mode::Strict } else { Mode::Permissive },
         local_ok: args.local_ok.clone(),
         plaintext_from: args.plaintext_from.clone(),
-        ..ServeEntry::default()
+        client_address: args.client_address,
     });
     WorkloadEntry {
         user_sessions: args.user_sessions,
@@ -347,7 +357,38 @@ impl fmt::Display for Row {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    #[derive(clap::Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: EnrolArgs,
+    }
+
+    #[test]
+    fn how_callers_are_shown_is_written_like_in_the_files() {
+        let words = ["enrol", "web.service", "--as", "ns/shop/sa/web", "--serve", "web.shop:80=127.0.0.1:8080"];
+        let parsed = |more: &[&str]| Command::try_parse_from([&words[..], more].concat());
+        for (word, meant) in [
+            ("none", ClientAddress::None),
+            ("proxy-v2", ClientAddress::ProxyV2),
+            ("transparent", ClientAddress::Transparent),
+        ] {
+            let command = parsed(&["--client-address", word]).unwrap();
+            assert_eq!(command.args.client_address, meant);
+            let selector = Selector::unit("web.service").unwrap();
+            let identity = "spiffe://shop.test/ns/shop/sa/web".parse().unwrap();
+            let entry = entry(&selector, &identity, &command.args);
+            assert_eq!(entry.serve[0].get_ref().client_address, meant);
+        }
+        assert_eq!(parsed(&[]).unwrap().args.client_address, ClientAddress::None);
+        let wrong = parsed(&["--client-address", "proxy"]).err().unwrap().to_string();
+        assert!(wrong.contains("[possible values: none, proxy-v2, transparent]"), "{wrong}");
+        let nothing_served = ["enrol", "web.service", "--as", "ns/shop/sa/web", "--client-address", "transparent"];
+        assert!(Command::try_parse_from(nothing_served).is_err());
+    }
 
     #[test]
     fn what_is_served_may_leave_the_address_out() {

@@ -14,9 +14,8 @@ use meshd::capture::{self, StateFile, Wanted, timer};
 use meshd::config::Config;
 use meshd::dns;
 use meshd::enrol;
-use meshd_pki_client::Agent;
 
-use super::{Output, on_runtime, run, time};
+use super::{Output, on_runtime, run, time, trust_domain};
 
 /// A daemon that does not answer within this time is treated as one that is not there.
 pub(super) const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
@@ -71,9 +70,7 @@ struct Planned {
 
 fn planned(path: &Path) -> anyhow::Result<Planned> {
     let config = Config::load(path)?;
-    let agent = Agent::open(&config.identity_dir())?;
-    let trust_domain = agent.watch().borrow().trust_domain.clone();
-    let enrolment = enrol::load(&config.enrol_dir, &trust_domain, &config.reserved())?;
+    let enrolment = enrol::load(&config.enrol_dir, &trust_domain(&config)?, &config.reserved())?;
     let wanted = Wanted { daemon_uid: daemon_uid(&config)?, ..app::wanted(&config, &enrolment) };
     let live = capture::look(&wanted, capture::own_session())?;
     capture::refuse_lockout(&enrolment, &wanted, &live)?;

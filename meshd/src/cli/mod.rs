@@ -9,10 +9,14 @@ pub(crate) mod ledger;
 pub(crate) mod probe;
 pub(crate) mod run;
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
+use meshd::config::Config;
+use meshd_identity::TrustDomain;
+use meshd_pki_client::{Agent, StoreError};
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
@@ -39,6 +43,16 @@ pub(crate) fn time(text: &str) -> anyhow::Result<Duration> {
         _ => anyhow::bail!(wrong()),
     };
     Ok(Duration::from_secs(number.checked_mul(seconds).with_context(wrong)?))
+}
+
+/// What this host has joined, as its identity says.
+pub(crate) fn trust_domain(config: &Config) -> anyhow::Result<TrustDomain> {
+    let agent = Agent::open(&config.identity_dir()).map_err(|error| match &error {
+        StoreError::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied => anyhow::Error::new(error)
+            .context("only root and meshd's user may read this host's identity: run this as root"),
+        _ => error.into(),
+    })?;
+    Ok(agent.watch().borrow().trust_domain.clone())
 }
 
 #[cfg(test)]
