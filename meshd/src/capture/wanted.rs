@@ -12,6 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::enrol::{Cgroup, PortMemory, PortOwner, ScopePattern, find_cgroups, find_port_owners};
 
 /// The operator's intent, out of meshd.toml and enrol.d. Nothing in it changes by itself.
+///
+/// Its JSON is hashed, and confirmations are by hash: a field that is added here or to `StrictPort` has
+/// `#[serde(default, skip_serializing_if = ...)]` and is left out where it asks for nothing. An upgrade must not take
+/// back plans that operators confirmed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Wanted {
     /// Virtual IPs of services: captured for everybody.
@@ -202,6 +206,33 @@ pub(super) mod tests {
         assert_eq!(one.hash(), wanted().hash());
         other.permissive.insert(8080);
         assert_ne!(one.hash(), other.hash());
+    }
+
+    #[test]
+    fn a_plan_that_was_confirmed_stays_confirmed_after_an_upgrade() {
+        let owner = Caller::Unit("payments.service".into());
+        let strict = StrictPort {
+            port: 8080,
+            local: [owner.clone(), Caller::Uid(997), Caller::Port(9090)].into(),
+            owner,
+            plaintext_from: ["10.9.0.0/24".parse().unwrap()].into(),
+        };
+        let everything = Wanted {
+            strict: [strict].into(),
+            permissive: [2525].into(),
+            raw_callers: [Caller::Uid(1001)].into(),
+            transparent: ["127.0.0.1:8081".parse().unwrap()].into(),
+            ..wanted()
+        };
+        let found = [wanted().hash(), everything.hash()];
+        assert_eq!(
+            found,
+            ["9682173e6f5cf13c", "085019c85fe95e79"],
+            "the same plan has another hash than in earlier releases, so every plan operators confirmed would be taken \
+             back by the next `meshd intercept apply`. Give what you added to Wanted or StrictPort a default and \
+             skip_serializing_if; do not rename, reorder or remove fields. Only if what is in force really changes for \
+             everybody, pin the new hashes here and tell it in CHANGELOG.md"
+        );
     }
 
     #[test]
