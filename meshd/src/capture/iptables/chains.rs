@@ -83,9 +83,11 @@ impl Table {
         jumps && self.chains.iter().all(|chain| ours.rules_of(chain.name) == chain.rules.len())
     }
 
-    /// The same without the jumps, under names of its own: nothing ever gets there.
+    /// The same without the jumps, under names of its own: nothing ever gets there. Of this process alone, as the
+    /// daemon and a command may try at the same time; a chain's name has at most 28 characters, this 26.
     pub(super) fn scratch(&self) -> String {
-        self.transaction(std::iter::empty()).replace(PREFIX, SCRATCH_PREFIX)
+        let ours_alone = format!("{SCRATCH_PREFIX}{}_", std::process::id());
+        self.transaction(std::iter::empty()).replace(PREFIX, &ours_alone)
     }
 
     pub(super) fn scratch_removal(&self) -> String {
@@ -246,8 +248,9 @@ COMMIT
     fn what_a_probe_tries_is_out_of_every_packets_way() {
         for table in tables(Family::V4, &wanted(), &Facts::default()) {
             let text = table.scratch();
-            assert!(text.contains("-A MESHD_TRY_OUTPUT") && !text.contains("-I "), "{text}");
-            assert!(table.scratch_removal().contains("-X MESHD_TRY_OUTPUT"), "{}", table.scratch_removal());
+            let output = format!("MESHD_TRY_{}_OUTPUT", std::process::id());
+            assert!(text.contains(&format!("-A {output}")) && !text.contains("-I "), "{text}");
+            assert!(table.scratch_removal().contains(&format!("-X {output}")), "{}", table.scratch_removal());
             assert_eq!(text.matches(PREFIX).count(), text.matches(SCRATCH_PREFIX).count(), "{text}");
         }
     }
