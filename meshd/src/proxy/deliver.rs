@@ -1,6 +1,7 @@
 //! DELIVER: from a peer's target to a row of this host's own delivery table, and on to the application.
 //! Everything else is refused: a host is never an open proxy.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -47,8 +48,17 @@ pub(super) struct Caller<'a> {
 /// The application, connected.
 pub(super) struct Delivered {
     pub app: TcpStream,
-    /// It asked to see the caller's address and sees ours.
-    pub hidden: bool,
+    /// It asked to see the caller's address and sees ours: why.
+    pub hidden: Option<Hidden>,
+}
+
+/// Why an application cannot see its caller's address.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Hidden {
+    #[error("the caller has an address of the other family; let the application listen on that, too")]
+    OtherFamily,
+    #[error("the kernel lets meshd not connect from the caller's address: {0}")]
+    NotAllowed(io::Error),
 }
 
 /// Connects to the application; only with a permit.
@@ -60,16 +70,16 @@ pub(super) async fn connect(
 ) -> Result<Delivered, Fault> {
     let to = delivery.deliver;
     match delivery.client_address {
-        ClientAddress::None => plain(dialer, to, false).await,
+        ClientAddress::None => plain(dialer, to, None).await,
         ClientAddress::ProxyV2 => announced(dialer, to, caller).await,
         ClientAddress::Transparent => match transparent(dialer, to, caller.address.ip().to_canonical()).await {
-            Some(connected) => Ok(Delivered { app: connected?, hidden: false }),
-            None => plain(dialer, to, true).await,
+            Ok(connected) => Ok(Delivered { app: connected?, hidden: None }),
+            Err(hidden) => plain(dialer, to, Some(hidden)).await,
         },
     }
 }
 
-async fn plain(dialer: &Dialer, to: SocketAddr, hidden: bool) -> Result<Delivered, Fault> {
+async fn plain(dialer: &Dialer, to: SocketAddr, hidden: Option<Hidden>) -> Result<Delivered, Fault> {
     Ok(Delivered { app: dialer.tcp(to).await?, hidden })
 }
 
@@ -77,13 +87,12 @@ async fn announced(dialer: &Dialer, to: SocketAddr, caller: &Caller<'_>) -> Resu
     let mut app = dialer.tcp(to).await?;
     let header = proxy_protocol::header(caller.address, to, caller.id);
     app.write_all(&header).await.map_err(|_| Fault::AppReset)?;
-    Ok(Delivered { app, hidden: false })
+    Ok(Delivered { app, hidden: None })
 }
 
-/// None where an application cannot see that address, whatever we do.
-async fn transparent(dialer: &Dialer, to: SocketAddr, source: IpAddr) -> Option<Result<TcpStream, Fault>> {
+async fn transparent(dialer: &Dialer, to: SocketAddr, source: IpAddr) -> Result<Result<TcpStream, Fault>, Hidden> {
     if source.is_ipv4() != to.is_ipv4() {
-        return None;
+        return Err(Hidden::OtherFamily);
     }
-    dialer.tcp_from(source, to).await
+    dialer.tcp_from(source, to).await.map_err(Hidden::NotAllowed)
 }

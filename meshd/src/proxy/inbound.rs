@@ -198,20 +198,20 @@ async fn accept_target(env: &Env, peer: &PeerFacts, target: Target, report: &mut
     let caller = deliver::Caller { id: &peer.id, address: peer.address };
     let delivered = deliver::connect(&env.dialer, &delivery, &caller, permit).await?;
     report.connected(delivery.deliver, Tls::Mutual);
-    if delivered.hidden {
-        tell_hidden(env, peer, &delivery);
+    if let Some(why) = &delivered.hidden {
+        tell_hidden(env, peer, &delivery, why);
     }
     Ok(delivered.app)
 }
 
 /// The application asked for the caller's address and cannot have it.
-fn tell_hidden(env: &Env, peer: &PeerFacts, delivery: &Delivery) {
+fn tell_hidden(env: &Env, peer: &PeerFacts, delivery: &Delivery, why: &deliver::Hidden) {
     env.shared.telemetry.hidden_callers.fetch_add(1, Ordering::Relaxed);
     if env.may_log(&format!("hidden caller of {}", delivery.deliver)) {
         let (caller, deliver, service) = (peer.address.ip(), delivery.deliver, &delivery.service);
-        tracing::warn!(%service, %caller, %deliver,
-            "`client_address = \"transparent\"` needs addresses of one family: this host seems to call itself; \
-             let the application listen on the caller's family, too, or use `proxy-v2`");
+        tracing::warn!(%service, %caller, %deliver, %why,
+            "the application asked for its caller's address (`client_address = \"transparent\"`) and sees this host's; \
+             `proxy-v2` shows every caller");
     }
 }
 

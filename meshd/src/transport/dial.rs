@@ -1,5 +1,6 @@
 //! Opens connections: marked TCP, mutual TLS, HTTP/2.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -72,14 +73,14 @@ impl Dialer {
         self.connect(self.socket(address)?, address).await
     }
 
-    /// The same, seeming to come from `source`; None where this host may not speak for it.
-    pub async fn tcp_from(&self, source: IpAddr, address: SocketAddr) -> Option<Result<TcpStream, Fault>> {
+    /// The same, seeming to come from `source`; the outer error where this host may not speak for it.
+    pub async fn tcp_from(&self, source: IpAddr, address: SocketAddr) -> io::Result<Result<TcpStream, Fault>> {
         let socket = match self.socket(address) {
             Ok(socket) => socket,
-            Err(fault) => return Some(Err(fault)),
+            Err(fault) => return Ok(Err(fault)),
         };
-        sockets::speak_for(&socket, source).ok()?;
-        Some(self.connect(socket, address).await)
+        sockets::speak_for(&socket, source)?;
+        Ok(self.connect(socket, address).await)
     }
 
     fn socket(&self, address: SocketAddr) -> Result<Socket, Fault> {
@@ -96,7 +97,7 @@ impl Dialer {
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
         match timeout(self.connect_timeout, connecting).await {
             Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) if error.kind() == std::io::ErrorKind::TimedOut => Err(Fault::ConnectTimeout),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Err(Fault::ConnectTimeout),
             Ok(Err(_)) => Err(Fault::ConnectRefused),
             Err(_) => Err(Fault::ConnectTimeout),
         }
@@ -179,7 +180,7 @@ async fn handshake(config: ClientConfig, key: &PoolKey, socket: TcpStream) -> Re
 }
 
 /// Which fault a broken handshake is, ours or as told by the peer's alert.
-pub fn tls_fault(error: &std::io::Error) -> Fault {
+pub fn tls_fault(error: &io::Error) -> Fault {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(rustls::Error::InvalidCertificate(reason)) => match reason {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Fault::CertExpired,
