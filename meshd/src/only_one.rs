@@ -55,6 +55,12 @@ impl OnlyOne {
     }
 }
 
+/// The process of the meshd of this host, also when it hangs. Whoever owns `state_dir` is meshd's user.
+pub fn running(state_dir: &Path) -> Option<i32> {
+    let service = std::fs::metadata(state_dir).map_or(0, |found| found.uid());
+    holder(NAME).filter(|holder| holder.is_meshd(service)).map(|holder| holder.pid)
+}
+
 fn lock_directory(run_dir: &Path) -> Result<File, OnlyOneError> {
     let path = run_dir.join("meshd.lock");
     let failed = |source| OnlyOneError::File { path: path.clone(), source };
@@ -94,13 +100,17 @@ struct Holder {
     uid: u32,
 }
 
-/// Only root, our own user and that of the service run another meshd, and each answers. Anybody may bind the name, and not listen,
-/// or let the queue fill up.
+impl Holder {
+    /// Only root, our own user and that of the service run a meshd.
+    fn is_meshd(&self, service: u32) -> bool {
+        [0, service, nix::unistd::getuid().as_raw()].contains(&self.uid)
+    }
+}
+
+/// Each meshd answers. Anybody may bind the name, and not listen, or let the queue fill up.
 fn judge(holder: Option<Holder>, service: u32) -> Result<Option<UnixListener>, OnlyOneError> {
     match holder {
-        Some(Holder { pid, uid }) if [0, service, nix::unistd::getuid().as_raw()].contains(&uid) => {
-            Err(OnlyOneError::SameNamespace { pid })
-        }
+        Some(holder) if holder.is_meshd(service) => Err(OnlyOneError::SameNamespace { pid: holder.pid }),
         Some(Holder { pid, uid }) => {
             tracing::warn!(pid, uid, "the abstract socket `meshd` is taken by a process that is no meshd; ignored");
             Ok(None)

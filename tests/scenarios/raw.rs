@@ -246,3 +246,19 @@ fn raw_addresses_go_direct_at_once_when_meshd_is_killed() -> Result<()> {
     ensure!(!rules.contains("fwmark"), "a revert left a rule of raw addresses:\n{rules}");
     Ok(())
 }
+
+#[test]
+fn a_revert_tells_that_a_hung_meshd_still_captures_raw_addresses() -> Result<()> {
+    let mesh = start(&["checkout"])?;
+    let daemon = mesh.daemon("web");
+    let pid = daemon.pid()?;
+    daemon.stand_still()?;
+    let told = daemon.run(&["intercept", "revert"])?;
+    ensure!(told.exit_code() == Some(1) && told.stderr.contains(&format!("kill -KILL {pid}")), "{told:?}");
+    ensure!(raw_table(&mesh).is_some(), "nothing is held, so nothing is shown");
+    daemon.kill()?;
+    daemon.run(&["intercept", "revert"])?.expect_success("meshd intercept revert after it was killed")?;
+    ensure!(raw_table(&mesh).is_none(), "the raw table is still there");
+    ensure!(get(&mesh, "checkout", &raw_url(&mesh, "api-1"))? == "payments on api-1\n", "not direct");
+    Ok(())
+}

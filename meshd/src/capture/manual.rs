@@ -3,14 +3,19 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::backend::BackendKind;
+use super::nft;
 use super::plan::resolve;
 use super::state::{Applied, CaptureState, Held, Locked, StateFile, unix_now};
 use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
+
+/// The table of a daemon that was killed goes when its holder has noticed.
+const LETTING_GO: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// From now on nobody puts rules in force or heals them, until an operator applies or the daemon starts anew.
 pub fn forbid(state_dir: &Path, why: &str) -> Result<(), CaptureError> {
@@ -28,6 +33,18 @@ pub fn revert(state_dir: &Path, why: &str, bare: &Wanted) -> Result<(), CaptureE
     locked.state.forbid(why);
     remove(&mut locked.state, bare)?;
     locked.save()
+}
+
+/// Whether a revert has left something: raw addresses are captured by a table that only a running daemon can remove.
+pub fn raw_is_held() -> bool {
+    let patience = Instant::now() + LETTING_GO;
+    while nft::raw_is_held() {
+        if Instant::now() >= patience {
+            return true;
+        }
+        std::thread::park_timeout(LOOK_AGAIN);
+    }
+    false
 }
 
 /// All rules and routes; the record of them only once they are gone.

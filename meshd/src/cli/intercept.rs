@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::Subcommand;
 use meshd::admin::{self, AdminError, ApplyOrder, InterceptPlan, InterceptStatus};
 use meshd::app;
@@ -14,6 +14,7 @@ use meshd::capture::{self, StateFile, Wanted, timer};
 use meshd::config::Config;
 use meshd::dns;
 use meshd::enrol;
+use meshd::only_one;
 
 use super::{Output, on_runtime, run, time, trust_domain};
 
@@ -167,7 +168,23 @@ fn revert(path: &Path) -> anyhow::Result<()> {
     // Whichever fails, the other is tried.
     dns::integrate::remove(&config.dns, &config.state_dir)?;
     removed?;
-    Ok(told?)
+    told?;
+    ensure_all_is_let_go(&config)
+}
+
+/// What a daemon that hangs still holds is told, not passed over.
+fn ensure_all_is_let_go(config: &Config) -> anyhow::Result<()> {
+    if !manual::raw_is_held() {
+        return Ok(());
+    }
+    let (who, remedy) = match only_one::running(&config.state_dir) {
+        Some(pid) => (format!("meshd (process {pid}), which does not answer"), format!("end it: kill -KILL {pid}")),
+        None => ("a process that is not known".to_owned(), "find it: nft list table inet meshd_raw".to_owned()),
+    };
+    bail!(
+        "connections to raw addresses are still captured: table inet meshd_raw is held by {who}, and goes when that \
+         ends; {remedy}. All other rules and routes are removed"
+    )
 }
 
 /// Has a running daemon do at once what the state on disk says.

@@ -112,6 +112,11 @@ impl Installed {
     }
 }
 
+/// Whether a table of raw addresses is there: only whoever holds it can remove it, or end.
+pub(super) fn raw_is_held() -> bool {
+    NFT.run(&["list", "table", "inet", owned::NAME], "").is_ok()
+}
+
 impl Backend for Nft {
     fn kind(&self) -> BackendKind {
         match self.capture {
