@@ -59,6 +59,20 @@ pub struct RefusedRecord {
     counted: u64,
 }
 
+/// Why what is on disk cannot be gone on with.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unreadable {
+    #[error("schema {0} was written by a newer meshd; this one reads up to {SCHEMA}")]
+    Newer(u32),
+    #[error(transparent)]
+    Damaged(#[from] serde_json::Error),
+}
+
+#[derive(Deserialize)]
+struct SchemaOnly {
+    schema: u32,
+}
+
 impl Default for Book {
     fn default() -> Book {
         Book {
@@ -74,9 +88,13 @@ impl Default for Book {
 }
 
 impl Book {
-    pub(super) fn from_json(text: &[u8]) -> Result<Book, String> {
-        let book: Book = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        if book.schema > SCHEMA { Err(format!("schema {} is of a newer meshd", book.schema)) } else { Ok(book) }
+    pub(super) fn from_json(text: &[u8]) -> Result<Book, Unreadable> {
+        // First of all: what else is in a newer one is not known.
+        let SchemaOnly { schema } = serde_json::from_slice(text)?;
+        if schema > SCHEMA {
+            return Err(Unreadable::Newer(schema));
+        }
+        Ok(serde_json::from_slice(text)?)
     }
 
     pub(super) fn to_json(&self) -> Vec<u8> {

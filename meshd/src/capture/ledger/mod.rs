@@ -15,6 +15,7 @@ use super::backend::Backend;
 use super::tool::CaptureError;
 use super::wanted::Wanted;
 
+use book::Unreadable;
 pub use book::{Book, PortRecord};
 pub use tally::{PlainCaller, Tally};
 
@@ -28,7 +29,8 @@ pub type PublishedBook = Arc<ArcSwap<Book>>;
 
 /// The keeper's side: reads the kernel's counts when they are due, or about to be lost.
 pub(super) struct Ledger {
-    path: PathBuf,
+    /// None: what is there is a newer meshd's, and stays as it is.
+    path: Option<PathBuf>,
     boot: String,
     book: Book,
     published: PublishedBook,
@@ -42,12 +44,9 @@ impl Ledger {
     pub(super) fn open(state_path: &Path) -> Result<Ledger, CaptureError> {
         let path = state_path.with_file_name("ledger.json");
         let failed = |source| CaptureError::State { what: format!("cannot read {}", path.display()), source };
-        let book = match std::fs::read(&path) {
-            Ok(text) => Book::from_json(&text).unwrap_or_else(|reason| {
-                tracing::warn!(path = %path.display(), reason, "the plaintext ledger is unreadable; starting a new one");
-                Book::default()
-            }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Book::default(),
+        let (book, path) = match std::fs::read(&path) {
+            Ok(text) => begin_with(&text, path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (Book::default(), Some(path)),
             Err(error) => return Err(failed(error)),
         };
         let published = Arc::new(ArcSwap::from_pointee(book.clone()));
@@ -99,8 +98,26 @@ impl Ledger {
 
     pub(super) fn save(&mut self) {
         self.saved = Some(SystemTime::now());
-        if let Err(error) = write(&self.path, &self.book.to_json()) {
-            tracing::error!(path = %self.path.display(), %error, "cannot keep the plaintext ledger; make room, or mend permissions");
+        let Some(path) = &self.path else { return };
+        if let Err(error) = write(path, &self.book.to_json()) {
+            tracing::error!(path = %path.display(), %error, "cannot keep the plaintext ledger; make room, or mend permissions");
+        }
+    }
+}
+
+/// What is on disk, or an empty book; and where it is kept.
+fn begin_with(text: &[u8], path: PathBuf) -> (Book, Option<PathBuf>) {
+    match Book::from_json(text) {
+        Ok(book) => (book, Some(path)),
+        Err(reason @ Unreadable::Newer(_)) => {
+            tracing::error!(path = %path.display(), %reason,
+                "the plaintext ledger is kept in memory only, and that file left alone: run the newer meshd, or remove \
+                 the file and restart meshd");
+            (Book::default(), None)
+        }
+        Err(reason @ Unreadable::Damaged(_)) => {
+            tracing::warn!(path = %path.display(), %reason, "the plaintext ledger is unreadable; starting a new one");
+            (Book::default(), Some(path))
         }
     }
 }
@@ -116,4 +133,25 @@ fn write(path: &Path, text: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
     std::fs::write(&temporary, text)?;
     std::fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened_and_saved(text: &str) -> String {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ledger.json");
+        std::fs::write(&path, text).unwrap();
+        Ledger::open(&directory.path().join("state.json")).unwrap().save();
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn what_a_newer_meshd_wrote_is_left_alone_and_what_is_damaged_is_replaced() {
+        let newer = r#"{"schema":99,"ports":"told otherwise by then"}"#;
+        assert_eq!(opened_and_saved(newer), newer);
+        let anew = String::from_utf8(Book::default().to_json()).unwrap();
+        assert_eq!(opened_and_saved("{ broken"), anew);
+    }
 }
