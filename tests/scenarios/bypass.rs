@@ -1,7 +1,6 @@
 //! The kill switch.
 
 use anyhow::{Result, ensure};
-use meshd_tests::backend;
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
@@ -20,9 +19,6 @@ fn bypass(mesh: &Mesh, words: &[&str]) -> Result<String> {
 
 #[test]
 fn a_bypass_opens_strict_ports_until_it_is_off_and_survives_a_restart() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     let api = mesh.daemon("api-1");
     ensure!(!is_open(&mesh)?, "not strict, so nothing is shown");
@@ -47,9 +43,6 @@ fn a_bypass_opens_strict_ports_until_it_is_off_and_survives_a_restart() -> Resul
 
 #[test]
 fn a_bypass_of_one_unit_leaves_the_others_alone() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     let (payments, smtp) =
         if mesh.lab().has_units() { ("payments.service", "smtp.service") } else { ("uid:2001", "uid:2002") };
@@ -67,9 +60,6 @@ fn a_bypass_of_one_unit_leaves_the_others_alone() -> Result<()> {
 
 #[test]
 fn a_bypass_works_without_the_daemon() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     let api = mesh.daemon("api-1");
     api.kill()?;

@@ -289,9 +289,6 @@ fn scopes_are_enrolled_by_pattern_also_those_that_start_later() -> Result<()> {
 
 #[test]
 fn a_strict_port_lets_in_every_scope_of_its_owners_pattern() -> Result<()> {
-    if !backend::can_tell_units() {
-        return Ok(());
-    }
     let mesh = shop_without("api-1")?;
     let kind = fresh("libpod");
     let pattern = format!("{kind}-*.scope");

@@ -76,9 +76,6 @@ fn what_another_tool_does_to_its_own_rules_is_none_of_ours() -> Result<()> {
 
 #[test]
 fn whoever_keeps_removing_rules_is_named_and_not_fought() -> Result<()> {
-    if !is_nft() {
-        return Ok(());
-    }
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     let (host, web) = (mesh.host("web"), mesh.daemon("web"));
     let mut flushed = Ok(String::new());

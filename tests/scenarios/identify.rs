@@ -144,9 +144,6 @@ fn thousands_of_connections_to_five_destinations_from_few_ports_are_all_identifi
 #[test]
 fn a_caller_that_is_gone_before_it_is_looked_at_is_refused_and_never_root() -> Result<()> {
     const CALLS: u32 = 20;
-    if !backend::connects_without_daemon() {
-        return Ok(());
-    }
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     // A socket without process says uid 0: whoever is enrolled as that must not be given the connection.
     enrolled(&mesh, "web", &["--uid", "0", "--as", "ns/shop/sa/billing"])?;

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use meshd_tests::backend;
 use meshd_tests::lab::Lab;
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::{self, Plan};
@@ -53,9 +52,6 @@ fn timers(config: &Path) -> usize {
 
 #[test]
 fn a_plan_nobody_confirms_gives_way_to_the_last_confirmed_one() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(open_shop())?;
     let api = mesh.daemon("api-1");
     api.run(&["intercept", "confirm"])?.expect_success("confirming the open plan")?;
@@ -82,9 +78,6 @@ fn a_plan_nobody_confirms_gives_way_to_the_last_confirmed_one() -> Result<()> {
 
 #[test]
 fn a_plan_is_taken_back_also_when_meshd_is_killed_meanwhile() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(open_shop())?;
     let api = mesh.daemon("api-1");
     api.enrol(&strict_enrolment(&mesh))?;
@@ -106,9 +99,6 @@ fn a_plan_is_taken_back_also_when_meshd_is_killed_meanwhile() -> Result<()> {
 
 #[test]
 fn a_confirmed_plan_stays_and_arms_nothing_the_next_time() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(open_shop())?;
     let api = mesh.daemon("api-1");
     api.enrol(&strict_enrolment(&mesh))?;
@@ -128,9 +118,6 @@ fn a_confirmed_plan_stays_and_arms_nothing_the_next_time() -> Result<()> {
 
 #[test]
 fn an_unconfirmed_plan_falls_also_when_its_timer_was_killed() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(open_shop())?;
     let api = mesh.daemon("api-1");
     api.enrol(&strict_enrolment(&mesh))?;
@@ -186,9 +173,6 @@ fn a_plan_that_would_close_ssh_is_refused_everywhere() -> Result<()> {
 
 #[test]
 fn a_plan_shows_what_happens_to_open_connections() -> Result<()> {
-    if !backend::can_be_strict() {
-        return Ok(());
-    }
     let mesh = Mesh::start(open_shop())?;
     let (web, host) = (mesh.host("web"), mesh.host("api-1"));
     let sshd = host.start_testkit(&host.testkit(&["greeter", "--listen", "0.0.0.0:22", "--name", "sshd"]))?;

@@ -31,8 +31,3 @@ pub(crate) fn capabilities() -> &'static str {
 pub fn can_tell_units() -> bool {
     can_be_strict() && chosen() != "iptables-legacy"
 }
-
-/// Whether connections are made while meshd stands still: with TUN it carries their packets.
-pub fn connects_without_daemon() -> bool {
-    chosen() != "tun"
-}

@@ -16,6 +16,7 @@ const TIER: &str = "MESHD_XTASK_TIER";
 const PROGRAM: &str = "MESHD_XTASK_PROGRAM";
 const RESULT: &str = "not run: ";
 const SKIPPED: &str = "skipped: ";
+const LEFT_OUT: &str = "left out with ";
 
 /// Tests that need root.
 struct Tier {
@@ -54,8 +55,18 @@ const MACHINES: Tier = Tier {
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
     ("nft-redirect", &["tun::"]),
-    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::"]),
-    ("iptables-legacy", &["tun::", "ledger::", "raw::", "client_address::"]),
+    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::", NAMED_REMOVER]),
+    (
+        "iptables-legacy",
+        &[
+            "tun::",
+            "ledger::",
+            "raw::",
+            "client_address::",
+            NAMED_REMOVER,
+            "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
+        ],
+    ),
     // No strict ports; and a firewall like ufw's must be told to accept the device (tun:: shows that it is named).
     (
         "tun",
@@ -66,6 +77,10 @@ const BACKENDS: [(&str, &[&str]); 5] = [
             "iptables::",
             "client_address::",
             "bypass::",
+            NAMED_REMOVER,
+            "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
+            // It carries the packets itself, so nobody connects while it stands still.
+            "identify::a_caller_that_is_gone_before_it_is_looked_at_is_refused_and_never_root",
             "intercept::a_plan_nobody_confirms_gives_way_to_the_last_confirmed_one",
             "intercept::a_plan_is_taken_back_also_when_meshd_is_killed_meanwhile",
             "intercept::a_confirmed_plan_stays_and_arms_nothing_the_next_time",
@@ -74,6 +89,9 @@ const BACKENDS: [(&str, &[&str]); 5] = [
         ],
     ),
 ];
+
+/// The kernel tells who changed nft's rules, and nobody else's.
+const NAMED_REMOVER: &str = "heal::whoever_keeps_removing_rules_is_named_and_not_fought";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -163,9 +181,13 @@ fn run_as_root(tier: &Tier, program: &PathBuf, only: Option<&str>) -> Result<boo
         println!("{SKIPPED}{error}");
         return Ok(true);
     }
+    let tests = names_of_tests(program)?;
     let mut passed = true;
     for (name, skipped) in tier.backends {
         println!("\nThe {} with capture backend {name}", tier.name);
+        if let Some(left_out) = left_out(&tests, skipped, only)? {
+            println!("{LEFT_OUT}{name}: {left_out}");
+        }
         let mut command = Command::new(program);
         command.arg(format!("--test-threads={}", tier.threads)).args(only);
         command.current_dir(&built.target).env(backend::VARIABLE, name);
@@ -175,6 +197,27 @@ fn run_as_root(tier: &Tier, program: &PathBuf, only: Option<&str>) -> Result<boo
         passed &= command.status()?.success();
     }
     Ok(passed)
+}
+
+fn names_of_tests(program: &PathBuf) -> Result<Vec<String>> {
+    let output = Command::new(program).args(["--list", "--format=terse"]).output()?;
+    ensure!(output.status.success(), "{} does not list its tests", program.display());
+    let lines = String::from_utf8(output.stdout)?;
+    Ok(lines.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+/// What a backend leaves out of a run, for its summary.
+fn left_out(tests: &[String], skipped: &[&str], only: Option<&str>) -> Result<Option<String>> {
+    let mut told = Vec::new();
+    for pattern in skipped {
+        let matching = || tests.iter().filter(|test| test.contains(pattern));
+        ensure!(matching().next().is_some(), "`{pattern}` is to be skipped, and no test has it in its name any more");
+        let count = matching().filter(|test| only.is_none_or(|only| test.contains(only))).count();
+        if count > 0 {
+            told.push(if pattern.ends_with("::") { format!("{pattern} ({count})") } else { (*pattern).to_owned() });
+        }
+    }
+    Ok((!told.is_empty()).then(|| told.join(", ")))
 }
 
 fn test_program(tier: &Tier) -> Result<PathBuf> {
@@ -199,6 +242,7 @@ fn run_tests(mut command: Command) -> Result<Outcome> {
         println!("{line}");
         counts.add(&line);
         skipped = line.strip_prefix(SKIPPED).map(str::to_owned).or(skipped);
+        counts.left_out.extend(line.starts_with(LEFT_OUT).then(|| line.clone()));
     }
     let status = child.wait()?;
     if let Some(reason) = skipped.filter(|_| status.success() && counts.ran() == 0) {
@@ -217,6 +261,8 @@ pub(crate) struct Counts {
     failed: usize,
     ignored: usize,
     reason: Option<String>,
+    /// A line per backend.
+    left_out: Vec<String>,
 }
 
 impl Counts {
@@ -279,6 +325,9 @@ impl Summary {
         println!("\nSummary");
         for (tier, outcome) in &self.tiers {
             println!("  {tier:<30} {}", describe(outcome));
+            if let Outcome::Counted(counts) = outcome {
+                counts.left_out.iter().for_each(|line| println!("    {line}"));
+            }
         }
         let counted = |count: fn(&Counts) -> usize| -> usize {
             let tiers = self.tiers.iter().filter_map(|(_, outcome)| match outcome {
@@ -296,7 +345,7 @@ impl Summary {
 fn describe(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Skipped(reason) => format!("SKIPPED: {reason}"),
-        Outcome::Counted(Counts { passed, failed, ignored, reason }) => {
+        Outcome::Counted(Counts { passed, failed, ignored, reason, .. }) => {
             let ignored = if *ignored > 0 { format!(", {ignored} ignored") } else { String::new() };
             let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
             format!("{passed} passed, {failed} failed{ignored}{reason}")
@@ -314,7 +363,21 @@ mod tests {
         counts.add("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s");
         counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
         counts.add("test a::b ... ok");
-        assert_eq!(counts, Counts { passed: 4, failed: 2, ignored: 1, reason: None });
+        assert_eq!(counts, Counts { passed: 4, failed: 2, ignored: 1, ..Counts::default() });
+    }
+
+    #[test]
+    fn what_a_backend_leaves_out_is_told_by_pattern_and_a_stale_pattern_is_an_error() {
+        let tests = ["a::one", "a::two", "b::one"].map(str::to_owned);
+        let told = |skipped: &[&str], only| left_out(&tests, skipped, only).unwrap();
+        assert_eq!(told(&["a::", "b::one"], None).unwrap(), "a:: (2), b::one");
+        assert_eq!(told(&["a::", "b::one"], Some("two")).unwrap(), "a:: (1)");
+        assert_eq!(told(&["b::one"], Some("a::")), None);
+        assert!(left_out(&tests, &["c::"], None).unwrap_err().to_string().contains("`c::`"));
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo 'left out with tun: a:: (2)'; echo 'test result: ok. 1 passed'"]);
+        let run = run_tests(command).unwrap();
+        assert!(matches!(run, Outcome::Counted(counts) if counts.left_out == ["left out with tun: a:: (2)"]));
     }
 
     #[test]
