@@ -5,7 +5,7 @@ use std::process::Stdio;
 use anyhow::Result;
 
 use crate::built::{cargo, cargo_command};
-use crate::test::{Outcome, Summary};
+use crate::summary::{Outcome, Summary};
 
 pub(crate) fn run() -> Result<bool> {
     let mut summary = Summary::default();

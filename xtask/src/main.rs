@@ -5,6 +5,7 @@ mod built;
 mod demo;
 mod interrupt;
 mod lint;
+mod summary;
 mod test;
 
 use std::process::ExitCode;

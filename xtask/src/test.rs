@@ -10,13 +10,12 @@ use meshd_tests::{backend, machine, packages, root};
 
 use crate::built::{self, cargo, cargo_command};
 use crate::lint;
+use crate::summary::{Counts, LEFT_OUT, Outcome, RESULT, Summary};
 
 /// The part that runs as root, after everything was built: which tier, and its program.
 const TIER: &str = "MESHD_XTASK_TIER";
 const PROGRAM: &str = "MESHD_XTASK_PROGRAM";
-const RESULT: &str = "not run: ";
 const SKIPPED: &str = "skipped: ";
-const LEFT_OUT: &str = "left out with ";
 
 /// Tests that need root.
 struct Tier {
@@ -242,7 +241,6 @@ fn run_tests(mut command: Command) -> Result<Outcome> {
         println!("{line}");
         counts.add(&line);
         skipped = line.strip_prefix(SKIPPED).map(str::to_owned).or(skipped);
-        counts.left_out.extend(line.starts_with(LEFT_OUT).then(|| line.clone()));
     }
     let status = child.wait()?;
     if let Some(reason) = skipped.filter(|_| status.success() && counts.ran() == 0) {
@@ -255,116 +253,9 @@ fn run_tests(mut command: Command) -> Result<Outcome> {
     Ok(Outcome::Counted(counts))
 }
 
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    passed: usize,
-    failed: usize,
-    ignored: usize,
-    reason: Option<String>,
-    /// A line per backend.
-    left_out: Vec<String>,
-}
-
-impl Counts {
-    fn ran(&self) -> usize {
-        self.passed + self.failed
-    }
-
-    /// `test result: ok. 3 passed; 0 failed; 1 ignored; ...`
-    fn add(&mut self, line: &str) {
-        if let Some(reason) = line.strip_prefix(RESULT) {
-            self.reason = Some(reason.to_owned());
-        }
-        let Some(result) = line.strip_prefix("test result: ") else { return };
-        let words: Vec<&str> = result.split([' ', ';']).filter(|word| !word.is_empty()).collect();
-        for pair in words.windows(2) {
-            let Ok(count) = pair[0].parse::<usize>() else { continue };
-            match pair[1] {
-                "passed" => self.passed += count,
-                "failed" => self.failed += count,
-                "ignored" => self.ignored += count,
-                _ => {}
-            }
-        }
-    }
-}
-
-pub(crate) enum Outcome {
-    Counted(Counts),
-    Skipped(String),
-}
-
-impl Outcome {
-    pub(crate) fn of(passed: bool) -> Self {
-        Self::Counted(Counts { passed: passed.into(), failed: (!passed).into(), ..Counts::default() })
-    }
-
-    fn failed(reason: String) -> Self {
-        Self::Counted(Counts { failed: 1, reason: Some(reason), ..Counts::default() })
-    }
-}
-
-/// What ran, for the end of the output.
-#[derive(Default)]
-pub(crate) struct Summary {
-    tiers: Vec<(&'static str, Outcome)>,
-}
-
-impl Summary {
-    pub(crate) fn add(&mut self, tier: &'static str, outcome: Outcome) {
-        self.tiers.push((tier, outcome));
-    }
-
-    /// Whether everything was counted, and nothing ran.
-    fn is_empty(&self) -> bool {
-        self.tiers.iter().all(|(_, outcome)| matches!(outcome, Outcome::Counted(counts) if counts.ran() == 0))
-    }
-
-    /// Whether nothing failed.
-    pub(crate) fn print(&self) -> bool {
-        println!("\nSummary");
-        for (tier, outcome) in &self.tiers {
-            println!("  {tier:<30} {}", describe(outcome));
-            if let Outcome::Counted(counts) = outcome {
-                counts.left_out.iter().for_each(|line| println!("    {line}"));
-            }
-        }
-        let counted = |count: fn(&Counts) -> usize| -> usize {
-            let tiers = self.tiers.iter().filter_map(|(_, outcome)| match outcome {
-                Outcome::Counted(counts) => Some(counts),
-                Outcome::Skipped(_) => None,
-            });
-            tiers.map(count).sum()
-        };
-        let failed = counted(|counts| counts.failed);
-        println!("{} passed, {failed} failed", counted(|counts| counts.passed));
-        failed == 0
-    }
-}
-
-fn describe(outcome: &Outcome) -> String {
-    match outcome {
-        Outcome::Skipped(reason) => format!("SKIPPED: {reason}"),
-        Outcome::Counted(Counts { passed, failed, ignored, reason, .. }) => {
-            let ignored = if *ignored > 0 { format!(", {ignored} ignored") } else { String::new() };
-            let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
-            format!("{passed} passed, {failed} failed{ignored}{reason}")
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn results_of_several_test_programs_add_up() {
-        let mut counts = Counts::default();
-        counts.add("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s");
-        counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
-        counts.add("test a::b ... ok");
-        assert_eq!(counts, Counts { passed: 4, failed: 2, ignored: 1, ..Counts::default() });
-    }
 
     #[test]
     fn what_a_backend_leaves_out_is_told_by_pattern_and_a_stale_pattern_is_an_error() {
@@ -391,24 +282,5 @@ mod tests {
         let result = "echo 'skipped: no root'; echo 'test result: FAILED. 1 passed; 1 failed'";
         assert!(matches!(run(result), Outcome::Counted(counts) if counts.failed == 1));
         assert!(matches!(run("echo 'skipped: no root'; exit 1"), Outcome::Counted(counts) if counts.failed == 1));
-    }
-
-    #[test]
-    fn a_filter_that_matches_nothing_is_told_from_a_tier_that_was_skipped() {
-        let mut summary = Summary::default();
-        summary.add("one", Outcome::Counted(Counts::default()));
-        assert!(summary.is_empty());
-        summary.add("two", Outcome::Skipped("not here".to_owned()));
-        assert!(!summary.is_empty());
-    }
-
-    #[test]
-    fn a_failed_tier_fails_the_run() {
-        let mut summary = Summary::default();
-        summary.add("one", Outcome::of(true));
-        summary.add("two", Outcome::Skipped("not here".to_owned()));
-        assert!(summary.print());
-        summary.add("three", Outcome::of(false));
-        assert!(!summary.print());
     }
 }
