@@ -3,34 +3,29 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use meshd_discovery::{SourceConfig, Watcher};
-use meshd_identity::SpiffeId;
 use meshd_pki_client::{Agent, Credentials};
-use meshd_sys::sockets::{self, Mark};
+use meshd_sys::sockets::Mark;
 use meshd_sys::{inherit, memory};
-use nix::errno::Errno;
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::admin::{self, Control, Reload, View};
-use crate::capture::{
-    self, Caller, Keeper, KeeperHandle, ListenAt, OwnerRecord, Recovery, StateFile, StrictPort, Wanted,
-};
-use crate::config::{Config, identity_in};
+use crate::admin::{self, Control, View};
+use crate::capture::KeeperHandle;
+use crate::config::Config;
 use crate::dns::{self, Vips};
-use crate::enrol::{self, ClientAddress, Delivery, Enrolment, Mode, PortMemory, PortWatch, Selector};
+use crate::enrol::{PortMemory, PortWatch};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
-use crate::proxy::{self, Listeners, Shared, Workers};
+use crate::proxy::{self, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::tls::TlsState;
@@ -58,20 +53,31 @@ macro_rules! start {
     };
 }
 
+mod certificates;
+mod intent;
+mod listeners;
+mod reload;
+
+pub use intent::wanted;
+
+use certificates::{Certificates, default_identity, wait_for_certificates};
+use listeners::{Captured, bind_dns, start_capture};
+use reload::{Reloader, load_enrolment};
+
 /// A daemon that has everything it needs and serves already.
 pub struct App {
     config: Config,
-    config_path: PathBuf,
     shared: Arc<Shared>,
     conductor: Conductor,
     workers: Workers,
     credentials: watch::Receiver<Arc<Credentials>>,
-    identities: watch::Sender<BTreeSet<SpiffeId>>,
-    tls_generation: watch::Sender<u64>,
+    certificates: Arc<Certificates>,
     keeper: KeeperHandle,
     /// Keeps the captured raw addresses equal to the directory's.
     raw: JoinHandle<()>,
-    reloads: mpsc::Receiver<Reload>,
+    reloading: JoinHandle<()>,
+    /// Has it reload.
+    hangup: Arc<Notify>,
     _only_one: OnlyOne,
 }
 
@@ -99,7 +105,8 @@ impl App {
             "virtual IPs"
         )?);
         let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
-        let tls = start!(TlsState::build(&credentials.borrow(), default_identity.as_ref(), 0), "certificates")?;
+        let installed = credentials.borrow().clone();
+        let tls = start!(TlsState::build(&installed, default_identity.as_ref(), 0), "certificates")?;
         let access_log = match &config.proxy.access_log {
             Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
             None => AccessLog::off(),
@@ -119,6 +126,7 @@ impl App {
             raw: ArcSwap::default(),
             telemetry: Telemetry::new(config.proxy.worker_count(), access_log),
         });
+        let certificates = Arc::new(Certificates::new(&config, config_path, shared.clone(), installed));
         count_panics(&shared.telemetry);
         shared.ports.refresh(&shared.enrolment.load());
         let dns = bind_dns(&config).await?;
@@ -127,7 +135,6 @@ impl App {
         let admin_socket = start!(admin::bind(&config.admin_socket()), "{}", config.admin_socket().display())?;
 
         let (conductor, lifecycle) = lifecycle::channel();
-        let (tls_generation, tls_generation_receiver) = watch::channel(0);
         tokio::spawn(watcher.run());
         if tokio::time::timeout(SETTLE, meshd_discovery::settled(&mut health)).await.is_err() {
             tracing::warn!("a discovery source has not answered yet; serving with what is known");
@@ -136,7 +143,8 @@ impl App {
         vips.sync(&directory.borrow());
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         tokio::spawn(follow_ports(shared.clone()));
-        let workers = start!(proxy::start(&shared, listeners, &lifecycle, &tls_generation_receiver), "worker threads")?;
+        let workers =
+            start!(proxy::start(&shared, listeners, &lifecycle, &certificates.generation()), "worker threads")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());
         raw.follow_to(&directory.borrow().clone()).await;
         let raw = tokio::spawn(raw.follow(directory.clone()));
@@ -149,19 +157,27 @@ impl App {
         let (reload, reloads) = mpsc::channel(1);
         let control = Control { keeper: keeper.clone(), reload };
         tokio::spawn(admin::serve_socket(admin_socket, view, control));
-        let config_path = config_path.to_owned();
+        let reloader = Reloader {
+            config: config.clone(),
+            shared: shared.clone(),
+            credentials: credentials.clone(),
+            certificates: certificates.clone(),
+            identities,
+            keeper: keeper.clone(),
+        };
+        let hangup = Arc::new(Notify::new());
+        let reloading = tokio::spawn(reloader.serve(reloads, hangup.clone()));
         Ok(App {
             config,
-            config_path,
             shared,
             conductor,
             workers,
             credentials,
-            identities,
-            tls_generation,
+            certificates,
             keeper,
             raw,
-            reloads,
+            reloading,
+            hangup,
             _only_one: only_one,
         })
     }
@@ -180,17 +196,12 @@ impl App {
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => {
                     self.shared.telemetry.access_log.reopen();
-                    // Told in the log; nobody waits for an answer.
-                    let _ = self.reload_enrolment(None).await;
-                }
-                Some(Reload { apply, answer }) = self.reloads.recv() => {
-                    // Whoever asked may have given up waiting.
-                    let _ = answer.send(self.reload_enrolment(apply.as_deref()).await);
+                    self.hangup.notify_one();
                 }
                 changed = self.credentials.changed(), if renewing => {
                     renewing = changed.is_ok();
                     if renewing {
-                        self.install_credentials();
+                        self.certificates.install(self.credentials.borrow_and_update().clone());
                     } else {
                         tracing::error!("certificates are not renewed any more; restart meshd before they expire");
                     }
@@ -205,6 +216,7 @@ impl App {
         let limit = Duration::from_secs(self.config.proxy.drain_timeout_s);
         tracing::info!(under_way = self.workers.work.under_way(), "draining");
         // New connections to raw addresses go direct from now on; captured ones stay with us.
+        self.reloading.abort();
         self.raw.abort();
         self.keeper.raw_addresses(BTreeSet::new()).await;
         self.conductor.enter(Stage::Draining);
@@ -235,77 +247,6 @@ impl App {
         let _ = std::fs::remove_file(self.config.admin_socket());
         tracing::info!("meshd stopped");
     }
-
-    /// New certificates: all or nothing, and nothing changes when they are unusable.
-    fn install_credentials(&mut self) {
-        let credentials = self.credentials.borrow_and_update().clone();
-        let generation = *self.tls_generation.borrow() + 1;
-        let default = default_identity(&self.config, &self.config_path, &credentials).ok().flatten();
-        match TlsState::build(&credentials, default.as_ref(), generation) {
-            Ok(tls) => {
-                self.shared.tls.store(Arc::new(tls));
-                self.tls_generation.send_replace(generation);
-            }
-            Err(error) => tracing::error!(%error, "new certificates are unusable; keeping the ones in force"),
-        }
-    }
-
-    /// `apply`: the plan an operator has ordered to be in force after it.
-    async fn reload_enrolment(&mut self, apply: Option<&str>) -> Result<(), String> {
-        let reloaded = self.try_reload_enrolment(apply).await;
-        match &reloaded {
-            Ok(()) => tracing::info!("enrolment reloaded"),
-            Err(error) => tracing::error!(error, "enrolment not reloaded; the last good one stays in force"),
-        }
-        reloaded
-    }
-
-    async fn try_reload_enrolment(&mut self, apply: Option<&str>) -> Result<(), String> {
-        let credentials = self.credentials.borrow().clone();
-        let enrolment = Arc::new(load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?);
-        let plan = self.plan(enrolment.clone()).await?;
-        if let Some(hash) = apply.filter(|hash| *hash != plan.hash()) {
-            return Err(another_plan(hash, &plan.hash()));
-        }
-        // Who is captured must be known and certified first: a connection that went direct a moment ago is not to
-        // be refused for that.
-        let before = self.shared.enrolment.swap(enrolment.clone());
-        self.identities.send_replace(enrolment.identities());
-        if !plan.raw_callers.is_empty() {
-            wait_for_certificates(&mut self.credentials.clone(), &enrolment.identities()).await;
-            // What has arrived must be in use before anybody is captured; the main loop waits for us.
-            self.install_credentials();
-        }
-        let done = match apply {
-            Some(_) => self.keeper.apply(plan).await,
-            None => self.keeper.want(plan).await,
-        };
-        if let Err(error) = done {
-            self.identities.send_replace(before.identities());
-            self.shared.enrolment.store(before);
-            return Err(error.to_string());
-        }
-        self.shared.ports.refresh(&enrolment);
-        Ok(())
-    }
-
-    /// Asks systemd, and looks through sockets and processes: not on the thread that answers names.
-    async fn plan(&self, enrolment: Arc<Enrolment>) -> Result<Wanted, String> {
-        let config = self.config.clone();
-        let planned = tokio::task::spawn_blocking(move || planned(&config, &enrolment));
-        planned.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
-    }
-}
-
-/// "Ready" should mean that workloads can be reached: waits for the certificates of newly enrolled ones,
-/// but not for a PKI that is away. What was on disk already is served at once.
-async fn wait_for_certificates(credentials: &mut watch::Receiver<Arc<Credentials>>, wanted: &BTreeSet<SpiffeId>) {
-    let settled = credentials.wait_for(|credentials| {
-        wanted.iter().all(|id| credentials.workloads.contains_key(id) || credentials.refused.contains_key(id))
-    });
-    if tokio::time::timeout(SETTLE, settled).await.is_err() {
-        tracing::warn!("the PKI has not issued every certificate yet; serving with those that are there");
-    }
 }
 
 /// A panic ends one connection (its task); the operator sees it counted, and in the log with its place.
@@ -321,102 +262,6 @@ fn count_panics(telemetry: &Arc<Telemetry>) {
     }));
 }
 
-fn load_enrolment(config: &Config, credentials: &Credentials) -> Result<Enrolment, enrol::EnrolError> {
-    enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.reserved())
-}
-
-fn default_identity(config: &Config, path: &Path, credentials: &Credentials) -> Result<Option<SpiffeId>, StartError> {
-    let Some(text) = &config.proxy.default_identity else { return Ok(None) };
-    let id = identity_in(&credentials.trust_domain, text, path, "proxy.default_identity");
-    id.map(Some).map_err(|error| StartError(error.to_string()))
-}
-
-/// What capture is made of once it works.
-struct Captured {
-    keeper: KeeperHandle,
-    listeners: Vec<Listeners>,
-    recovery: Recovery,
-}
-
-async fn start_capture(
-    config: &Config,
-    enrolment: &Enrolment,
-    inherited: Vec<(String, StdListener)>,
-) -> Result<Captured, StartError> {
-    let intent = start!(planned(config, enrolment), "capture")?;
-    let mut chosen = start!(capture::choose(config.capture.backend, &intent), "[capture] backend")?;
-    tell_choice(&chosen);
-    let listen_at = start!(chosen.backend.prepare(&intent), "capture")?;
-    let recovery = chosen.backend.recovery();
-    let owners = chosen.backend.owners();
-    let listeners = bind_workers(config, inherited, &listen_at, &recovery, &owners)?;
-    let keeper =
-        start!(Keeper::start(chosen.backend, chosen.passed_over, StateFile::new(&config.state_dir)), "capture")?;
-    start!(keeper.want(intent).await, "capture")?;
-    Ok(Captured { keeper, listeners, recovery })
-}
-
-fn tell_choice(chosen: &capture::Chosen) {
-    for passed in &chosen.passed_over {
-        tracing::info!(backend = passed.backend.label(), "capture backend passed over: {}", passed.reason);
-    }
-    tracing::info!(backend = chosen.backend.kind().label(), "capture backend");
-}
-
-fn bind_workers(
-    config: &Config,
-    mut inherited: Vec<(String, StdListener)>,
-    capture: &ListenAt,
-    recovery: &Recovery,
-    owners: &OwnerRecord,
-) -> Result<Vec<Listeners>, StartError> {
-    let listen = if capture.transparent { sockets::listen_transparent } else { sockets::listen };
-    // An inherited listener carries its queue of waiting connections over: it must not be bound anew.
-    let mut take = |name: &str| {
-        let at = inherited.iter().position(|(given, _)| given == name)?;
-        Some(inherited.swap_remove(at).1)
-    };
-    let mut all = Vec::new();
-    for worker in 0..config.proxy.worker_count() {
-        let mut captured = Vec::new();
-        for &address in &capture.addresses {
-            match take(&format!("capture-{worker}-{}", address.ip())).map_or_else(|| listen(address), Ok) {
-                Ok(listener) => captured.push(listener),
-                Err(error) if has_no_ipv6(address, &error) => {}
-                Err(error) => return Err(failed(format!("capture listener {address}"))(&error)),
-            }
-        }
-        let mut mesh = Vec::new();
-        for address in &config.proxy.mesh_listen {
-            match take(&format!("mesh-{worker}-{address}")).map_or_else(|| sockets::listen(*address), Ok) {
-                Ok(listener) => mesh.push(listener),
-                Err(error) if address.ip().is_unspecified() && has_no_ipv6(*address, &error) => {}
-                Err(error) => return Err(failed(format!("[proxy] mesh_listen {address}"))(&error)),
-            }
-        }
-        if mesh.is_empty() && !config.proxy.mesh_listen.is_empty() {
-            return Err(StartError(
-                "[proxy] mesh_listen has only IPv6 addresses, and this host has no IPv6".to_owned(),
-            ));
-        }
-        all.push(Listeners { captured, mesh, recovery: recovery.clone(), owners: owners.clone() });
-    }
-    Ok(all)
-}
-
-/// Whether it is only that this host has no IPv6: then nobody will come by it.
-fn has_no_ipv6(address: SocketAddr, error: &io::Error) -> bool {
-    let no_family = error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32);
-    address.is_ipv6() && (no_family || error.kind() == io::ErrorKind::AddrNotAvailable)
-}
-
-async fn bind_dns(config: &Config) -> Result<(UdpSocket, TcpListener), StartError> {
-    let address = config.dns.listen;
-    let udp = start!(UdpSocket::bind(address).await, "[dns] listen {address} (UDP)")?;
-    let tcp = start!(TcpListener::bind(address).await, "[dns] listen {address} (TCP)")?;
-    Ok((udp, tcp))
-}
-
 fn keep_integrated(config: &Config, shared: Arc<Shared>, capture: KeeperHandle) -> impl Future<Output = ()> + use<> {
     let keeper = dns::integrate::Keeper::new(&config.dns, &config.state_dir);
     keeper.run(move || {
@@ -427,60 +272,6 @@ fn keep_integrated(config: &Config, shared: Arc<Shared>, capture: KeeperHandle) 
         let enrolment = shared.enrolment.load();
         Some(enrolment.workloads().iter().map(|workload| workload.unit.clone()).collect())
     })
-}
-
-fn another_plan(asked: &str, found: &str) -> String {
-    format!(
-        "plan {asked} was asked for, but the daemon finds {found}: enrol.d has changed since (look at `meshd intercept \
-         plan` again), or meshd.toml has changed since the daemon was started (restart it)"
-    )
-}
-
-/// What is wanted, if it locks nobody out.
-fn planned(config: &Config, enrolment: &Enrolment) -> Result<Wanted, capture::CaptureError> {
-    let wanted = wanted(config, enrolment);
-    capture::refuse_lockout(enrolment, &wanted, &capture::look(&wanted, None)?)?;
-    Ok(wanted)
-}
-
-/// What the configuration and the enrolled workloads ask of the kernel.
-pub fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
-    let of_mode = |mode| enrolment.deliveries().iter().filter(move |delivery| delivery.mode == mode);
-    Wanted {
-        strict: of_mode(Mode::Strict).map(|delivery| strict_port(delivery)).collect(),
-        raw_callers: match config.capture.raw.is_empty() {
-            true => BTreeSet::new(),
-            false => enrolment.workloads().iter().map(|workload| caller(&workload.selector)).collect(),
-        },
-        permissive: of_mode(Mode::Permissive).map(|delivery| delivery.deliver.port()).collect(),
-        transparent: enrolment
-            .deliveries()
-            .iter()
-            .filter(|delivery| delivery.client_address == ClientAddress::Transparent)
-            .map(|delivery| delivery.deliver)
-            .collect(),
-        ..config.capture.bare(config.proxy.capture_port)
-    }
-}
-
-fn strict_port(delivery: &Delivery) -> StrictPort {
-    let owner = caller(&delivery.owner.selector);
-    let local = delivery.local_ok.iter().map(|uid| Caller::Uid(*uid)).chain([owner.clone()]).collect();
-    StrictPort {
-        port: delivery.deliver.port(),
-        owner,
-        local,
-        plaintext_from: delivery.plaintext_from.iter().copied().collect(),
-    }
-}
-
-/// The processes of a workload, as rules can tell them.
-fn caller(selector: &Selector) -> Caller {
-    match selector {
-        Selector::Unit(_) | Selector::Scope(_) => Caller::Unit(selector.to_string()),
-        Selector::Uid(uid) => Caller::Uid(*uid),
-        Selector::Port(port) => Caller::Port(*port),
-    }
 }
 
 /// Units restart, and others take their ports: whoever is enrolled by a port is looked for again and again.

@@ -262,3 +262,18 @@ fn a_revert_tells_that_a_hung_meshd_still_captures_raw_addresses() -> Result<()>
     ensure!(get(&mesh, "checkout", &raw_url(&mesh, "api-1"))? == "payments on api-1\n", "not direct");
     Ok(())
 }
+
+#[test]
+fn a_reload_that_waits_for_a_certificate_does_not_keep_meshd_from_stopping() -> Result<()> {
+    let mut mesh = start(&["checkout"])?;
+    mesh.stop_pki()?;
+    enrol(&mesh, &["checkout", "billing"])?;
+    let daemon = mesh.daemon("web");
+    daemon.signal(Signal::SIGHUP)?;
+    let enrolled = || daemon.run(&["status"]).is_ok_and(|status| status.stdout.contains("billing"));
+    until(DEADLINE, "the reload under way", enrolled)?;
+    daemon.stop()?;
+    let log = daemon.log();
+    ensure!(log.contains("meshd stopped") && !log.contains("enrolment reloaded"), "it waited for the reload:\n{log}");
+    Ok(())
+}
