@@ -15,10 +15,11 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use super::authorize::{self, Policy};
+use super::env::Env;
 use super::limits::Admission;
 use super::report::Report;
 use super::serve::Watch;
-use super::worker::{Env, STREAM_TASK_MAX};
+use super::worker::STREAM_TASK_MAX;
 use super::{deliver, serve};
 use crate::enrol::Delivery;
 use crate::fault::Fault;

@@ -10,6 +10,7 @@ mod balance;
 mod connect;
 mod deliver;
 mod detect;
+mod env;
 mod held;
 mod identify;
 mod inbound;
@@ -20,6 +21,7 @@ mod proxy_protocol;
 mod report;
 mod resolve;
 mod serve;
+mod work;
 mod worker;
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -10,11 +10,11 @@ use tokio::net::TcpStream;
 
 use super::connect::{Connected, Connector, Upstream};
 use super::detect::Served;
+use super::env::Env;
 use super::identify::Unidentified;
 use super::report::Report;
 use super::resolve::Place;
 use super::serve::Watch;
-use super::worker::Env;
 use super::{connect, detect, probe, resolve, serve};
 use crate::capture::Flow;
 use crate::enrol::Workload;

@@ -7,7 +7,7 @@ use meshd_identity::SpiffeId;
 
 use super::balance::Failed;
 use super::connect::pool_key;
-use super::worker::Env;
+use super::env::Env;
 use crate::fault::Fault;
 use crate::lifecycle::Stage;
 

@@ -2,31 +2,26 @@
 //! and counters. Nothing on a connection's path is shared, so nothing is locked.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use meshd_discovery::ServiceName;
-use meshd_identity::SpiffeId;
 use meshd_sys::sockets::AcceptQueue;
-use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, watch};
 
-use super::balance::Balancer;
+use super::env::Env;
 use super::held::Budget;
 use super::identify::Identifier;
 use super::limits::{Admission, SourceLimits};
 use super::outbound::{self, Admitted};
-use super::resolve::Place;
+use super::work::Work;
 use super::{Shared, inbound};
-use crate::capture::{Flow, OwnerReader, OwnerRecord, Recoverer, Recovery};
+use crate::capture::{OwnerReader, OwnerRecord, Recoverer, Recovery};
 use crate::lifecycle::{Lifecycle, Stage};
 use crate::telemetry::Direction;
 use crate::transport::dial::{Dialer, OwnAddresses};
@@ -34,14 +29,6 @@ use crate::transport::pool::Pool;
 
 /// Connections on their way between workers; one that finds the queue full is carried where it arrived.
 const HANDOVER_QUEUE: usize = 1024;
-/// A worker this busy keeps what arrives elsewhere away from itself.
-const BUSY_PERCENT: u32 = 70;
-/// How often a worker's load is measured, at most.
-const LOAD_SAMPLE: Duration = Duration::from_millis(100);
-/// One log line per refused caller in this time.
-const LOG_PAUSE: Duration = Duration::from_secs(10);
-/// Distinct refused callers remembered for that.
-const LOG_CALLERS: usize = 256;
 /// Rest after a failed accept, so that a lasting failure does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What the task of one connection may take: with thousands of idle ones, this is what meshd costs.
@@ -63,33 +50,13 @@ pub struct Listeners {
 
 /// What a worker publishes about itself.
 #[derive(Default)]
-struct Load {
-    busy_percent: AtomicU32,
+pub(super) struct Load {
+    pub(super) busy_percent: AtomicU32,
     peers: AtomicUsize,
 }
 
-/// Everything the steps need on this worker.
-pub(super) struct Env {
-    pub(super) worker: usize,
-    pub(super) shared: Arc<Shared>,
-    pub(super) identifier: Identifier,
-    pub(super) dialer: Dialer,
-    pub(super) pool: Pool,
-    pub(super) lifecycle: Lifecycle,
-    pub(super) tls_generation: watch::Receiver<u64>,
-    pub(super) work: Arc<Work>,
-    pub(super) budget: Budget,
-    limits: SourceLimits,
-    balancers: RefCell<HashMap<(SpiffeId, ServiceName, u16), Rc<Balancer>>>,
-    captured: Vec<SocketAddr>,
-    recoverer: Recoverer,
-    team: Arc<Vec<Teammate>>,
-    measured: Cell<(Instant, Duration)>,
-    logged: RefCell<HashMap<String, Instant>>,
-}
-
-struct Teammate {
-    load: Load,
+pub(super) struct Teammate {
+    pub(super) load: Load,
     handover: mpsc::Sender<Handover>,
 }
 
@@ -97,29 +64,6 @@ struct Teammate {
 enum Handover {
     Outbound(Box<Admitted>),
     Inbound(StdStream, SocketAddr, Admission),
-}
-
-/// Streams and connections under way, so that a drain knows when it is done.
-#[derive(Default)]
-pub struct Work(AtomicU64);
-
-pub(super) struct Working(Arc<Work>);
-
-impl Work {
-    pub(super) fn begin(self: &Arc<Work>) -> Working {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Working(self.clone())
-    }
-
-    pub fn under_way(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Working {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// The running workers.
@@ -365,73 +309,5 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0[self.1].load.peers.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl Env {
-    /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
-    fn sweep(&self) {
-        self.measure();
-        self.pool.sweep(&self.shared.tls.load(), Instant::now());
-        let directory = self.shared.directory.load();
-        self.balancers.borrow_mut().retain(|(_, name, port), balancer| {
-            let service = directory.get(name);
-            if let Some(service) = service {
-                balancer.update(service, *port);
-            }
-            service.is_some()
-        });
-    }
-
-    /// Whom an accepted connection was for; None if it was dialled here directly.
-    pub(super) fn flow(&self, socket: &StdStream, peer: SocketAddr) -> io::Result<Option<Flow>> {
-        self.recoverer.flow(socket, peer, &self.captured)
-    }
-
-    /// The balancer of a service port, up to date with `place`.
-    pub(super) fn balancer(&self, source: &SpiffeId, place: &Place) -> Rc<Balancer> {
-        let key = (source.clone(), place.service.name.clone(), place.port);
-        let balancer = self.balancers.borrow_mut().entry(key).or_default().clone();
-        balancer.update(&place.service, place.port);
-        balancer
-    }
-
-    /// The worker that owns the connections of `source` to a service: few connections with many streams
-    /// cost less than many with few. While the owner is busy, we keep what came to us.
-    fn owner(&self, source: &SpiffeId, place: &Place) -> usize {
-        let mut hasher = DefaultHasher::new();
-        (source, &place.service.name).hash(&mut hasher);
-        let owner = (hasher.finish() % self.team.len() as u64) as usize;
-        let busy = |worker: usize| self.team[worker].load.busy_percent.load(Ordering::Relaxed);
-        if busy(owner) > BUSY_PERCENT && busy(self.worker) < busy(owner) { self.worker } else { owner }
-    }
-
-    /// Publishes how much of its time this thread was running.
-    fn measure(&self) {
-        let now = Instant::now();
-        let (since, cpu_then) = self.measured.get();
-        let elapsed = now.saturating_duration_since(since);
-        if elapsed < LOAD_SAMPLE {
-            return;
-        }
-        let Ok(cpu) = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID) else { return };
-        let cpu = Duration::from(cpu);
-        let percent = 100.0 * cpu.saturating_sub(cpu_then).as_secs_f64() / elapsed.as_secs_f64();
-        self.team[self.worker].load.busy_percent.store(percent as u32, Ordering::Relaxed);
-        self.measured.set((now, cpu));
-    }
-
-    /// Whether to log about `caller` again.
-    pub(super) fn may_log(&self, caller: &str) -> bool {
-        let mut logged = self.logged.borrow_mut();
-        let now = Instant::now();
-        if logged.get(caller).is_some_and(|last| now.saturating_duration_since(*last) < LOG_PAUSE) {
-            return false;
-        }
-        if logged.len() >= LOG_CALLERS {
-            logged.clear();
-        }
-        logged.insert(caller.to_owned(), now);
-        true
     }
 }
