@@ -270,7 +270,7 @@ fn a_reload_that_waits_for_a_certificate_does_not_keep_meshd_from_stopping() -> 
     enrol(&mesh, &["checkout", "billing"])?;
     let daemon = mesh.daemon("web");
     daemon.signal(Signal::SIGHUP)?;
-    let enrolled = || daemon.run(&["status"]).is_ok_and(|status| status.stdout.contains("billing"));
+    let enrolled = || daemon.json("status").is_ok_and(|status| status["enrolled"].to_string().contains("billing"));
     until(DEADLINE, "the reload under way", enrolled)?;
     daemon.stop()?;
     let log = daemon.log();
