@@ -19,6 +19,7 @@ const PACKAGES: &[&str] = &[
     "libpam-systemd",
     "nftables",
     "openssh-server",
+    "polkitd",
     "systemd",
     "systemd-resolved",
     "systemd-sysv",
