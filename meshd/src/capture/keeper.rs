@@ -2,18 +2,18 @@
 //! operators decide (`state`), and puts back what other tools remove. A thread of its own because it runs programs
 //! and waits for them.
 
+mod handle;
+mod tell;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use meshd_sys::kernel_events::KernelEvents;
-use tokio::sync::oneshot;
-
-use super::backend::{Backend, BackendKind, PassedOver, can_enforce};
-use super::ledger::{Ledger, PublishedBook};
+use super::backend::{Backend, PassedOver, can_enforce};
+use super::ledger::Ledger;
 use super::pace::Pace;
 use super::plan::resolve;
 use super::state::{Applied, CaptureState};
@@ -21,142 +21,17 @@ use super::state_file::{Locked, Stamp, StateFile};
 use super::timer::BootClock;
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
+use meshd_sys::kernel_events::KernelEvents;
+
+pub use handle::{KeeperHandle, KeeperView};
+
+use handle::{Command, Shared};
+use tell::audit;
 
 /// How soon a removed rule is noticed; healing must take less than two seconds.
 const TICK: Duration = Duration::from_millis(500);
 /// A revert timer that has not fired by then was killed: the daemon does its work.
 const TIMER_GRACE: Duration = Duration::from_secs(5);
-/// What an operator may have forgotten is said again.
-const REMINDER: Duration = Duration::from_secs(3600);
-
-type Answer = oneshot::Sender<Result<(), CaptureError>>;
-
-/// What the rest of the daemon asks of the keeper.
-enum Command {
-    /// Put what the configuration says in force, as far as operators let it.
-    Want(Box<Wanted>, Answer),
-    /// The same by order of an operator: what was held or reverted before is over.
-    Apply(Box<Wanted>, Answer),
-    /// The state on disk has changed.
-    Follow(Answer),
-    /// Raw addresses to capture from now on.
-    RawAddresses(BTreeSet<SocketAddr>, oneshot::Sender<()>),
-    /// Read the kernel's counts now, and keep them.
-    Count(oneshot::Sender<()>),
-    /// End the thread.
-    Stop(oneshot::Sender<()>),
-}
-
-/// Counted and shown for operators.
-#[derive(Debug, Default)]
-struct Shared {
-    healed: AtomicU64,
-    heal_failed: AtomicU64,
-    fighting: AtomicBool,
-    /// What was last known of the state on disk, and the plan's hash.
-    known: Mutex<(Option<String>, CaptureState)>,
-}
-
-/// What the daemon knows of capture.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-pub struct KeeperView {
-    pub backend: BackendKind,
-    pub passed_over: Vec<PassedOver>,
-    /// The plan of the configuration the daemon runs with.
-    pub plan: Option<String>,
-    /// Times rules or routes were put back after somebody else had removed them.
-    pub healed: u64,
-    /// Times they could not be.
-    pub heal_failed: u64,
-    /// Somebody removes them again and again.
-    pub fighting: bool,
-    /// The plan was not confirmed in time, so another one is in force.
-    pub held: bool,
-    pub reverted: bool,
-    /// Whom meshd is out of the way of; `*` for everybody.
-    pub bypass: Vec<String>,
-}
-
-/// How the rest of the daemon speaks to the keeper; the thread ends when the last one is dropped.
-#[derive(Clone)]
-pub struct KeeperHandle {
-    commands: Sender<Command>,
-    pub backend: BackendKind,
-    passed_over: Arc<[PassedOver]>,
-    shared: Arc<Shared>,
-    /// Who called in clear, as of the last ten seconds.
-    pub ledger: PublishedBook,
-}
-
-impl KeeperHandle {
-    /// Puts `wanted` in force, as far as operators let it; on an error what was in force before still is.
-    pub async fn want(&self, wanted: Wanted) -> Result<(), CaptureError> {
-        self.ask(|answer| Command::Want(Box::new(wanted), answer)).await
-    }
-
-    /// The same by order: an operator wants it in force although it was held or everything was reverted.
-    pub async fn apply(&self, wanted: Wanted) -> Result<(), CaptureError> {
-        self.ask(|answer| Command::Apply(Box::new(wanted), answer)).await
-    }
-
-    /// Does at once what the state on disk says; answered when it is in force.
-    pub async fn follow(&self) -> Result<(), CaptureError> {
-        self.ask(Command::Follow).await
-    }
-
-    async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), CaptureError> {
-        let (answer, answered) = oneshot::channel();
-        let gone = || CaptureError::State {
-            what: "the capture thread is gone".into(),
-            source: std::io::Error::other("restart meshd; the log says why"),
-        };
-        self.commands.send(command(answer)).map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())?
-    }
-
-    /// Captures these raw addresses and no others; connections that are open stay as they are. Returns when that is
-    /// in force, or when it failed, which is logged and tried again.
-    pub async fn raw_addresses(&self, addresses: BTreeSet<SocketAddr>) {
-        let (answer, answered) = oneshot::channel();
-        // Without a keeper nothing is captured any more.
-        if self.commands.send(Command::RawAddresses(addresses, answer)).is_ok() {
-            let _ = answered.await;
-        }
-    }
-
-    /// Brings `ledger` up to date, in memory and on disk.
-    pub async fn count(&self) {
-        let (answer, answered) = oneshot::channel();
-        // A keeper that is gone counts no more: what it counted last stands.
-        if self.commands.send(Command::Count(answer)).is_ok() {
-            let _ = answered.await;
-        }
-    }
-
-    pub fn view(&self) -> KeeperView {
-        let (plan, state) = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        KeeperView {
-            backend: self.backend,
-            passed_over: self.passed_over.to_vec(),
-            healed: self.shared.healed.load(Ordering::Relaxed),
-            heal_failed: self.shared.heal_failed.load(Ordering::Relaxed),
-            fighting: self.shared.fighting.load(Ordering::Relaxed),
-            held: plan.as_ref().is_some_and(|hash| state.holds(hash)),
-            reverted: state.reverted.is_some(),
-            bypass: state.bypass.labels().into_iter().map(str::to_owned).collect(),
-            plan,
-        }
-    }
-
-    /// Ends the thread and the backend's own work, after what is on its way has been passed on. Rules stay.
-    pub async fn stop(&self) {
-        let (answer, answered) = oneshot::channel();
-        if self.commands.send(Command::Stop(answer)).is_ok() {
-            // A thread that panicked has stopped, too.
-            let _ = answered.await;
-        }
-    }
-}
 
 pub struct Keeper {
     backend: Box<dyn Backend>,
@@ -466,17 +341,6 @@ impl Keeper {
         }
     }
 
-    /// The same failure is told once a minute, not every second.
-    fn tell_failure(&mut self, now: Instant, what: &str, error: &CaptureError) {
-        let text = error.to_string();
-        let minute = Duration::from_secs(60);
-        if self.told.as_ref().is_some_and(|(told, at)| *told == text && now.duration_since(*at) < minute) {
-            return;
-        }
-        tracing::error!(error = text, "{what}");
-        self.told = Some((text, now));
-    }
-
     /// Its process may have been killed; an unconfirmed plan must not stay for that.
     fn stand_in_for_the_timer(&mut self, now: Instant) {
         let clock = BootClock::now();
@@ -492,34 +356,6 @@ impl Keeper {
         });
         if let Err(error) = expired.and_then(|()| self.follow()) {
             self.tell_failure(now, "an unconfirmed plan cannot be taken back", &error);
-        }
-    }
-
-    /// What is not as the configuration says is said at start, and after every reload.
-    fn tell_start(&mut self, state: &CaptureState, intent: &Wanted) {
-        self.reminded = Instant::now();
-        if let Some(reverted) = &state.reverted {
-            tracing::warn!(
-                since = reverted.since,
-                why = reverted.why,
-                "rules stay removed until `meshd intercept apply`"
-            );
-        } else if let Some(held) = state.held.as_ref().filter(|held| held.hash == intent.hash()) {
-            let instead = if state.last_confirmed.is_some() { "the last confirmed plan" } else { "only virtual IPs" };
-            tracing::error!(
-                plan = held.hash,
-                why = held.why,
-                "the configured plan is held back, {instead} in force instead; change enrol.d, or run `meshd \
-                 intercept apply` and then `meshd intercept confirm`"
-            );
-        }
-        tell_bypass(state);
-    }
-
-    fn remind(&mut self, now: Instant) {
-        if now.duration_since(self.reminded) >= REMINDER {
-            self.reminded = now;
-            tell_bypass(&self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).1);
         }
     }
 }
@@ -548,30 +384,4 @@ fn begin(file: &StateFile) -> Result<(), CaptureError> {
     locked.state.give_up_unconfirmed(&clock);
     locked.state.reverted = None;
     locked.save()
-}
-
-/// What operators did, for the record.
-fn audit(before: &CaptureState, now: &CaptureState) {
-    if let Some(reverted) = now.reverted.as_ref().filter(|_| before.reverted != now.reverted) {
-        let (uid, why) = (reverted.by_uid, &reverted.why);
-        tracing::warn!(target: "audit", uid, why, "rules and routes were removed; `meshd intercept apply` puts them back");
-    }
-    if let Some(held) = now.held.as_ref().filter(|_| before.held != now.held) {
-        tracing::warn!(target: "audit", plan = held.hash, why = held.why, "plan taken back");
-    }
-    if let Some(plan) = now.confirmed.last().filter(|_| before.confirmed != now.confirmed) {
-        tracing::info!(target: "audit", plan, "plan confirmed");
-    }
-    if before.bypass != now.bypass {
-        tracing::warn!(target: "audit", bypass = now.bypass.labels().join(" "), "bypass changed");
-    }
-}
-
-fn tell_bypass(state: &CaptureState) {
-    if state.bypass.is_on() {
-        tracing::warn!(
-            bypassed = state.bypass.labels().join(" "),
-            "meshd is out of the way: strict ports take plaintext, raw addresses go direct; end it with `meshd bypass off`"
-        );
-    }
 }
