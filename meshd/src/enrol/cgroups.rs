@@ -215,10 +215,19 @@ pub fn own_unit() -> Option<Arc<str>> {
     unit_in(&std::fs::read_to_string("/proc/self/cgroup").ok()?)
 }
 
-/// `0::<path>` is the line of the cgroup2 hierarchy.
+/// The unit of another process, and whether it has a cgroup of the hierarchy at all. Its number must mean the same
+/// process before and after.
+pub fn unit_of_process(pid: i32) -> std::io::Result<(Option<Arc<str>>, bool)> {
+    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    Ok((unit_in(&cgroups), cgroups.lines().any(|line| line.starts_with("0::"))))
+}
+
+/// `0::<path>` is the line of the cgroup2 hierarchy. Whoever is outside of our cgroup namespace is in no unit we know:
+/// the path begins with `..` then.
 fn unit_in(cgroups: &str) -> Option<Arc<str>> {
     let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    path.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice")).map(Arc::from)
+    let unit = path.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice"))?;
+    (unit != "..").then(|| Arc::from(unit))
 }
 
 /// By a `/proc/PID/mountinfo`.
@@ -314,6 +323,7 @@ mod tests {
         let cgroups = "5:cpu:/\n0::/system.slice/meshd.service/worker\n";
         assert_eq!(unit_in(cgroups), Some("meshd.service".into()));
         assert_eq!(unit_in("0::/\n"), None);
+        assert_eq!(unit_in("0::/../other.slice/meshd.service\n"), None);
         assert_eq!(unit_in("5:cpu:/system.slice/meshd.service\n"), None);
     }
 

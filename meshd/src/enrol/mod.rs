@@ -20,7 +20,7 @@ use meshd_discovery::ServiceName;
 use meshd_identity::SpiffeId;
 
 pub(crate) use cgroups::cgroup2_mount;
-pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit};
+pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit, unit_of_process};
 pub use cli_file::{CliFile, CliFileError};
 pub use entry::{ServeEntry, WorkloadEntry};
 pub use files::{EnrolError, Origin, Reserved, load, load_as_if};

@@ -4,7 +4,8 @@
 //! `nft_map` what rules recorded;
 //! `sockets` opens the sockets meshd listens on and dials with; `kernel_events` tells when rules or routes change;
 //! `inherit` adopts listeners handed over by systemd; `clock` asks how good it is; `memory` tunes the allocator;
-//! `tun` makes a network device whose packets this process reads and writes.
+//! `tun` makes a network device whose packets this process reads and writes; `peer` holds on to the process at the other
+//! end of a Unix socket.
 
 pub mod clock;
 pub mod conntrack;
@@ -13,6 +14,7 @@ pub mod kernel_events;
 pub mod memory;
 mod nfnetlink;
 pub mod nft_map;
+pub mod peer;
 pub mod sock_diag;
 pub mod sock_dump;
 pub mod sockets;
