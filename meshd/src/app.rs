@@ -29,6 +29,7 @@ use crate::proxy::{self, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::tls::TlsState;
+use crate::workload_api;
 
 /// How long the first certificates and the first reading of the sources may take before we serve with what there is.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -157,6 +158,13 @@ impl App {
         let (reload, reloads) = mpsc::channel(1);
         let control = Control { keeper: keeper.clone(), reload };
         tokio::spawn(admin::serve_socket(admin_socket, view, control));
+        if config.workload_api.enabled {
+            let path = config.api_socket();
+            let socket = start!(workload_api::bind(&path), "{}", path.display())?;
+            let (shared, credentials, enrolled) = (shared.clone(), credentials.clone(), identities.subscribe());
+            let sources = workload_api::Sources { shared, credentials, enrolled, tokens: None };
+            tokio::spawn(workload_api::serve(socket, sources));
+        }
         let reloader = Reloader {
             config: config.clone(),
             shared: shared.clone(),
@@ -244,7 +252,9 @@ impl App {
             tracing::error!(%error, "names still come to meshd, which is gone; `meshd intercept revert` takes that back");
         }
         // Best effort: the next start replaces a stale socket.
-        let _ = std::fs::remove_file(self.config.admin_socket());
+        for socket in [self.config.admin_socket(), self.config.api_socket()] {
+            let _ = std::fs::remove_file(socket);
+        }
         tracing::info!("meshd stopped");
     }
 }

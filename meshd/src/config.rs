@@ -13,6 +13,7 @@ use crate::dns::DnsConfig;
 use crate::enrol::Reserved;
 use crate::proxy::ProxyConfig;
 use crate::telemetry::MetricsConfig;
+use crate::workload_api::WorkloadApiConfig;
 
 /// The whole file. Every section has defaults, so an empty file is a valid one.
 #[derive(Clone, Debug, Deserialize)]
@@ -20,7 +21,7 @@ use crate::telemetry::MetricsConfig;
 pub struct Config {
     /// Identity, virtual IPs and other state that survives a reboot.
     pub state_dir: PathBuf,
-    /// The admin socket; gone after a reboot.
+    /// The sockets of the admin and the Workload API; gone after a reboot.
     pub run_dir: PathBuf,
     /// Which units of this host are which workloads.
     pub enrol_dir: PathBuf,
@@ -28,6 +29,7 @@ pub struct Config {
     pub capture: CaptureConfig,
     pub dns: DnsConfig,
     pub metrics: MetricsConfig,
+    pub workload_api: WorkloadApiConfig,
     #[serde(rename = "source")]
     pub sources: Vec<SourceConfig>,
 }
@@ -42,6 +44,7 @@ impl Default for Config {
             capture: CaptureConfig::default(),
             dns: DnsConfig::default(),
             metrics: MetricsConfig::default(),
+            workload_api: WorkloadApiConfig::default(),
             sources: vec![SourceConfig::default()],
         }
     }
@@ -74,6 +77,10 @@ impl Config {
 
     pub fn admin_socket(&self) -> PathBuf {
         self.run_dir.join("admin.sock")
+    }
+
+    pub fn api_socket(&self) -> PathBuf {
+        self.run_dir.join("api.sock")
     }
 }
 

@@ -21,3 +21,4 @@ pub mod proxy;
 mod raw;
 pub mod telemetry;
 pub mod transport;
+pub mod workload_api;

@@ -14,6 +14,6 @@ pub use control::{ApplyOrder, Control, Reload};
 pub use intercept::{InterceptPlan, InterceptStatus};
 pub use ledger::{CallerView, LedgerView, PortView, ledger};
 pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
-pub use server::{bind, serve_metrics, serve_socket};
+pub use server::{bind, bind_with_mode, serve_metrics, serve_socket};
 pub use show::{edges, status};
 pub use view::{EdgeView, EnrolledView, StatusView, View};

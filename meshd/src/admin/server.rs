@@ -18,15 +18,20 @@ use super::view::View;
 use crate::lifecycle::Stage;
 use crate::telemetry;
 
-/// Binds the admin socket, replacing one a killed daemon left behind.
+/// Binds the admin socket.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    // Reading the mesh's state is for root and meshd's own group.
+    bind_with_mode(path, 0o660)
+}
+
+/// Binds a socket, replacing one a killed daemon left behind.
+pub fn bind_with_mode(path: &Path, mode: u32) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
-    // Reading the mesh's state is for root and meshd's own group.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
 }
 

@@ -8,6 +8,7 @@ mod exposition;
 mod probes;
 mod process;
 mod unknown;
+mod workload_api;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub use edges::{Direction, Edge, EdgeKey, EdgeRow, Edges, Tls};
 pub use exposition::{Exposition, encode};
 pub use probes::Probes;
 pub use unknown::UnknownOwners;
+pub use workload_api::WorkloadApiCounters;
 
 use crate::fault::Fault;
 
@@ -48,6 +50,7 @@ pub struct Telemetry {
     pub probes: Probes,
     pub handshakes: HandshakeCounters,
     pub dns: DnsCounters,
+    pub workload_api: WorkloadApiCounters,
     /// A panic ends one connection; the operator must see that it happened.
     pub panics: AtomicU64,
     /// Streams whose application asked for the caller's address and could not be given it.
@@ -66,6 +69,7 @@ impl Telemetry {
             probes: Probes::default(),
             handshakes: HandshakeCounters::default(),
             dns: DnsCounters::default(),
+            workload_api: WorkloadApiCounters::default(),
             panics: AtomicU64::new(0),
             hidden_callers: AtomicU64::new(0),
             buffered_bytes: AtomicU64::new(0),

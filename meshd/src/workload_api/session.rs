@@ -1,0 +1,162 @@
+//! One connection's calls: who makes them, what they may have now, and when that changes.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use meshd_identity::SpiffeId;
+use meshd_pki_client::{Credentials, Svid};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::Sources;
+use super::attest::{Caller, Unattested};
+use super::limits::{Admission, Complaints, StreamSlot};
+use super::refused::Refused;
+use super::x509;
+
+/// Answers on their way to one stream: the next is made when the last was taken.
+pub(super) type Answers<T> = ReceiverStream<Result<T, Status>>;
+
+pub(super) struct Session {
+    pub(super) sources: Arc<Sources>,
+    pub(super) caller: Caller,
+    pub(super) admission: Arc<Admission>,
+    pub(super) complaints: Arc<Complaints>,
+}
+
+/// What an attested caller may have at one moment.
+pub(super) struct Holding {
+    pub(super) svid: Arc<Svid>,
+    pub(super) credentials: Arc<Credentials>,
+}
+
+impl Session {
+    /// Asks kernel, enrolment and credentials anew.
+    pub(super) fn holding(&self) -> Result<Holding, Refused> {
+        let identity = self.identity()?;
+        let credentials = self.sources.credentials.borrow().clone();
+        let svid = x509::svid(&credentials, &identity, SystemTime::now()).inspect_err(|refused| {
+            if let (Refused::NoIdentity, Some(words)) = (refused, credentials.refused.get(&identity)) {
+                self.complain(identity.as_str(), || {
+                    tracing::warn!(%identity, "the PKI refuses an identity asked for at the Workload API: {words}");
+                });
+            }
+        });
+        Ok(Holding { svid: svid?.clone(), credentials })
+    }
+
+    /// The identity the caller is enrolled as, with a certificate or not.
+    pub(super) fn identity(&self) -> Result<SpiffeId, Refused> {
+        let shared = &self.sources.shared;
+        let found = self.caller.workload(&shared.enrolment.load(), &shared.ports, Instant::now());
+        found.map(|workload| workload.identity.clone()).map_err(|why| {
+            self.explain(&why);
+            Refused::NoIdentity
+        })
+    }
+
+    pub(super) fn stream(&self) -> Result<StreamSlot, Refused> {
+        self.admission.stream().ok_or(Refused::Busy)
+    }
+
+    /// What tells that an answer may have become another one.
+    pub(super) fn changes(&self) -> Changes {
+        let mut changes =
+            Changes { credentials: self.sources.credentials.clone(), enrolled: self.sources.enrolled.clone() };
+        changes.credentials.mark_unchanged();
+        changes.enrolled.mark_unchanged();
+        changes
+    }
+
+    /// An answer now, and another one whenever it comes out differently, for as long as the caller may have one.
+    pub(super) fn answers<T, F>(self: &Arc<Session>, answer: F) -> Result<Answers<T>, Refused>
+    where
+        T: Clone + PartialEq + Send + 'static,
+        F: Fn(&Session) -> Result<T, Refused> + Send + 'static,
+    {
+        let slot = self.stream()?;
+        // Before the first answer: what changes meanwhile is not missed.
+        let changes = self.changes();
+        let first = answer(self)?;
+        let (out, answers) = mpsc::channel(1);
+        tokio::spawn(follow(self.clone(), changes, first, answer, out, slot));
+        Ok(ReceiverStream::new(answers))
+    }
+
+    fn complain(&self, about: &str, complain: impl FnOnce()) {
+        if self.complaints.is_due(about, Instant::now()) {
+            complain();
+        }
+    }
+
+    fn explain(&self, why: &Unattested) {
+        match why {
+            Unattested::Unenrolled(facts) => {
+                let selector = facts.selector();
+                self.complain(&selector, || {
+                    tracing::warn!(
+                        "an unenrolled caller asked for an identity at the Workload API; to enrol it: meshd enrol \
+                         {selector} --as ns/<namespace>/sa/<name>"
+                    );
+                });
+            }
+            Unattested::Changed => self.complain("changed", || {
+                tracing::warn!("a caller of the Workload API is another user now than when it connected; refused");
+            }),
+            // Nobody is left to be told.
+            Unattested::Gone => {}
+        }
+    }
+}
+
+async fn follow<T: Clone + PartialEq>(
+    session: Arc<Session>,
+    mut changes: Changes,
+    first: T,
+    answer: impl Fn(&Session) -> Result<T, Refused>,
+    out: mpsc::Sender<Result<T, Status>>,
+    _slot: StreamSlot,
+) {
+    let mut last = first.clone();
+    if out.send(Ok(first)).await.is_err() {
+        return;
+    }
+    loop {
+        tokio::select! {
+            () = changes.next() => {}
+            () = out.closed() => return,
+        }
+        let next = match answer(&session) {
+            Ok(next) if next == last => continue,
+            Ok(next) => next,
+            // What it has is still the best there is.
+            Err(refused) if refused.may_pass() => continue,
+            Err(refused) => {
+                // If it fails, nobody is there to be refused.
+                let _ = out.send(Err(refused.into())).await;
+                return;
+            }
+        };
+        last.clone_from(&next);
+        if out.send(Ok(next)).await.is_err() {
+            return;
+        }
+    }
+}
+
+pub(super) struct Changes {
+    credentials: watch::Receiver<Arc<Credentials>>,
+    enrolled: watch::Receiver<std::collections::BTreeSet<SpiffeId>>,
+}
+
+impl Changes {
+    /// For ever, if nothing will change any more.
+    pub(super) async fn next(&mut self) {
+        tokio::select! {
+            Ok(()) = self.credentials.changed() => {}
+            Ok(()) = self.enrolled.changed() => {}
+            else => std::future::pending().await,
+        }
+    }
+}
