@@ -31,6 +31,7 @@ mod strict;
 mod targets;
 mod tun;
 mod wire;
+mod workload_api;
 
 use std::time::Duration;
 

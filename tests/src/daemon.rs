@@ -67,6 +67,11 @@ impl Daemon {
         self.directory.join("etc").join(name)
     }
 
+    /// Where programs of the host get their identity.
+    pub fn api_socket(&self) -> PathBuf {
+        self.directory.join("run/api.sock")
+    }
+
     /// The lock of legacy iptables on this host, open to meshd as docs/capture.md asks of a real one. Machine-wide
     /// by default, which hosts that are namespaces would wait for.
     pub fn iptables_lock(&self) -> PathBuf {

@@ -64,7 +64,8 @@ impl Mesh {
     /// With environment variables of its own, say another clock.
     pub fn start_pki_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
         let listen = self.pki_address();
-        let mut program = self.pki_program(&["run"]).args(["--listen", &listen]);
+        let lifetimes = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
+        let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(lifetimes);
         for (name, value) in environment {
             program = program.env(name, value);
         }

@@ -19,6 +19,8 @@ pub struct Plan {
     pub threads: usize,
     /// Nothing of the mesh is addressed by IPv4.
     pub ipv6_only: bool,
+    /// Life of certificates, as meshd-pki takes it; its default otherwise.
+    pub leaf_ttl: Option<&'static str>,
 }
 
 #[derive(Clone)]
@@ -83,6 +85,7 @@ impl Plan {
             access_log: true,
             threads: 2,
             ipv6_only: false,
+            leaf_ttl: None,
         }
     }
 

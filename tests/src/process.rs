@@ -89,7 +89,8 @@ impl Program {
 
     pub fn label(&self) -> String {
         let program = Path::new(&self.words[0]).file_name().unwrap_or_default().to_string_lossy();
-        format!("{}-{program}", self.unit)
+        // A cgroup below a unit has a path.
+        format!("{}-{program}", self.unit.replace('/', "-"))
     }
 }
 

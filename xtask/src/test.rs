@@ -50,11 +50,12 @@ const MACHINES: Tier = Tier {
     preflight: machine::preflight,
 };
 
-/// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md).
+/// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API
+/// has nothing to do with capture: once is enough.
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
-    ("nft-redirect", &["tun::"]),
-    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::", NAMED_REMOVER]),
+    ("nft-redirect", &["tun::", "workload_api::"]),
+    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::", "workload_api::", NAMED_REMOVER]),
     (
         "iptables-legacy",
         &[
@@ -62,6 +63,7 @@ const BACKENDS: [(&str, &[&str]); 5] = [
             "ledger::",
             "raw::",
             "client_address::",
+            "workload_api::",
             NAMED_REMOVER,
             "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
         ],
@@ -70,6 +72,7 @@ const BACKENDS: [(&str, &[&str]); 5] = [
     (
         "tun",
         &[
+            "workload_api::",
             "strict::",
             "ledger::",
             "raw::",
@@ -119,7 +122,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
         summary.add("unit and property tests", unit);
     }
-    ensure!(cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests"])?, "the build failed");
+    ensure!(
+        cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests", "-p", "meshd-workload-client"])?,
+        "the build failed"
+    );
     for tier in [SCENARIOS, MACHINES] {
         summary.add(tier.name, as_root(&tier, args)?);
     }

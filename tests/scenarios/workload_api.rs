@@ -1,0 +1,165 @@
+//! The Workload API: who gets which identity, in which codes others are refused, and for how long.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use meshd_tests::mesh::{Mesh, STRAY_UID};
+use meshd_tests::plan::Plan;
+use meshd_tests::process::{Finished, Process, Program};
+use meshd_tests::wait::until;
+use nix::sys::signal::Signal;
+
+use crate::DEADLINE;
+
+const NOBODY: &str = "PermissionDenied: no identity issued\n";
+
+/// Asks web's meshd, as root in no unit: whoever runs it says which.
+fn client(mesh: &Mesh, args: &[&str]) -> Program {
+    let program = Program::new(mesh.host("web").binary("workload-client"));
+    program.arg("--socket").arg(mesh.daemon("web").api_socket()).args(args)
+}
+
+fn as_unit(mesh: &Mesh, name: &str, args: &[&str]) -> Result<Finished> {
+    mesh.host("web").run(&mesh.in_unit("web", name, client(mesh, args)))
+}
+
+fn fetched(mesh: &Mesh, name: &str) -> Result<serde_json::Value> {
+    let said = as_unit(mesh, name, &["fetch"])?.expect_success(&format!("{name} fetching its identity"))?;
+    Ok(serde_json::from_str(&said)?)
+}
+
+fn called(mesh: &Mesh, name: &str, call: &[&str]) -> Result<String> {
+    as_unit(mesh, name, &[&["call"], call].concat())?.expect_success("workload-client call")
+}
+
+fn start(mesh: &Mesh, name: &str, args: &[&str]) -> Result<Process> {
+    mesh.host("web").spawn(&mesh.in_unit("web", name, client(mesh, args)))
+}
+
+#[test]
+fn each_unit_gets_its_own_identity_and_others_are_told_how_to_enrol() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    for name in ["checkout", "billing"] {
+        let identity = fetched(&mesh, name)?;
+        ensure!(identity["id"] == *mesh.spiffe_id(name), "{name} is given {identity}");
+        ensure!(identity["chain"] == 2 && identity["roots"] == 1 && identity["bundles"] == 1, "{identity}");
+    }
+    let methods = ["fetch-x509-svid", "fetch-x509-bundles", "fetch-jwt-svid", "fetch-jwt-bundles", "fetch-secrets"];
+    for method in methods {
+        let answer = called(&mesh, "stray", &[method])?;
+        ensure!(answer == NOBODY, "{method} answers a stray unit: {answer}");
+    }
+    let log = mesh.daemon("web").log();
+    ensure!(log.matches("to enrol it: meshd enrol stray.service --as").count() == 1, "{log}");
+    let denied = [("method", "FetchX509SVID"), ("code", "permission_denied")];
+    ensure!(mesh.daemon("web").metrics()?.sum("meshd_workload_api_requests_total", &denied) == 1.0);
+    Ok(())
+}
+
+#[test]
+fn what_is_asked_wrongly_is_refused_in_the_codes_of_the_standard() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    for (call, expected) in [
+        (&["fetch-x509-svid"][..], "Ok"),
+        (&["fetch-x509-svid", "--no-header"], "InvalidArgument"),
+        (&["fetch-wit-svid", "--no-header"], "InvalidArgument"),
+        (&["fetch-wit-svid"], "Unimplemented"),
+        // Envoy sends none.
+        (&["fetch-secrets", "--no-header"], "Ok"),
+    ] {
+        let answer = called(&mesh, "checkout", call)?;
+        ensure!(answer.starts_with(expected), "{call:?} answers {answer}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stream_follows_renewals_and_enrolment_and_ends_with_it() -> Result<()> {
+    let mesh = Mesh::start(Plan { leaf_ttl: Some("15"), ..Plan::shop_with_one_server() })?;
+    let (checkout, billing) = (mesh.spiffe_id("checkout"), mesh.spiffe_id("billing"));
+    let mut watching = start(&mesh, "checkout", &["watch"])?;
+    let lines = |watching: &Process| watching.stdout().lines().map(str::to_owned).collect::<Vec<_>>();
+    until(DEADLINE, "two certificates", || lines(&watching).len() >= 2)?;
+    ensure!(lines(&watching).iter().all(|line| *line == checkout), "{}", watching.stdout());
+
+    // From now on this unit is billing, and no longer checkout; then nobody.
+    let daemon = mesh.daemon("web");
+    let text = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
+    let selector = text.lines().nth(1).context("no selector")?;
+    daemon.enrol(&format!("[[workload]]\n{selector}\nnamespace = \"shop\"\nname = \"billing\"\n"))?;
+    daemon.signal(Signal::SIGHUP)?;
+    until(DEADLINE, "billing's certificate", || lines(&watching).last() == Some(&billing))?;
+    daemon.enrol("")?;
+    daemon.signal(Signal::SIGHUP)?;
+    until(DEADLINE, "the end of the stream", || !watching.is_running())?;
+    let last = lines(&watching).pop().unwrap_or_default();
+    ensure!(last.starts_with("ended: ") && last.contains("no identity issued"), "{}", watching.output());
+    Ok(())
+}
+
+#[test]
+fn a_connection_in_other_hands_than_those_that_made_it_is_worth_nothing() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let host = mesh.host("web");
+    let (own, socket) = (host.binary("workload-client"), mesh.daemon("web").api_socket());
+    let (own, socket) = (own.display().to_string(), socket.display().to_string());
+    let resume = [own.as_str(), "--socket", &socket, "resume"];
+    let user = STRAY_UID.to_string();
+    let other = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "--"];
+    let in_unit = |args: &[&str]| client(&mesh, args).unit("checkout.service");
+
+    let same = host.run(&in_unit(&[&["become", "--"], &resume[..]].concat()))?;
+    ensure!(same.expect_success("the same process with another program")? == "Ok\n");
+    let changed = host.run(&in_unit(&[&["become", "--"], &other[..], &resume].concat()))?;
+    ensure!(changed.expect_success("another user")? == NOBODY);
+    let mut left = host.spawn(&in_unit(&[&["leave", "--"], &resume[..]].concat()))?;
+    left.wait(DEADLINE)?;
+    until(DEADLINE, "the heir of the connection to be answered", || !left.stdout().is_empty())?;
+    ensure!(left.stdout() == NOBODY, "{}", left.output());
+    Ok(())
+}
+
+#[test]
+fn a_cgroup_named_like_an_enrolled_unit_is_that_of_whoever_named_it() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    if !mesh.lab().has_units() {
+        return Ok(());
+    }
+    for (cgroup, owner) in [
+        ("stray.service/checkout.service", "stray.service"),
+        ("user.slice/user-2005.slice/user@2005.service/app.slice/checkout.service", "user@2005.service"),
+    ] {
+        let asking = client(&mesh, &["call", "fetch-x509-svid"]).unit(cgroup).uid(STRAY_UID);
+        let answer = mesh.host("web").run(&asking)?.expect_success("workload-client call")?;
+        ensure!(answer == NOBODY, "{cgroup} is answered: {answer}");
+        ensure!(mesh.daemon("web").log().contains(&format!("meshd enrol {owner} ")), "{owner} is not named");
+    }
+    let below = client(&mesh, &["fetch"]).unit("checkout.service/worker.service").uid(STRAY_UID);
+    let fetched = mesh.host("web").run(&below)?.expect_success("a process below an enrolled unit")?;
+    ensure!(fetched.contains(&mesh.spiffe_id("checkout")), "{fetched}");
+    Ok(())
+}
+
+#[test]
+fn a_user_with_a_thousand_streams_starves_nobody() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let greedy = start(&mesh, "billing", &["hold", "--streams", "1000"])?;
+    until(DEADLINE, "all streams tried", || !greedy.stdout().is_empty())?;
+    ensure!(greedy.stdout() == "256 open, 744 refused\n", "{}", greedy.output());
+    ensure!(fetched(&mesh, "checkout")?["id"] == *mesh.spiffe_id("checkout"));
+    drop(greedy);
+    let open =
+        || mesh.daemon("web").metrics().map_or(1.0, |metrics| metrics.sum("meshd_workload_api_connections", &[]));
+    until(DEADLINE, "connections of a process that ended to be closed", || open() == 0.0)
+}
+
+#[test]
+fn without_the_api_there_is_no_socket() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let daemon = mesh.daemon("web");
+    let config = fs::read_to_string(daemon.config())?;
+    fs::write(daemon.config(), config + "[workload_api]\nenabled = false\n")?;
+    daemon.restart()?;
+    ensure!(!daemon.api_socket().exists(), "{} is there", daemon.api_socket().display());
+    Ok(())
+}
