@@ -4,6 +4,7 @@
 pub mod access_log;
 pub mod backend;
 pub mod binaries;
+mod cache;
 pub mod capture;
 mod cgroup;
 pub mod command;
@@ -21,5 +22,6 @@ pub mod packages;
 pub mod pcap;
 pub mod plan;
 pub mod process;
+pub mod python;
 pub mod root;
 pub mod wait;

@@ -38,6 +38,10 @@ pub const FOR_MACHINES: &[Package] = &[
     package("openssh-client", "ssh-keygen"),
 ];
 
+/// For clients of the Workload API that others wrote, which come from PyPI.
+pub const FOR_CLIENTS: &[Package] =
+    &[package("openssl", "openssl"), package("python3", "python3"), package("python3-venv", "python3")];
+
 /// What unit and integration tests run besides our own programs.
 pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl")];
 

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::packages::Package;
-use meshd_tests::{backend, machine, packages, root};
+use meshd_tests::{backend, machine, packages, python, root};
 
 use crate::built::{self, cargo, cargo_command};
 use crate::lint;
@@ -48,6 +48,16 @@ const MACHINES: Tier = Tier {
     // What differs between backends is shown on namespace hosts.
     backends: &[("auto", &[])],
     preflight: machine::preflight,
+};
+
+const CLIENTS: Tier = Tier {
+    test: "clients",
+    name: "clients others wrote",
+    packages: &[packages::FOR_LABS, packages::FOR_CLIENTS],
+    threads: 2,
+    // Capture has no part in it.
+    backends: &[("auto", &[])],
+    preflight: || python::environment().map(drop),
 };
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API
@@ -108,7 +118,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<bool> {
     if let Some(program) = std::env::var_os(PROGRAM) {
         let wanted = std::env::var(TIER).unwrap_or_default();
-        let tier = [SCENARIOS, MACHINES].into_iter().find(|tier| tier.test == wanted);
+        let tier = [SCENARIOS, CLIENTS, MACHINES].into_iter().find(|tier| tier.test == wanted);
         return run_as_root(&tier.context("no such tier")?, &program.into(), args.only.as_deref());
     }
     packages::ensure(&[packages::FOR_TESTS])?;
@@ -126,7 +136,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests", "-p", "meshd-workload-client"])?,
         "the build failed"
     );
-    for tier in [SCENARIOS, MACHINES] {
+    for tier in [SCENARIOS, CLIENTS, MACHINES] {
         summary.add(tier.name, as_root(&tier, args)?);
     }
     if let Some(only) = &args.only

@@ -1,13 +1,13 @@
 //! The Debian tree that all machines share, built once and kept outside the checkout.
 
-use std::fs::{self, File};
+use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::cache;
 use crate::command;
 use crate::daemon::UID;
 
@@ -24,9 +24,6 @@ const PACKAGES: &[&str] = &[
     "systemd-resolved",
     "systemd-sysv",
 ];
-
-/// After so long a tree is removed.
-const UNUSED: Duration = Duration::from_secs(30 * 86_400);
 
 /// Nobody reads manuals here.
 const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
@@ -48,40 +45,11 @@ rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*
 
 /// The tree's directory; builds it when it is not there, which takes half a minute and needs the package mirror.
 pub(super) fn ensure() -> Result<PathBuf> {
-    let cache = cache_directory();
-    fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let release = release()?;
-    let tree = cache.join(format!("{release}-{:016x}", recipe()));
-    // Several test processes want the same tree; the first builds it.
-    let lock = File::create(cache.join("lock"))?;
-    lock.lock()?;
-    if !tree.exists() {
-        let partial = tree.with_extension("partial");
-        let _ = fs::remove_dir_all(&partial);
+    cache::directory_of(&format!("{release}-{:016x}", recipe()), |tree| {
         println!("Building the tree that test machines boot from: {}", tree.display());
-        build(&release, &partial)?;
-        fs::rename(&partial, &tree)?;
-    }
-    File::open(&tree)?.set_modified(SystemTime::now())?;
-    remove_unused(&cache)?;
-    Ok(tree)
-}
-
-/// Of other recipes and releases; using one says so.
-fn remove_unused(cache: &Path) -> Result<()> {
-    for entry in fs::read_dir(cache)? {
-        let entry = entry?;
-        let unused = entry.metadata()?.modified()?.elapsed().unwrap_or_default() > UNUSED;
-        if unused && entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
-        }
-    }
-    Ok(())
-}
-
-/// Tests run as root, so the cache is the machine's unless told.
-fn cache_directory() -> PathBuf {
-    std::env::var_os("XDG_CACHE_HOME").map_or_else(|| PathBuf::from("/var/cache"), PathBuf::from).join("meshd-tests")
+        build(&release, tree)
+    })
 }
 
 fn recipe() -> u64 {
@@ -123,21 +91,4 @@ fn mirror(release: &str) -> Result<String> {
     let listed = command::run("apt-get", &["indextargets", "--format", format, "Created-By: Packages"])?;
     let mirror = listed.lines().find_map(|line| line.strip_prefix(&format!("{release} main ")));
     Ok(mirror.with_context(|| format!("apt here has no source for {release} main:\n{listed}"))?.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_trees_nobody_used_for_a_month_are_removed() {
-        let cache = std::env::temp_dir().join(format!("meshd-trees-{}", std::process::id()));
-        let (old, new) = (cache.join("old"), cache.join("new"));
-        fs::create_dir_all(&old).unwrap();
-        fs::create_dir_all(&new).unwrap();
-        File::open(&old).unwrap().set_modified(SystemTime::now() - 2 * UNUSED).unwrap();
-        remove_unused(&cache).unwrap();
-        assert!(!old.exists() && new.exists());
-        fs::remove_dir_all(&cache).unwrap();
-    }
 }

@@ -1,0 +1,148 @@
+//! Envoy as server and as client of mutual TLS, with nothing but the secrets of our socket.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use meshd_tests::http;
+use meshd_tests::mesh::Mesh;
+use meshd_tests::plan::Plan;
+use meshd_tests::process::{Process, Program};
+use meshd_tests::python;
+use meshd_tests::wait::until;
+
+use crate::{DEADLINE, pypi};
+
+const TLS: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3";
+
+/// An Envoy in a unit of a host, passing on what it accepts.
+struct Sidecar<'a> {
+    host: &'a str,
+    unit: &'a str,
+    listen: (Ipv4Addr, u16),
+    far: (Ipv4Addr, u16),
+    admin: u16,
+    side: Side,
+}
+
+/// Whose certificate it believes at the far end of its TLS, which is before or behind it.
+enum Side {
+    Server { client: String, roots: &'static str },
+    Client { server: String, roots: &'static str },
+}
+
+impl Sidecar<'_> {
+    fn start(&self, mesh: &Mesh) -> Result<Process> {
+        let (listener, cluster) = match &self.side {
+            Side::Server { client, roots } => {
+                (tls("DownstreamTlsContext", client, roots, ", require_client_certificate: true"), String::new())
+            }
+            Side::Client { server, roots } => (String::new(), tls("UpstreamTlsContext", server, roots, "")),
+        };
+        let config = include_str!("envoy.yaml")
+            .replace("@ADMIN@", &self.admin.to_string())
+            .replace("@LISTEN@", &self.listen.0.to_string())
+            .replace("@PORT@", &self.listen.1.to_string())
+            .replace("@FAR@", &self.far.0.to_string())
+            .replace("@FAR_PORT@", &self.far.1.to_string())
+            .replace("@SOCKET@", &mesh.daemon(self.host).api_socket().display().to_string())
+            .replace("@LISTENER@", &listener)
+            .replace("@CLUSTER@", &cluster);
+        let host = mesh.host(self.host);
+        let path = host.directory().join(format!("envoy-{}.yaml", self.unit));
+        fs::write(&path, config)?;
+        let program = Program::new(python::envoy(&python::environment()?)?);
+        let program = program.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning", "-c"]);
+        let mut envoy = host.spawn(&mesh.in_unit(self.host, self.unit, program.arg(path)))?;
+        let secrets = || self.stat(mesh, "update_success").is_ok_and(|count| count >= 2);
+        until(DEADLINE, "both secrets of an Envoy", || secrets() || !envoy.is_running())?;
+        ensure!(envoy.is_running(), "Envoy ended:\n{}", envoy.output());
+        Ok(envoy)
+    }
+
+    /// The sum of all counters of secrets, or of TLS, whose name ends so.
+    fn stat(&self, mesh: &Mesh, name: &str) -> Result<u64> {
+        let admin = SocketAddr::from(([127, 0, 0, 1], self.admin));
+        let (_, stats) = mesh.host(self.host).within(|| http::get(admin, "/stats"))??;
+        let ours = stats.lines().filter(|line| line.contains("sds.") || line.contains(".ssl."));
+        let values = ours.filter_map(|line| line.split_once(": ")).filter(|(key, _)| key.ends_with(name));
+        values.map(|(_, value)| value.trim().parse::<u64>().context("not a count")).sum()
+    }
+}
+
+fn tls(context: &str, peer: &str, roots: &str, more: &str) -> String {
+    let sds = "{ resource_api_version: V3, api_config_source: { api_type: GRPC, transport_api_version: V3, \
+               grpc_services: [{ envoy_grpc: { cluster_name: meshd } }] } }";
+    format!(
+        "transport_socket: {{ name: envoy.transport_sockets.tls, typed_config: {{ \"@type\": {TLS}.{context}, \
+         common_tls_context: {{ tls_certificate_sds_secret_configs: [{{ name: default, sds_config: {sds} }}], \
+         combined_validation_context: {{ default_validation_context: {{ match_typed_subject_alt_names: \
+         [{{ san_type: URI, matcher: {{ exact: \"{peer}\" }} }}] }}, \
+         validation_context_sds_secret_config: {{ name: \"{roots}\", sds_config: {sds} }} }} }}{more} }} }}"
+    )
+}
+
+fn server(mesh: &Mesh) -> Sidecar<'static> {
+    Sidecar {
+        host: "api-1",
+        unit: "payments",
+        listen: (Ipv4Addr::UNSPECIFIED, 9443),
+        far: (Ipv4Addr::LOCALHOST, 8080),
+        admin: 9901,
+        side: Side::Server { client: mesh.spiffe_id("checkout"), roots: "ROOTCA" },
+    }
+}
+
+fn client(mesh: &Mesh, unit: &'static str, port: u16, admin: u16) -> Sidecar<'static> {
+    let side = Side::Client { server: mesh.spiffe_id("payments"), roots: "ALL" };
+    let far = (mesh.host("api-1").address(), 9443);
+    Sidecar { host: "web", unit, listen: (Ipv4Addr::LOCALHOST, port), far, admin, side }
+}
+
+fn ask(mesh: &Mesh, port: u16) -> Result<String> {
+    let url = format!("http://127.0.0.1:{port}/");
+    Ok(mesh.curl("web", "stray", &["--max-time", "5", &url])?.stdout)
+}
+
+#[test]
+fn two_envoys_speak_mutual_tls_across_renewals_and_only_with_whom_they_should() -> Result<()> {
+    let mesh = Mesh::start(Plan { leaf_ttl: Some("20"), ..Plan::shop_with_one_server() })?;
+    let (server, checkout, billing) =
+        (server(&mesh), client(&mesh, "checkout", 10000, 9901), client(&mesh, "billing", 10001, 9902));
+    let _running = [server.start(&mesh)?, checkout.start(&mesh)?, billing.start(&mesh)?];
+    ensure!(ask(&mesh, 10000)?.starts_with("payments on api-1"), "checkout's Envoy is not served");
+    ensure!(ask(&mesh, 10001)?.is_empty(), "billing's Envoy is served");
+    ensure!(server.stat(&mesh, "fail_verify_san")? >= 1, "billing was not refused for its name");
+
+    let renewed = |envoy: &Sidecar<'_>| envoy.stat(&mesh, "default.update_success").is_ok_and(|count| count >= 3);
+    let mut answers = 0;
+    until(DEADLINE, "two renewals at both ends", || {
+        // One connection each: every answer is a handshake with what is in force now.
+        let answered = ask(&mesh, 10000).is_ok_and(|body| body.starts_with("payments on api-1"));
+        answers = if answered { answers + 1 } else { 0 };
+        !answered || renewed(&server) && renewed(&checkout)
+    })?;
+    ensure!(answers > 1, "a connection failed around a renewal");
+    Ok(())
+}
+
+#[test]
+fn openssl_with_what_pypis_client_saved_is_served_by_envoy_and_without_it_is_not() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let _running = server(&mesh).start(&mesh)?;
+    let (fetched, directory) = pypi::fetch(&mesh, "checkout")?;
+    fetched.expect_success("fetching checkout's identity")?;
+    let file = |name: &str| directory.join(name).display().to_string();
+    let (chain, key, roots) = (file("chain.pem"), file("key.pem"), file("roots.pem"));
+    let to = format!("{}:9443", mesh.host("api-1").address());
+    let request = "printf 'GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n'";
+    let call = |certificate: &str| {
+        let openssl = format!("{request} | openssl s_client -quiet -verify_return_error -CAfile {roots} -connect {to}");
+        mesh.host("web").run(&Program::new("sh").args(["-c", &format!("{openssl} {certificate}")]))
+    };
+    let served = call(&format!("-cert_chain {chain} -cert {chain} -key {key}"))?;
+    ensure!(served.stdout.contains("payments on api-1"), "{served:?}");
+    let nobody = call("")?;
+    ensure!(!nobody.stdout.contains("payments on api-1"), "{nobody:?}");
+    Ok(())
+}
