@@ -27,7 +27,7 @@ use tokio::sync::watch;
 
 use crate::proxy::Shared;
 
-pub use jwt::{IssueError, Issued, JwtSource};
+pub use jwt::{IssueError, Issued, JwtSource, Verified};
 pub use serve::{bind, serve};
 
 /// `[workload_api]` of meshd.toml.

@@ -76,11 +76,11 @@ impl SpiffeWorkloadApi for Spiffe {
         &self,
         request: Request<ValidateJwtsvidRequest>,
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
-        let ValidateJwtsvidRequest { audience, svid: _ } = request.into_inner();
-        check_audience(&[audience])?;
+        let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
+        check_audience(std::slice::from_ref(&audience))?;
         self.0.identity()?;
-        tokens(&self.0)?;
-        Err(Status::unimplemented("later"))
+        let verified = tokens(&self.0)?.verify(&svid, &audience).map_err(Refused::Invalid)?;
+        Ok(Response::new(jwt::validated(verified)))
     }
 }
 

@@ -1,7 +1,8 @@
 //! In front of our HTTP/2: what a client calls us.
 //!
 //! gRPC's C core, and every language on top of it, sends the path of a Unix socket as `:authority`, percent-encoded. That
-//! is no authority of HTTP, and h2 resets the request. So what a client sends is read here first (docs/adr/0006).
+//! is no authority of HTTP, and h2 resets the request. So what a client sends is read here first
+//! (docs/adr/0006-authority-of-unix-sockets.md).
 
 mod frames;
 mod headers;
