@@ -78,6 +78,7 @@ impl Pki {
         })?;
         let decide = |item| self.decide(&signer, &caller, &permitted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
+        self.heard_of_bundle(&caller.host.id, request.bundle_sequence);
         // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
         if let Err(error) = self.note(&caller, request, &mut decided, unix_ms(now)) {
             self.metrics.note_failures.inc();

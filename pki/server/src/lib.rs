@@ -17,6 +17,7 @@ pub mod enrol;
 mod instances;
 pub mod issue;
 mod jwt;
+pub mod keeping;
 mod keys;
 pub mod lifetimes;
 pub mod metrics;

@@ -14,7 +14,7 @@ use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
-use meshd_pki::{Options, Pki, state_dir};
+use meshd_pki::{Options, Pki, keeping, state_dir};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
@@ -43,6 +43,8 @@ enum Command {
     Entry(Entry),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
+    #[command(flatten)]
+    Keeping(keeping::command::Keeping),
 }
 
 #[derive(Args)]
@@ -156,6 +158,7 @@ fn main() -> ExitCode {
         Command::Entry(Entry::List(args)) => list_entries(&args),
         Command::Entry(Entry::Remove(args)) => remove_entry(&args),
         Command::Status(args) => return status(&args),
+        Command::Keeping(command) => keeping::command::run(&command),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
 }

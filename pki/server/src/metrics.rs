@@ -28,6 +28,10 @@ pub struct Metrics {
     pub(crate) clones_seen: Counter,
     pub(crate) clock_distrusted: Gauge,
     pub(crate) tls_failures: Counter,
+    pub(crate) backup: Gauge,
+    pub(crate) backup_failures: Counter,
+    pub(crate) restored: Gauge,
+    pub(crate) hosts_ahead: Counter,
     pub(crate) connections: Gauge,
     pub(crate) not_after: Family<Certificate, Gauge>,
 }
@@ -45,6 +49,10 @@ impl Metrics {
             clones_seen: Counter::default(),
             clock_distrusted: Gauge::default(),
             tls_failures: Counter::default(),
+            backup: Gauge::default(),
+            backup_failures: Counter::default(),
+            restored: Gauge::default(),
+            hosts_ahead: Counter::default(),
             connections: Gauge::default(),
             not_after: Family::default(),
         };
@@ -71,6 +79,13 @@ impl Metrics {
             m.clock_distrusted.clone(),
         );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
+        let made = "Unix time of the last backup this process made; 0 before the first";
+        registry.register("backup_timestamp_seconds", made, m.backup.clone());
+        registry.register("backup_failures", "Backups that could not be made", m.backup_failures.clone());
+        let restored = "Unix time at which a backup took the place of the database; 0 if none did";
+        registry.register("restored_timestamp_seconds", restored, m.restored.clone());
+        let ahead = "Times a host had a newer bundle than the PKI";
+        registry.register("hosts_ahead", ahead, m.hosts_ahead.clone());
         registry.register("connections", "Open connections", m.connections.clone());
         let expiry = "Unix time at which a certificate of the PKI itself ends";
         registry.register("certificate_not_after_seconds", expiry, m.not_after.clone());

@@ -15,19 +15,20 @@ use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
 use crate::instances::Instances;
+use crate::keeping::keeper::{Keeper, heal_state};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
 use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
-use crate::state_dir::{StateDir, StateError};
+use crate::state_dir::{StateDir, StateError, lock};
 use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::{Current, tainted};
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
-const KEEP_S: i64 = 30 * 86_400;
+pub(crate) const KEEP_S: i64 = 30 * 86_400;
 /// Clocks of hosts heard within this time have a say.
 const HEARD_LATELY_S: i64 = 600;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
@@ -100,15 +101,21 @@ pub struct Pki {
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
+    pub(crate) keeper: Keeper,
     _running: File,
 }
 
 impl Pki {
     pub fn open(dir: &Path, options: Options) -> Result<Pki, PkiError> {
         options.lifetimes.check().map_err(PkiError::Lifetimes)?;
+        let now = (options.clock)();
+        let running = lock(dir)?;
+        let healed = heal_state(dir, now)?;
         let state = StateDir::open(dir)?;
-        let running = state.lock()?;
         state.check()?;
+        if let Some(event) = healed {
+            state.record(now, &[event])?;
+        }
         let kek = state.kek()?;
         if !options.advertise.is_empty() {
             let addresses = &options.advertise;
@@ -116,7 +123,9 @@ impl Pki {
                 .database
                 .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
         }
-        let now = (options.clock)();
+        let lifetimes = &options.lifetimes;
+        let domain = &state.trust_domain;
+        let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
         // Before anything is signed: a PKI that was off for long may have no root left that verifies.
         rotate(&state, &kek, &options.lifetimes, true, now)?;
         let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
@@ -137,12 +146,14 @@ impl Pki {
             state,
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
+            keeper,
             _running: running,
         };
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
         pki.export_expiry();
         pki.tell();
+        pki.keeper.keep(&pki.state, &pki.metrics, now);
         Ok(pki)
     }
 
@@ -159,6 +170,7 @@ impl Pki {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
         })?;
+        self.keeper.keep(&self.state, &self.metrics, now);
         Ok(())
     }
 
@@ -175,6 +187,16 @@ impl Pki {
         self.refresh_deny()?;
         self.tell();
         Ok(())
+    }
+
+    pub(crate) fn rotator(&self) -> Rotator<'_> {
+        Rotator {
+            domain: &self.trust_domain,
+            kek: &self.kek,
+            lifetimes: &self.lifetimes,
+            clock_is_good: self.distrust().is_none(),
+            now: self.now(),
+        }
     }
 
     fn tell(&self) {

@@ -11,6 +11,7 @@ use rcgen::{KeyPair, PublicKeyData};
 
 use crate::audit::{Audit, Event};
 use crate::authority::AuthorityError;
+use crate::keeping::backups::BackupError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::{RotationError, Rotator, bundle_of};
@@ -44,6 +45,8 @@ pub enum StateError {
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Rotation(#[from] RotationError),
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     #[error("cannot make the recovery key: {0}")]
     Recovery(#[from] rcgen::Error),
 }
@@ -120,7 +123,7 @@ fn fill(
 
 impl StateDir {
     pub fn open(dir: &Path) -> Result<StateDir, StateError> {
-        let database = Database::open(&dir.join("pki.db"))?;
+        let database = Database::open(dir)?;
         let incomplete = |what| StateError::Incomplete { dir: dir.to_owned(), what };
         let trust_domain = database.read(settings::trust_domain)?.ok_or_else(|| incomplete("its trust domain"))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
@@ -149,20 +152,23 @@ impl StateDir {
         StateError::Incomplete { dir: self.dir.clone(), what }
     }
 
-    /// Held while a server runs; a second one would rotate the same authorities.
-    pub(crate) fn lock(&self) -> Result<File, StateError> {
-        let path = self.dir.join("run.lock");
-        let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
-        let file = File::create(&path).map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: self.dir.clone() }),
-            Err(TryLockError::Error(source)) => Err(io(source)),
-        }
-    }
-
     pub(crate) fn record(&self, now: SystemTime, events: &[Event]) -> Result<(), StateError> {
         append(&self.audit, now, events)
+    }
+}
+
+/// Held while a server runs; a second one would rotate the same authorities.
+pub(crate) fn lock(dir: &Path) -> Result<File, StateError> {
+    if !dir.is_dir() {
+        return Err(DbError::Missing { dir: dir.to_owned() }.into());
+    }
+    let path = dir.join("run.lock");
+    let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
+    let file = File::create(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
     }
 }
 

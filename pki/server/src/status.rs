@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::commands::CommandError;
 use crate::issue::shorten;
+use crate::keeping::restored::Restored;
 use crate::state_dir::StateDir;
 use crate::store::hosts::{Host, HostState};
 use crate::store::tokens::Token;
@@ -82,6 +83,7 @@ impl Status {
         if let Err(problem) = &audit {
             problems.push(problem.clone());
         }
+        problems.extend(Restored::read(dir).filter(|restored| !restored.seen).map(|restored| restored.problem()));
         let mut advice = Vec::new();
         if dir.join("recovery.key").exists() {
             advice.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));

@@ -50,6 +50,7 @@ impl Pki {
             self.metrics.note_failures.inc();
             tracing::error!(%error, host = %caller.host.id, "a report is not on record");
         }
+        self.heard_of_bundle(&caller.host.id, report.bundle_sequence);
         if !report.deny_set.is_empty()
             && let Err(error) = self.learn_deny(&report.deny_set)
         {

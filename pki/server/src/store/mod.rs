@@ -38,6 +38,8 @@ pub enum DbError {
     Damaged { path: PathBuf, detail: String },
     #[error("the record `{key}` is unreadable ({detail}); stop the PKI and restore the newest backup")]
     Record { key: String, detail: String },
+    #[error("{} holds no PKI although there are backups of one", path.display())]
+    Empty { path: PathBuf },
     #[error("others changed the same records {ATTEMPTS} times in a row; try again")]
     Contended,
 }
@@ -75,6 +77,8 @@ pub(crate) trait Engine: Send + Sync {
     fn view(&self) -> Result<Box<dyn View + '_>, DbError>;
     /// Whether what is stored is whole; quick enough for every start.
     fn check(&self) -> Result<(), DbError>;
+    /// Writes all records as they are at one moment into a new SQLite file, 0600.
+    fn copy_to(&self, path: &Path) -> Result<(), DbError>;
 }
 
 pub(crate) struct Database {
@@ -95,7 +99,12 @@ impl Database {
         })
     }
 
-    pub(crate) fn open(path: &Path) -> Result<Database, DbError> {
+    /// The database of a state directory.
+    pub(crate) fn open(dir: &Path) -> Result<Database, DbError> {
+        Database::open_file(&dir.join("pki.db"))
+    }
+
+    pub(crate) fn open_file(path: &Path) -> Result<Database, DbError> {
         let dir = path.parent().unwrap_or(path).to_owned();
         match Sqlite::open(path)? {
             Some(engine) => Ok(Database { engine: Box::new(engine) }),
@@ -110,6 +119,10 @@ impl Database {
 
     pub(crate) fn check(&self) -> Result<(), DbError> {
         self.engine.check()
+    }
+
+    pub(crate) fn copy_to(&self, path: &Path) -> Result<(), DbError> {
+        self.engine.copy_to(path)
     }
 
     pub(crate) fn read<T, E: From<DbError>>(&self, look: impl FnOnce(&mut dyn View) -> Result<T, E>) -> Result<T, E> {
