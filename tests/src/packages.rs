@@ -43,7 +43,8 @@ pub const FOR_CLIENTS: &[Package] =
     &[package("openssl", "openssl"), package("python3", "python3"), package("python3-venv", "python3")];
 
 /// What unit and integration tests run besides our own programs.
-pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl")];
+pub const FOR_TESTS: &[Package] =
+    &[package("openssl", "openssl"), package("etcd-server", "etcd"), package("etcd-client", "etcdctl")];
 
 pub const FOR_BENCH: &[Package] = &[package("openssl", "openssl"), package("haproxy", "haproxy")];
 
@@ -95,8 +96,13 @@ fn apt_get(args: &[&str]) -> Result<()> {
 
 /// Debian starts what it installs; the benchmark wants the program, not a service on the contributor's machine.
 fn keep_services_off(installed: &[&str]) {
-    if installed.contains(&"haproxy") && Path::new("/run/systemd/system").exists() {
-        crate::command::try_run("systemctl", &["disable", "--now", "haproxy.service"]);
+    if !Path::new("/run/systemd/system").exists() {
+        return;
+    }
+    for (package, service) in [("haproxy", "haproxy.service"), ("etcd-server", "etcd.service")] {
+        if installed.contains(&package) {
+            crate::command::try_run("systemctl", &["disable", "--now", service]);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::audit::Event;
 use crate::keys::{KeyError, random};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::tokens::{self, Token};
-use crate::store::{DbError, View, hosts, settings};
+use crate::store::{DbError, View, hosts, replicas, settings};
 use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
@@ -100,7 +100,10 @@ fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandE
     if !asked.is_empty() {
         return Ok(asked.to_vec());
     }
-    let known = state.database.read(settings::advertise)?;
+    let mut known = state.database.read(replicas::addresses)?;
+    if known.is_empty() {
+        known = state.database.read(settings::advertise)?;
+    }
     if known.is_empty() { Err(CommandError::NoAddress) } else { Ok(known) }
 }
 

@@ -90,7 +90,7 @@ impl Pki {
             results,
             bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
             tainted_roots: self.tainted_roots(),
         })
     }

@@ -28,6 +28,9 @@ pub struct Metrics {
     pub(crate) clones_seen: Counter,
     pub(crate) clock_distrusted: Gauge,
     pub(crate) tls_failures: Counter,
+    pub(crate) leads: Gauge,
+    pub(crate) replicas: Gauge,
+    pub(crate) store_trouble: Gauge,
     pub(crate) backup: Gauge,
     pub(crate) backup_failures: Counter,
     pub(crate) restored: Gauge,
@@ -49,6 +52,9 @@ impl Metrics {
             clones_seen: Counter::default(),
             clock_distrusted: Gauge::default(),
             tls_failures: Counter::default(),
+            leads: Gauge::default(),
+            replicas: Gauge::default(),
+            store_trouble: Gauge::default(),
             backup: Gauge::default(),
             backup_failures: Counter::default(),
             restored: Gauge::default(),
@@ -79,6 +85,10 @@ impl Metrics {
             m.clock_distrusted.clone(),
         );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
+        registry.register("leads", "1 where this server takes the steps of authorities", m.leads.clone());
+        registry.register("replicas", "Servers of this PKI that run", m.replicas.clone());
+        let trouble = "1 while nothing can be written to etcd; renewals go on";
+        registry.register("store_trouble", trouble, m.store_trouble.clone());
         let made = "Unix time of the last backup this process made; 0 before the first";
         registry.register("backup_timestamp_seconds", made, m.backup.clone());
         registry.register("backup_failures", "Backups that could not be made", m.backup_failures.clone());

@@ -20,10 +20,11 @@ use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
+use crate::replicas;
 use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError, lock};
-use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
+use crate::store::{bundles, hosts, intermediates, tokens, trust};
 use crate::sync::{Current, tainted};
 use crate::times::{Clock, unix, unix_ms};
 
@@ -88,6 +89,8 @@ pub struct Pki {
     pub metrics: Metrics,
     pub(crate) lifetimes: Lifetimes,
     pub(crate) advertise: Vec<String>,
+    /// Of all replicas.
+    addresses: RwLock<Arc<Vec<String>>>,
     clock: Clock,
     boot_time: BootTime,
     clock_guard: Mutex<ClockGuard>,
@@ -111,18 +114,14 @@ impl Pki {
         let now = (options.clock)();
         let running = lock(dir)?;
         let healed = heal_state(dir, now)?;
-        let state = StateDir::open(dir)?;
+        let state = StateDir::open_to_serve(dir)?;
         state.check()?;
+        state.database.engine().join_replicas();
         if let Some(event) = healed {
             state.record(now, &[event])?;
         }
         let kek = state.kek()?;
-        if !options.advertise.is_empty() {
-            let addresses = &options.advertise;
-            state
-                .database
-                .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
-        }
+        replicas::register(&state, &options.advertise, now)?;
         let lifetimes = &options.lifetimes;
         let domain = &state.trust_domain;
         let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
@@ -134,6 +133,7 @@ impl Pki {
             metrics: Metrics::new(),
             lifetimes: options.lifetimes,
             advertise: options.advertise,
+            addresses: RwLock::default(),
             clock: options.clock,
             boot_time: options.boot_time,
             clock_guard: Mutex::default(),
@@ -151,6 +151,7 @@ impl Pki {
         };
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
+        pki.refresh_replicas()?;
         pki.export_expiry();
         pki.tell();
         pki.keeper.keep(&pki.state, &pki.metrics, now);
@@ -163,10 +164,12 @@ impl Pki {
         let now = self.now();
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
-        self.prune_deny()?;
+        if self.state.database.engine().leads() {
+            self.prune_deny()?;
+        }
         self.refresh()?;
         let before = unix(now) - KEEP_S;
-        self.state.database.transaction(|records| -> Result<(), StateError> {
+        self.state.database.lead(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
         })?;
@@ -185,6 +188,7 @@ impl Pki {
             self.export_expiry();
         }
         self.refresh_deny()?;
+        self.refresh_replicas()?;
         self.tell();
         Ok(())
     }
@@ -252,6 +256,15 @@ impl Pki {
 
     pub(crate) fn set_deny(&self, set: SignedDeny) {
         *self.deny.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(set);
+    }
+
+    /// What hosts are told to use.
+    pub(crate) fn addresses(&self) -> Vec<String> {
+        self.addresses.read().unwrap_or_else(PoisonError::into_inner).to_vec()
+    }
+
+    pub(crate) fn set_addresses(&self, addresses: Vec<String>) {
+        *self.addresses.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(addresses);
     }
 
     pub(crate) fn tainted_roots(&self) -> Vec<String> {
@@ -340,6 +353,9 @@ fn rotate(
     clock_is_good: bool,
     now: SystemTime,
 ) -> Result<(), PkiError> {
+    if !state.database.engine().leads() {
+        return Ok(());
+    }
     let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good, now };
     for _ in 0..MOST_STEPS {
         // Looked at without a lock first: most times nothing is due.
@@ -347,8 +363,8 @@ fn rotate(
         if !due {
             return Ok(());
         }
-        let event = state.database.transaction(|records| rotator.advance(records))?;
-        let Some(event) = event else { return Ok(()) };
+        let event = state.database.lead(|records| rotator.advance(records))?;
+        let Some(event) = event.flatten() else { return Ok(()) };
         tracing::info!(step = event.event, authority = event.authority, detail = event.detail, "rotation");
         if let Err(error) = state.record(now, &[event]) {
             tracing::error!(%error, "a rotation step was taken but is not in the audit log");

@@ -15,6 +15,7 @@ use crate::keeping::backups::BackupError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::{RotationError, Rotator, bundle_of};
+use crate::store::etcd::config::EtcdConfig;
 use crate::store::{Database, DbError, settings, trust};
 use crate::times::unix;
 
@@ -123,11 +124,20 @@ fn fill(
 
 impl StateDir {
     pub fn open(dir: &Path) -> Result<StateDir, StateError> {
-        let database = Database::open(dir)?;
+        StateDir::of(dir, Database::open(dir)?)
+    }
+
+    /// As a server does: it starts without etcd, too.
+    pub(crate) fn open_to_serve(dir: &Path) -> Result<StateDir, StateError> {
+        StateDir::of(dir, Database::open_to_serve(dir)?)
+    }
+
+    fn of(dir: &Path, database: Database) -> Result<StateDir, StateError> {
         let incomplete = |what| StateError::Incomplete { dir: dir.to_owned(), what };
         let trust_domain = database.read(settings::trust_domain)?.ok_or_else(|| incomplete("its trust domain"))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
-        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica: LOCAL_REPLICA.to_owned(), database, audit })
+        let replica = EtcdConfig::read(dir)?.map_or_else(|| LOCAL_REPLICA.to_owned(), |config| config.replica);
+        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica, database, audit })
     }
 
     pub fn dir(&self) -> &Path {
@@ -178,7 +188,7 @@ fn append(audit: &Audit, now: SystemTime, events: &[Event]) -> Result<(), StateE
 }
 
 /// The systemd credential when there is one, else the file beside the database.
-fn kek_path(dir: &Path) -> PathBuf {
+pub(crate) fn kek_path(dir: &Path) -> PathBuf {
     let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|found| Path::new(&found).join(CREDENTIAL));
     credential.filter(|path| path.exists()).unwrap_or_else(|| dir.join("kek"))
 }
@@ -188,7 +198,7 @@ fn load_or_create_kek(dir: &Path) -> Result<Kek, StateError> {
     Ok(if path.exists() { Kek::load(&path)? } else { Kek::create(&path)? })
 }
 
-fn prepare_dir(dir: &Path) -> Result<(), StateError> {
+pub(crate) fn prepare_dir(dir: &Path) -> Result<(), StateError> {
     let io = |action| move |source| StateError::Io { action, path: dir.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io("create"))?;
     let mode = fs::metadata(dir).map_err(io("read"))?.permissions().mode() & 0o777;

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::commands::CommandError;
 use crate::issue::shorten;
 use crate::keeping::restored::Restored;
+use crate::replicas::{self, ReplicaStatus};
 use crate::state_dir::StateDir;
 use crate::store::hosts::{Host, HostState};
 use crate::store::tokens::Token;
@@ -30,6 +31,8 @@ pub struct Status {
     pub hosts: Vec<HostStatus>,
     pub open_tokens: Vec<TokenStatus>,
     pub valid_certificates: u64,
+    /// The servers, where there are several.
+    pub replicas: Vec<ReplicaStatus>,
     pub audit_lines: Option<u64>,
     /// What needs the operator; empty when all is well.
     pub problems: Vec<String>,
@@ -84,6 +87,14 @@ impl Status {
             problems.push(problem.clone());
         }
         problems.extend(Restored::read(dir).filter(|restored| !restored.seen).map(|restored| restored.problem()));
+        let replicas = replicas::of(&state)?;
+        for away in replicas.iter().filter(|one| !one.runs) {
+            let id = &away.id;
+            problems.push(format!("replica {id} is away; if it will not come back: `meshd-pki replica remove {id}`"));
+        }
+        if !replicas.is_empty() && !replicas.iter().any(|one| one.leads) {
+            problems.push("no replica leads: nothing is rotated".to_owned());
+        }
         let mut advice = Vec::new();
         if dir.join("recovery.key").exists() {
             advice.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));
@@ -100,6 +111,7 @@ impl Status {
             })?,
             open_tokens: database.read(|view| tokens::open(view, now))?.into_iter().map(token_status).collect(),
             valid_certificates: database.read(|view| hosts::valid_issued(view, now))?.len() as u64,
+            replicas,
             audit_lines: audit.ok(),
             problems,
             advice,
@@ -117,6 +129,16 @@ impl Status {
         writeln!(text, "trust domain   {}", self.trust_domain)?;
         writeln!(text, "bundle         sequence {}, sha256 {}", self.bundle_sequence, self.bundle_sha256)?;
         writeln!(text, "certificates   {} valid", self.valid_certificates)?;
+        for one in &self.replicas {
+            let state = if one.leads {
+                "leads"
+            } else if one.runs {
+                "runs"
+            } else {
+                "away"
+            };
+            writeln!(text, "replica        {} {state}, {}", one.id, one.addresses.join(", "))?;
+        }
         writeln!(text, "\n{:<14} {:<10} {:<34} NOT AFTER", "AUTHORITY", "STATE", "ID")?;
         for one in &self.authorities {
             writeln!(text, "{:<14} {:<10} {:<34} {}", one.kind, one.state, one.id, one.not_after)?;

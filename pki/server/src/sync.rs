@@ -72,7 +72,7 @@ impl Pki {
             deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
             want_deny_set: had.deny > deny.sequence,
             tainted_roots: tainted(&trust),
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
             recovery: recovery.unwrap_or_default(),
         })
     }

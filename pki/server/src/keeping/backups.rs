@@ -85,6 +85,11 @@ impl Backups {
         Ok(found)
     }
 
+    pub(crate) fn newest_whole(&self) -> Option<Backup> {
+        // An unreadable directory has none.
+        self.list().unwrap_or_default().into_iter().find(|backup| heal::check_file(&backup.path).is_ok())
+    }
+
     fn prune(&self) -> Result<(), BackupError> {
         for old in self.list()?.into_iter().skip(KEPT) {
             fs::remove_file(&old.path).map_err(|source| BackupError::Io {

@@ -4,13 +4,17 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use clap::{Args, Subcommand, ValueEnum};
+use meshd_identity::TrustDomain;
 
 use super::backups::{Backup, Backups};
 use super::heal::{check_file, put_in_place};
+use super::moving;
 use super::restored::Restored;
 use crate::audit::{Audit, Event};
 use crate::commands::CommandError;
+use crate::replicas::replicas;
 use crate::state_dir::{StateDir, StateError, lock};
+use crate::store::etcd::config::EtcdConfig;
 use crate::times::unix;
 
 #[derive(Subcommand)]
@@ -20,6 +24,95 @@ pub enum Keeping {
     Backup(BackupCommand),
     /// Put a backup in the place of the database; the server must be stopped.
     Restore(Restore),
+    /// Move the records between the file of one server and an etcd for several; no server may run.
+    Migrate(Migrate),
+    /// The servers of a PKI in etcd.
+    #[command(subcommand)]
+    Replica(ReplicaCommand),
+}
+
+#[derive(Args)]
+pub struct Migrate {
+    #[arg(long)]
+    state: PathBuf,
+    #[arg(long, value_enum)]
+    to: Target,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Target {
+    Etcd,
+    Sqlite,
+}
+
+#[derive(Args)]
+pub struct EtcdArgs {
+    /// https://HOST:PORT of an etcd member. May be repeated; name all.
+    #[arg(long, num_args = 1..)]
+    etcd: Vec<String>,
+    /// What the members' certificates chain to, PEM.
+    #[arg(long)]
+    etcd_ca: Option<PathBuf>,
+    /// Client certificate, PEM; with etcd's --client-cert-auth its common name is the user.
+    #[arg(long)]
+    etcd_cert: Option<PathBuf>,
+    #[arg(long)]
+    etcd_key: Option<PathBuf>,
+    #[arg(long)]
+    etcd_user: Option<String>,
+    #[arg(long)]
+    etcd_password_file: Option<PathBuf>,
+    /// Seconds after which another replica takes the lead from one that is silent.
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(i64).range(2..=300))]
+    etcd_lease: i64,
+}
+
+#[derive(Subcommand)]
+pub enum ReplicaCommand {
+    /// Make a state directory for one more server; its wrapping key must be there already.
+    Init(ReplicaInit),
+    /// Show the servers, which of them run, and which leads.
+    List(State),
+    /// Forget one that will not come back, so that rotation does not wait for it.
+    Remove(ReplicaRemove),
+}
+
+#[derive(Args)]
+pub struct ReplicaInit {
+    #[arg(long)]
+    state: PathBuf,
+    #[arg(long)]
+    trust_domain: TrustDomain,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+}
+
+#[derive(Args)]
+pub struct ReplicaRemove {
+    #[arg(long)]
+    state: PathBuf,
+    /// Its name, as `replica list` shows it.
+    replica: String,
+}
+
+impl EtcdArgs {
+    /// The paths are the server's, wherever this was typed.
+    fn config(&self) -> anyhow::Result<EtcdConfig> {
+        let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+        Ok(EtcdConfig {
+            replica: String::new(),
+            trust_domain: String::new(),
+            endpoints: self.etcd.clone(),
+            ca: absolute(&self.etcd_ca)?,
+            cert: absolute(&self.etcd_cert)?,
+            key: absolute(&self.etcd_key)?,
+            user: self.etcd_user.clone(),
+            password_file: absolute(&self.etcd_password_file)?,
+            lease_s: self.etcd_lease,
+        })
+    }
 }
 
 #[derive(Subcommand)]
@@ -80,6 +173,29 @@ pub fn run(command: &Keeping) -> anyhow::Result<()> {
             let from = restore(&args.state, args.from.as_deref(), SystemTime::now())?;
             println!("{} is in place; start the server", from.display());
         }
+        Keeping::Migrate(args) => {
+            let moved = match args.to {
+                Target::Etcd => moving::to_etcd(&args.state, args.etcd.config()?, SystemTime::now())?,
+                Target::Sqlite => moving::to_sqlite(&args.state, SystemTime::now())?,
+            };
+            println!("{} records moved, all the same on both sides (sha256 {})", moved.records, moved.sha256);
+        }
+        Keeping::Replica(ReplicaCommand::Init(args)) => {
+            let name = moving::init_replica(&args.state, &args.trust_domain, args.etcd.config()?)?;
+            println!("replica {name} is ready: `meshd-pki run --state {} ...`", args.state.display());
+        }
+        Keeping::Replica(ReplicaCommand::Remove(args)) => {
+            moving::remove_replica(&args.state, &args.replica, SystemTime::now())?;
+            println!("replica {} is forgotten; hosts learn with their next renewal", args.replica);
+        }
+        Keeping::Replica(ReplicaCommand::List(args)) => {
+            println!("{:<10} {:<8} {:<6} ADDRESSES", "REPLICA", "STATE", "LEADS");
+            for one in replicas(&args.state)? {
+                let state = if one.runs { "runs" } else { "away" };
+                let leads = if one.leads { "yes" } else { "" };
+                println!("{:<10} {state:<8} {leads:<6} {}", one.id, one.addresses.join(", "));
+            }
+        }
     }
     Ok(())
 }
@@ -126,7 +242,10 @@ pub fn restore(dir: &Path, from: Option<&Path>, now: SystemTime) -> anyhow::Resu
     };
     anyhow::ensure!(backup.path.exists(), "{}: no such backup; see `meshd-pki backup list`", backup.path.display());
     check_file(&backup.path)?;
-    let restored = put_in_place(dir, &backup, "the operator asked for it".to_owned(), now)?;
+    let restored = match EtcdConfig::read(dir)? {
+        Some(config) => moving::restore_etcd(dir, &config, &backup.path, now)?,
+        None => put_in_place(dir, &backup, "the operator asked for it".to_owned(), now)?,
+    };
     note(dir, now, "restore", restored.problem())?;
     Ok(backup.path)
 }

@@ -14,6 +14,7 @@ use crate::metrics::Metrics;
 use crate::pki::{KEEP_S, Pki, PkiError};
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
+use crate::store::etcd::config::EtcdConfig;
 use crate::store::trust;
 use crate::times::{rfc3339, unix};
 
@@ -31,6 +32,9 @@ pub(crate) struct Keeper {
 
 /// Before the database is opened: replaces a damaged one.
 pub(crate) fn heal_state(dir: &Path, now: SystemTime) -> Result<Option<Event>, StateError> {
+    if EtcdConfig::read(dir)?.is_some() {
+        return Ok(None);
+    }
     let Some(restored) = heal(dir, now)? else { return Ok(None) };
     let detail = restored.problem();
     tracing::error!(alarm = detail, "the database was damaged; the newest good backup took its place");
@@ -52,9 +56,10 @@ impl Keeper {
         if let Some(mirror) = keeper.mirror.read() {
             keeper.remind(state, &mirror, rotator.now)?;
         }
-        if let Some(restored) = restored.as_mut().filter(|restored| !restored.published) {
-            let floor = keeper.mirror.read().map_or(0, |mirror| mirror.sequence());
-            republish(state, rotator, floor)?;
+        if let Some(restored) = restored.as_mut().filter(|restored| !restored.published)
+            && let floor = keeper.mirror.read().map_or(0, |mirror| mirror.sequence())
+            && republish(state, rotator, floor)?
+        {
             restored.published = true;
             restored.write(dir).map_err(|source| StateError::Io { action: "write", path: dir.to_owned(), source })?;
         }
@@ -69,7 +74,9 @@ impl Keeper {
             return Ok(());
         }
         let remind = |records: &mut dyn crate::store::Records| mirror.remind(records, keep_after);
-        state.database.transaction(remind).map_err(StateError::from)?;
+        if state.database.lead(remind).map_err(StateError::from)?.is_none() {
+            return Ok(());
+        }
         let detail =
             format!("the database was older than {}; authorities were taken from there", self.mirror.path().display());
         tracing::error!(alarm = detail, "the database went back in time");
@@ -92,7 +99,12 @@ impl Keeper {
     }
 
     fn try_keep(&self, state: &StateDir, metrics: &Metrics, now: SystemTime) -> anyhow::Result<()> {
-        let stepped = self.mirror.write(&state.database.read(Mirror::of)?)?;
+        let current = state.database.read(Mirror::of)?;
+        if let Some(known) = self.mirror.read().filter(|known| known.sequence() > current.sequence()) {
+            // etcd went back in time under a running server.
+            return Ok(self.remind(state, &known, now)?);
+        }
+        let stepped = self.mirror.write(&current)?;
         let newest = self.backups.list()?.into_iter().next().map(|backup| backup.name());
         let is_recent = |name: String| (stamp(now - BACKUP_EVERY)..=stamp(now)).contains(&name);
         if stepped || self.owed.load(Ordering::Relaxed) || !newest.is_some_and(is_recent) {
@@ -143,12 +155,12 @@ impl Pki {
     }
 }
 
-/// The same bundle under a higher sequence.
-fn republish(state: &StateDir, rotator: &Rotator<'_>, above: u64) -> Result<(), PkiError> {
-    let event = state.database.transaction(|records| rotator.republish(records, above))?;
+/// The same bundle under a higher sequence. The leader does it; whether this is the leader.
+fn republish(state: &StateDir, rotator: &Rotator<'_>, above: u64) -> Result<bool, PkiError> {
+    let Some(event) = state.database.lead(|records| rotator.republish(records, above))? else { return Ok(false) };
     tracing::warn!(detail = event.detail, at = rfc3339(unix(rotator.now)), "the bundle was published anew");
     if let Err(error) = state.record(rotator.now, &[event]) {
         tracing::error!(%error, "a bundle was published anew but this is not in the audit log");
     }
-    Ok(())
+    Ok(true)
 }

@@ -5,4 +5,5 @@ pub mod command;
 pub(crate) mod heal;
 pub(crate) mod keeper;
 pub(crate) mod mirror;
+pub mod moving;
 pub(crate) mod restored;

@@ -2,10 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{DbError, Records, View, base64, get, list, put};
+use super::{DbError, Records, View, base64, get, glance, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
 const KEEP_ENDED_S: i64 = 7 * 86_400;
+/// Per host, the newest: 500 identities renewed thrice a day, and one value of etcd (1.5 MiB).
+const MOST_ISSUED: usize = 2000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -82,7 +84,7 @@ pub(crate) fn host(view: &mut dyn View, id: &str) -> Result<Option<Host>, DbErro
 }
 
 pub(crate) fn hosts(view: &mut dyn View) -> Result<Vec<Host>, DbError> {
-    let found: Vec<(String, Host)> = list(view, "host/")?;
+    let found: Vec<(String, Host)> = glance(view, "host/")?;
     Ok(found.into_iter().map(|(id, host)| Host { id, ..host }).collect())
 }
 
@@ -149,6 +151,7 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
     all.retain(|one| one.not_after > now - KEEP_ENDED_S);
     all.extend(new);
+    all.drain(..all.len().saturating_sub(MOST_ISSUED));
     put(records, &key, &all)
 }
 

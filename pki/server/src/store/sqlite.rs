@@ -152,6 +152,21 @@ pub(super) fn put(connection: &Connection, key: &str, value: &str) -> Result<(),
     Ok(())
 }
 
+/// A new file with these records.
+pub(super) fn write_copy(path: &Path, records: &[(String, Vec<u8>)]) -> Result<(), DbError> {
+    let sqlite = Sqlite::create(path)?;
+    let mut transaction = sqlite.begin()?;
+    for (key, value) in records {
+        transaction.put(key, value)?;
+    }
+    transaction.commit()?;
+    // A copy is one file, without a log of changes beside it.
+    drop(sqlite.reader);
+    let writer = lock(&sqlite.writer);
+    writer.pragma_update(None, "journal_mode", "DELETE")?;
+    Ok(())
+}
+
 /// A record as it is on disk.
 struct Stored {
     key: String,

@@ -44,9 +44,12 @@ pub(crate) fn open(view: &mut dyn View, now: i64) -> Result<Vec<Token>, DbError>
     Ok(open)
 }
 
+/// One transaction of etcd takes 128 changes; what is left goes the next time.
+const PRUNED_AT_ONCE: usize = 50;
+
 /// Forgets tokens that ended before `before`.
 pub(crate) fn prune(records: &mut dyn Records, before: i64) -> Result<(), DbError> {
-    for token in all(records)?.into_iter().filter(|token| token.expires_at < before) {
+    for token in all(records)?.into_iter().filter(|token| token.expires_at < before).take(PRUNED_AT_ONCE) {
         records.delete(&format!("token/{}", token.id))?;
     }
     Ok(())

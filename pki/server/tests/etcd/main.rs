@@ -1,0 +1,7 @@
+//! The PKI on a real etcd cluster, with what goes wrong there.
+
+mod cluster;
+mod desk;
+mod faults;
+mod moving;
+mod replicas;
