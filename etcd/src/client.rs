@@ -13,12 +13,11 @@ use tonic::{Code, Request, Status, Streaming};
 use crate::api::auth_client::AuthClient;
 use crate::api::kv_client::KvClient;
 use crate::api::lease_client::LeaseClient;
-use crate::api::range_request::{SortOrder, SortTarget};
 use crate::api::watch_client::WatchClient;
 use crate::api::watch_request::RequestUnion;
 use crate::api::{
     AuthenticateRequest, KeyValue, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, RangeRequest,
-    ResponseHeader, TxnRequest, TxnResponse, WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse,
+    ResponseHeader, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse,
 };
 use crate::connection::{Connection, connect};
 use crate::ops::Prefix;
@@ -88,7 +87,8 @@ pub struct Listed {
 
 /// A watch that was confirmed. What comes out is in the order of revisions.
 pub struct Watching {
-    requests: mpsc::Sender<WatchRequest>,
+    /// The watch ends when nobody can say anything on it any more.
+    _requests: mpsc::Sender<WatchRequest>,
     responses: Streaming<WatchResponse>,
 }
 
@@ -97,13 +97,6 @@ impl Watching {
     pub async fn next(&mut self) -> Result<WatchResponse, Error> {
         let message = self.responses.message().await.map_err(Error::Refused)?;
         message.ok_or_else(|| Error::Refused(Status::unavailable("the watch ended")))
-    }
-
-    /// Asks for a sign of life.
-    pub fn ask(&self) {
-        let request_union = Some(RequestUnion::ProgressRequest(WatchProgressRequest {}));
-        // A queue that is full holds such a question already.
-        _ = self.requests.try_send(WatchRequest { request_union });
     }
 }
 
@@ -134,18 +127,9 @@ impl Client {
         }
     }
 
-    /// The revision of the latest change below a prefix, as the majority knows it. Deleted keys do not show.
-    pub async fn latest(&self, prefix: &Prefix) -> Result<i64, Error> {
-        let request = RangeRequest {
-            key: prefix.key.clone(),
-            range_end: prefix.end.clone(),
-            limit: 1,
-            sort_order: SortOrder::Descend.into(),
-            sort_target: SortTarget::Mod.into(),
-            keys_only: true,
-            ..RangeRequest::default()
-        };
-        let answer = self.range(request).await?;
+    /// The revision in which a key was last written, as the majority knows it; 0 if it is not there.
+    pub async fn modified(&self, key: &str) -> Result<i64, Error> {
+        let answer = self.range(RangeRequest { key: key.into(), keys_only: true, ..RangeRequest::default() }).await?;
         Ok(answer.kvs.first().map_or(0, |pair| pair.mod_revision))
     }
 
@@ -209,16 +193,16 @@ impl Client {
             key: prefix.key.clone(),
             range_end: prefix.end.clone(),
             start_revision: from,
-            progress_notify: true,
+            progress_notify: false,
         };
         let started = self.call(|session| async move {
-            let (requests, queue) = mpsc::channel(4);
+            let (requests, queue) = mpsc::channel(1);
             let first = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
             requests.try_send(first).map_err(|_| Status::internal("a new queue is full"))?;
             let mut request = session.request(ReceiverStream::new(queue));
             request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
             let responses = session.watch().watch(request).await?.into_inner();
-            Ok(tonic::Response::new(Watching { requests, responses }))
+            Ok(tonic::Response::new(Watching { _requests: requests, responses }))
         });
         started.await
     }

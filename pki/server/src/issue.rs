@@ -71,7 +71,7 @@ impl Pki {
         self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let (caller, permitted) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, permitted) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
             let permitted = hosts::permitted(view, &caller.host.id)?;
             Ok((caller, permitted))

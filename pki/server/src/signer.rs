@@ -1,7 +1,7 @@
 //! What signs now: one intermediate, and the server certificate minted from it.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
 use rcgen::KeyPair;
@@ -18,8 +18,11 @@ use crate::rotation::step::bundle_of;
 use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::intermediates::{self, Intermediate};
-use crate::store::{Records, trust};
+use crate::store::{DbError, Records, trust};
 use crate::times::{from_unix, rfc3339, unix};
+
+/// After a replacement that failed.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
 /// never of different times.
@@ -55,7 +58,7 @@ impl Signer {
         now: SystemTime,
     ) -> Result<Signer, SignerError> {
         let mut made = None;
-        let (trust, row) = state.database.transaction(|records| -> Result<_, StateError> {
+        let chosen = state.database.transaction(|records| -> Result<_, StateError> {
             let trust = trust::trust(records)?;
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
@@ -70,7 +73,19 @@ impl Signer {
                 }
             };
             Ok((trust, row))
-        })?;
+        });
+        let (trust, row, again_at) = match chosen {
+            Ok((trust, row)) => {
+                let again_at = replacement_time(&row, lifetimes);
+                (trust, row, again_at)
+            }
+            Err(StateError::Db(error)) => {
+                made = None;
+                let (trust, row) = still_good(state, lifetimes, now, error)?;
+                (trust, row, now + RETRY)
+            }
+            Err(error) => return Err(error.into()),
+        };
         if let Some(row) = made {
             note(state, &row, now);
         }
@@ -84,13 +99,33 @@ impl Signer {
             root_not_after: from_unix(root_not_after),
             tls,
             endpoint_not_after,
-            replace_intermediate_at: replacement_time(&row, lifetimes),
+            replace_intermediate_at: again_at,
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
     }
 
     pub(crate) fn is_fresh(&self, sequence: u64, now: SystemTime) -> bool {
         self.bundle.sequence == sequence && now < self.replace_intermediate_at && now < self.replace_endpoint_at
+    }
+}
+
+/// What is on record, where nothing can be put there now: the intermediate lives four times as long as it is used.
+fn still_good(
+    state: &StateDir,
+    lifetimes: &Lifetimes,
+    now: SystemTime,
+    error: DbError,
+) -> Result<(Trust, Intermediate), StateError> {
+    let (trust, row) = state.database.read(|view| -> Result<_, DbError> {
+        Ok((trust::trust(view)?, intermediates::active(view, &state.replica)?))
+    })?;
+    let verifies = |row: &Intermediate| trust.in_bundle().any(|root| root.id == row.root);
+    match row.filter(|row| verifies(row) && now + lifetimes.leaf < from_unix(row.not_after)) {
+        Some(row) => {
+            tracing::error!(%error, "the intermediate cannot be replaced; the one in use goes on signing");
+            Ok((trust, row))
+        }
+        None => Err(error.into()),
     }
 }
 

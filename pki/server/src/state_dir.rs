@@ -80,7 +80,7 @@ pub fn init(
 ) -> Result<Initialised, StateError> {
     prepare_dir(dir)?;
     let database = dir.join("pki.db");
-    if Database::is_initialised(&database)? {
+    if EtcdConfig::read(dir)?.is_some() || Database::is_initialised(&database)? {
         return Err(StateError::Initialised { dir: dir.to_owned() });
     }
     let recovery_path = recovery_key.map_or_else(|| dir.join("recovery.key"), Path::to_owned);

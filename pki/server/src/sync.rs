@@ -32,7 +32,7 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::SyncReply, Refused> {
         let now = self.now();
-        let caller = self.state.database.read(|view| self.caller(view, certificate))?;
+        let caller = self.state.database.read_latest(|view| self.caller(view, certificate))?;
         self.watch_for_clones(&caller.host.id, &report.instance, remote);
         let sighting = Sighting {
             now: unix(now),

@@ -201,6 +201,18 @@ impl Database {
         look(self.engine.view()?.as_mut())
     }
 
+    /// As `read`; before it fails, what other servers changed a moment ago is taken over and looked at: a host may come
+    /// here right after another server enrolled it.
+    pub(crate) fn read_latest<T, E: From<DbError>>(
+        &self,
+        mut look: impl FnMut(&mut dyn View) -> Result<T, E>,
+    ) -> Result<T, E> {
+        match self.read(&mut look) {
+            Err(_) if self.engine.catch_up() => self.read(look),
+            result => result,
+        }
+    }
+
     /// Runs `act` until its changes are written as a whole, or it fails. It may run more than once.
     pub(crate) fn transaction<T, E: From<DbError>>(
         &self,

@@ -35,9 +35,11 @@ fn free_ports(count: usize) -> Vec<u16> {
 /// Waits for something that announces itself nowhere.
 pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = Instant::now();
+    let clock = std::sync::Condvar::new();
+    let ticks = std::sync::Mutex::new(());
     while !is_so() {
         assert!(start.elapsed() < PATIENCE, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        drop(clock.wait_timeout(ticks.lock().unwrap(), Duration::from_millis(20)).unwrap());
     }
 }
 
@@ -155,7 +157,8 @@ impl Cluster {
             key: Some(self.dir.join("meshd.key")),
             user: None,
             password_file: None,
-            lease_s: 2,
+            // Short, but not too short for a busy machine.
+            lease_s: 4,
         }
     }
 

@@ -38,7 +38,7 @@ pub(crate) struct Desk {
 impl Desk {
     /// A PKI that was moved into etcd; its first server is `a`.
     pub(crate) fn new() -> Desk {
-        Desk::with(|dir| Cluster::start(dir))
+        Desk::with(Cluster::start)
     }
 
     pub(crate) fn with(make: impl FnOnce(&Path) -> Cluster) -> Desk {

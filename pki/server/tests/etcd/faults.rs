@@ -8,7 +8,7 @@ use meshd_pki::store::etcd::config::EtcdConfig;
 use nix::sys::signal::Signal;
 
 use crate::cluster::{Cluster, until};
-use crate::desk::{Desk, enrol, metric, renew};
+use crate::desk::{Desk, HOUR, enrol, metric, renew};
 
 fn in_trouble(pki: &meshd_pki::Pki) -> bool {
     _ = pki.refresh();
@@ -23,20 +23,18 @@ fn killing_or_stopping_the_member_that_leads_etcd_costs_no_renewal() {
     for n in 0..2 {
         let leader = desk.cluster.leader();
         let token = desk.token("a", &format!("host-{n}"));
-        if n == 0 {
-            desk.cluster.kill_member(leader)
-        } else {
-            desk.cluster.signal_member(leader, Signal::SIGSTOP)
+        match n {
+            0 => desk.cluster.kill_member(leader),
+            _ => desk.cluster.signal_member(leader, Signal::SIGSTOP),
         }
         chain = renew(&pki, "web", &chain).unwrap();
         until("a new host gets in", || {
             chain = renew(&pki, "web", &chain).unwrap();
             enrol(&pki, &token).is_ok()
         });
-        if n == 0 {
-            desk.cluster.start_member(leader)
-        } else {
-            desk.cluster.signal_member(leader, Signal::SIGCONT)
+        match n {
+            0 => desk.cluster.start_member(leader),
+            _ => desk.cluster.signal_member(leader, Signal::SIGCONT),
         }
         desk.cluster.healthy();
     }
@@ -61,11 +59,20 @@ fn without_a_majority_renewals_go_on_also_across_a_restart_and_nobody_new_gets_i
     drop(pki);
     let pki = desk.open("a");
     assert!(in_trouble(&pki));
-    renew(&pki, "web", &chain).unwrap();
+    let mut chain = renew(&pki, "web", &chain).unwrap();
+    // Past the time at which the intermediate would be replaced, and past the end of the PKI's own server certificate.
+    for _ in 0..15 {
+        desk.pass(8 * HOUR);
+        pki.maintain().unwrap();
+        chain = renew(&pki, "web", &chain).unwrap();
+    }
+    let ends: u64 = metric(&pki, "certificate_not_after_seconds{kind=\"endpoint\"}").parse().unwrap();
+    assert!(ends > desk.now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap().as_secs() + 8 * HOUR);
     desk.cluster.start_member(0);
     desk.cluster.start_member(1);
-    until("new hosts get in again", || enrol(&pki, &token).is_ok());
     until("the trouble is over", || !in_trouble(&pki));
+    let token = desk.token("a", "cache");
+    until("new hosts get in again", || enrol(&pki, &token).is_ok());
 }
 
 #[test]

@@ -13,6 +13,8 @@ use rpds::RedBlackTreeMapSync;
 pub(super) const RECORDS: &str = "r/";
 /// For each first part of a record's key: changed when a record below is deleted.
 pub(super) const GONE: &str = "gone/";
+/// Written with every change, so that one small question tells whether there was one.
+pub(super) const TIP: &str = "tip";
 pub(super) const LEADER: &str = "leader";
 pub(super) const LIVE: &str = "live/";
 
@@ -101,6 +103,8 @@ pub(super) struct State {
     pub(super) loaded: bool,
     /// The revision that made this process's leader key, and until when it may believe to lead.
     pub(super) leads: Option<(i64, Instant)>,
+    /// What the keys of this process hang on.
+    pub(super) lease: Option<i64>,
 }
 
 #[derive(Default)]

@@ -35,6 +35,7 @@ impl Candidate {
     async fn hold_a_lease(&self, life: Duration) -> Result<(), Error> {
         let mut good_until = Instant::now() + life;
         let lease = self.client.grant(self.lease_s).await?;
+        self.cache.change(|state| state.lease = Some(lease));
         self.announce(lease).await?;
         loop {
             self.watch_for_twins(lease);

@@ -22,7 +22,7 @@ use meshd_etcd::{Client, Error, Prefix, created_at, delete, get, none_changed_si
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use self::cache::{Cache, GONE, LEADER, LIVE, RECORDS, Snapshot};
+use self::cache::{Cache, GONE, LEADER, LIVE, RECORDS, Snapshot, TIP};
 use self::config::EtcdConfig;
 use self::leader::Candidate;
 use self::watcher::Watcher;
@@ -34,6 +34,8 @@ const MOST_OPERATIONS: usize = 128;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Until a change that etcd has confirmed is seen here, too.
 const SEE_OWN: Duration = Duration::from_secs(2);
+/// For leaving the lead to others at the end.
+const GOODBYE: Duration = Duration::from_secs(1);
 const FIRST_LOAD: Duration = Duration::from_secs(10);
 
 pub(crate) struct Etcd {
@@ -141,9 +143,9 @@ impl Engine for Etcd {
         if self.trouble().is_some() {
             return false;
         }
-        let (client, prefix) = (self.client.clone(), Prefix::new(self.base.clone()));
+        let (client, tip) = (self.client.clone(), format!("{}{TIP}", self.base));
         let known = self.cache.lock().snapshot.revision;
-        match self.block(async move { client.latest(&prefix).await }) {
+        match self.block(async move { client.modified(&tip).await }) {
             Ok(Ok(latest)) => latest > known && self.cache.wait(SEE_OWN, |state| state.snapshot.revision >= latest),
             _ => false,
         }
@@ -196,18 +198,10 @@ impl Drop for Etcd {
         let candidate = self.candidate.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(candidate) = candidate {
             candidate.abort();
-            let live = format!("{LIVE}{}", self.config.replica);
-            let lease = self
-                .cache
-                .snapshot()
-                .keys
-                .get(&live)
-                .and_then(|value| String::from_utf8_lossy(&value.bytes).parse::<i64>().ok());
-            let client = self.client.clone();
-            if let Some(lease) = lease
-                && self.trouble().is_none()
-            {
-                _ = self.block(async move { client.revoke(lease).await });
+            let (client, lease) = (self.client.clone(), self.cache.lock().lease);
+            if let Some(lease) = lease {
+                // Without an answer it ends by itself.
+                _ = self.block(async move { tokio::time::timeout(GOODBYE, client.revoke(lease)).await });
             }
         }
         if let Some(runtime) = self.runtime.take() {
@@ -315,6 +309,7 @@ impl Open<'_> {
                 }
             }
         }
+        operations.push(put(format!("{base}{TIP}"), Vec::new(), 0));
         operations.extend(marks.into_iter().map(|mark| put(format!("{base}{GONE}{mark}"), Vec::new(), 0)));
         operations
     }

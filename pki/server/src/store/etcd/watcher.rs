@@ -7,9 +7,9 @@ use std::time::Duration;
 use meshd_etcd::{Client, Error, Prefix, Watching};
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::cache::{Cache, Snapshot, State};
+use super::cache::{Cache, Snapshot, State, TIP};
 
-/// A watch that says nothing for so long, although asked, stands still.
+/// A watch that has not told a change after so long stands still.
 const SILENCE: Duration = Duration::from_secs(6);
 const ASK_EVERY: Duration = Duration::from_secs(2);
 const COMPARE_EVERY: Duration = Duration::from_secs(300);
@@ -60,22 +60,33 @@ impl Watcher {
         let mut watching = self.client.watch(&self.prefix, from).await?;
         let mut asks = interval(ASK_EVERY);
         let compare_at = Instant::now() + COMPARE_EVERY;
-        let mut heard = Instant::now();
+        let mut current = Instant::now();
         loop {
             tokio::select! {
-                answer = watching.next() => {
-                    heard = Instant::now();
-                    self.take(answer?)?;
-                }
+                answer = watching.next() => self.take(answer?)?,
                 _ = asks.tick() => {
-                    if heard.elapsed() > SILENCE {
-                        return Err(Error::Deadline);
+                    if self.is_current().await? {
+                        current = Instant::now();
+                    } else if current.elapsed() > SILENCE {
+                        return Err(Error::gone("the watch stands still"));
                     }
-                    watching.ask();
                 }
                 () = tokio::time::sleep_until(compare_at) => return self.compare(&mut watching).await,
             }
         }
+    }
+
+    /// Asks the majority, not the watch: progress notifications fail in several ways in releases of etcd 3.4 and 3.5.
+    async fn is_current(&self) -> Result<bool, Error> {
+        let tip = self.client.modified(&format!("{}{TIP}", self.base)).await?;
+        let state = self.cache.lock();
+        let (is_current, in_trouble) = (state.snapshot.revision >= tip, state.trouble.is_some());
+        drop(state);
+        if is_current && in_trouble {
+            tracing::info!("etcd is followed again");
+            self.cache.change(|state| state.trouble = None);
+        }
+        Ok(is_current)
     }
 
     fn take(&self, answer: meshd_etcd::api::WatchResponse) -> Result<(), Error> {
@@ -96,8 +107,11 @@ impl Watcher {
                 next.apply(&self.base, event);
             }
             wiped = state.snapshot.has_pki() && !next.has_pki();
-            replace(state, next);
-            state.loaded = !wiped;
+            if wiped {
+                state.loaded = false;
+            } else {
+                state.snapshot = next;
+            }
         });
         if wiped { Err(Error::gone(WIPED)) } else { Ok(()) }
     }
