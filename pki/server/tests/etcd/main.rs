@@ -4,4 +4,5 @@ mod cluster;
 mod desk;
 mod faults;
 mod moving;
+mod processes;
 mod replicas;
