@@ -148,7 +148,10 @@ impl Keeper {
     }
 
     /// `lift`: what of the operators' decisions is over.
-    fn want(&mut self, intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+    fn want(&mut self, mut intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+        if !self.backend.records_enrolled() {
+            intent.enrolled.clear();
+        }
         can_enforce(self.backend.kind(), &intent)?;
         let mut locked = self.file.lock()?;
         let before = locked.state.clone();
