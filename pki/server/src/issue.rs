@@ -90,7 +90,7 @@ impl Pki {
             bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.advertise.clone(),
-            tainted_roots: self.tainted_roots(),
+            tainted_roots: signer.tainted.clone(),
         })
     }
 

@@ -23,7 +23,7 @@ use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
-use crate::sync::{Current, tainted};
+use crate::sync::Current;
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
@@ -166,8 +166,8 @@ impl Pki {
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let sequence = self.state.database.read(trust::trust).map_err(StateError::from)?.sequence;
-        if !self.signer().is_fresh(sequence, now) {
+        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        if !self.signer().is_fresh(&trust, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
@@ -230,11 +230,6 @@ impl Pki {
 
     pub(crate) fn set_deny(&self, set: SignedDeny) {
         *self.deny.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(set);
-    }
-
-    pub(crate) fn tainted_roots(&self) -> Vec<String> {
-        // A failing database is reported by whatever else reads it.
-        self.state.database.read(trust::trust).map(|trust| tainted(&trust)).unwrap_or_default()
     }
 
     /// The trust bundle with this digest, or the latest.
@@ -305,9 +300,7 @@ impl Pki {
 
 /// The bundle that goes with what this signer signs.
 pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
-    let bundle = &signer.bundle;
-    let trust_domain = bundle.trust_domain.to_string();
-    v1::TrustBundle { trust_domain, sequence: bundle.sequence, jwks: bundle.to_jwks() }
+    signer.wire.clone()
 }
 
 /// Takes every step that is due, one transaction each.
