@@ -152,8 +152,16 @@ impl Pki {
         let now = self.now();
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
-        self.prune_deny()?;
         self.refresh()?;
+        if self.distrust().is_none() {
+            self.forget_ended(now)?;
+        }
+        Ok(())
+    }
+
+    /// What has ended by a wrong clock has not ended: only a good one may say so.
+    fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
+        self.prune_deny()?;
         let before = unix(now) - KEEP_S;
         self.state.database.transaction(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
