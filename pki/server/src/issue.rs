@@ -7,8 +7,8 @@ use x509_parser::prelude::FromDer;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::lifetimes::LEAF_BACKDATE;
 use crate::enrol::{banned, excerpt};
+use crate::lifetimes::LEAF_BACKDATE;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::signer::Signer;
