@@ -1,8 +1,8 @@
 //! When JWT keys come and go. A key is in the bundle long before it signs and long after: consumers cache bundles.
 
-use super::decide::seconds;
 use super::trust::JwtKey;
 use crate::lifetimes::Lifetimes;
+use crate::times::seconds;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JwtStep {

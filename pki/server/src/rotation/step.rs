@@ -7,7 +7,7 @@ use meshd_identity::statements::BundleStatement;
 use meshd_identity::{Bundle, BundleError, JwtKey as PublicJwtKey, TrustDomain};
 use rcgen::{KeyPair, PublicKeyData};
 
-use super::decide::{Decision, Despite, Step, Surroundings, decide, seconds};
+use super::decide::{Decision, Despite, Step, Surroundings, decide};
 use super::jwt_keys::{self, JwtStep};
 use super::{JwtKey, Root, RootState, Trust};
 use crate::audit::Event;
@@ -16,7 +16,7 @@ use crate::keys::{Kek, KeyError};
 use crate::lifetimes::Lifetimes;
 use crate::store::bundles::{self, Signature, StoredBundle};
 use crate::store::{DbError, Records, View, hosts, intermediates, trust};
-use crate::times::{rfc3339, unix, unix_ms};
+use crate::times::{rfc3339, seconds, unix, unix_ms};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RotationError {
@@ -76,7 +76,7 @@ impl Rotator<'_> {
         self.add_jwt_key(&mut trust, now)?;
         trust.roots[0].state = RootState::Active;
         trust.roots[0].activated_at = Some(now);
-        let bundle = self.publish(records, &mut trust, &[])?;
+        let bundle = self.publish(records, &mut trust)?;
         trust::put_trust(records, &trust)?;
         Ok((trust.roots.remove(0), bundle))
     }
@@ -93,7 +93,7 @@ impl Rotator<'_> {
             },
         };
         if in_bundle(&before) != in_bundle(&trust) {
-            self.publish(records, &mut trust, &before.roots)?;
+            self.publish(records, &mut trust)?;
         }
         trust::put_trust(records, &trust)?;
         Ok(Some(event))
@@ -167,7 +167,7 @@ impl Rotator<'_> {
 
     /// Puts the bundle of `trust` in force: a higher sequence, signed by every root whose key is here, those that
     /// just left it included. Roots that are in a bundle for the first time learn which.
-    fn publish(&self, records: &mut dyn Records, trust: &mut Trust, before: &[Root]) -> Result<Bundle, RotationError> {
+    fn publish(&self, records: &mut dyn Records, trust: &mut Trust) -> Result<Bundle, RotationError> {
         // A time, so that it is higher than that of any backup restored, whatever happened since the backup.
         let sequence = unix_ms(self.now).max(trust.sequence + 1);
         trust.sequence = sequence;
@@ -176,13 +176,10 @@ impl Rotator<'_> {
         }
         let bundle = bundle_of(trust, self.domain)?;
         let statement = BundleStatement::about(&bundle);
-        let keys = trust.roots.iter().chain(before).filter(|root| !root.wrapped_key.is_empty());
         let mut signatures: Vec<Signature> = Vec::new();
-        for root in keys {
-            if !signatures.iter().any(|one| one.root == root.id) {
-                let key = self.kek.unwrap(&root.id, &root.wrapped_key)?;
-                signatures.push(Signature { root: root.id.clone(), jws: signed::sign(&key, &statement)? });
-            }
+        for root in trust.roots.iter().filter(|root| !root.wrapped_key.is_empty()) {
+            let key = self.kek.unwrap(&root.id, &root.wrapped_key)?;
+            signatures.push(Signature { root: root.id.clone(), jws: signed::sign(&key, &statement)? });
         }
         let jwks = String::from_utf8(bundle.to_jwks()).expect("JSON is text");
         let roots = trust.in_bundle().map(|root| root.id.clone()).collect();
