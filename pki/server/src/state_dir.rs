@@ -112,6 +112,7 @@ fn fill(
         let (root, bundle) = rotator.found(records)?;
         digest = bundle.digest();
         settings::set_recovery_keys(records, &[recovery.to_vec()])?;
+        settings::set_last_good(records, unix(now))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
         append(&audit, now, &[Event { event: "init", result: "ok", authority: Some(root.id), ..Event::default() }])
     })?;

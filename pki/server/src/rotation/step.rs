@@ -134,7 +134,7 @@ impl Rotator<'_> {
         })
     }
 
-    fn add_root<'t>(&self, trust: &'t mut Trust) -> Result<&'t Root, RotationError> {
+    pub(super) fn add_root<'t>(&self, trust: &'t mut Trust) -> Result<&'t Root, RotationError> {
         let root = Authority::new_root(self.domain, self.lifetimes, self.now)?;
         trust.roots.push(Root {
             wrapped_key: self.kek.wrap(&root.id, &root.pkcs8())?,
@@ -151,7 +151,7 @@ impl Rotator<'_> {
         Ok(trust.roots.last().expect("it was just pushed"))
     }
 
-    fn add_jwt_key(&self, trust: &mut Trust, usable_at: i64) -> Result<String, RotationError> {
+    pub(super) fn add_jwt_key(&self, trust: &mut Trust, usable_at: i64) -> Result<String, RotationError> {
         let key = KeyPair::generate().map_err(AuthorityError::from)?;
         let (kid, now) = (new_id()?, unix(self.now));
         trust.jwt_keys.push(JwtKey {
@@ -167,7 +167,7 @@ impl Rotator<'_> {
 
     /// Puts the bundle of `trust` in force: a higher sequence, signed by every root whose key is here, those that
     /// just left it included. Roots that are in a bundle for the first time learn which.
-    fn publish(&self, records: &mut dyn Records, trust: &mut Trust) -> Result<Bundle, RotationError> {
+    pub(super) fn publish(&self, records: &mut dyn Records, trust: &mut Trust) -> Result<Bundle, RotationError> {
         // A time, so that it is higher than that of any backup restored, whatever happened since the backup.
         let sequence = unix_ms(self.now).max(trust.sequence + 1);
         trust.sequence = sequence;
