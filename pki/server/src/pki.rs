@@ -19,7 +19,7 @@ use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
-use crate::rotation::step::{RotationError, Rotator};
+use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
@@ -82,8 +82,6 @@ pub enum PkiError {
     State(#[from] StateError),
     #[error(transparent)]
     Signer(#[from] SignerError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
 }
 
 pub struct Pki {

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use meshd_identity::signed::SignedError;
 use meshd_identity::{Bundle, BundleError, TrustDomain, sha256};
 use rcgen::{KeyPair, PublicKeyData};
 
@@ -13,7 +14,7 @@ use crate::audit::{Audit, Event};
 use crate::authority::AuthorityError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::step::{RotationError, Rotator, bundle_of};
+use crate::rotation::step::{Rotator, bundle_of};
 use crate::store::{Database, DbError, settings, trust};
 use crate::times::unix;
 
@@ -42,8 +43,8 @@ pub enum StateError {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
+    #[error("cannot sign what hosts are told: {0}")]
+    Sign(#[from] SignedError),
     #[error("cannot make the recovery key: {0}")]
     Recovery(#[from] rcgen::Error),
 }

@@ -1,15 +1,16 @@
 //! What a PKI cannot serve without, when it is not sure of its clock: no more than that is changed.
 
-use super::step::{RotationError, Rotator};
+use super::step::Rotator;
 use super::{Root, RootState, Trust};
 use crate::audit::Event;
+use crate::state_dir::StateError;
 use crate::store::{Records, trust};
 use crate::times::{seconds, unix};
 
 impl Rotator<'_> {
     /// Sees to it that a root and a JWT key can sign now. A root that hosts know comes before a new one. `is_latest` when
     /// what is on record of a later time than now was made by a wrong clock.
-    pub(crate) fn provide(&self, records: &mut dyn Records, is_latest: bool) -> Result<Vec<Event>, RotationError> {
+    pub(crate) fn provide(&self, records: &mut dyn Records, is_latest: bool) -> Result<Vec<Event>, StateError> {
         let mut trust = trust::trust(records)?;
         let now = unix(self.now);
         let mut done = Vec::new();
@@ -27,7 +28,7 @@ impl Rotator<'_> {
         Ok(done)
     }
 
-    fn provide_root(&self, trust: &mut Trust) -> Result<Event, RotationError> {
+    fn provide_root(&self, trust: &mut Trust) -> Result<Event, StateError> {
         let others = trust.in_bundle().filter(|root| root.state != RootState::Active && root.tainted_at.is_none());
         let known = others.filter(|root| self.can_sign(root, true)).max_by_key(|root| root.published_at);
         let id = match known {
