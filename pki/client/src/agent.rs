@@ -1,7 +1,7 @@
 //! Keeps the credentials of a host fresh.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -9,17 +9,18 @@ use meshd_identity::SpiffeId;
 use meshd_pki_api::{MAX_BATCH, v1};
 use tokio::sync::watch;
 
-use crate::connect::{ConnectError, PkiClient, call, connect, verified_tls};
-use crate::inventory::inventory;
+use crate::Credentials;
+use crate::come_back::{Absent, refused};
+use crate::connect::{PkiClient, call, connect, verified_tls};
+use crate::error::RenewError;
+use crate::inventory::{inventory, is_rooted};
 use crate::key::NewKey;
 use crate::metrics::RenewalMetrics;
-use crate::reply::{ReplyError, problem, read_bundle, read_svid};
+use crate::reply::{problem, read_bundle, read_svid};
 use crate::schedule::{due, next_wake, refusal_delay, remaining, retry_delay};
 use crate::state::{State, from_unix_ms, unix_ms};
-use crate::store::{MACHINE_ID, Store, StoreError};
-use crate::{Credentials, refusal_text};
-
-type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
+use crate::store::{Store, StoreError};
+use crate::surroundings::{Surroundings, Timeline};
 
 /// The longest back-off. A retry time further away means that the clock was set back.
 const LONGEST_RETRY: Duration = Duration::from_secs(300);
@@ -30,7 +31,8 @@ pub struct Agent {
     state: State,
     publish: watch::Sender<Arc<Credentials>>,
     metrics: Arc<RenewalMetrics>,
-    clock: Clock,
+    surroundings: Surroundings,
+    timeline: Timeline,
     /// Identities the PKI refused, with the time to ask again.
     waiting: BTreeMap<SpiffeId, SystemTime>,
     retry: Retry,
@@ -38,46 +40,10 @@ pub struct Agent {
     unsaved: bool,
 }
 
-/// What an [`Agent`] reads from its surroundings.
-#[derive(Clone)]
-pub struct Surroundings {
-    pub clock: Clock,
-    pub machine_id_file: PathBuf,
-}
-
-impl Default for Surroundings {
-    fn default() -> Surroundings {
-        Surroundings { clock: Arc::new(SystemTime::now), machine_id_file: MACHINE_ID.into() }
-    }
-}
-
 #[derive(Default)]
 struct Retry {
     not_before: Option<SystemTime>,
     delay: Duration,
-}
-
-#[derive(Debug, thiserror::Error)]
-enum RenewError {
-    #[error("no PKI server could be used: {0}")]
-    Unreachable(String),
-    #[error("the PKI refused: {0}")]
-    Refused(String),
-    #[error(transparent)]
-    Reply(#[from] ReplyError),
-    #[error(
-        "this host's certificate has ended, the PKI will not know it; make a token with `meshd-pki token create \
-         --host {0}` and run `meshd join` again"
-    )]
-    HostExpired(String),
-    #[error(
-        "new certificates are due for renewal on arrival: this clock is {0} s ahead of the PKI's; check NTP on both"
-    )]
-    Clock(i64),
-    #[error("cannot make a key: {0}")]
-    Key(#[from] rcgen::Error),
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
 }
 
 impl Agent {
@@ -95,7 +61,8 @@ impl Agent {
             state,
             publish,
             metrics: Arc::default(),
-            clock: surroundings.clock,
+            timeline: Timeline::from(&surroundings),
+            surroundings,
             waiting: BTreeMap::new(),
             retry: Retry::default(),
             unsaved: false,
@@ -134,25 +101,40 @@ impl Agent {
         if self.unsaved {
             self.save();
         }
-        let now = (self.clock)();
-        let mut asked = due(&self.state.credentials, wanted, &self.waiting, now);
-        asked.truncate(MAX_BATCH);
+        let now = self.now();
+        let asked = due(&self.state.credentials, wanted, &self.waiting, now);
         if asked.is_empty() || !self.retry.is_open(now) {
             return;
         }
-        let renewed = match self.renew(&asked, now).await {
-            Ok(()) => self.still_due(&asked, wanted),
-            Err(error) => Err(error),
-        };
-        match renewed {
+        match self.renew(wanted).await {
             Ok(()) => self.retry = Retry::default(),
             Err(error) => self.failed(&error, &asked),
         }
     }
 
-    /// With clocks far apart a new certificate can look old on arrival; asking again at once would never end.
-    fn still_due(&self, asked: &[SpiffeId], wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
-        let due = due(&self.state.credentials, wanted, &self.waiting, (self.clock)());
+    async fn renew(&mut self, wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
+        let held = &self.state.credentials;
+        if held.host.not_after <= self.now() || !is_rooted(&held.host, &held.bundle) {
+            self.come_back(false).await?;
+        }
+        match self.issue_due(wanted).await {
+            // Roots were replaced, or our certificate is not good any more for a reason we cannot see.
+            Err(RenewError::Distrusted(_)) => self.come_back(false).await?,
+            Err(RenewError::Unknown(_)) => self.come_back(true).await?,
+            other => return other,
+        }
+        self.issue_due(wanted).await
+    }
+
+    async fn issue_due(&mut self, wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
+        let mut asked = due(&self.state.credentials, wanted, &self.waiting, self.now());
+        asked.truncate(MAX_BATCH);
+        if asked.is_empty() {
+            return Ok(());
+        }
+        self.issue(&asked).await?;
+        // With clocks far apart a new certificate can look old on arrival; asking again at once would never end.
+        let due = due(&self.state.credentials, wanted, &self.waiting, self.now());
         match due.iter().any(|id| asked.contains(id)) {
             true => Err(RenewError::Clock(self.metrics.clock_offset_ms() / 1000)),
             false => Ok(()),
@@ -160,7 +142,7 @@ impl Agent {
     }
 
     fn failed(&mut self, error: &RenewError, asked: &[SpiffeId]) {
-        let now = (self.clock)();
+        let now = self.now();
         let left = remaining(&self.state.credentials, asked, now);
         self.retry.failed(now, left, fastrand::f64());
         let again = self.retry.delay.as_secs();
@@ -169,7 +151,7 @@ impl Agent {
     }
 
     fn sleep_time(&self, wanted: &BTreeSet<SpiffeId>) -> Duration {
-        let now = (self.clock)();
+        let now = self.now();
         let anything_due = !due(&self.state.credentials, wanted, &self.waiting, now).is_empty();
         let wake = next_wake(&self.state.credentials, wanted, &self.waiting, now);
         // A millisecond past the moment itself, so that it has come when we look.
@@ -177,11 +159,16 @@ impl Agent {
         if anything_due { self.retry.wait(now).min(wake) } else { wake }
     }
 
-    async fn renew(&mut self, asked: &[SpiffeId], now: SystemTime) -> Result<(), RenewError> {
+    /// A host that was away catches up and proves who it is by the key it enrolled with.
+    async fn come_back(&mut self, is_unknown: bool) -> Result<(), RenewError> {
+        let (clock, now) = (&self.surroundings.clock, self.now());
+        let next = Absent { state: &self.state, is_unknown, now, clock }.come_back().await?;
+        self.adopt(next);
+        Ok(())
+    }
+
+    async fn issue(&mut self, asked: &[SpiffeId]) -> Result<(), RenewError> {
         let held = &self.state.credentials;
-        if held.host.not_after <= now {
-            return Err(RenewError::HostExpired(held.host_id.clone()));
-        }
         let keys: Vec<NewKey> = asked.iter().map(|_| NewKey::generate()).collect::<Result<_, _>>()?;
         let mut items = Vec::new();
         for (id, key) in asked.iter().zip(&keys) {
@@ -189,34 +176,38 @@ impl Agent {
         }
         let request = v1::IssueBatchRequest {
             items,
-            host_time_unix_ms: unix_ms(now),
+            host_time_unix_ms: unix_ms((self.surroundings.clock)()),
             bundle_sequence: held.bundle.sequence,
             inventory: Some(inventory(held)),
         };
         let mut pki = self.connect_anywhere().await?;
-        let reply =
-            call(pki.issue_batch(request)).await.map_err(|status| RenewError::Refused(refusal_text(&status)))?;
+        let reply = call(pki.issue_batch(request)).await.map_err(|status| refused(&status))?;
         self.install(reply, asked, &keys)
     }
 
     async fn connect_anywhere(&self) -> Result<PkiClient, RenewError> {
         let held = &self.state.credentials;
-        let tls = verified_tls(&held.bundle, Some(&held.host), self.state.pki_time)?;
+        let tls = verified_tls(&held.bundle, Some(&held.host), self.state.pki_time, &self.surroundings.clock)?;
         let mut addresses = held.pki.clone();
         fastrand::shuffle(&mut addresses);
         let mut reasons = Vec::new();
+        let mut is_distrusted = false;
         for address in addresses {
             match connect(&address, tls.clone()).await {
                 Ok(pki) => return Ok(pki),
-                Err(error) => reasons.push(error.to_string()),
+                Err(error) => {
+                    is_distrusted |= error.is_distrust();
+                    reasons.push(error.to_string());
+                }
             }
         }
-        Err(RenewError::Unreachable(reasons.join("; ")))
+        let reasons = reasons.join("; ");
+        Err(if is_distrusted { RenewError::Distrusted(reasons) } else { RenewError::Unreachable(reasons) })
     }
 
     /// Takes over a whole reply or nothing of it.
     fn install(&mut self, reply: v1::IssueBatchReply, asked: &[SpiffeId], keys: &[NewKey]) -> Result<(), RenewError> {
-        let now = (self.clock)();
+        let now = self.now();
         let pki_time = from_unix_ms(reply.server_time_unix_ms);
         let mut next = self.state.clone();
         let held = &mut next.credentials;
@@ -247,12 +238,22 @@ impl Agent {
             held.pki = reply.pki_addresses;
         }
         next.pki_time = pki_time;
-        self.state = next;
         self.waiting = waiting;
+        self.adopt(next);
+        self.metrics.succeeded(unix_ms((self.surroundings.clock)()), unix_ms(pki_time));
+        Ok(())
+    }
+
+    /// Everything at once, on disk and for whoever uses it.
+    fn adopt(&mut self, next: State) {
+        self.state = next;
+        self.timeline = Timeline::from(&self.surroundings);
         self.save();
         self.publish.send_replace(Arc::new(self.state.credentials.clone()));
-        self.metrics.succeeded(unix_ms(now), unix_ms(pki_time));
-        Ok(())
+    }
+
+    fn now(&self) -> SystemTime {
+        self.timeline.now(&self.surroundings)
     }
 
     /// A full disk must not stop renewal: the new credentials are used, and written as soon as that works.

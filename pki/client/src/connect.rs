@@ -23,6 +23,7 @@ use tonic::Status;
 use tonic::body::Body;
 
 use crate::Svid;
+use crate::surroundings::{Clock, TlsTime};
 use crate::verify::{any_server, pki_server};
 
 /// TCP, TLS and the HTTP/2 preface together.
@@ -49,6 +50,11 @@ pub(crate) enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether one side does not believe the other's certificate: what the host trusts may be out of date.
+    pub(crate) fn is_distrust(&self) -> bool {
+        matches!(self, ConnectError::Tls { .. }) && !self.may_pass()
+    }
+
     /// Whether the same address may work in a moment. A certificate that does not verify will not.
     pub(crate) fn may_pass(&self) -> bool {
         match self {
@@ -74,9 +80,12 @@ pub(crate) fn verified_tls(
     bundle: &Bundle,
     host: Option<&Svid>,
     last_pki_time: SystemTime,
+    clock: &Clock,
 ) -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    tls_config(pki_server(provider, bundle, last_pki_time)?, host)
+    let mut config = tls_config(pki_server(provider, bundle, last_pki_time)?, host)?;
+    config.time_provider = Arc::new(TlsTime(clock.clone()));
+    Ok(config)
 }
 
 fn tls_config(verifier: Arc<dyn ServerCertVerifier>, host: Option<&Svid>) -> Result<ClientConfig, ConnectError> {

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
+use crate::inventory::is_rooted;
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -58,7 +59,7 @@ pub(crate) fn due(
     waiting: &BTreeMap<SpiffeId, SystemTime>,
     now: SystemTime,
 ) -> Vec<SpiffeId> {
-    let is_due = |svid: &Svid| renew_at(&held.host_id, svid) <= now;
+    let is_due = |svid: &Svid| renew_at(&held.host_id, svid) <= now || !is_rooted(svid, &held.bundle);
     let mut due = Vec::new();
     if is_due(&held.host) {
         due.push(held.host.id.clone());

@@ -147,6 +147,7 @@ fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -
         state: HostState::Active,
         key_current: csr.key_id.to_vec(),
         public_key: csr.spki.clone(),
+        enrolled_key: csr.spki.clone(),
         next: None,
         enrolled_at: now,
         last_seen: now,

@@ -119,7 +119,7 @@ impl Pki {
         let now = (options.clock)();
         // Before anything is signed: a PKI that was off for long may have no root left that verifies.
         rotate(&state, &kek, &options.lifetimes, true, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
+        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?.judging_by(&options.clock);
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -168,7 +168,7 @@ impl Pki {
         let now = self.now();
         let sequence = self.state.database.read(trust::trust).map_err(StateError::from)?.sequence;
         if !self.signer().is_fresh(sequence, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
         }

@@ -19,7 +19,7 @@ use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{Records, trust};
-use crate::times::{from_unix, rfc3339, unix};
+use crate::times::{Clock, TlsTime, from_unix, rfc3339, unix};
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
 /// never of different times.
@@ -87,6 +87,14 @@ impl Signer {
             replace_intermediate_at: replacement_time(&row, lifetimes),
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
+    }
+
+    /// Certificates of callers are judged by the PKI's clock, as everything else here.
+    pub(crate) fn judging_by(mut self, clock: &Clock) -> Signer {
+        let mut tls = ServerConfig::clone(&self.tls);
+        tls.time_provider = Arc::new(TlsTime(clock.clone()));
+        self.tls = Arc::new(tls);
+        self
     }
 
     pub(crate) fn is_fresh(&self, sequence: u64, now: SystemTime) -> bool {
