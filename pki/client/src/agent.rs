@@ -1,23 +1,28 @@
 //! Keeps the credentials of a host fresh.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::SpiffeId;
+use meshd_identity::statements::DenySet;
 use meshd_pki_api::{MAX_BATCH, v1};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
 use crate::Credentials;
 use crate::come_back::{Absent, refused};
-use crate::connect::{PkiClient, call, connect, verified_tls};
+use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
+use crate::deny::Denials;
 use crate::error::RenewError;
 use crate::inventory::{inventory, is_rooted};
 use crate::key::NewKey;
+use crate::link::{Facts, Heard, Link};
 use crate::metrics::RenewalMetrics;
+use crate::recovery::{RecoveryError, leads_to};
 use crate::reply::{problem, read_bundle, read_svid};
-use crate::schedule::{due, next_wake, refusal_delay, remaining, retry_delay};
+use crate::schedule::{Circumstances, due, next_wake, refusal_delay, remaining, retry_delay};
 use crate::state::{State, from_unix_ms, unix_ms};
 use crate::store::{Store, StoreError};
 use crate::surroundings::{Surroundings, Timeline};
@@ -33,11 +38,26 @@ pub struct Agent {
     metrics: Arc<RenewalMetrics>,
     surroundings: Surroundings,
     timeline: Timeline,
-    /// Identities the PKI refused, with the time to ask again.
-    waiting: BTreeMap<SpiffeId, SystemTime>,
+    told: Circumstances,
+    denials: Denials,
+    /// The PKI knows an older deny set than this host.
+    lend_denials: bool,
+    /// The conversation with the PKI failed for a reason that does not pass by itself.
+    adrift: Option<Adrift>,
     retry: Retry,
     /// In use but not yet on disk.
     unsaved: bool,
+}
+
+/// Reports that wait while the agent is busy renewing.
+const HEARD_QUEUE: usize = 8;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Adrift {
+    /// What answers does not verify by the bundle held here.
+    Distrusts,
+    /// The PKI does not accept this host's certificate.
+    Unknown,
 }
 
 #[derive(Default)]
@@ -55,6 +75,7 @@ impl Agent {
     pub fn open_in(dir: &Path, surroundings: Surroundings) -> Result<Agent, StoreError> {
         let mut store = Store::new(dir, &surroundings.machine_id_file);
         let state = store.load()?;
+        let denials = Denials::open(dir, &state.credentials.trust_domain);
         let (publish, _) = watch::channel(Arc::new(state.credentials.clone()));
         Ok(Agent {
             store,
@@ -63,7 +84,10 @@ impl Agent {
             metrics: Arc::default(),
             timeline: Timeline::from(&surroundings),
             surroundings,
-            waiting: BTreeMap::new(),
+            told: Circumstances::default(),
+            denials,
+            lend_denials: false,
+            adrift: None,
             retry: Retry::default(),
             unsaved: false,
         })
@@ -73,6 +97,11 @@ impl Agent {
         self.publish.subscribe()
     }
 
+    /// Whom to refuse although their certificates are valid.
+    pub fn denied(&self) -> watch::Receiver<Arc<DenySet>> {
+        self.denials.watch()
+    }
+
     pub fn metrics(&self) -> Arc<RenewalMetrics> {
         self.metrics.clone()
     }
@@ -80,11 +109,24 @@ impl Agent {
     /// Renews what is held and asks for what is newly wanted, for ever. A failure never takes anything away.
     pub async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SpiffeId>>) {
         let mut known = wanted.borrow_and_update().clone();
+        let facts = watch::Sender::new(self.facts());
+        let (say, mut heard) = mpsc::channel(HEARD_QUEUE);
+        // Ends with the agent.
+        let mut link = JoinSet::new();
+        link.spawn(Link::new(self.surroundings.clone(), facts.subscribe(), say).hold());
         loop {
             self.step(&known).await;
+            self.tell(&facts);
             let wake = self.sleep_time(&known);
             tokio::select! {
                 () = tokio::time::sleep(wake) => {}
+                Some(heard) = heard.recv() => {
+                    match heard {
+                        Heard::Reply(reply) => self.hear(*reply),
+                        Heard::Lost(error) => self.lost(&error),
+                    }
+                    self.tell(&facts);
+                }
                 Ok(()) = wanted.changed() => {
                     let now_wanted = wanted.borrow_and_update().clone();
                     if !now_wanted.is_subset(&known) {
@@ -102,8 +144,8 @@ impl Agent {
             self.save();
         }
         let now = self.now();
-        let asked = due(&self.state.credentials, wanted, &self.waiting, now);
-        if asked.is_empty() || !self.retry.is_open(now) {
+        let asked = due(&self.state.credentials, wanted, &self.told, now);
+        if (asked.is_empty() && self.adrift.is_none()) || !self.retry.is_open(now) {
             return;
         }
         match self.renew(wanted).await {
@@ -116,6 +158,8 @@ impl Agent {
         let held = &self.state.credentials;
         if held.host.not_after <= self.now() || !is_rooted(&held.host, &held.bundle) {
             self.come_back(false).await?;
+        } else if let Some(why) = self.adrift {
+            self.come_back(why == Adrift::Unknown).await?;
         }
         match self.issue_due(wanted).await {
             // Roots were replaced, or our certificate is not good any more for a reason we cannot see.
@@ -127,14 +171,14 @@ impl Agent {
     }
 
     async fn issue_due(&mut self, wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
-        let mut asked = due(&self.state.credentials, wanted, &self.waiting, self.now());
+        let mut asked = due(&self.state.credentials, wanted, &self.told, self.now());
         asked.truncate(MAX_BATCH);
         if asked.is_empty() {
             return Ok(());
         }
         self.issue(&asked).await?;
         // With clocks far apart a new certificate can look old on arrival; asking again at once would never end.
-        let due = due(&self.state.credentials, wanted, &self.waiting, self.now());
+        let due = due(&self.state.credentials, wanted, &self.told, self.now());
         match due.iter().any(|id| asked.contains(id)) {
             true => Err(RenewError::Clock(self.metrics.clock_offset_ms() / 1000)),
             false => Ok(()),
@@ -152,8 +196,8 @@ impl Agent {
 
     fn sleep_time(&self, wanted: &BTreeSet<SpiffeId>) -> Duration {
         let now = self.now();
-        let anything_due = !due(&self.state.credentials, wanted, &self.waiting, now).is_empty();
-        let wake = next_wake(&self.state.credentials, wanted, &self.waiting, now);
+        let anything_due = !due(&self.state.credentials, wanted, &self.told, now).is_empty();
+        let wake = next_wake(&self.state.credentials, wanted, &self.told, now);
         // A millisecond past the moment itself, so that it has come when we look.
         let wake = wake + Duration::from_millis(1);
         if anything_due { self.retry.wait(now).min(wake) } else { wake }
@@ -163,6 +207,7 @@ impl Agent {
     async fn come_back(&mut self, is_unknown: bool) -> Result<(), RenewError> {
         let (clock, now) = (&self.surroundings.clock, self.now());
         let next = Absent { state: &self.state, is_unknown, now, clock }.come_back().await?;
+        self.adrift = None;
         self.adopt(next);
         Ok(())
     }
@@ -188,21 +233,7 @@ impl Agent {
     async fn connect_anywhere(&self) -> Result<PkiClient, RenewError> {
         let held = &self.state.credentials;
         let tls = verified_tls(&held.bundle, Some(&held.host), self.state.pki_time, &self.surroundings.clock)?;
-        let mut addresses = held.pki.clone();
-        fastrand::shuffle(&mut addresses);
-        let mut reasons = Vec::new();
-        let mut is_distrusted = false;
-        for address in addresses {
-            match connect(&address, tls.clone()).await {
-                Ok(pki) => return Ok(pki),
-                Err(error) => {
-                    is_distrusted |= error.is_distrust();
-                    reasons.push(error.to_string());
-                }
-            }
-        }
-        let reasons = reasons.join("; ");
-        Err(if is_distrusted { RenewError::Distrusted(reasons) } else { RenewError::Unreachable(reasons) })
+        connect_anywhere(&held.pki, &tls).await
     }
 
     /// Takes over a whole reply or nothing of it.
@@ -215,7 +246,7 @@ impl Agent {
         if reply.results.len() != asked.len() {
             return Err(problem(format!("{} results for {} questions", reply.results.len(), asked.len())).into());
         }
-        let mut waiting = self.waiting.clone();
+        let mut waiting = self.told.waiting.clone();
         for ((id, key), result) in asked.iter().zip(keys).zip(reply.results) {
             waiting.remove(id);
             match result.outcome {
@@ -238,10 +269,85 @@ impl Agent {
             held.pki = reply.pki_addresses;
         }
         next.pki_time = pki_time;
-        self.waiting = waiting;
+        self.taint(reply.tainted_roots, now);
+        self.told.waiting = waiting;
         self.adopt(next);
         self.metrics.succeeded(unix_ms((self.surroundings.clock)()), unix_ms(pki_time));
         Ok(())
+    }
+
+    /// The PKI answers a report, or tells what is new.
+    fn hear(&mut self, reply: v1::SyncReply) {
+        let (now, wall) = (self.now(), (self.surroundings.clock)());
+        let pki_time = from_unix_ms(reply.server_time_unix_ms);
+        self.metrics.heard(unix_ms(wall), unix_ms(pki_time));
+        self.adrift = None;
+        self.lend_denials = reply.want_deny_set;
+        self.taint(reply.tainted_roots, now);
+        let mut next = self.state.clone();
+        next.pki_time = pki_time;
+        let mut changed = false;
+        if let Some(bundle) = reply.bundle {
+            let held = &mut next.credentials;
+            match read_bundle(Some(bundle), &held.trust_domain, held.bundle.sequence) {
+                Ok(bundle) => {
+                    changed |= bundle != held.bundle;
+                    held.bundle = bundle;
+                }
+                Err(error) => tracing::error!(%error, "the PKI pushed a bundle that is not taken over"),
+            }
+        }
+        if !reply.pki_addresses.is_empty() && reply.pki_addresses != next.credentials.pki {
+            next.credentials.pki = reply.pki_addresses;
+            changed = true;
+        }
+        match hear_recovery(&mut next, &reply.recovery, unix_ms(now)) {
+            Ok(taken_over) => changed |= taken_over,
+            Err(error) => tracing::warn!(%error, "a recovery statement is not taken over"),
+        }
+        if !reply.deny_set.is_empty()
+            && let Err(error) = self.denials.accept(&reply.deny_set, &next.credentials.bundle)
+        {
+            tracing::error!(%error, "the PKI pushed a deny set that is not taken over");
+        }
+        match changed {
+            true => self.adopt(next),
+            false => self.state.pki_time = pki_time,
+        }
+    }
+
+    fn lost(&mut self, error: &RenewError) {
+        self.metrics.lost();
+        self.adrift = match error {
+            RenewError::Distrusted(_) => Some(Adrift::Distrusts),
+            RenewError::Unknown(_) => Some(Adrift::Unknown),
+            _ => return,
+        };
+    }
+
+    fn taint(&mut self, roots: Vec<String>, now: SystemTime) {
+        let since = |root: &String| self.told.tainted.get(root).copied().unwrap_or(now);
+        self.told.tainted = roots.into_iter().map(|root| (root.clone(), since(&root))).collect();
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            credentials: self.publish.borrow().clone(),
+            pki_time_ms: unix_ms(self.state.pki_time),
+            deny_sequence: self.denials.sequence(),
+            deny_set: if self.lend_denials { self.denials.jws().to_owned() } else { String::new() },
+        }
+    }
+
+    /// Has the conversation report at once what is new here.
+    fn tell(&self, facts: &watch::Sender<Facts>) {
+        let new = self.facts();
+        facts.send_if_modified(|known| {
+            let same = Arc::ptr_eq(&known.credentials, &new.credentials)
+                && (known.deny_sequence, &known.deny_set) == (new.deny_sequence, &new.deny_set);
+            *known = new;
+            !same
+        });
     }
 
     /// Everything at once, on disk and for whoever uses it.
@@ -267,6 +373,21 @@ impl Agent {
             }
         }
     }
+}
+
+/// Takes over the newest statement of a recovery key, if it is new; whether it was. A bundle it leads to comes by
+/// signatures when it is needed: who can talk to the PKI has it already.
+fn hear_recovery(state: &mut State, jws: &str, now_ms: u64) -> Result<bool, RecoveryError> {
+    let held = &state.credentials;
+    if jws.is_empty() {
+        return Ok(false);
+    }
+    let Some(statement) = state.recovery.read(jws, &held.trust_domain)? else { return Ok(false) };
+    if leads_to(&statement, &held.bundle, now_ms).is_some() {
+        return Ok(false);
+    }
+    state.recovery.hear(jws, &statement)?;
+    Ok(true)
 }
 
 impl Retry {

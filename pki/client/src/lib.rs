@@ -1,10 +1,12 @@
 //! The host side of the PKI: joins once, keeps credentials on disk, renews them in the background.
 //!
 //! - [`join`]: a join token becomes credentials.
-//! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them.
+//! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them; a conversation
+//!   with the PKI that brings bundles and deny sets the moment they change.
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
+//! `link` is the conversation, `deny` whom to refuse,
 //! `come_back` readmits a host that was away, by `transitions` and `recovery` (what may be believed then),
 //! `state` and `store` are the disk.
 
@@ -12,6 +14,7 @@ mod agent;
 mod come_back;
 mod connect;
 mod credentials;
+mod deny;
 mod error;
 #[cfg(feature = "testing")]
 pub mod fake;
@@ -19,6 +22,7 @@ mod inventory;
 mod join;
 mod judge;
 mod key;
+mod link;
 mod metrics;
 mod recovery;
 mod reply;

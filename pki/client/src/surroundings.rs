@@ -10,6 +10,9 @@ use rustls::time_provider::TimeProvider;
 
 use crate::store::MACHINE_ID;
 
+/// Whatever a lost push lost is known after this time.
+const REPORT_EVERY: Duration = Duration::from_secs(30);
+
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 /// Time since boot, sleep included.
 pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -20,6 +23,8 @@ pub struct Surroundings {
     pub clock: Clock,
     pub boot_time: BootTime,
     pub machine_id_file: PathBuf,
+    /// Between two reports to the PKI.
+    pub report_every: Duration,
 }
 
 impl Default for Surroundings {
@@ -28,6 +33,7 @@ impl Default for Surroundings {
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
             machine_id_file: MACHINE_ID.into(),
+            report_every: REPORT_EVERY,
         }
     }
 }

@@ -96,6 +96,8 @@ pub struct Pki {
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
+    /// The server is told to stop.
+    stopping: watch::Sender<bool>,
     pub(crate) kek: Kek,
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
@@ -133,6 +135,7 @@ impl Pki {
             nonces: Nonces::new(&kek.derived("attestation nonces")),
             deny: RwLock::default(),
             current: watch::Sender::default(),
+            stopping: watch::Sender::default(),
             kek,
             state,
             signer: RwLock::new(Arc::new(signer)),
@@ -180,6 +183,15 @@ impl Pki {
     fn tell(&self) {
         let current = Current { bundle: self.signer().bundle.sequence, deny: self.deny().sequence };
         self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
+    }
+
+    /// Conversations would go on for as long as the hosts run.
+    pub(crate) fn end_conversations(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
     }
 
     pub(crate) fn news(&self) -> watch::Receiver<Current> {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use meshd_identity::signed;
 use meshd_identity::statements::{BundleStatement, RecoveryStatement};
@@ -15,51 +15,17 @@ use meshd_pki_api::v1::host_server::Host as HostApi;
 use meshd_pki_client::Svid;
 use meshd_pki_client::fake::FakeCa;
 use rcgen::KeyPair;
-use rusqlite::{Connection, OptionalExtension};
 use tonic::{Request, Response, Status as Answer};
 
 use crate::impostors::{serve_as, wire_bundle};
+use crate::records::{copy, database, put_record, record, say, unix};
 use crate::support::{Lab, domain, eventually, workload};
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
 
-fn unix(time: SystemTime) -> i64 {
-    i64::try_from(time.duration_since(UNIX_EPOCH).unwrap().as_secs()).unwrap()
-}
-
-fn database(state: &Path) -> Connection {
-    let database = Connection::open(state.join("pki.db")).unwrap();
-    database.busy_timeout(Duration::from_secs(10)).unwrap();
-    database
-}
-
-fn record(state: &Path, key: &str) -> Option<String> {
-    let query = "SELECT value FROM record WHERE key = ?1";
-    database(state).query_row(query, [key], |row| row.get(0)).optional().unwrap()
-}
-
-fn put_record(state: &Path, key: &str, value: &str) {
-    let statement = "INSERT OR REPLACE INTO record VALUES (?1, ?2)";
-    assert_eq!(database(state).execute(statement, [key, value]).unwrap(), 1);
-}
-
 fn roots(state: &Path, now: SystemTime) -> usize {
     Status::read(state, now).unwrap().authorities.iter().filter(|one| one.kind == "root").count()
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for file in fs::read_dir(from).unwrap() {
-        let file = file.unwrap();
-        fs::copy(file.path(), to.join(file.file_name())).unwrap();
-    }
-}
-
-/// What the holder of the recovery key in a state directory says.
-fn say(state: &Path, statement: &RecoveryStatement) -> String {
-    let key = KeyPair::from_pem(&fs::read_to_string(state.join("recovery.key")).unwrap()).unwrap();
-    signed::sign(&key.serialize_der(), statement).unwrap()
 }
 
 #[tokio::test]

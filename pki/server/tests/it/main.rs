@@ -2,10 +2,12 @@
 
 mod absence;
 mod cli;
+mod conversation;
 mod enrolment;
 mod http;
 mod impostors;
 mod operation;
 mod profile;
+mod records;
 mod renewal;
 mod support;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, SystemTime};
 
+use meshd_identity::statements::DenySet;
 use meshd_identity::{JoinToken, SpiffeId, TrustDomain};
 use meshd_pki::commands::{TokenRequest, create_token};
 use meshd_pki::lifetimes::Lifetimes;
@@ -134,6 +135,7 @@ impl Lab {
 pub(crate) struct Host {
     pub(crate) credentials: watch::Receiver<Arc<Credentials>>,
     pub(crate) metrics: Arc<RenewalMetrics>,
+    pub(crate) denied: watch::Receiver<Arc<DenySet>>,
     wanted: watch::Sender<BTreeSet<SpiffeId>>,
     agent: JoinHandle<()>,
 }
@@ -141,8 +143,8 @@ pub(crate) struct Host {
 impl Host {
     pub(crate) fn run(agent: Agent) -> Host {
         let (wanted, wishes) = watch::channel(BTreeSet::new());
-        let (credentials, metrics) = (agent.watch(), agent.metrics());
-        Host { credentials, metrics, wanted, agent: tokio::spawn(agent.run(wishes)) }
+        let (credentials, metrics, denied) = (agent.watch(), agent.metrics(), agent.denied());
+        Host { credentials, metrics, denied, wanted, agent: tokio::spawn(agent.run(wishes)) }
     }
 
     pub(crate) fn want(&self, ids: &[&SpiffeId]) {
