@@ -99,4 +99,6 @@ pub struct HandshakeCounters {
     pub accept_limited: AtomicU64,
     pub dialled: AtomicU64,
     pub dial_failed: AtomicU64,
+    /// Open connections ended because the peer came onto the deny list, by direction.
+    pub cut: [AtomicU64; 2],
 }

@@ -5,6 +5,7 @@
 //! application's bytes.
 
 pub mod chunk;
+pub mod denied;
 pub mod dial;
 pub mod mesh;
 pub mod pool;
