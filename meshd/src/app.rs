@@ -59,6 +59,7 @@ mod certificates;
 mod intent;
 mod listeners;
 mod reload;
+mod self_check;
 
 pub use intent::wanted;
 
@@ -146,6 +147,7 @@ impl App {
         vips.sync(&directory.borrow());
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         tokio::spawn(follow_ports(shared.clone()));
+        tokio::spawn(self_check::watch(shared.clone()));
         let workers =
             start!(proxy::start(&shared, listeners, &lifecycle, &certificates.generation()), "worker threads")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());

@@ -86,6 +86,7 @@ fn data_plane(telemetry: &Telemetry) -> Vec<Exposition> {
     metrics.push(unknown(telemetry));
     metrics.push(handshakes(telemetry));
     metrics.push(cut(telemetry));
+    metrics.extend(telemetry.self_handshakes.metrics());
     metrics.push(dns_queries(telemetry));
     metrics.extend(telemetry.workload_api.metrics());
     let single = |value: u64| vec![(Labels::new(), value as f64)];

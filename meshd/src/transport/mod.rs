@@ -10,5 +10,6 @@ pub mod dial;
 pub mod mesh;
 pub mod pool;
 pub mod secure_io;
+pub mod self_check;
 pub mod tls;
 pub mod wire;

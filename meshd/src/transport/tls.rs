@@ -99,6 +99,11 @@ impl TlsState {
         Ok(TlsState { generation, server: Arc::new(server), keys, by_sni, default_identity, trust, provider })
     }
 
+    /// Whom we can be.
+    pub fn identities(&self) -> impl Iterator<Item = &SpiffeId> {
+        self.keys.keys()
+    }
+
     pub fn identity(&self, id: &SpiffeId) -> Option<&Identity> {
         self.keys.get(id)
     }

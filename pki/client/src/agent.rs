@@ -208,6 +208,9 @@ impl Agent {
         let (clock, now) = (&self.surroundings.clock, self.now());
         let next = Absent { state: &self.state, is_unknown, now, clock }.come_back().await?;
         self.adrift = None;
+        if next.credentials.host.serial != self.state.credentials.host.serial {
+            self.metrics.readmitted();
+        }
         self.adopt(next);
         Ok(())
     }

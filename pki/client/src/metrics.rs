@@ -7,6 +7,7 @@ pub struct RenewalMetrics {
     refreshes_ok: AtomicU64,
     refreshes_failed: AtomicU64,
     store_failures: AtomicU64,
+    readmissions: AtomicU64,
     last_success_unix: AtomicI64,
     clock_offset_ms: AtomicI64,
     last_heard_unix: AtomicI64,
@@ -28,6 +29,11 @@ impl RenewalMetrics {
     /// Times new credentials are in use but could not be written to disk.
     pub fn store_failures(&self) -> u64 {
         self.store_failures.load(Relaxed)
+    }
+
+    /// Times this host came back by the key it enrolled with.
+    pub fn readmissions(&self) -> u64 {
+        self.readmissions.load(Relaxed)
     }
 
     /// Seconds since 1970 of the last success; `None` before the first of this process.
@@ -82,6 +88,10 @@ impl RenewalMetrics {
     pub(crate) fn failed(&self, error: &str) {
         self.refreshes_failed.fetch_add(1, Relaxed);
         *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_owned());
+    }
+
+    pub(crate) fn readmitted(&self) {
+        self.readmissions.fetch_add(1, Relaxed);
     }
 
     pub(crate) fn store_failed(&self) {
