@@ -21,7 +21,7 @@ use crate::key::NewKey;
 use crate::link::{Facts, Heard, Link};
 use crate::metrics::RenewalMetrics;
 use crate::recovery::{RecoveryError, leads_to};
-use crate::reply::{problem, read_bundle, read_svid};
+use crate::reply::{newer_bundle, problem, read_bundle, read_svid};
 use crate::schedule::{Circumstances, due, next_wake, refusal_delay, remaining, retry_delay};
 use crate::state::{State, from_unix_ms, unix_ms};
 use crate::store::{Store, StoreError};
@@ -245,7 +245,7 @@ impl Agent {
         let pki_time = from_unix_ms(reply.server_time_unix_ms);
         let mut next = self.state.clone();
         let held = &mut next.credentials;
-        held.bundle = read_bundle(reply.bundle, &held.trust_domain, held.bundle.sequence)?;
+        held.bundle = newer_bundle(reply.bundle, &held.bundle)?;
         if reply.results.len() != asked.len() {
             return Err(problem(format!("{} results for {} questions", reply.results.len(), asked.len())).into());
         }

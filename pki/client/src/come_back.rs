@@ -16,7 +16,7 @@ use crate::inventory::is_rooted;
 use crate::key::NewKey;
 use crate::recovery::leads_to;
 use crate::refusal_text;
-use crate::reply::{problem, read_bundle, read_svid};
+use crate::reply::{newer_bundle, problem, read_svid};
 use crate::state::{State, from_unix_ms, unix_ms};
 use crate::surroundings::Clock;
 use crate::transitions::{follow, named};
@@ -148,7 +148,7 @@ impl Absent<'_> {
         let reply = call(pki.attest(request)).await.map_err(|status| refused(&status))?;
         let expected = SpiffeId::host(&held.trust_domain, &held.host_id).map_err(|error| problem(error.to_string()))?;
         let pki_time = from_unix_ms(reply.server_time_unix_ms);
-        held.bundle = read_bundle(reply.bundle, &held.trust_domain, held.bundle.sequence)?;
+        held.bundle = newer_bundle(reply.bundle, &held.bundle)?;
         let svid = reply.svid.unwrap_or_default();
         held.host = Arc::new(read_svid(svid, &expected, &new, &held.bundle, pki_time)?);
         if !reply.pki_addresses.is_empty() {

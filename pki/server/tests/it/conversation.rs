@@ -225,7 +225,11 @@ impl HostApi for Forgetful {
 /// Adds the root of another authority to the bundle on a host's disk.
 fn believe_also(dir: &Path, held: &Bundle, ca: &FakeCa) -> Bundle {
     let roots = [held.roots.clone(), ca.bundle().roots].concat();
-    let bundle = Bundle::new(domain(), held.sequence, 300, roots).unwrap();
+    hold(dir, Bundle::new(domain(), held.sequence, 300, roots).unwrap())
+}
+
+/// Puts another bundle on a host's disk.
+fn hold(dir: &Path, bundle: Bundle) -> Bundle {
     let file = dir.join("identity.1");
     let content = fs::read_to_string(&file).unwrap();
     let (header, json) = content.split_once('\n').unwrap();
@@ -235,6 +239,23 @@ fn believe_also(dir: &Path, held: &Bundle, ca: &FakeCa) -> Bundle {
     let sum = data_encoding::HEXLOWER.encode(&sha256(covered.as_bytes()));
     fs::write(&file, format!("sha256={sum} {covered}")).unwrap();
     bundle
+}
+
+#[tokio::test]
+async fn a_host_with_a_newer_bundle_than_its_pki_has_renews_all_the_same() {
+    let lab = Lab::start().await;
+    let joined = lab.join("web", &[]).await.unwrap();
+    // As after a backup of the PKI was restored that is older than its last bundle.
+    let newer = Bundle::new(domain(), joined.bundle.sequence + 1000, 300, joined.bundle.roots.clone()).unwrap();
+    hold(&lab.host_dir("web"), newer.clone());
+    lab.pass(12 * HOUR);
+    let mut host = lab.host("web");
+    let held = host.until(|held| held.host.serial != joined.host.serial).await;
+    assert_eq!(held.bundle, newer);
+    assert_eq!(host.metrics.last_error(), None);
+    lab.pass(7 * DAY);
+    host.want(&[]);
+    host.until(|held| held.bundle.sequence > newer.sequence).await;
 }
 
 #[tokio::test]
