@@ -46,7 +46,11 @@ pub(crate) fn newer_bundle(bundle: Option<v1::TrustBundle>, held: &Bundle) -> Re
     if read.sequence >= held.sequence {
         return Ok(read);
     }
-    tracing::warn!(theirs = read.sequence, held = held.sequence, "the PKI has an older bundle than this host, which it keeps");
+    tracing::warn!(
+        theirs = read.sequence,
+        held = held.sequence,
+        "the PKI has an older bundle than this host, which it keeps"
+    );
     Ok(held.clone())
 }
 
