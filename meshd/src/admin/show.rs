@@ -47,7 +47,8 @@ pub fn status(status: &StatusView) -> String {
         }
     }
     page += &capture(&status.capture);
-    page += &format!("PKI: {} certificates renewed, {} attempts failed\n", status.renewals_ok, status.renewals_failed);
+    page += &status.pki.show();
+    page += &format!("  {} renewals, {} attempts failed\n", status.renewals_ok, status.renewals_failed);
     page
 }
 

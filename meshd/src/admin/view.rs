@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::ledger::LedgerView;
+use super::pki::PkiView;
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
@@ -51,6 +52,8 @@ pub struct StatusView {
     pub capture: KeeperView,
     pub renewals_ok: u64,
     pub renewals_failed: u64,
+    #[serde(default)]
+    pub pki: PkiView,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -168,6 +171,7 @@ impl View {
             capture: self.capture(),
             renewals_ok: self.renewals.refreshes_ok(),
             renewals_failed: self.renewals.refreshes_failed(),
+            pki: PkiView::of(&self.renewals, &credentials, &self.shared),
         }
     }
 
@@ -311,6 +315,7 @@ impl View {
                 per_source(&|health| health.last_ok.map_or(0.0, unix)),
             ),
         ];
+        metrics.extend(PkiView::of(&self.renewals, &credentials, &self.shared).metrics());
         metrics.extend(self.ledger().metrics());
         metrics.extend(capture_metrics(&self.capture()));
         metrics.extend(self.recovery.metrics());

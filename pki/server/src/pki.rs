@@ -99,6 +99,8 @@ pub struct Pki {
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
+    /// The server is told to stop.
+    stopping: watch::Sender<bool>,
     pub(crate) kek: Kek,
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
@@ -121,7 +123,8 @@ impl Pki {
         }
         let now = (options.clock)();
         let start = begin(&state, &kek, &options, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?;
+        let signer =
+            Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -136,6 +139,7 @@ impl Pki {
             nonces: Nonces::new(&kek.derived("attestation nonces")),
             deny: RwLock::default(),
             current: watch::Sender::default(),
+            stopping: watch::Sender::default(),
             kek,
             state,
             signer: RwLock::new(Arc::new(signer)),
@@ -189,7 +193,7 @@ impl Pki {
         let now = self.start().not_before_last(self.now());
         let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
         if !self.signer().is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
         }
@@ -201,6 +205,15 @@ impl Pki {
     fn tell(&self) {
         let current = Current { bundle: self.signer().bundle.sequence, deny: self.deny().sequence };
         self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
+    }
+
+    /// Conversations would go on for as long as the hosts run.
+    pub(crate) fn end_conversations(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
     }
 
     pub(crate) fn news(&self) -> watch::Receiver<Current> {
