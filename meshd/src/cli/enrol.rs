@@ -16,7 +16,6 @@ use serde::Serialize;
 
 pub(crate) use self::args::{EnrolArgs, UnenrolArgs};
 use self::args::{entry, selector};
-use super::intercept::DAEMON_TIMEOUT;
 use super::{Output, on_runtime, trust_domain};
 
 /// How long the PKI's answer for a new identity is waited for.
@@ -52,20 +51,15 @@ impl Files<'_> {
         .context("nothing was changed")?;
         file.write()?;
         let socket = self.config.admin_socket();
-        let answer = on_runtime(async {
-            Ok(tokio::time::timeout(DAEMON_TIMEOUT, admin::order(&socket, "/reload", &())).await)
-        })?;
-        let Ok(answer) = answer else {
-            bail!(
-                "the file is written, but the daemon has not answered: whether it is in force is unknown (`meshd status`)"
-            );
-        };
-        match answer {
+        match on_runtime(async { Ok(admin::order(&socket, "/reload", &()).await) })? {
             Ok(_) => Ok((then, Reloaded::Now)),
             Err(AdminError::Connect { source, .. })
                 if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
             {
                 Ok((then, Reloaded::AtStart))
+            }
+            Err(error @ AdminError::Silent { .. }) => {
+                bail!("the file is written, but whether it is in force is not known (`meshd status`): {error}")
             }
             Err(error) => {
                 file.restore()?;
