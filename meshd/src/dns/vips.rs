@@ -18,6 +18,8 @@ use meshd_discovery::{Directory, ServiceName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
+use crate::durable;
+
 const SCHEMA: u32 = 1;
 /// Addresses of a service that is gone are not given to another within this time.
 const REST: Duration = Duration::from_secs(24 * 3600);
@@ -317,18 +319,10 @@ fn load(path: &Path, range: &Range) -> Result<Table, VipsError> {
     Ok(table)
 }
 
-/// The old file or the new one, never half of it, also when the power goes.
 fn write(path: &Path, document: &Document) -> Result<(), VipsError> {
-    let temporary = path.with_extension("json.tmp");
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let attempt = || {
-        let mut file = fs::File::create(&temporary)?;
-        serde_json::to_writer_pretty(&mut file, document)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        fs::File::open(dir)?.sync_all()
-    };
-    attempt().map_err(|source| VipsError::File { doing: "write", path: path.into(), source })
+    let written = serde_json::to_vec_pretty(document).map_err(io::Error::from);
+    let written = written.and_then(|text| durable::replace(path, text));
+    written.map_err(|source| VipsError::File { doing: "write", path: path.into(), source })
 }
 
 /// 0 for a clock before 1970, which only makes addresses rest longer.

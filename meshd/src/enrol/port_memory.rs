@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::PortOwner;
+use crate::durable;
 
 const SCHEMA: u32 = 1;
 /// One for each port, with a long name each.
@@ -53,12 +54,9 @@ impl PortMemory {
         document.owners.into_iter().map(|(port, owner)| Ok((port, parse(owner)?))).collect()
     }
 
-    /// By rename: a crash leaves the old one or the new one, never half.
     pub fn write(&self, owners: &BTreeMap<u16, PortOwner>) -> io::Result<()> {
         let owners = owners.iter().map(|(port, owner)| (*port, owner.to_string())).collect();
-        let temporary = self.path.with_extension("tmp");
-        std::fs::write(&temporary, serde_json::to_vec_pretty(&Document { schema: SCHEMA, owners })?)?;
-        std::fs::rename(&temporary, &self.path)
+        durable::replace(&self.path, serde_json::to_vec_pretty(&Document { schema: SCHEMA, owners })?)
     }
 }
 

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use super::backend::Backend;
 use super::tool::CaptureError;
 use super::wanted::Wanted;
+use crate::durable;
 
 use book::Unreadable;
 pub use book::{Book, PortRecord};
@@ -99,7 +100,7 @@ impl Ledger {
     pub(super) fn save(&mut self) {
         self.saved = Some(SystemTime::now());
         let Some(path) = &self.path else { return };
-        if let Err(error) = write(path, &self.book.to_json()) {
+        if let Err(error) = durable::replace(path, self.book.to_json()) {
             tracing::error!(path = %path.display(), %error, "cannot keep the plaintext ledger; make room, or mend permissions");
         }
     }
@@ -125,14 +126,6 @@ fn begin_with(text: &[u8], path: PathBuf) -> (Book, Option<PathBuf>) {
 /// A clock set back makes it due, too.
 fn is_due(last: Option<SystemTime>, every: Duration) -> bool {
     last.and_then(|last| last.elapsed().ok()).is_none_or(|elapsed| elapsed >= every)
-}
-
-/// By rename: a crash leaves the old one or the new one, never half.
-fn write(path: &Path, text: &[u8]) -> io::Result<()> {
-    std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-    let temporary = path.with_extension("tmp");
-    std::fs::write(&temporary, text)?;
-    std::fs::rename(&temporary, path)
 }
 
 #[cfg(test)]
