@@ -21,5 +21,6 @@ pub mod only_one;
 pub mod proxy;
 mod raw;
 pub mod telemetry;
+mod tool;
 pub mod transport;
 pub mod workload_api;

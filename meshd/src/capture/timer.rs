@@ -12,6 +12,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::state::unix_now;
+use crate::tool;
 
 /// What the process says once nothing can take it along any more.
 pub const ARMED: &str = "armed";
@@ -79,7 +80,9 @@ fn systemd_runs_this_host() -> bool {
 }
 
 fn with_systemd(program: &Path, config: &Path, hash: &str, after: Duration) -> io::Result<()> {
-    let output = Command::new("systemd-run").args(systemd_run(program, config, hash, after)).output()?;
+    let arguments = systemd_run(program, config, hash, after);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let output = tool::output("systemd-run", &arguments, "")?;
     if output.status.success() {
         return Ok(());
     }
