@@ -288,14 +288,16 @@ impl Keeper {
     fn tick(&mut self, now: Instant) {
         let Some(intent) = self.intent.clone() else { return };
         if self.stamp != self.file.stamp()
+            && self.pace.due_for_news(now)
             && let Err(error) = self.follow()
         {
+            self.pace.looked(now, true);
             self.tell_failure(now, "what operators decided is not in force", &error);
         }
         self.hear();
         self.suspicious |= !self.backend.notified();
         let moved = self.in_force.as_ref().is_some_and(|(wanted, facts)| *facts != self.facts_for(wanted));
-        if moved || self.suspicious && self.pace.due(now) {
+        if moved && self.pace.due_for_news(now) || self.suspicious && self.pace.due(now) {
             self.look(now, &intent);
         }
         if let Some((wanted, _)) = &self.in_force {
@@ -312,7 +314,6 @@ impl Keeper {
     }
 
     fn look(&mut self, now: Instant, intent: &Wanted) {
-        self.pace.looked(now);
         let settled = self.file.lock().and_then(|mut locked| {
             let settled = self.settle(&mut locked, intent, Look::InTheKernel)?;
             if settled != Settled::WasInForce {
@@ -321,6 +322,7 @@ impl Keeper {
             }
             Ok(settled)
         });
+        self.pace.looked(now, settled.is_err());
         match settled {
             Ok(Settled::WasInForce | Settled::Removed) => (self.suspicious, self.told) = (false, None),
             Ok(Settled::PutInForce) => {}
