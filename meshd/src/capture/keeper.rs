@@ -144,7 +144,7 @@ impl Keeper {
     }
 
     fn facts_for(&self, wanted: &Wanted) -> Facts {
-        Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted, &self.file.port_memory()) }
+        Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted, self.file.port_memory()) }
     }
 
     /// `lift`: what of the operators' decisions is over.

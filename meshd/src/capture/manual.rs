@@ -79,7 +79,7 @@ fn settle(locked: &mut Locked) -> Result<(), CaptureError> {
             }
             // Raw addresses are captured only while a daemon runs, and it does that itself.
             let ours = Wanted { raw_callers: BTreeSet::new(), ..target.clone() };
-            backend.open().apply(&ours, &Facts::find(&ours, &locked.port_memory()))?;
+            backend.open().apply(&ours, &Facts::find(&ours, locked.port_memory()))?;
             locked.state.applied = Some(Applied { backend: *backend, wanted: target });
             Ok(())
         }

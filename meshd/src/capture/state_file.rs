@@ -26,6 +26,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(10);
 #[derive(Clone, Debug)]
 pub struct StateFile {
     path: PathBuf,
+    /// Whose the enrolled ports are is kept beside.
+    port_memory: PortMemory,
 }
 
 /// Tells one version of the file from another, at the price of a stat.
@@ -33,12 +35,11 @@ pub(super) type Stamp = (u64, i64, i64);
 
 impl StateFile {
     pub fn new(state_dir: &Path) -> StateFile {
-        StateFile { path: state_dir.join("capture/state.json") }
+        StateFile { path: state_dir.join("capture/state.json"), port_memory: PortMemory::new(state_dir) }
     }
 
-    /// Whose the enrolled ports are is kept beside.
-    pub(super) fn port_memory(&self) -> PortMemory {
-        PortMemory::new(self.path.parent().and_then(Path::parent).unwrap_or(Path::new(".")))
+    pub(super) fn port_memory(&self) -> &PortMemory {
+        &self.port_memory
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -163,7 +164,7 @@ pub struct Locked {
 }
 
 impl Locked {
-    pub(super) fn port_memory(&self) -> PortMemory {
+    pub(super) fn port_memory(&self) -> &PortMemory {
         self.file.port_memory()
     }
 

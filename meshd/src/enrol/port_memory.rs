@@ -6,6 +6,8 @@ use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +22,8 @@ const MAX_SIZE: u64 = 16 << 20;
 #[derive(Clone, Debug)]
 pub struct PortMemory {
     path: PathBuf,
+    /// That it cannot be read is said once, until it can: it is read twice a second.
+    failing: Arc<AtomicBool>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -30,11 +34,25 @@ struct Document {
 
 impl PortMemory {
     pub fn new(state_dir: &Path) -> PortMemory {
-        PortMemory { path: state_dir.join("port-owners.json") }
+        PortMemory { path: state_dir.join("port-owners.json"), failing: Arc::default() }
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// None when it cannot be read, which is logged.
+    pub(super) fn known(&self) -> Option<BTreeMap<u16, PortOwner>> {
+        let read = self.read();
+        if let (true, Err(error)) = (self.is_new_failure(read.is_err()), &read) {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "cannot read whose the enrolled ports are: they are nobody's until it can be");
+        }
+        read.ok()
+    }
+
+    fn is_new_failure(&self, fails: bool) -> bool {
+        !self.failing.swap(fails, Ordering::Relaxed) && fails
     }
 
     /// Nothing when there is no file.
@@ -84,5 +102,12 @@ mod tests {
             std::fs::write(memory.path(), broken).unwrap();
             assert!(memory.read().is_err(), "{broken}");
         }
+    }
+
+    #[test]
+    fn a_memory_that_cannot_be_read_is_told_once_until_it_can_be() {
+        let memory = PortMemory::new(Path::new("/nowhere"));
+        let told = [true, true, false, true].map(|fails| memory.clone().is_new_failure(fails));
+        assert_eq!(told, [true, false, false, true]);
     }
 }
