@@ -45,6 +45,7 @@ pub use owner::{OwnerReader, OwnerRecord, RecordedOwner};
 pub use state::{Applied, Bypass, CaptureState, Held, Reverted, unix_now};
 pub use state_file::StateFile;
 pub use tool::CaptureError;
+pub(crate) use transparent::table_beside;
 pub use tun::Flows as TunFlows;
 pub use wanted::{Caller, Facts, StrictPort, Wanted};
 
@@ -93,7 +94,7 @@ impl CaptureConfig {
         if matches!(self.table, 0 | 253..=255) {
             return Some(("capture.table", "this is one of the host's own routing tables; choose another number"));
         }
-        if self.table == u32::MAX || matches!(transparent::table_beside(self.table), 253..=255) {
+        if self.table == u32::MAX || matches!(table_beside(self.table), 253..=255) {
             return Some((
                 "capture.table",
                 "the number after it is used, too, and must be free; choose another number",

@@ -19,7 +19,7 @@ use super::wanted::Wanted;
 const FAMILIES: [&str; 2] = ["-4", "-6"];
 
 /// The routing table of answers; beside the one of virtual IPs.
-pub(super) fn table_beside(table: u32) -> u32 {
+pub(crate) fn table_beside(table: u32) -> u32 {
     table + 1
 }
 

@@ -87,7 +87,10 @@ fn judge_rules(
     };
     let applied = match applied {
         Ok(Some(applied)) => applied,
-        Ok(None) => return gone("none were ever applied on this host"),
+        Ok(None) => {
+            let remedy = "start meshd; after a revert, `meshd intercept apply`";
+            return Finding::failed(check, "none are applied", remedy);
+        }
         Err(error) => return Finding::failed(check, error.to_string(), ""),
     };
     match routed {

@@ -16,6 +16,7 @@ use super::resolv_conf::{DNS_PORT, ResolvConf};
 use super::upstream::HostFiles;
 use host::HostFile;
 use resolved::Resolved;
+pub(crate) use resolved::resolved_runs;
 use units::Units;
 
 pub use tools::ToolError;

@@ -16,6 +16,8 @@ const LINK: &str = "meshd-dns";
 /// one is on no network but the link.
 const ADDRESS: &str = "240.240.0.0/32";
 const RUNTIME: &str = "/run/systemd/resolve";
+/// Of its varlink interface; made anew by every start of resolved.
+const SOCKET: &str = "io.systemd.Resolve";
 
 pub(super) struct Resolved {
     server: String,
@@ -35,19 +37,18 @@ struct Told {
     links: Option<Stamp>,
 }
 
+/// Whether it answers on this host; a socket may outlive it.
+pub(crate) fn resolved_runs() -> bool {
+    UnixStream::connect(Path::new(RUNTIME).join(SOCKET)).is_ok()
+}
+
 impl Resolved {
     pub(super) fn new(server: SocketAddr, domains: Vec<String>) -> Resolved {
         // As resolved writes it itself: the port only where it is not the usual one.
         let server = if server.port() == DNS_PORT { server.ip().to_string() } else { server.to_string() };
         let domains = domains.into_iter().map(|domain| format!("~{domain}")).collect();
         let runtime = Path::new(RUNTIME);
-        Resolved {
-            server,
-            domains,
-            socket: runtime.join("io.systemd.Resolve"),
-            links: runtime.join("netif"),
-            told: None,
-        }
+        Resolved { server, domains, socket: runtime.join(SOCKET), links: runtime.join("netif"), told: None }
     }
 
     pub(super) fn is_running(&self) -> bool {
