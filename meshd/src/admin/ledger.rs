@@ -64,22 +64,34 @@ pub struct CallerView {
 pub(super) fn routes(view: Arc<View>, keeper: KeeperHandle) -> Router {
     let answer = |State((view, keeper)): State<(Arc<View>, KeeperHandle)>| async move {
         keeper.count().await;
-        Json(view.ledger())
+        Json(view.ledger(Callers::Listed))
     };
     Router::new().route("/ledger", get(answer)).with_state((view, keeper))
 }
 
+/// There may be ten thousand.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Callers {
+    Listed,
+    LeftOut,
+}
+
 impl LedgerView {
-    pub(super) fn of(book: &Book, enrolment: &Enrolment) -> LedgerView {
+    /// `book`: None where nobody counts.
+    pub(super) fn of(book: Option<&Book>, enrolment: &Enrolment, callers: Callers) -> LedgerView {
         let mut ports: Vec<PortView> = Vec::new();
         for delivery in enrolment.deliveries() {
             match ports.iter_mut().find(|known| known.port == delivery.deliver.port()) {
                 Some(known) => known.add(delivery),
-                None => ports.push(PortView::of(delivery, book)),
+                None => ports.push(PortView::of(delivery, book, callers)),
             }
         }
         ports.sort_by_key(|port| port.port);
-        LedgerView { counted_at: book.entered, ports, dropped_callers: book.dropped }
+        LedgerView {
+            counted_at: book.and_then(|book| book.entered),
+            ports,
+            dropped_callers: book.map_or(0, |book| book.dropped),
+        }
     }
 
     pub(super) fn metrics(&self) -> Vec<Exposition> {
@@ -110,9 +122,9 @@ impl LedgerView {
 }
 
 impl PortView {
-    fn of(delivery: &Delivery, book: &Book) -> PortView {
+    fn of(delivery: &Delivery, book: Option<&Book>, listed: Callers) -> PortView {
         let port = delivery.deliver.port();
-        let record = book.ports.get(&port);
+        let record = book.and_then(|book| book.ports.get(&port));
         let count = |field: fn(&PortRecord) -> u64| record.map_or(0, field);
         let mut view = PortView {
             port,
@@ -124,8 +136,8 @@ impl PortView {
             clean_for_s: count(|record| record.clean_s),
             last_plaintext: record.and_then(|record| record.last_seen),
             plaintext_connections: count(|record| record.connections),
-            refused: book.refused.get(&port).map_or(0, |refused| refused.connections),
-            callers: record.map(callers).unwrap_or_default(),
+            refused: book.and_then(|book| book.refused.get(&port)).map_or(0, |refused| refused.connections),
+            callers: record.filter(|_| listed == Callers::Listed).map(callers).unwrap_or_default(),
         };
         view.add(delivery);
         view

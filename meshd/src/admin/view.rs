@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::ledger::LedgerView;
+use super::ledger::{Callers, LedgerView};
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
@@ -131,8 +131,10 @@ impl View {
         &self.shared.telemetry
     }
 
-    pub(super) fn ledger(&self) -> LedgerView {
-        LedgerView::of(&self.keeper.ledger.load(), &self.shared.enrolment.load())
+    pub(super) fn ledger(&self, callers: Callers) -> LedgerView {
+        // What another backend counted is not how things are.
+        let book = self.keeper.backend.can().ledger.then(|| self.keeper.ledger.load());
+        LedgerView::of(book.as_deref().map(|book| &**book), &self.shared.enrolment.load(), callers)
     }
 
     pub(super) fn shared(&self) -> &Shared {
@@ -311,7 +313,7 @@ impl View {
                 per_source(&|health| health.last_ok.map_or(0.0, unix)),
             ),
         ];
-        metrics.extend(self.ledger().metrics());
+        metrics.extend(self.ledger(Callers::LeftOut).metrics());
         metrics.extend(capture_metrics(&self.capture()));
         metrics.extend(self.recovery.metrics());
         metrics

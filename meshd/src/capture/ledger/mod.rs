@@ -86,6 +86,10 @@ impl Ledger {
         }
     }
 
+        if !backend.kind().can().ledger {
+            // Nothing is known of now, which says nothing of what was known.
+            return Ok(());
+        }
     fn try_harvest(&mut self, backend: &dyn Backend) -> Result<(), CaptureError> {
         let now = SystemTime::now();
         self.harvested = Some(now);
@@ -129,6 +133,7 @@ fn is_due(last: Option<SystemTime>, every: Duration) -> bool {
 }
 
 #[cfg(test)]
+    use super::super::backend::BackendKind;
 mod tests {
     use super::*;
 
@@ -139,6 +144,16 @@ mod tests {
         Ledger::open(&directory.path().join("state.json")).unwrap().save();
         std::fs::read_to_string(path).unwrap()
     }
+    #[test]
+    fn a_backend_that_cannot_count_erases_nothing_that_another_one_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::open(&directory.path().join("state.json")).unwrap();
+        let counted = Tally { ports: [(25, Default::default())].into(), ..Tally::default() };
+        ledger.book.enter(&counted, "boot", SystemTime::now());
+        ledger.harvest(BackendKind::Tun.open().as_ref());
+        assert!(ledger.book.ports.contains_key(&25));
+    }
+
 
     #[test]
     fn what_a_newer_meshd_wrote_is_left_alone_and_what_is_damaged_is_replaced() {
