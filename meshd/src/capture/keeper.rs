@@ -18,7 +18,7 @@ use super::pace::Pace;
 use super::plan::resolve;
 use super::state::{Applied, CaptureState};
 use super::state_file::{Locked, Stamp, StateFile};
-use super::timer::BootClock;
+use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 use meshd_sys::kernel_events::KernelEvents;
@@ -42,7 +42,7 @@ pub struct Keeper {
     intent: Option<Wanted>,
     /// What is in the kernel; None when nothing is.
     in_force: Option<(Wanted, Facts)>,
-    raw_addresses: BTreeSet<SocketAddr>,
+    raw_addresses: Arc<BTreeSet<SocketAddr>>,
     ledger: Ledger,
     events: KernelEvents,
     /// Rules or routes may have changed since they were looked at.
@@ -85,7 +85,7 @@ impl Keeper {
             stamp: None,
             intent: None,
             in_force: None,
-            raw_addresses: BTreeSet::new(),
+            raw_addresses: Arc::default(),
             ledger,
             events,
             suspicious: false,
@@ -117,7 +117,7 @@ impl Keeper {
                 }
                 Ok(Command::Follow(answer)) => drop(answer.send(self.follow())),
                 Ok(Command::RawAddresses(addresses, answer)) => {
-                    self.raw_addresses = addresses;
+                    self.raw_addresses = addresses.into();
                     self.tick(Instant::now());
                     let _ = answer.send(());
                 }
@@ -360,15 +360,14 @@ impl Keeper {
 
     /// Its process may have been killed; an unconfirmed plan must not stay for that.
     fn stand_in_for_the_timer(&mut self, now: Instant) {
-        let clock = BootClock::now();
-        let overdue = |state: &CaptureState| {
-            state.timer.as_ref().is_some_and(|timer| timer.overdue(&clock).is_some_and(|late| late > TIMER_GRACE))
-        };
-        if !overdue(&self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).1) {
+        let overdue = |timer: &Timer| timer.overdue(&BootClock::now()).is_some_and(|late| late > TIMER_GRACE);
+        let known = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.1.timer.as_ref().is_some_and(overdue) {
             return;
         }
+        drop(known);
         let expired = self.file.lock().and_then(|mut locked| {
-            locked.state.give_up_unconfirmed(&clock);
+            locked.state.give_up_unconfirmed(&BootClock::now());
             locked.save()
         });
         if let Err(error) = expired.and_then(|()| self.follow()) {

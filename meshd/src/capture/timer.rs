@@ -38,11 +38,15 @@ pub struct BootClock {
 
 impl BootClock {
     pub fn now() -> BootClock {
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         // Every kernel since 2.6.39 has this clock.
         let since_boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-        BootClock { boot_id: boot_id.trim().to_owned(), since_boot }
+        BootClock { boot_id: boot_id(), since_boot }
     }
+}
+
+/// Empty only without /proc; what was written down by another boot is judged as carefully then.
+pub(super) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 impl Timer {

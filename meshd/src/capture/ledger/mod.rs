@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 
 use super::backend::Backend;
+use super::timer::boot_id;
 use super::tool::CaptureError;
 use super::wanted::Wanted;
 use crate::durable;
@@ -51,9 +52,7 @@ impl Ledger {
             Err(error) => return Err(failed(error)),
         };
         let published = Arc::new(ArcSwap::from_pointee(book.clone()));
-        // Unreadable only without /proc; then every restart looks like a reboot, which errs on the side of "not clean".
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
-        Ok(Ledger { path, boot, book, published, harvested: None, saved: None, failing: false })
+        Ok(Ledger { path, boot: boot_id(), book, published, harvested: None, saved: None, failing: false })
     }
 
     pub(super) fn published(&self) -> PublishedBook {
@@ -86,11 +85,11 @@ impl Ledger {
         }
     }
 
+    fn try_harvest(&mut self, backend: &dyn Backend) -> Result<(), CaptureError> {
         if !backend.kind().can().ledger {
             // Nothing is known of now, which says nothing of what was known.
             return Ok(());
         }
-    fn try_harvest(&mut self, backend: &dyn Backend) -> Result<(), CaptureError> {
         let now = SystemTime::now();
         self.harvested = Some(now);
         self.book.enter(&backend.tally()?, &self.boot, now);
@@ -133,8 +132,8 @@ fn is_due(last: Option<SystemTime>, every: Duration) -> bool {
 }
 
 #[cfg(test)]
-    use super::super::backend::BackendKind;
 mod tests {
+    use super::super::backend::BackendKind;
     use super::*;
 
     fn opened_and_saved(text: &str) -> String {
@@ -144,6 +143,7 @@ mod tests {
         Ledger::open(&directory.path().join("state.json")).unwrap().save();
         std::fs::read_to_string(path).unwrap()
     }
+
     #[test]
     fn a_backend_that_cannot_count_erases_nothing_that_another_one_counted() {
         let directory = tempfile::tempdir().unwrap();
@@ -153,7 +153,6 @@ mod tests {
         ledger.harvest(BackendKind::Tun.open().as_ref());
         assert!(ledger.book.ports.contains_key(&25));
     }
-
 
     #[test]
     fn what_a_newer_meshd_wrote_is_left_alone_and_what_is_damaged_is_replaced() {
