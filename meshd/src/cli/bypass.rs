@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::ensure;
 use clap::ValueEnum;
 use meshd::admin::AdminError;
 use meshd::capture::{Caller, StateFile, manual};
 use meshd::config::Config;
+use meshd::enrol::Selector;
 
 use super::intercept::{ensure_raw_is_let_go, follow};
 
@@ -17,12 +17,9 @@ pub(crate) enum Switch {
 }
 
 pub(crate) fn bypass(config: &Config, switch: Switch, unit: Option<&str>) -> anyhow::Result<ExitCode> {
-    if let Some(unit) = unit {
-        ensure!(
-            ["uid:", "port:"].iter().any(|kind| unit.starts_with(kind)) || unit.contains('.'),
-            "`{unit}` names no unit; write it with its kind, like `{unit}.service`, or `uid:1001`"
-        );
-    }
+    // The way out is kept by the word the plan has for it.
+    let unit = unit.map(|unit| unit.parse::<Selector>().map(|selector| selector.to_string())).transpose()?;
+    let unit = unit.as_deref();
     manual::switch_bypass(&config.state_dir, unit, switch == Switch::On)?;
     let followed = match follow(config) {
         Ok(()) => true,
