@@ -82,7 +82,7 @@ pub struct DeliveryView {
     pub port: u16,
     pub unit: String,
     pub deliver: String,
-    pub mode: String,
+    pub mode: Mode,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -216,10 +216,7 @@ impl View {
             port: delivery.port,
             unit: delivery.owner.unit.to_string(),
             deliver: delivery.deliver.to_string(),
-            mode: match delivery.mode {
-                Mode::Strict => "strict".into(),
-                Mode::Permissive => "permissive".into(),
-            },
+            mode: delivery.mode,
         };
         enrolment.deliveries().iter().map(row).collect()
     }

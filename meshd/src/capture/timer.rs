@@ -11,8 +11,8 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::state::unix_now;
-use crate::tool;
+use crate::unix_time::unix_now;
+use crate::{host, tool};
 
 /// What the process says once nothing can take it along any more.
 pub const ARMED: &str = "armed";
@@ -79,8 +79,7 @@ pub fn start(program: &Path, config: &Path, hash: &str, after: Duration) -> io::
 
 /// systemd may run this machine and yet know nothing of a network namespace somebody typed the command in.
 fn systemd_runs_this_host() -> bool {
-    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
-    Path::new("/run/systemd/system").is_dir() && namespace("1") == namespace("self")
+    host::systemd_runs() && host::in_namespace_of_process_1() == Some(true)
 }
 
 fn with_systemd(program: &Path, config: &Path, hash: &str, after: Duration) -> io::Result<()> {

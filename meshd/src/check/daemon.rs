@@ -109,7 +109,7 @@ pub(super) fn decisions(config: &Config) -> Vec<Finding> {
     // A record that cannot be read is told above.
     let Ok(state) = StateFile::new(&config.state_dir).read() else { return Vec::new() };
     let plan = state.intent.as_ref().map(Wanted::hash).unwrap_or_default();
-    let capture = if let Some(held) = state.held.as_ref().filter(|held| held.hash == plan) {
+    let capture = if let Some(held) = state.held_as(&plan) {
         let detail = format!("the configured plan is held back: {}", held.why);
         let remedy = "change enrol.d, or run `meshd intercept apply` and then `meshd intercept confirm`";
         Finding::failed(as_configured, detail, remedy)

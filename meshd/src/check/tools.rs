@@ -4,7 +4,7 @@ use std::io;
 
 use super::finding::Finding;
 use crate::capture::BackendKind;
-use crate::tool;
+use crate::{host, tool};
 
 /// RHEL 9, Ubuntu 22.04 and Debian 12 have newer ones.
 const SYSTEMD_MIN: u32 = 249;
@@ -54,8 +54,7 @@ impl ToolFacts {
             ip: try_look("ip", &["-V"]),
             iptables: try_look("iptables", &["--version"]),
             systemctl: try_look("systemctl", &["--version"]),
-            // sd_booted(3).
-            systemd_runs: std::path::Path::new("/run/systemd/system").is_dir(),
+            systemd_runs: host::systemd_runs(),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use std::{fs, io};
 
 use arc_swap::ArcSwap;
@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
 use crate::durable;
+use crate::unix_time::unix_now;
 
 const SCHEMA: u32 = 1;
 /// Addresses of a service that is gone are not given to another within this time.
@@ -323,11 +324,6 @@ fn write(path: &Path, document: &Document) -> Result<(), VipsError> {
     let written = serde_json::to_vec_pretty(document).map_err(io::Error::from);
     let written = written.and_then(|text| durable::replace(path, text));
     written.map_err(|source| VipsError::File { doing: "write", path: path.into(), source })
-}
-
-/// 0 for a clock before 1970, which only makes addresses rest longer.
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

@@ -157,7 +157,7 @@ impl Keeper {
     fn best_way(&mut self) -> Way {
         if self.lookups_use_resolved() {
             Way::Resolved
-        } else if self.nameable && units::systemd_runs() {
+        } else if self.nameable && crate::host::systemd_runs() {
             Way::Units
         } else {
             Way::Nothing

@@ -10,6 +10,7 @@ use nix::net::if_::if_nametoindex;
 use super::super::resolv_conf::DNS_PORT;
 use super::super::upstream::Stamp;
 use super::{IntegrationError, tools};
+use crate::host;
 
 const LINK: &str = "meshd-dns";
 /// resolved uses only links with an address of wider scope than the link. Virtual IPs never end in .0, and this
@@ -128,11 +129,7 @@ fn make_link() -> Result<u32, IntegrationError> {
 
 /// What we said about a link would reach the host's link of the same number. Unknown, where /proc hides it, is yes.
 fn in_namespace_of_host() -> bool {
-    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net"));
-    match (namespace("self"), namespace("1")) {
-        (Ok(ours), Ok(hosts)) => ours == hosts,
-        _ => true,
-    }
+    host::in_namespace_of_process_1().unwrap_or(true)
 }
 
 /// With the link, resolved forgets what it was told about it.
