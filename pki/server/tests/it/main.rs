@@ -1,6 +1,7 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
 mod cli;
+mod clocks;
 mod enrolment;
 mod http;
 mod impostors;
