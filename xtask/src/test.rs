@@ -61,20 +61,19 @@ const CLIENTS: Tier = Tier {
 };
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API
-/// has nothing to do with capture: once is enough.
+/// and the deny set have nothing to do with capture: once is enough.
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
-    ("nft-redirect", &["tun::", "workload_api::"]),
-    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::", "workload_api::", NAMED_REMOVER]),
+    ("nft-redirect", &["tun::", "workload_api::", "deny::"]),
+    ("iptables-nft", &["tun::", "workload_api::", "deny::", NAMED_REMOVER, HUNG_RAW]),
     (
         "iptables-legacy",
         &[
             "tun::",
-            "ledger::",
-            "raw::",
-            "client_address::",
             "workload_api::",
+            "deny::",
             NAMED_REMOVER,
+            HUNG_RAW,
             "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
         ],
     ),
@@ -83,6 +82,7 @@ const BACKENDS: [(&str, &[&str]); 5] = [
         "tun",
         &[
             "workload_api::",
+            "deny::",
             "strict::",
             "ledger::",
             "raw::",
@@ -104,6 +104,8 @@ const BACKENDS: [(&str, &[&str]); 5] = [
 
 /// The kernel tells who changed nft's rules, and nobody else's.
 const NAMED_REMOVER: &str = "heal::whoever_keeps_removing_rules_is_named_and_not_fought";
+/// Rules of iptables belong to no process: a revert removes them all.
+const HUNG_RAW: &str = "raw::a_revert_tells_that_a_hung_meshd_still_captures_raw_addresses";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

@@ -18,7 +18,7 @@ use super::pace::Pace;
 use super::plan::resolve;
 use super::state::{Applied, CaptureState};
 use super::state_file::{Locked, Stamp, StateFile};
-use super::timer::BootClock;
+use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 use meshd_sys::kernel_events::KernelEvents;
@@ -42,7 +42,7 @@ pub struct Keeper {
     intent: Option<Wanted>,
     /// What is in the kernel; None when nothing is.
     in_force: Option<(Wanted, Facts)>,
-    raw_addresses: BTreeSet<SocketAddr>,
+    raw_addresses: Arc<BTreeSet<SocketAddr>>,
     ledger: Ledger,
     events: KernelEvents,
     /// Rules or routes may have changed since they were looked at.
@@ -85,7 +85,7 @@ impl Keeper {
             stamp: None,
             intent: None,
             in_force: None,
-            raw_addresses: BTreeSet::new(),
+            raw_addresses: Arc::default(),
             ledger,
             events,
             suspicious: false,
@@ -117,7 +117,7 @@ impl Keeper {
                 }
                 Ok(Command::Follow(answer)) => drop(answer.send(self.follow())),
                 Ok(Command::RawAddresses(addresses, answer)) => {
-                    self.raw_addresses = addresses;
+                    self.raw_addresses = addresses.into();
                     self.tick(Instant::now());
                     let _ = answer.send(());
                 }
@@ -144,11 +144,14 @@ impl Keeper {
     }
 
     fn facts_for(&self, wanted: &Wanted) -> Facts {
-        Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted, &self.file.port_memory()) }
+        Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted, self.file.port_memory()) }
     }
 
     /// `lift`: what of the operators' decisions is over.
-    fn want(&mut self, intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+    fn want(&mut self, mut intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+        if !self.backend.records_enrolled() {
+            intent.enrolled.clear();
+        }
         can_enforce(self.backend.kind(), &intent)?;
         let mut locked = self.file.lock()?;
         let before = locked.state.clone();
@@ -200,6 +203,8 @@ impl Keeper {
         if unchanged && !removed && locked.state.applied.is_some() {
             return Ok(Settled::WasInForce);
         }
+        // What was changed since the last tick: below, it would pass for our own.
+        self.hear();
         let replaced = self.forget_what_another_configuration_left(locked, &target)?;
         // Written first: a crash between the two must leave a record of what may be there.
         let record = Applied { backend: self.backend.kind(), wanted: target.clone() };
@@ -283,15 +288,16 @@ impl Keeper {
     fn tick(&mut self, now: Instant) {
         let Some(intent) = self.intent.clone() else { return };
         if self.stamp != self.file.stamp()
+            && self.pace.due_for_news(now)
             && let Err(error) = self.follow()
         {
+            self.pace.looked(now, true);
             self.tell_failure(now, "what operators decided is not in force", &error);
         }
-        let news = self.events.drain();
-        self.suspicious |= news.any || !self.backend.notified();
-        self.suspect = news.by.or(self.suspect.take());
+        self.hear();
+        self.suspicious |= !self.backend.notified();
         let moved = self.in_force.as_ref().is_some_and(|(wanted, facts)| *facts != self.facts_for(wanted));
-        if moved || self.suspicious && self.pace.due(now) {
+        if moved && self.pace.due_for_news(now) || self.suspicious && self.pace.due(now) {
             self.look(now, &intent);
         }
         if let Some((wanted, _)) = &self.in_force {
@@ -301,8 +307,13 @@ impl Keeper {
         self.remind(now);
     }
 
+    fn hear(&mut self) {
+        let news = self.events.drain();
+        self.suspicious |= news.any;
+        self.suspect = news.by.or(self.suspect.take());
+    }
+
     fn look(&mut self, now: Instant, intent: &Wanted) {
-        self.pace.looked(now);
         let settled = self.file.lock().and_then(|mut locked| {
             let settled = self.settle(&mut locked, intent, Look::InTheKernel)?;
             if settled != Settled::WasInForce {
@@ -311,6 +322,7 @@ impl Keeper {
             }
             Ok(settled)
         });
+        self.pace.looked(now, settled.is_err());
         match settled {
             Ok(Settled::WasInForce | Settled::Removed) => (self.suspicious, self.told) = (false, None),
             Ok(Settled::PutInForce) => {}
@@ -326,11 +338,16 @@ impl Keeper {
     }
 
     fn count_heal(&mut self, now: Instant) {
-        self.pace.healed(now);
+        const NAMELESS: &str = "somebody the kernel does not name";
+        let by = self.suspect.take();
         self.shared.healed.fetch_add(1, Ordering::Relaxed);
-        let by = self.suspect.take().unwrap_or_else(|| "somebody the kernel does not name".into());
-        tracing::warn!(by, "another tool had removed or changed meshd's rules or routes; they are back");
+        tracing::warn!(
+            by = by.as_deref().unwrap_or(NAMELESS),
+            "another tool had removed or changed meshd's rules or routes; they are back"
+        );
+        self.pace.healed(now, by);
         if self.pace.fighting(now) {
+            let by = self.pace.opponent(now).unwrap_or(NAMELESS);
             tracing::error!(
                 by,
                 "meshd's rules or routes are removed again and again; putting them back every 30 s only. Look for \
@@ -343,15 +360,14 @@ impl Keeper {
 
     /// Its process may have been killed; an unconfirmed plan must not stay for that.
     fn stand_in_for_the_timer(&mut self, now: Instant) {
-        let clock = BootClock::now();
-        let overdue = |state: &CaptureState| {
-            state.timer.as_ref().is_some_and(|timer| timer.overdue(&clock).is_some_and(|late| late > TIMER_GRACE))
-        };
-        if !overdue(&self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).1) {
+        let overdue = |timer: &Timer| timer.overdue(&BootClock::now()).is_some_and(|late| late > TIMER_GRACE);
+        let known = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.1.timer.as_ref().is_some_and(overdue) {
             return;
         }
+        drop(known);
         let expired = self.file.lock().and_then(|mut locked| {
-            locked.state.give_up_unconfirmed(&clock);
+            locked.state.give_up_unconfirmed(&BootClock::now());
             locked.save()
         });
         if let Err(error) = expired.and_then(|()| self.follow()) {

@@ -7,12 +7,14 @@ use meshd_pki_api::v1::enroll_request::Attestation;
 
 use crate::audit::Event;
 use crate::csr::Request;
+use crate::issue::offset_ms;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
-use crate::store::hosts::{self, Host, HostState, Issued};
+use crate::signer::Signer;
+use crate::store::hosts::{self, Host, HostState};
 use crate::store::tokens::{self, Token, Use};
 use crate::store::{DbError, Records, View, settings};
-use crate::times::{rfc3339, unix};
+use crate::times::{rfc3339, unix, unix_ms};
 
 impl Pki {
     pub fn enrol(&self, request: &v1::EnrollRequest, remote: &str) -> Result<v1::EnrollReply, Refused> {
@@ -48,42 +50,44 @@ impl Pki {
         let (host_id, svid) = self.state.database.transaction(|records| -> Result<_, Refused> {
             let token = check_token(records, proof, &request.host_id, &csr, unix(now))?;
             let id = host_identity(&self.trust_domain, &token.host_id)?;
-            let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
+            let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             let (token_id, host_id) = (token.id.clone(), token.host_id.clone());
-            admit(records, token, &csr, unix(now))?;
-            let issued = Issued {
-                serial: leaf.serial.clone(),
-                spiffe_id: id.to_string(),
-                authority: signer.intermediate.id.clone(),
-                issued_at: unix(now),
-                not_after: unix(leaf.not_after),
-            };
-            hosts::note_issued(records, &host_id, vec![issued], unix(now))?;
+            admit(records, token, &csr, unix(now), offset_ms(request.host_time_unix_ms, unix_ms(now)))?;
             let event = Event {
                 event: "enrol",
                 result: "ok",
                 host: Some(host_id.clone()),
                 identity: Some(id.to_string()),
-                serial: Some(leaf.serial),
-                authority: Some(signer.intermediate.id.clone()),
-                not_after: Some(rfc3339(unix(leaf.not_after))),
+                serial: Some(issued.serial.clone()),
+                authority: Some(issued.authority.clone()),
+                not_after: Some(rfc3339(issued.not_after)),
                 token: Some(token_id),
                 remote: Some(remote.to_owned()),
                 detail: None,
             };
+            hosts::note_issued(records, &host_id, vec![issued], unix(now))?;
             // Nobody new comes in without a trace: the line is on disk before the host exists.
             self.record(&[event]).map_err(|_| {
                 let text = "the PKI cannot write its audit log and enrols nobody until it can; see its disk and log";
                 Refused::Unavailable(text.to_owned())
             })?;
-            let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
-            Ok((host_id, v1::Svid { spiffe_id: id.to_string(), chain }))
+            Ok((host_id, svid))
         })?;
+        self.enrolled(host_id, svid, &signer)
+    }
+
+    /// What a host gets that has proved who it is.
+    pub(crate) fn enrolled(
+        &self,
+        host_id: String,
+        svid: v1::Svid,
+        signer: &Signer,
+    ) -> Result<v1::EnrollReply, Refused> {
         self.metrics.issued.inc();
         Ok(v1::EnrollReply {
             host_id,
             svid: Some(svid),
-            bundle: Some(trust_bundle(&signer)),
+            bundle: Some(trust_bundle(signer)),
             server_time_unix_ms: self.now_ms(),
             recovery_keys: self.state.database.read(settings::recovery_keys)?,
             pki_addresses: self.addresses(),
@@ -138,7 +142,13 @@ pub(crate) fn banned(host: &str) -> String {
     format!("host `{host}` is banned from this mesh")
 }
 
-fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -> Result<(), DbError> {
+fn admit(
+    records: &mut dyn Records,
+    mut token: Token,
+    csr: &Request,
+    now: i64,
+    clock_offset_ms: i64,
+) -> Result<(), DbError> {
     token.used.get_or_insert_with(|| Use { key_id: csr.key_id.to_vec(), at: now });
     tokens::put_token(records, &token)?;
     // A host that is known and enrols again has a new key; what it did before is not its own any more.
@@ -147,11 +157,12 @@ fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -
         state: HostState::Active,
         key_current: csr.key_id.to_vec(),
         public_key: csr.spki.clone(),
+        enrolled_key: csr.spki.clone(),
         next: None,
         enrolled_at: now,
         last_seen: now,
         acked_sequence: 0,
-        clock_offset_ms: 0,
+        clock_offset_ms,
         roots_in_use: Vec::new(),
     };
     hosts::put_host(records, &host)?;

@@ -21,11 +21,12 @@ use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
 use crate::replicas;
-use crate::rotation::step::{RotationError, Rotator};
+use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
+use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError, lock};
-use crate::store::{bundles, hosts, intermediates, tokens, trust};
-use crate::sync::{Current, tainted};
+use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
+use crate::sync::Current;
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
@@ -42,6 +43,8 @@ pub struct Options {
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
+    /// The operator vouches for the clock, whatever the PKI has on record.
+    pub clock_is_right: bool,
 }
 
 pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -53,6 +56,7 @@ impl Default for Options {
             advertise: Vec::new(),
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
+            clock_is_right: false,
         }
     }
 }
@@ -80,8 +84,6 @@ pub enum PkiError {
     State(#[from] StateError),
     #[error(transparent)]
     Signer(#[from] SignerError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
 }
 
 pub struct Pki {
@@ -94,12 +96,15 @@ pub struct Pki {
     clock: Clock,
     boot_time: BootTime,
     clock_guard: Mutex<ClockGuard>,
+    start: Mutex<Start>,
     distrust: RwLock<Option<Distrust>>,
     instances: Mutex<Instances>,
     pub(crate) nonces: Nonces,
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
+    /// The server is told to stop.
+    stopping: watch::Sender<bool>,
     pub(crate) kek: Kek,
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
@@ -125,9 +130,9 @@ impl Pki {
         let lifetimes = &options.lifetimes;
         let domain = &state.trust_domain;
         let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
-        // Before anything is signed: a PKI that was off for long may have no root left that verifies.
-        rotate(&state, &kek, &options.lifetimes, true, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
+        let start = begin(&state, &kek, &options, now)?;
+        let signer =
+            Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -137,11 +142,13 @@ impl Pki {
             clock: options.clock,
             boot_time: options.boot_time,
             clock_guard: Mutex::default(),
+            start: Mutex::new(start),
             distrust: RwLock::default(),
             instances: Mutex::default(),
             nonces: Nonces::new(&kek.derived("attestation nonces")),
             deny: RwLock::default(),
             current: watch::Sender::default(),
+            stopping: watch::Sender::default(),
             kek,
             state,
             signer: RwLock::new(Arc::new(signer)),
@@ -163,27 +170,43 @@ impl Pki {
     pub fn maintain(&self) -> Result<(), PkiError> {
         let now = self.now();
         self.look_at_clocks()?;
-        rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
-        if self.state.database.engine().leads() {
-            self.prune_deny()?;
-        }
+        rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
+        self.keeper.keep(&self.state, &self.metrics, now);
+        if self.is_sure_of_clock() {
+            self.forget_ended(now)?;
+            self.record_good_time(now)?;
+        }
+        Ok(())
+    }
+
+    fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
+        let due = self.start().record(unix(now));
+        if let Some(time) = due {
+            let record = |records: &mut dyn Records| settings::set_last_good(records, time).map_err(StateError::from);
+            self.state.database.lead(record)?;
+        }
+        Ok(())
+    }
+
+    /// What has ended by a wrong clock has not ended: only a good one may say so.
+    fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
+        self.prune_deny()?;
         let before = unix(now) - KEEP_S;
         self.state.database.lead(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
         })?;
-        self.keeper.keep(&self.state, &self.metrics, now);
         Ok(())
     }
 
     /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
-        let now = self.now();
-        let sequence = self.state.database.read(trust::trust).map_err(StateError::from)?.sequence;
-        if !self.signer().is_fresh(sequence, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+        let now = self.start().not_before_last(self.now());
+        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        if !self.signer().is_fresh(&trust, now) {
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
         }
@@ -198,7 +221,7 @@ impl Pki {
             domain: &self.trust_domain,
             kek: &self.kek,
             lifetimes: &self.lifetimes,
-            clock_is_good: self.distrust().is_none(),
+            clock_is_good: self.is_sure_of_clock(),
             now: self.now(),
         }
     }
@@ -208,19 +231,42 @@ impl Pki {
         self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
     }
 
+    /// Conversations would go on for as long as the hosts run.
+    pub(crate) fn end_conversations(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
     pub(crate) fn news(&self) -> watch::Receiver<Current> {
         self.current.subscribe()
     }
 
     fn look_at_clocks(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let since = unix(now) - HEARD_LATELY_S;
+        let lately = unix(now) - HEARD_LATELY_S..=unix(now);
         let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
         let offsets: Vec<i64> =
-            hosts.iter().filter(|host| host.last_seen >= since).map(|host| host.clock_offset_ms).collect();
+            hosts.iter().filter(|host| lately.contains(&host.last_seen)).map(|host| host.clock_offset_ms).collect();
+        let boot = (self.boot_time)();
+        let was_sure = self.start().is_confirmed();
+        let standing = self.start().judge(unix(now), boot, &hosts, &self.lifetimes);
         let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = guard.look(now, (self.boot_time)(), &offsets, self.lifetimes.skew);
+        if matches!(self.distrust(), Some(Distrust::Behind { .. })) {
+            // The step that puts it right is no jump.
+            guard.forget();
+        }
+        let jumped = guard.look(now, boot, &offsets, self.lifetimes.skew);
         drop(guard);
+        let found = match standing {
+            Standing::Behind { seconds } => Some(Distrust::Behind { seconds }),
+            Standing::Unconfirmed | Standing::Confirmed => jumped,
+        };
+        if standing == Standing::Confirmed && !was_sure {
+            tracing::info!("the clock is confirmed; rotation goes on");
+        }
         let mut distrust = self.distrust.write().unwrap_or_else(PoisonError::into_inner);
         if *distrust != found {
             match &found {
@@ -246,6 +292,15 @@ impl Pki {
         }
     }
 
+    fn start(&self) -> MutexGuard<'_, Start> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether what cannot be undone may be done by this clock.
+    pub(crate) fn is_sure_of_clock(&self) -> bool {
+        self.distrust().is_none() && self.start().is_confirmed()
+    }
+
     pub(crate) fn instances(&self) -> MutexGuard<'_, Instances> {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -265,11 +320,6 @@ impl Pki {
 
     pub(crate) fn set_addresses(&self, addresses: Vec<String>) {
         *self.addresses.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(addresses);
-    }
-
-    pub(crate) fn tainted_roots(&self) -> Vec<String> {
-        // A failing database is reported by whatever else reads it.
-        self.state.database.read(trust::trust).map(|trust| tainted(&trust)).unwrap_or_default()
     }
 
     /// The trust bundle with this digest, or the latest.
@@ -340,9 +390,44 @@ impl Pki {
 
 /// The bundle that goes with what this signer signs.
 pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
-    let bundle = &signer.bundle;
-    let trust_domain = bundle.trust_domain.to_string();
-    v1::TrustBundle { trust_domain, sequence: bundle.sequence, jwks: bundle.to_jwks() }
+    signer.wire.clone()
+}
+
+/// Judges the clock, and does what has to be before anything is signed: a PKI that was off for long may have no root
+/// left that verifies.
+fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Result<Start, PkiError> {
+    let (last_good, hosts) = state
+        .database
+        .read(|view| -> Result<_, StateError> { Ok((settings::last_good(view)?, hosts::hosts(view)?)) })?;
+    let (boot, lifetimes) = ((options.boot_time)(), &options.lifetimes);
+    let mut start = Start::new(last_good, boot, &hosts);
+    if options.clock_is_right {
+        start.confirm();
+    }
+    let standing = start.judge(unix(now), boot, &hosts, lifetimes);
+    match standing {
+        Standing::Behind { .. } => return Ok(start),
+        Standing::Unconfirmed => tracing::warn!(
+            "the PKI was off for long, or the clock is wrong: rotation waits until hosts confirm the clock, or for {} s",
+            lifetimes.leaf.as_secs()
+        ),
+        Standing::Confirmed => rotate(state, kek, lifetimes, true, now)?,
+    }
+    if !is_to_provide(state) {
+        return Ok(start);
+    }
+    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
+    let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
+    if !done.is_empty() {
+        state.record(now, &done)?;
+    }
+    Ok(start)
+}
+
+/// Whether this server sees to what all share, although nobody can lead yet: no other leads, and it can be written.
+fn is_to_provide(state: &StateDir) -> bool {
+    let engine = state.database.engine();
+    engine.trouble().is_none() && engine.leader().is_none_or(|leader| leader == state.replica)
 }
 
 /// Takes every step that is due, one transaction each.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
-use rcgen::KeyPair;
+use meshd_pki_api::v1;
+use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
@@ -12,14 +13,15 @@ use rustls::{RootCertStore, ServerConfig};
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError};
 use crate::keys::Kek;
-use crate::lifetimes::Lifetimes;
-use crate::rotation::decide::seconds;
+use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
 use crate::rotation::step::bundle_of;
 use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
+use crate::store::hosts::Issued;
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{DbError, Records, trust};
-use crate::times::{from_unix, rfc3339, unix};
+use crate::sync::tainted;
+use crate::times::{Clock, TlsTime, from_unix, rfc3339, seconds, unix};
 
 /// After a replacement that failed.
 const RETRY: Duration = Duration::from_secs(60);
@@ -29,9 +31,16 @@ const RETRY: Duration = Duration::from_secs(60);
 pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
     pub(crate) bundle: Bundle,
+    /// The same as hosts get it.
+    pub(crate) wire: v1::TrustBundle,
+    /// The root that was active when this was made: it signed the intermediate, unless that could not be replaced.
+    pub(crate) root: String,
+    /// Roots whose key may be known to others.
+    pub(crate) tainted: Vec<String>,
     pub(crate) root_not_after: SystemTime,
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) endpoint_not_after: SystemTime,
+    made_at: SystemTime,
     replace_intermediate_at: SystemTime,
     replace_endpoint_at: SystemTime,
 }
@@ -62,11 +71,17 @@ impl Signer {
             let trust = trust::trust(records)?;
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
-            let usable = stored.filter(|row| row.root == root.id && replacement_time(row, lifetimes) > now);
+            let joined = joined_at(stored.as_ref(), &trust, now);
+            // One from a future that did not come is not valid yet.
+            let usable = stored.filter(|row| {
+                row.root == root.id
+                    && replacement_time(row, lifetimes) > now
+                    && from_unix(row.activated_at) <= now + lifetimes.skew
+            });
             let row = match usable {
-                Some(row) => hand_out(records, row, &trust, lifetimes, now)?,
+                Some(row) => hand_out(records, row, &trust, lifetimes, joined)?,
                 None => {
-                    let row = new_intermediate(state, kek, lifetimes, root, &trust, now)?;
+                    let row = new_intermediate(state, kek, lifetimes, root, (&trust, joined), now)?;
                     intermediates::replace(records, &row)?;
                     made = Some(row.clone());
                     row
@@ -95,18 +110,65 @@ impl Signer {
         let root_not_after = trust.active().map_or(0, |root| root.not_after);
         Ok(Signer {
             intermediate,
+            wire: v1::TrustBundle {
+                trust_domain: bundle.trust_domain.to_string(),
+                sequence: bundle.sequence,
+                jwks: bundle.to_jwks(),
+            },
             bundle,
+            root: trust.active().map_or_else(|| row.root.clone(), |root| root.id.clone()),
+            tainted: tainted(&trust),
             root_not_after: from_unix(root_not_after),
             tls,
             endpoint_not_after,
+            made_at: now,
             replace_intermediate_at: again_at,
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
     }
 
-    pub(crate) fn is_fresh(&self, sequence: u64, now: SystemTime) -> bool {
-        self.bundle.sequence == sequence && now < self.replace_intermediate_at && now < self.replace_endpoint_at
+    /// A leaf as hosts get it, and its place in the records.
+    pub(crate) fn issue(
+        &self,
+        id: &SpiffeId,
+        key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<(v1::Svid, Issued), AuthorityError> {
+        let leaf = self.intermediate.issue(id, key, life, now)?;
+        let chain = vec![leaf.certificate, self.intermediate.certificate.clone()];
+        let issued = Issued {
+            serial: leaf.serial,
+            spiffe_id: id.to_string(),
+            authority: self.intermediate.id.clone(),
+            issued_at: unix(now),
+            not_after: unix(leaf.not_after),
+        };
+        Ok((v1::Svid { spiffe_id: id.to_string(), chain }, issued))
     }
+
+    /// Certificates of callers are judged by the PKI's clock, as everything else here.
+    pub(crate) fn judging_by(mut self, clock: &Clock) -> Signer {
+        let mut tls = ServerConfig::clone(&self.tls);
+        tls.time_provider = Arc::new(TlsTime(clock.clone()));
+        self.tls = Arc::new(tls);
+        self
+    }
+
+    pub(crate) fn is_fresh(&self, trust: &Trust, now: SystemTime) -> bool {
+        let says_so = self.bundle.sequence == trust.sequence && self.tainted == tainted(trust);
+        let signs = trust.active().is_some_and(|root| root.id == self.root);
+        // Made by a clock that was ahead until it was put right, it is not valid yet.
+        let is_of_now = self.made_at <= now + LEAF_BACKDATE / 2;
+        says_so && signs && is_of_now && now < self.replace_intermediate_at && now < self.replace_endpoint_at
+    }
+}
+
+/// Since when a replica hands out every root there is. Only a root that its bundle lacked starts that anew: JWT keys
+/// change the bundle, too, and a new intermediate does not.
+fn joined_at(before: Option<&Intermediate>, trust: &Trust, now: SystemTime) -> i64 {
+    let had_all = |row: &&Intermediate| trust.roots.iter().all(|root| root.published_sequence <= row.bundle_sequence);
+    before.filter(had_all).map_or_else(|| unix(now), |row| row.joined_bundle_at.min(unix(now)))
 }
 
 /// What is on record, where nothing can be put there now: the intermediate lives four times as long as it is used.
@@ -135,13 +197,13 @@ fn hand_out(
     mut row: Intermediate,
     trust: &Trust,
     lifetimes: &Lifetimes,
-    now: SystemTime,
+    joined: i64,
 ) -> Result<Intermediate, StateError> {
     let before = row.clone();
     row.longest_leaf_s = row.longest_leaf_s.max(seconds(lifetimes.leaf));
     if row.bundle_sequence != trust.sequence {
         row.bundle_sequence = trust.sequence;
-        row.joined_bundle_at = unix(now);
+        row.joined_bundle_at = joined;
     }
     if row != before {
         intermediates::put_intermediate(records, &row)?;
@@ -166,7 +228,7 @@ fn new_intermediate(
     kek: &Kek,
     lifetimes: &Lifetimes,
     root: &Root,
-    trust: &Trust,
+    (trust, joined_bundle_at): (&Trust, i64),
     now: SystemTime,
 ) -> Result<Intermediate, StateError> {
     let key = kek.unwrap(&root.id, &root.wrapped_key)?;
@@ -185,7 +247,7 @@ fn new_intermediate(
         replaced_at: None,
         longest_leaf_s: seconds(lifetimes.leaf),
         bundle_sequence: trust.sequence,
-        joined_bundle_at: unix(now),
+        joined_bundle_at,
     })
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use meshd_identity::signed::SignedError;
 use meshd_identity::{Bundle, BundleError, TrustDomain, sha256};
 use rcgen::{KeyPair, PublicKeyData};
 
@@ -14,7 +15,7 @@ use crate::authority::AuthorityError;
 use crate::keeping::backups::BackupError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::step::{RotationError, Rotator, bundle_of};
+use crate::rotation::step::{Rotator, bundle_of};
 use crate::store::etcd::config::EtcdConfig;
 use crate::store::{Database, DbError, settings, trust};
 use crate::times::unix;
@@ -45,9 +46,9 @@ pub enum StateError {
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]
-    Rotation(#[from] RotationError),
-    #[error(transparent)]
     Backup(#[from] BackupError),
+    #[error("cannot sign what hosts are told: {0}")]
+    Sign(#[from] SignedError),
     #[error("cannot make the recovery key: {0}")]
     Recovery(#[from] rcgen::Error),
 }
@@ -116,6 +117,7 @@ fn fill(
         let (root, bundle) = rotator.found(records)?;
         digest = bundle.digest();
         settings::set_recovery_keys(records, &[recovery.to_vec()])?;
+        settings::set_last_good(records, unix(now))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
         append(&audit, now, &[Event { event: "init", result: "ok", authority: Some(root.id), ..Event::default() }])
     })?;

@@ -8,6 +8,9 @@ use super::{DbError, Records, View, base64, get, glance, list, put};
 const KEEP_ENDED_S: i64 = 7 * 86_400;
 /// Per host, the newest: 500 identities renewed thrice a day, and one value of etcd (1.5 MiB).
 const MOST_ISSUED: usize = 2000;
+/// A bundle never has as many roots, and no identifier of one is as long.
+const MOST_ROOTS_TOLD: usize = 16;
+const LONGEST_ROOT_ID: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -28,6 +31,10 @@ pub(crate) struct Host {
     /// The SubjectPublicKeyInfo itself: what a host proves that comes back after its certificate has ended.
     #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) public_key: Vec<u8>,
+    /// SubjectPublicKeyInfo of the key it enrolled with. A host restored from a snapshot of any age holds it still; it is
+    /// worth nothing any more once the host enrols again. Empty for hosts from before there was such a thing.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) enrolled_key: Vec<u8>,
     /// Issued but not yet used: the reply may have been lost, so both keys are the host's until one is seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) next: Option<NextKey>,
@@ -65,7 +72,8 @@ impl Host {
         self.acked_sequence = self.acked_sequence.max(sighting.acked_sequence);
         self.clock_offset_ms = sighting.clock_offset_ms;
         if let Some(roots) = sighting.roots_in_use {
-            self.roots_in_use = roots.to_vec();
+            let possible = roots.iter().filter(|root| root.len() <= LONGEST_ROOT_ID);
+            self.roots_in_use = possible.take(MOST_ROOTS_TOLD).cloned().collect();
         }
     }
 

@@ -11,6 +11,7 @@ use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::pki::PkiError;
 use meshd_pki::state_dir::StateError;
 use meshd_pki::status::Status;
+use meshd_pki::times::unix_ms;
 use meshd_pki::{Options, Pki, Refused, state_dir};
 use meshd_pki_api::v1;
 use rcgen::KeyPair;
@@ -27,23 +28,35 @@ pub(crate) struct Desk {
     pub(crate) pki: Option<Pki>,
     start: SystemTime,
     pub(crate) passed: Arc<AtomicU64>,
+    /// How far its wall clock is ahead, in seconds.
+    pub(crate) ahead: Arc<AtomicU64>,
+    pub(crate) lifetimes: Lifetimes,
+    pub(crate) clock_is_right: bool,
 }
 
 impl Desk {
     pub(crate) fn new() -> Desk {
+        Desk::with(Lifetimes::default())
+    }
+
+    pub(crate) fn with(lifetimes: Lifetimes) -> Desk {
         let dir = tempfile::tempdir().unwrap();
         let start = SystemTime::now();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
-        let mut desk = Desk { dir, pki: None, start, passed: Arc::default() };
+        let (passed, ahead) = (Arc::default(), Arc::default());
+        let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false };
         desk.open();
         desk
     }
 
     pub(crate) fn open(&mut self) {
         self.pki = None;
-        let (start, passed) = (self.start, self.passed.clone());
-        let clock = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
-        self.pki = Some(Pki::open(self.dir.path(), Options::with_clock(Lifetimes::default(), clock)).unwrap());
+        let (start, passed, ahead) = (self.start, self.passed.clone(), self.ahead.clone());
+        let right = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
+        let options = Options::with_clock(self.lifetimes, right.clone());
+        let clock = Arc::new(move || right() + Duration::from_secs(ahead.load(SeqCst)));
+        let options = Options { clock, clock_is_right: self.clock_is_right, ..options };
+        self.pki = Some(Pki::open(self.dir.path(), options).unwrap());
     }
 
     pub(crate) fn pki(&self) -> &Pki {
@@ -55,8 +68,12 @@ impl Desk {
     }
 
     pub(crate) fn pass(&self, seconds: u64) {
-        self.passed.fetch_add(seconds, SeqCst);
+        self.off_for(seconds);
         self.pki().maintain().unwrap();
+    }
+
+    pub(crate) fn off_for(&self, seconds: u64) {
+        self.passed.fetch_add(seconds, SeqCst);
     }
 
     pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
@@ -73,10 +90,15 @@ impl Desk {
     }
 
     pub(crate) fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
+        self.enrol_at(token, self.now())
+    }
+
+    fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
             csr: request_over(&KeyPair::generate().unwrap()),
+            host_time_unix_ms: unix_ms(host_time),
             ..v1::EnrollRequest::default()
         };
         self.pki().enrol(&request, "test")
@@ -90,7 +112,12 @@ impl Desk {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
-        v1::IssueBatchRequest { items, ..v1::IssueBatchRequest::default() }
+        v1::IssueBatchRequest {
+            items,
+            host_time_unix_ms: unix_ms(self.now()),
+            bundle_sequence: self.status().bundle_sequence,
+            ..v1::IssueBatchRequest::default()
+        }
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -133,7 +160,7 @@ fn a_restart_keeps_the_intermediate() {
 fn a_pki_that_was_off_for_months_starts_by_itself() {
     let mut desk = Desk::new();
     desk.enrol("web");
-    desk.passed.fetch_add(120 * DAY, SeqCst);
+    desk.off_for(120 * DAY);
     desk.open();
     let chain = desk.enrol("web");
     assert!(inspect_svid(&chain[0]).unwrap().not_after > desk.now() + Duration::from_secs(23 * HOUR));
@@ -150,6 +177,28 @@ fn a_certificate_is_judged_at_each_message_not_at_the_handshake() {
 }
 
 #[test]
+fn a_stolen_certificate_ends_when_its_host_joins_again() {
+    let desk = Desk::new();
+    let stolen = desk.enrol("web");
+    desk.pass(HOUR);
+    let stolen = chain_of(desk.renew("web", Some(&stolen[0])).unwrap());
+    desk.pass(1);
+    let own = desk.enrol("web");
+    let refused = desk.renew("web", Some(&stolen[0])).unwrap_err();
+    assert!(matches!(&refused, Refused::Unauthenticated(text) if text.contains("joined again")), "{refused}");
+    chain_of(desk.renew("web", Some(&own[0])).unwrap());
+}
+
+#[test]
+fn the_clock_of_a_new_host_is_on_record_from_its_first_message() {
+    let desk = Desk::new();
+    let token = desk.token("web", &[]).unwrap();
+    let ahead = Duration::from_secs(HOUR);
+    desk.enrol_at(&token, desk.now() + ahead).unwrap();
+    assert_eq!(desk.status().hosts[0].clock_offset_ms, 3_600_000);
+}
+
+#[test]
 fn issuing_needs_the_certificate_of_an_enrolled_host() {
     let desk = Desk::new();
     let refused = desk.renew("web", None).unwrap_err();
@@ -161,6 +210,16 @@ fn issuing_needs_the_certificate_of_an_enrolled_host() {
     let stranger = ca.svid(&SpiffeId::host(&domain(), "stranger").unwrap());
     let refused = desk.renew("web", Some(&stranger.chain[0])).unwrap_err();
     assert!(refused.to_string().contains("`stranger` is not enrolled"), "{refused}");
+}
+
+#[test]
+fn a_refused_jwt_is_in_the_audit_log() {
+    let desk = Desk::new();
+    let request = v1::IssueJwtRequest { audience: vec!["billing".to_owned()], ..v1::IssueJwtRequest::default() };
+    desk.pki().issue_jwt(None, &request, "test").unwrap_err();
+    let log = std::fs::read_to_string(desk.dir.path().join("audit.jsonl")).unwrap();
+    let refused = |line: &str| line.contains(r#""event":"issue_jwt","result":"refused""#);
+    assert_eq!(log.lines().filter(|line| refused(line)).count(), 1);
 }
 
 #[test]
