@@ -162,7 +162,8 @@ impl App {
             let path = config.api_socket();
             let socket = start!(workload_api::bind(&path), "{}", path.display())?;
             let (shared, credentials, enrolled) = (shared.clone(), credentials.clone(), identities.subscribe());
-            let sources = workload_api::Sources { shared, credentials, enrolled, tokens: None };
+            let tokens = Arc::new(workload_api::PkiTokens::new(credentials.clone()));
+            let sources = workload_api::Sources { shared, credentials, enrolled, tokens: Some(tokens) };
             tokio::spawn(workload_api::serve(socket, sources));
         }
         let reloader = Reloader {

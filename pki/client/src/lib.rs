@@ -2,6 +2,7 @@
 //!
 //! - [`join`]: a join token becomes credentials.
 //! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them.
+//! - [`Tokens`]: JWT-SVIDs, asked for when they are needed.
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
@@ -21,6 +22,7 @@ mod reply;
 mod schedule;
 mod state;
 mod store;
+mod tokens;
 mod verify;
 
 pub use agent::{Agent, Surroundings};
@@ -29,6 +31,7 @@ pub use join::{JoinError, join};
 pub use judge::{Judgement, ServerJudge};
 pub use metrics::RenewalMetrics;
 pub use store::StoreError;
+pub use tokens::{TokenIssueError, Tokens};
 
 /// What a refusal says, made safe for a log line: it comes from a peer.
 fn refusal_text(status: &tonic::Status) -> String {
