@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use ipnet::IpNet;
 use meshd_identity::{IdError, JoinToken, Secret, SpiffeId, TokenError, TrustDomain, sha256};
 
 use crate::audit::Event;
 use crate::keys::{KeyError, random};
+use crate::labels::{Label, LabelError, label_map};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::tokens::{self, Token};
 use crate::store::{DbError, View, hosts, settings};
@@ -14,6 +16,9 @@ use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
 const LONGEST_TTL: Duration = Duration::from_secs(7 * 86_400);
+
+/// More hosts than one mesh has.
+const MOST_USES: u32 = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -31,6 +36,10 @@ pub enum CommandError {
     Reserved(SpiffeId),
     #[error("a token may live at most 7 days; choose a shorter --ttl")]
     Ttl,
+    #[error("a token serves 1 to {MOST_USES} hosts; choose another --max-uses")]
+    Uses,
+    #[error(transparent)]
+    Label(#[from] LabelError),
     #[error("{0}")]
     Token(#[from] TokenError),
     #[error(
@@ -43,11 +52,25 @@ pub enum CommandError {
     NoEntry { host: String, identity: String },
 }
 
+#[derive(Debug, Clone)]
 pub struct TokenRequest<'a> {
     pub host: &'a str,
     pub allow: &'a [String],
     pub pki: &'a [String],
     pub ttl: Duration,
+    /// With more than one, `host` is what the ids of the hosts begin with.
+    pub max_uses: u32,
+    /// Where it may be used; empty is everywhere.
+    pub from: &'a [IpNet],
+    /// Of the hosts it makes.
+    pub labels: &'a [Label],
+}
+
+impl Default for TokenRequest<'_> {
+    fn default() -> Self {
+        let ttl = Duration::from_secs(3600);
+        TokenRequest { host: "", allow: &[], pki: &[], ttl, max_uses: 1, from: &[], labels: &[] }
+    }
 }
 
 pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
@@ -56,6 +79,9 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
     let allow = asked.allow.iter().map(|text| workload(&state.trust_domain, text)).collect::<Result<Vec<_>, _>>()?;
     if asked.ttl > LONGEST_TTL {
         return Err(CommandError::Ttl);
+    }
+    if !(1..=MOST_USES).contains(&asked.max_uses) {
+        return Err(CommandError::Uses);
     }
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     random(&mut id)?;
@@ -78,6 +104,10 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         created_at: unix(now),
         expires_at: unix(now + asked.ttl),
         used: None,
+        max_uses: asked.max_uses,
+        uses: 0,
+        from: asked.from.to_vec(),
+        labels: label_map(asked.labels)?,
     };
     let event = Event {
         event: "token_create",
@@ -85,7 +115,7 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         host: Some(row.host_id.clone()),
         token: Some(row.id.clone()),
         not_after: Some(rfc3339(row.expires_at)),
-        detail: Some(format!("allow: {}", row.allow.join(" "))),
+        detail: Some(token_detail(&row)),
         ..Event::default()
     };
     state.database.transaction(|records| -> Result<(), CommandError> {
@@ -93,6 +123,18 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         Ok(state.record(now, std::slice::from_ref(&event))?)
     })?;
     Ok(token)
+}
+
+fn token_detail(token: &Token) -> String {
+    let mut detail = format!("allow: {}", token.allow.join(" "));
+    if token.max_uses > 1 {
+        detail.push_str(&format!("; for {} hosts", token.max_uses));
+    }
+    if !token.from.is_empty() {
+        let from: Vec<String> = token.from.iter().map(IpNet::to_string).collect();
+        detail.push_str(&format!("; from {}", from.join(" ")));
+    }
+    detail
 }
 
 /// What was asked for, else what the server was last told to advertise.
@@ -141,7 +183,8 @@ pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, Strin
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
 fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
     let enrolled = hosts::hosts(view)?.into_iter().map(|row| row.id);
-    let invited = tokens::open(view, now)?.into_iter().map(|token| token.host_id);
+    let invited = tokens::open(view, now)?.into_iter().filter(|token| token.max_uses == 1);
+    let invited = invited.map(|token| token.host_id);
     let known: std::collections::BTreeSet<String> = enrolled.chain(invited).collect();
     if known.contains(host) {
         return Ok(());

@@ -1,17 +1,18 @@
 //! First contact: a join token becomes a host.
 
-use aws_lc_rs::constant_time::verify_slices_are_equal;
-use meshd_identity::{SpiffeId, TrustDomain, sha256};
+use std::collections::BTreeMap;
+
+use meshd_identity::{SpiffeId, TrustDomain};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::enroll_request::Attestation;
 
 use crate::audit::Event;
 use crate::csr::Request;
+use crate::join_token;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::store::hosts::{self, Host, HostState, Issued};
-use crate::store::tokens::{self, Token, Use};
-use crate::store::{DbError, Records, View, settings};
+use crate::store::{DbError, Records, settings};
 use crate::times::{rfc3339, unix};
 
 impl Pki {
@@ -46,11 +47,11 @@ impl Pki {
         let now = self.now();
         let signer = self.signer();
         let (host_id, svid) = self.state.database.transaction(|records| -> Result<_, Refused> {
-            let token = check_token(records, proof, &request.host_id, &csr, unix(now))?;
-            let id = host_identity(&self.trust_domain, &token.host_id)?;
+            let invited = join_token::invite(records, proof, request, &csr, remote, unix(now))?;
+            let id = host_identity(&self.trust_domain, &invited.host_id)?;
             let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
-            let (token_id, host_id) = (token.id.clone(), token.host_id.clone());
-            admit(records, token, &csr, unix(now))?;
+            let host_id = invited.host_id.clone();
+            admit(records, invited, &csr, unix(now))?;
             let issued = Issued {
                 serial: leaf.serial.clone(),
                 spiffe_id: id.to_string(),
@@ -67,7 +68,7 @@ impl Pki {
                 serial: Some(leaf.serial),
                 authority: Some(signer.intermediate.id.clone()),
                 not_after: Some(rfc3339(unix(leaf.not_after))),
-                token: Some(token_id),
+                token: Some(proof.id.clone()),
                 remote: Some(remote.to_owned()),
                 detail: None,
             };
@@ -91,59 +92,23 @@ impl Pki {
     }
 }
 
-/// The token as it may be used now, by this key, for this host.
-fn check_token(
-    view: &mut dyn View,
-    proof: &v1::JoinTokenProof,
-    asked_host: &str,
-    csr: &Request,
-    now: i64,
-) -> Result<Token, Refused> {
-    let token = tokens::token(view, &proof.id)?;
-    let secret_hash = sha256(&proof.secret);
-    // One answer for an unknown id and a wrong secret: ids are not secret, but nothing is gained by telling.
-    let known = token.filter(|token| verify_slices_are_equal(&token.secret_hash, &secret_hash).is_ok());
-    let Some(token) = known else {
-        let text = "the join token is not known to this PKI; make a new one with `meshd-pki token create --host ID`";
-        return Err(Refused::Unauthenticated(text.to_owned()));
-    };
-    let host = &token.host_id;
-    if token.expires_at <= now {
-        let (id, ended) = (&token.id, rfc3339(token.expires_at));
-        return Err(Refused::Forbidden(format!(
-            "join token {id} for host `{host}` expired at {ended}; run `meshd-pki token create --host {host}`"
-        )));
-    }
-    if !asked_host.is_empty() && asked_host != host {
-        let asked = excerpt(asked_host);
-        return Err(Refused::Forbidden(format!(
-            "the host claims to be `{asked}`, the PKI permits this token `{host}`; join without a host id, or run \
-             `meshd-pki token create --host {asked}`"
-        )));
-    }
-    if let Some(used) = token.used.as_ref().filter(|used| used.key_id != csr.key_id) {
-        let (id, used) = (&token.id, rfc3339(used.at));
-        return Err(Refused::Forbidden(format!(
-            "join token {id} was already used at {used} by another key, and serves only once; if that was not you, \
-             somebody else enrolled as `{host}`: find out first, then run `meshd-pki token create --host {host}`"
-        )));
-    }
-    if hosts::host(view, host)?.is_some_and(|known| known.state == HostState::Banned) {
-        return Err(Refused::Forbidden(banned(host)));
-    }
-    Ok(token)
-}
-
 pub(crate) fn banned(host: &str) -> String {
     format!("host `{host}` is banned from this mesh")
 }
 
-fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -> Result<(), DbError> {
-    token.used.get_or_insert_with(|| Use { key_id: csr.key_id.to_vec(), at: now });
-    tokens::put_token(records, &token)?;
+/// Who may come in now, and as what.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Invited {
+    pub(crate) host_id: String,
+    /// SPIFFE IDs it may hold.
+    pub(crate) allow: Vec<String>,
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+fn admit(records: &mut dyn Records, invited: Invited, csr: &Request, now: i64) -> Result<(), DbError> {
     // A host that is known and enrols again has a new key; what it did before is not its own any more.
     let host = Host {
-        id: token.host_id,
+        id: invited.host_id,
         state: HostState::Active,
         key_current: csr.key_id.to_vec(),
         public_key: csr.spki.clone(),
@@ -153,9 +118,10 @@ fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -
         acked_sequence: 0,
         clock_offset_ms: 0,
         roots_in_use: Vec::new(),
+        labels: invited.labels,
     };
     hosts::put_host(records, &host)?;
-    for identity in &token.allow {
+    for identity in &invited.allow {
         hosts::permit(records, &host.id, identity, now)?;
     }
     Ok(())

@@ -8,8 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use meshd_identity::TrustDomain;
 use meshd_pki::commands::{self, TokenRequest};
+use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
@@ -78,7 +80,7 @@ struct Run {
 
 #[derive(Subcommand)]
 enum Token {
-    /// Print a token that lets one host join once.
+    /// Print a token that lets one host join once, or several (--max-uses).
     Create(TokenCreate),
 }
 
@@ -86,7 +88,7 @@ enum Token {
 struct TokenCreate {
     #[arg(long)]
     state: PathBuf,
-    /// Id the host will have.
+    /// Id the host will have; with --max-uses, what the ids of the hosts begin with.
     #[arg(long)]
     host: String,
     /// Identity the host may hold, as ns/<namespace>/sa/<name>. May be repeated.
@@ -98,6 +100,15 @@ struct TokenCreate {
     /// How long the token can be used.
     #[arg(long, default_value = "1h", value_parser = parse_duration)]
     ttl: Duration,
+    /// Let several hosts join, each once: --host is then what their ids begin with, as in web-3f9a2c11d0.
+    #[arg(long, default_value_t = 1)]
+    max_uses: u32,
+    /// Network the token can be used from, as in 10.1.0.0/16. May be repeated.
+    #[arg(long, num_args = 1..)]
+    from: Vec<IpNet>,
+    /// KEY=VALUE the hosts are known by to entries (`entry add --label`). May be repeated.
+    #[arg(long, num_args = 1..)]
+    label: Vec<Label>,
 }
 
 #[derive(Subcommand)]
@@ -243,7 +254,15 @@ fn advertised(args: &Run) -> anyhow::Result<Vec<String>> {
 }
 
 fn create_token(args: &TokenCreate) -> anyhow::Result<()> {
-    let request = TokenRequest { host: &args.host, allow: &args.allow, pki: &args.pki, ttl: args.ttl };
+    let request = TokenRequest {
+        host: &args.host,
+        allow: &args.allow,
+        pki: &args.pki,
+        ttl: args.ttl,
+        max_uses: args.max_uses,
+        from: &args.from,
+        labels: &args.label,
+    };
     println!("{}", commands::create_token(&args.state, &request, SystemTime::now())?);
     Ok(())
 }

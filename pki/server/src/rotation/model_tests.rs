@@ -216,6 +216,7 @@ fn record(id: usize) -> Host {
         last_seen: START,
         acked_sequence: 0,
         clock_offset_ms: 0,
+        labels: Default::default(),
         roots_in_use: vec![],
     }
 }

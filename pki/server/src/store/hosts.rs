@@ -1,5 +1,7 @@
 //! Hosts, the identities they may hold, and what they were given.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::{DbError, Records, View, base64, get, list, put};
@@ -38,6 +40,9 @@ pub(crate) struct Host {
     /// Roots that the chains it uses end in, as it last told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) roots_in_use: Vec<String>,
+    /// From the operator, by the way it enrolled; never from the host itself.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) labels: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -142,6 +142,7 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
             acked_sequence: row.get::<_, i64>(5)?.unsigned_abs(),
             clock_offset_ms: row.get(6)?,
             roots_in_use: vec![],
+            labels: Default::default(),
         })
     })?;
     for host in hosts {
@@ -169,6 +170,10 @@ fn convert_tokens(connection: &Connection) -> Result<(), DbError> {
             created_at: row.get(4)?,
             expires_at: row.get(5)?,
             used: used.map(|(key_id, at)| Use { key_id, at }),
+            max_uses: 1,
+            uses: 0,
+            from: vec![],
+            labels: Default::default(),
         })
     })?;
     for token in tokens {

@@ -4,6 +4,7 @@ mod cli;
 mod enrolment;
 mod http;
 mod impostors;
+mod join_tokens;
 mod operation;
 mod profile;
 mod renewal;

@@ -92,7 +92,8 @@ impl Lab {
     pub(crate) fn token(&self, host: &str, allow: &[&SpiffeId]) -> JoinToken {
         let allow: Vec<String> = allow.iter().map(|id| id.short().to_owned()).collect();
         let pki = [self.address()];
-        let request = TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600) };
+        let request =
+            TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600), ..TokenRequest::default() };
         create_token(&self.state(), &request, SystemTime::now()).unwrap()
     }
 
