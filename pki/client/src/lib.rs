@@ -1,6 +1,6 @@
 //! The host side of the PKI: joins once, keeps credentials on disk, renews them in the background.
 //!
-//! - [`join`]: a join token becomes credentials.
+//! - [`join`]: a join token becomes credentials; [`join_by`]: so does another [`Proof`].
 //! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them.
 //! - [`Tokens`]: JWT-SVIDs, asked for when they are needed.
 //! - `fake` (feature `testing`): an authority in memory.
@@ -18,6 +18,7 @@ mod join;
 mod judge;
 mod key;
 mod metrics;
+mod proof;
 mod reply;
 mod schedule;
 mod state;
@@ -27,9 +28,10 @@ mod verify;
 
 pub use agent::{Agent, Surroundings};
 pub use credentials::{Credentials, Svid};
-pub use join::{JoinError, join};
+pub use join::{JoinError, join, join_by};
 pub use judge::{Judgement, ServerJudge};
 pub use metrics::RenewalMetrics;
+pub use proof::{MachineCertificate, Proof, ProofError};
 pub use store::StoreError;
 pub use tokens::{TokenIssueError, Tokens};
 

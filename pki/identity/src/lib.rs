@@ -21,5 +21,5 @@ pub use bundle::{
 };
 pub use spiffe_id::{IdError, SYSTEM_NAMESPACE, SpiffeId, server_name};
 pub use svid::{SvidError, SvidInfo, inspect_svid};
-pub use token::{JoinToken, Secret, TokenError};
+pub use token::{JoinToken, PkiPin, Secret, TokenError};
 pub use trust_domain::{TrustDomain, TrustDomainError};

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use meshd_identity::{IdError, JoinToken, Secret, SpiffeId, TokenError, TrustDomain, sha256};
+use meshd_identity::{IdError, JoinToken, PkiPin, Secret, SpiffeId, TokenError, TrustDomain, sha256};
 
 use crate::audit::Event;
 use crate::keys::{KeyError, random};
@@ -86,14 +86,13 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     random(&mut id)?;
     random(&mut secret)?;
-    let recovery = state.database.read(settings::recovery_keys)?;
-    let incomplete = || StateError::Incomplete { dir: dir.to_owned(), what: "its recovery key" };
+    let PkiPin { pki, bundle_digest, recovery_key_id } = pin_of(&state, asked.pki)?;
     let token = JoinToken {
         id: data_encoding::HEXLOWER.encode(&id),
         secret: Secret(secret),
-        pki: addresses(&state, asked.pki)?,
-        bundle_digest: state.latest_bundle()?.digest(),
-        recovery_key_id: sha256(recovery.first().ok_or_else(incomplete)?),
+        pki,
+        bundle_digest,
+        recovery_key_id,
     };
     token.check()?;
     let row = Token {
@@ -123,6 +122,23 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         Ok(state.record(now, std::slice::from_ref(&event))?)
     })?;
     Ok(token)
+}
+
+/// Where this PKI is and how to recognise it, for hosts that prove in another way than by a token who they are.
+pub fn pin(dir: &Path, pki: &[String]) -> Result<PkiPin, CommandError> {
+    pin_of(&StateDir::open(dir)?, pki)
+}
+
+fn pin_of(state: &StateDir, pki: &[String]) -> Result<PkiPin, CommandError> {
+    let recovery = state.database.read(settings::recovery_keys)?;
+    let recovery = recovery.first().ok_or_else(|| state.incomplete("its recovery key"))?;
+    let pin = PkiPin {
+        pki: addresses(state, pki)?,
+        bundle_digest: state.latest_bundle()?.digest(),
+        recovery_key_id: sha256(recovery),
+    };
+    pin.check()?;
+    Ok(pin)
 }
 
 fn token_detail(token: &Token) -> String {

@@ -1,4 +1,4 @@
-//! First contact: a join token becomes a host.
+//! First contact: whoever proves to be invited becomes a host.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +6,7 @@ use meshd_identity::{SpiffeId, TrustDomain};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::enroll_request::Attestation;
 
+use crate::attestors::Attested;
 use crate::audit::Event;
 use crate::csr::Request;
 use crate::join_token;
@@ -17,17 +18,13 @@ use crate::times::{rfc3339, unix};
 
 impl Pki {
     pub fn enrol(&self, request: &v1::EnrollRequest, remote: &str) -> Result<v1::EnrollReply, Refused> {
-        let Some(Attestation::JoinToken(proof)) = &request.attestation else {
-            let text = "this PKI enrols hosts by join token only; make one with `meshd-pki token create --host ID`";
-            return Err(Refused::Invalid(text.to_owned()));
-        };
-        let result = self.enrol_by_token(proof, request, remote);
+        let result = self.enrol_by_proof(request, remote);
         if let Err(refused) = &result {
             self.record_refusal(Event {
                 event: "enrol",
                 result: "refused",
                 host: Some(excerpt(&request.host_id)).filter(|host| !host.is_empty()),
-                token: Some(excerpt(&proof.id)),
+                token: token_id(request).map(excerpt),
                 remote: Some(remote.to_owned()),
                 detail: Some(refused.to_string()),
                 ..Event::default()
@@ -36,18 +33,20 @@ impl Pki {
         result
     }
 
-    fn enrol_by_token(
-        &self,
-        proof: &v1::JoinTokenProof,
-        request: &v1::EnrollRequest,
-        remote: &str,
-    ) -> Result<v1::EnrollReply, Refused> {
+    fn enrol_by_proof(&self, request: &v1::EnrollRequest, remote: &str) -> Result<v1::EnrollReply, Refused> {
         self.refuse_while_frozen()?;
         let csr = Request::read(&request.csr).map_err(Refused::Invalid)?;
         let now = self.now();
         let signer = self.signer();
+        let proof = self.proof(request, remote)?;
         let (host_id, svid) = self.state.database.transaction(|records| -> Result<_, Refused> {
-            let invited = join_token::invite(records, proof, request, &csr, remote, unix(now))?;
+            let invited = match &proof {
+                Proof::Token(proof) => join_token::invite(records, proof, request, &csr, remote, unix(now))?,
+                Proof::Attested(attested) => attested.invite(records, &request.host_id)?,
+            };
+            if hosts::host(records, &invited.host_id)?.is_some_and(|known| known.state == HostState::Banned) {
+                return Err(Refused::Forbidden(banned(&invited.host_id)));
+            }
             let id = host_identity(&self.trust_domain, &invited.host_id)?;
             let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             let host_id = invited.host_id.clone();
@@ -68,9 +67,12 @@ impl Pki {
                 serial: Some(leaf.serial),
                 authority: Some(signer.intermediate.id.clone()),
                 not_after: Some(rfc3339(unix(leaf.not_after))),
-                token: Some(proof.id.clone()),
+                token: token_id(request).map(str::to_owned),
                 remote: Some(remote.to_owned()),
-                detail: None,
+                detail: match &proof {
+                    Proof::Token(_) => None,
+                    Proof::Attested(attested) => Some(format!("by {}", attested.way)),
+                },
             };
             // Nobody new comes in without a trace: the line is on disk before the host exists.
             self.record(&[event]).map_err(|_| {
@@ -96,6 +98,36 @@ pub(crate) fn banned(host: &str) -> String {
     format!("host `{host}` is banned from this mesh")
 }
 
+/// What a request proves, as far as that can be said without the records.
+enum Proof<'a> {
+    Token(&'a v1::JoinTokenProof),
+    Attested(Attested),
+}
+
+impl Pki {
+    fn proof<'a>(&self, request: &'a v1::EnrollRequest, remote: &str) -> Result<Proof<'a>, Refused> {
+        match &request.attestation {
+            Some(Attestation::JoinToken(proof)) => Ok(Proof::Token(proof)),
+            Some(Attestation::MachineCertificate(proof)) => {
+                self.attest_machine(proof, &request.csr, remote).map(Proof::Attested)
+            }
+            Some(Attestation::KubernetesToken(proof)) => self.attest_pod(proof, remote).map(Proof::Attested),
+            None => {
+                let text = "the request proves nothing this PKI knows; join by a token (`meshd-pki token create --host \
+                            ID`), a machine certificate or a Kubernetes token";
+                Err(Refused::Invalid(text.to_owned()))
+            }
+        }
+    }
+}
+
+fn token_id(request: &v1::EnrollRequest) -> Option<&str> {
+    match &request.attestation {
+        Some(Attestation::JoinToken(proof)) => Some(&proof.id),
+        _ => None,
+    }
+}
+
 /// Who may come in now, and as what.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Invited {
@@ -103,6 +135,8 @@ pub(crate) struct Invited {
     /// SPIFFE IDs it may hold.
     pub(crate) allow: Vec<String>,
     pub(crate) labels: BTreeMap<String, String>,
+    /// Empty for a join token.
+    pub(crate) enrolled_by: String,
 }
 
 fn admit(records: &mut dyn Records, invited: Invited, csr: &Request, now: i64) -> Result<(), DbError> {
@@ -119,6 +153,7 @@ fn admit(records: &mut dyn Records, invited: Invited, csr: &Request, now: i64) -
         clock_offset_ms: 0,
         roots_in_use: Vec::new(),
         labels: invited.labels,
+        enrolled_by: invited.enrolled_by,
     };
     hosts::put_host(records, &host)?;
     for identity in &invited.allow {

@@ -9,9 +9,9 @@ use meshd_identity::sha256;
 use meshd_pki_api::v1;
 
 use crate::csr::Request;
-use crate::enrol::{Invited, banned, excerpt};
+use crate::enrol::{Invited, excerpt};
 use crate::refused::Refused;
-use crate::store::hosts::{self, HostState};
+use crate::store::hosts;
 use crate::store::tokens::{self, Seat, Token, Use};
 use crate::store::{Records, View};
 use crate::times::rfc3339;
@@ -44,10 +44,7 @@ pub(crate) fn invite(
         1 => use_once(records, token, asked, csr, now)?,
         _ => use_again(records, token, asked, csr, now)?,
     };
-    if hosts::host(records, &host_id)?.is_some_and(|known| known.state == HostState::Banned) {
-        return Err(Refused::Forbidden(banned(&host_id)));
-    }
-    Ok(Invited { host_id, allow, labels })
+    Ok(Invited { host_id, allow, labels, enrolled_by: String::new() })
 }
 
 fn known_token(view: &mut dyn View, proof: &v1::JoinTokenProof, now: i64) -> Result<Token, Refused> {

@@ -7,6 +7,7 @@
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
 mod attest;
+mod attestors;
 pub mod audit;
 pub mod authority;
 mod clock;

@@ -40,6 +40,8 @@ enum Command {
     /// Join tokens.
     #[command(subcommand)]
     Token(Token),
+    /// Print where the PKI is and how to recognise it, for hosts that join by certificate or Kubernetes token. No secret.
+    Pin(Pin),
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
@@ -73,6 +75,9 @@ struct Run {
     /// Serve Prometheus metrics here, in clear: use loopback.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// File that says which machine certificates and Kubernetes tokens make hosts; read again every 30 s.
+    #[arg(long)]
+    attestors: Option<PathBuf>,
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
@@ -109,6 +114,15 @@ struct TokenCreate {
     /// KEY=VALUE the hosts are known by to entries (`entry add --label`). May be repeated.
     #[arg(long, num_args = 1..)]
     label: Vec<Label>,
+}
+
+#[derive(Args)]
+struct Pin {
+    #[arg(long)]
+    state: PathBuf,
+    /// HOST:PORT of the PKI as hosts see it; default: what `run --advertise` said. May be repeated.
+    #[arg(long, num_args = 1..)]
+    pki: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -163,6 +177,7 @@ fn main() -> ExitCode {
         Command::Init(args) => init(&args),
         Command::Run(args) => run(args),
         Command::Token(Token::Create(args)) => create_token(&args),
+        Command::Pin(args) => pin(&args),
         Command::Entry(Entry::Add(args)) => add_entry(&args),
         Command::Entry(Entry::List(args)) => list_entries(&args),
         Command::Entry(Entry::Remove(args)) => remove_entry(&args),
@@ -217,6 +232,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     let options = Options {
         lifetimes: Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() },
         advertise: advertised(&args)?,
+        attestors: args.attestors.clone(),
         ..Options::default()
     };
     let listener = TcpListener::bind(args.listen)
@@ -264,6 +280,11 @@ fn create_token(args: &TokenCreate) -> anyhow::Result<()> {
         labels: &args.label,
     };
     println!("{}", commands::create_token(&args.state, &request, SystemTime::now())?);
+    Ok(())
+}
+
+fn pin(args: &Pin) -> anyhow::Result<()> {
+    println!("{}", commands::pin(&args.state, &args.pki)?);
     Ok(())
 }
 

@@ -217,6 +217,7 @@ fn record(id: usize) -> Host {
         acked_sequence: 0,
         clock_offset_ms: 0,
         labels: Default::default(),
+        enrolled_by: String::new(),
         roots_in_use: vec![],
     }
 }

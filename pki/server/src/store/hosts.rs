@@ -40,6 +40,9 @@ pub(crate) struct Host {
     /// Roots that the chains it uses end in, as it last told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) roots_in_use: Vec<String>,
+    /// `x509pop:machines`; empty for a join token.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) enrolled_by: String,
     /// From the operator, by the way it enrolled; never from the host itself.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) labels: BTreeMap<String, String>,

@@ -143,6 +143,7 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
             clock_offset_ms: row.get(6)?,
             roots_in_use: vec![],
             labels: Default::default(),
+            enrolled_by: String::new(),
         })
     })?;
     for host in hosts {

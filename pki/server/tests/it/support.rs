@@ -7,8 +7,8 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::{JoinToken, SpiffeId, TrustDomain};
-use meshd_pki::commands::{TokenRequest, create_token};
+use meshd_identity::{JoinToken, PkiPin, SpiffeId, TrustDomain};
+use meshd_pki::commands::{TokenRequest, create_token, pin};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::serve;
 use meshd_pki::{Options, Pki, state_dir};
@@ -34,6 +34,7 @@ pub(crate) fn workload(name: &str) -> SpiffeId {
 pub(crate) struct Lab {
     dir: TempDir,
     lifetimes: Lifetimes,
+    attestors: Option<PathBuf>,
     address: SocketAddr,
     running: Option<(Arc<Pki>, oneshot::Sender<()>, JoinHandle<()>)>,
 }
@@ -47,7 +48,20 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         state_dir::init(&dir.path().join("pki"), &domain(), None, SystemTime::now()).unwrap();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut lab = Lab { dir, lifetimes, address: any, running: None };
+        let mut lab = Lab { dir, lifetimes, attestors: None, address: any, running: None };
+        lab.run().await;
+        lab
+    }
+
+    /// With a file that says by what else than tokens hosts come in; it may name files beside it.
+    pub(crate) async fn start_with_attestors(files: &[(&str, &str)]) -> Lab {
+        let mut lab = Lab::start().await;
+        lab.stop().await;
+        for (name, text) in files {
+            std::fs::write(lab.dir.path().join(name), text.replace("@DIR@", &lab.dir.path().display().to_string()))
+                .unwrap();
+        }
+        lab.attestors = Some(lab.dir.path().join("attestors.toml"));
         lab.run().await;
         lab
     }
@@ -56,8 +70,12 @@ impl Lab {
     pub(crate) async fn run(&mut self) {
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
-        let options =
-            Options { lifetimes: self.lifetimes, advertise: vec![self.address.to_string()], ..Options::default() };
+        let options = Options {
+            lifetimes: self.lifetimes,
+            advertise: vec![self.address.to_string()],
+            attestors: self.attestors.clone(),
+            ..Options::default()
+        };
         let pki = Arc::new(Pki::open(&self.state(), options).unwrap());
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(serve(pki.clone(), listener, async move {
@@ -75,6 +93,15 @@ impl Lab {
 
     pub(crate) fn pki(&self) -> &Pki {
         &self.running.as_ref().expect("the server runs").0
+    }
+
+    pub(crate) fn pin(&self) -> PkiPin {
+        pin(&self.state(), &[self.address()]).unwrap()
+    }
+
+    /// A file beside the state directory.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     pub(crate) fn state(&self) -> PathBuf {
