@@ -14,6 +14,7 @@ mod crash;
 mod dns;
 mod enrol;
 mod enrolment;
+mod entries;
 mod hasty;
 mod heal;
 mod identify;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use meshd::config::Config;
 use meshd_identity::{JoinToken, PkiPin};
 use meshd_pki_client::{MachineCertificate, Proof};
@@ -12,13 +12,13 @@ use meshd_pki_client::{MachineCertificate, Proof};
 use super::on_runtime;
 
 #[derive(Args)]
-#[group(id = "proof", required = true, multiple = false, args = ["token_file", "x509pop", "k8s_token"])]
+#[command(group(ArgGroup::new("proof").required(true).args(["token_file", "x509pop", "k8s_token"])))]
 pub(crate) struct JoinArgs {
     /// File with the token; `-` reads standard input. Never on the command line: it is a secret.
     #[arg(long, value_name = "PATH|-")]
     token_file: Option<PathBuf>,
     /// The certificate this machine has (PEM, with intermediates) and its key, if the PKI takes its authority.
-    #[arg(long, value_name = "CERT,KEY", value_delimiter = ',', num_args = 2, requires = "pki_pin")]
+    #[arg(long, value_name = "CERT,KEY", value_delimiter = ',', requires = "pki_pin")]
     x509pop: Option<Vec<PathBuf>>,
     /// File with a projected service account token for the PKI, if it takes those of this cluster.
     #[arg(long, value_name = "PATH", requires = "pki_pin")]

@@ -198,6 +198,7 @@ fn read_enrolment(
         host: Arc::new(host),
         workloads: BTreeMap::new(),
         refused: BTreeMap::new(),
+        selectors: BTreeMap::new(),
         pki: if reply.pki_addresses.is_empty() { pin.pki.clone() } else { reply.pki_addresses },
     };
     Ok(State { credentials, recovery_keys: reply.recovery_keys, pki_time })

@@ -33,6 +33,8 @@ struct Document {
     host: SvidDocument,
     workloads: Vec<SvidDocument>,
     refused: BTreeMap<SpiffeId, String>,
+    #[serde(default)]
+    selectors: BTreeMap<SpiffeId, Vec<String>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -55,6 +57,7 @@ impl State {
             host: svid_document(&held.host),
             workloads: held.workloads.values().map(|svid| svid_document(svid)).collect(),
             refused: held.refused.clone(),
+            selectors: held.selectors.clone(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
     }
@@ -70,6 +73,7 @@ impl State {
             host: svid(&document.host)?,
             workloads: workloads.collect::<Result<_, String>>()?,
             refused: document.refused,
+            selectors: document.selectors,
             pki: document.pki,
         };
         let recovery_keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;

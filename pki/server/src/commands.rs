@@ -38,6 +38,10 @@ pub enum CommandError {
     Ttl,
     #[error("a token serves 1 to {MOST_USES} hosts; choose another --max-uses")]
     Uses,
+    #[error("`{0}` is no selector that hosts can attest; write systemd:unit:NAME.service or unix:uid:NUMBER")]
+    Selector(String),
+    #[error("a process is claimed by its unit or by its user; give one selector")]
+    Selectors,
     #[error(transparent)]
     Label(#[from] LabelError),
     #[error("{0}")]
@@ -197,7 +201,7 @@ pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, Strin
 }
 
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
-fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
+pub(crate) fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
     let enrolled = hosts::hosts(view)?.into_iter().map(|row| row.id);
     let invited = tokens::open(view, now)?.into_iter().filter(|token| token.max_uses == 1);
     let invited = invited.map(|token| token.host_id);
@@ -210,7 +214,7 @@ fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), Comma
     Err(CommandError::UnknownHost { host: host.to_owned(), known })
 }
 
-fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
+pub(crate) fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
     let id = SpiffeId::parse_in(domain, text)?;
     if id.trust_domain() != domain {
         return Err(CommandError::Foreign(id, domain.clone()));

@@ -15,6 +15,7 @@ pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+pub mod entries;
 mod instances;
 pub mod issue;
 mod join_token;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use meshd_identity::TrustDomain;
 use meshd_pki::commands::{self, TokenRequest};
+use meshd_pki::entries::{self, EntryRequest, Parent};
 use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
@@ -127,20 +128,36 @@ struct Pin {
 
 #[derive(Subcommand)]
 enum Entry {
-    /// Permit a host an identity.
-    Add(EntryArgs),
+    /// Permit a host, or all hosts with some labels, an identity; again to change the terms.
+    Add(EntryAdd),
     /// Show what is permitted.
     List(EntryList),
-    /// Take an identity away from a host.
+    /// Take an identity away from a host, or from all hosts with some labels.
     Remove(EntryArgs),
 }
 
 #[derive(Args)]
+struct EntryAdd {
+    #[command(flatten)]
+    entry: EntryArgs,
+    /// Which processes of the host: systemd:unit:NAME.service or unix:uid:NUMBER. Without one the host decides.
+    #[arg(long)]
+    selector: Vec<String>,
+    /// Life of the certificates, if shorter than that of others.
+    #[arg(long, value_parser = parse_duration)]
+    ttl: Option<Duration>,
+}
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("parent").required(true).args(["host", "label"])))]
 struct EntryArgs {
     #[arg(long)]
     state: PathBuf,
     #[arg(long)]
-    host: String,
+    host: Option<String>,
+    /// KEY=VALUE of the hosts meant (`token create --label`, --attestors); with several, hosts that have all of them.
+    #[arg(long)]
+    label: Vec<Label>,
     /// ns/<namespace>/sa/<name>
     identity: String,
 }
@@ -288,21 +305,44 @@ fn pin(args: &Pin) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn add_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    let new = commands::add_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    let what = if new { "may now hold" } else { "already may hold" };
-    println!("host {} {what} {}", args.host, args.identity);
+fn add_entry(args: &EntryAdd) -> anyhow::Result<()> {
+    let EntryAdd { entry, selector, ttl } = args;
+    let (dir, now) = (&entry.state, SystemTime::now());
+    if let (Some(host), [], None) = (&entry.host, &selector[..], ttl) {
+        let new = commands::add_entry(dir, host, &entry.identity, now)?;
+        let what = if new { "may now hold" } else { "already may hold" };
+        println!("host {host} {what} {}", entry.identity);
+        return Ok(());
+    }
+    let parent = entry.host.as_deref().map_or(Parent::Labels(&entry.label), Parent::Host);
+    entries::put_entry(dir, &EntryRequest { parent, identity: &entry.identity, selectors: selector, ttl: *ttl }, now)?;
+    let of = if selector.is_empty() { String::new() } else { format!(", {} only", selector.join(" ")) };
+    println!("{} may now hold {}{of}", entry.whom(), entry.identity);
     Ok(())
 }
 
+impl EntryArgs {
+    fn whom(&self) -> String {
+        let labels = || self.label.iter().map(Label::to_string).collect::<Vec<_>>().join(",");
+        self.host.as_ref().map_or_else(|| format!("hosts with {}", labels()), |host| format!("host {host}"))
+    }
+}
+
 fn remove_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    commands::remove_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    println!("host {} gets no new certificate for {}; the last one ends by itself", args.host, args.identity);
+    let now = SystemTime::now();
+    match &args.host {
+        Some(host) => commands::remove_entry(&args.state, host, &args.identity, now)?,
+        None => entries::remove_label_entry(&args.state, &args.label, &args.identity, now)?,
+    }
+    println!("{} gets no new certificate for {}; the last one ends by itself", args.whom(), args.identity);
     Ok(())
 }
 
 fn list_entries(args: &EntryList) -> anyhow::Result<()> {
-    let entries = commands::list_entries(&args.state, args.host.as_deref())?;
+    let mut entries = commands::list_entries(&args.state, args.host.as_deref())?;
+    if args.host.is_none() {
+        entries.extend(entries::list_label_entries(&args.state)?);
+    }
     match args.output {
         Output::Json => {
             let objects = entries.iter().map(|(host, id)| serde_json::json!({"host": host, "identity": id}));

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::grants::{self, Terms};
 use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
@@ -105,9 +106,11 @@ pub(crate) struct Entry {
     pub(crate) host: String,
     pub(crate) spiffe_id: String,
     pub(crate) created_at: i64,
+    #[serde(flatten)]
+    pub(crate) terms: Terms,
 }
 
-fn entry_key(host: &str, spiffe_id: &str) -> String {
+pub(crate) fn entry_key(host: &str, spiffe_id: &str) -> String {
     format!("entry/{host}/{spiffe_id}")
 }
 
@@ -119,8 +122,7 @@ pub(crate) fn entries(view: &mut dyn View) -> Result<Vec<Entry>, DbError> {
 
 /// SPIFFE IDs a host may hold.
 pub(crate) fn permitted(view: &mut dyn View, host: &str) -> Result<Vec<String>, DbError> {
-    let found: Vec<(String, Entry)> = list(view, &format!("entry/{host}/"))?;
-    Ok(found.into_iter().map(|(_, entry)| entry.spiffe_id).collect())
+    Ok(grants::granted(view, host)?.into_keys().collect())
 }
 
 /// Whether the entry is new.
@@ -128,7 +130,8 @@ pub(crate) fn permit(records: &mut dyn Records, host: &str, spiffe_id: &str, now
     let key = entry_key(host, spiffe_id);
     let new = records.get(&key)?.is_none();
     if new {
-        put(records, &key, &Entry { host: host.to_owned(), spiffe_id: spiffe_id.to_owned(), created_at: now })?;
+        let (host, spiffe_id) = (host.to_owned(), spiffe_id.to_owned());
+        put(records, &key, &Entry { host, spiffe_id, created_at: now, terms: Terms::default() })?;
     }
     Ok(new)
 }

@@ -150,7 +150,7 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
         put(connection, &format!("host/{}", host.id), &host)?;
     }
     let entries = rows(connection, "SELECT host_id, spiffe_id, created_at FROM entry", |row| {
-        Ok(Entry { host: row.get(0)?, spiffe_id: row.get(1)?, created_at: row.get(2)? })
+        Ok(Entry { host: row.get(0)?, spiffe_id: row.get(1)?, created_at: row.get(2)?, terms: Default::default() })
     })?;
     for entry in entries {
         put(connection, &format!("entry/{}/{}", entry.host, entry.spiffe_id), &entry)?;

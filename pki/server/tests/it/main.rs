@@ -3,6 +3,7 @@
 mod attestors;
 mod cli;
 mod enrolment;
+mod entries;
 mod http;
 mod impostors;
 mod join_tokens;
