@@ -8,6 +8,7 @@
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
 mod attest;
+mod attestors;
 pub mod audit;
 pub mod authority;
 pub mod clock;
@@ -15,11 +16,14 @@ pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+pub mod entries;
 mod instances;
 pub mod issue;
+mod join_token;
 mod jwt;
 pub mod keeping;
 mod keys;
+pub mod labels;
 pub mod lifetimes;
 pub mod metrics;
 pub mod pki;

@@ -4,6 +4,7 @@
 pub(crate) mod bundles;
 pub(crate) mod deny;
 pub mod etcd;
+pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
 pub(crate) mod replicas;

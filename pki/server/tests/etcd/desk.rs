@@ -90,7 +90,7 @@ impl Desk {
 
     pub(crate) fn token(&self, state: &str, host: &str) -> JoinToken {
         let pki = ["10.0.0.1:15012".to_owned()];
-        let request = TokenRequest { host, allow: &[], pki: &pki, ttl: Duration::from_secs(HOUR) };
+        let request = TokenRequest { host, pki: &pki, ..TokenRequest::default() };
         create_token(&self.state(state), &request, self.now()).unwrap()
     }
 }

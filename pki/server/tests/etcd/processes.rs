@@ -83,7 +83,7 @@ async fn know_each_other(desk: &Desk, server: &Server) {
     let pki = [server.address.clone()];
     for n in 0.. {
         let host = format!("scout-{}-{n}", server.process.id());
-        let request = TokenRequest { host: &host, allow: &[], pki: &pki, ttl: Duration::from_secs(60) };
+        let request = TokenRequest { host: &host, pki: &pki, ..TokenRequest::default() };
         let token = create_token(&desk.state("a"), &request, SystemTime::now()).unwrap();
         if join(&desk.dir.path().join(&host), &token, None).await.unwrap().pki.len() == 2 {
             return;
@@ -104,7 +104,7 @@ async fn stand_still(desk: &Desk) {
     for n in 0..HOSTS {
         let host = format!("host-{n}");
         let pki = [a.address.clone(), b.address.clone()];
-        let request = TokenRequest { host: &host, allow: &[], pki: &pki, ttl: Duration::from_secs(60) };
+        let request = TokenRequest { host: &host, pki: &pki, ..TokenRequest::default() };
         let token = create_token(&desk.state("a"), &request, SystemTime::now()).unwrap();
         let dir = desk.dir.path().join(&host);
         join(&dir, &token, None).await.unwrap();

@@ -1,12 +1,15 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
 mod absence;
+mod attestors;
 mod cli;
 mod clocks;
 mod conversation;
 mod enrolment;
+mod entries;
 mod http;
 mod impostors;
+mod join_tokens;
 mod keeping;
 mod operation;
 mod profile;

@@ -33,8 +33,8 @@ pub(crate) fn put_record(state: &Path, key: &str, value: &str) {
 
 pub(crate) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
-    for file in fs::read_dir(from).unwrap() {
-        let file = file.unwrap();
+    let files = fs::read_dir(from).unwrap().map(Result::unwrap);
+    for file in files.filter(|file| file.file_type().unwrap().is_file()) {
         fs::copy(file.path(), to.join(file.file_name())).unwrap();
     }
 }
