@@ -5,22 +5,22 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use meshd_pki::commands::{TokenRequest, create_token};
 use meshd_pki_client::{Agent, Credentials, join};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::cluster::until;
 use crate::desk::Desk;
 
 const HOSTS: usize = 12;
-/// Renewed after 5.4 to 8.1 s; what is left is the budget for a server that does not answer.
-const LEAF_S: &str = "18";
-/// Five leases: as 75 s to the default of 15 s.
-const STANDS_STILL: Duration = Duration::from_secs(20);
+/// Renewed after 18 to 27 s, which is more than four leases. What is left, 33 s, is for a call that was under way when its
+/// server stopped (20 s until the host gives it up), another try (1 s) that meets the same server (5 s), and a busy machine.
+const LEAF_S: &str = "60";
 
 struct Server {
     process: Child,
@@ -63,11 +63,20 @@ impl Server {
     }
 }
 
-/// A certificate that has ended is a failed renewal, whatever came later.
-fn assert_whole(hosts: &[watch::Receiver<Arc<Credentials>>], when: &str) {
-    for (n, host) in hosts.iter().enumerate() {
-        let left = host.borrow().host.not_after.duration_since(SystemTime::now());
-        assert!(left.is_ok(), "{when}: the certificate of host-{n} ended");
+/// Until each host has another certificate. One that ends before is a failed renewal, whatever comes later.
+async fn all_renew(hosts: &[watch::Receiver<Arc<Credentials>>], when: &'static str) {
+    let mut renewals = JoinSet::new();
+    for mut host in hosts.iter().cloned() {
+        renewals.spawn(async move {
+            let held = host.borrow_and_update().host.clone();
+            let left = held.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+            let renewed = host.wait_for(|now| now.host.serial != held.serial);
+            let in_time = tokio::time::timeout(left, renewed).await;
+            assert!(in_time.is_ok(), "{when}: the certificate of {} ended", held.id);
+        });
+    }
+    while let Some(renewal) = renewals.join_next().await {
+        renewal.unwrap();
     }
 }
 
@@ -100,7 +109,7 @@ async fn stand_still(desk: &Desk) {
         know_each_other(desk, server).await;
     }
     let mut hosts = Vec::new();
-    let mut agents = tokio::task::JoinSet::new();
+    let mut agents = JoinSet::new();
     for n in 0..HOSTS {
         let host = format!("host-{n}");
         let pki = [a.address.clone(), b.address.clone()];
@@ -113,30 +122,14 @@ async fn stand_still(desk: &Desk) {
         let (_, wishes) = watch::channel(BTreeSet::new());
         agents.spawn(agent.run(wishes));
     }
-    let first: Vec<String> = hosts.iter().map(|host| host.borrow().host.serial.clone()).collect();
 
     a.signal(Signal::SIGSTOP);
     until("the other leads", || b.leads());
-    let stood_still = tokio::time::timeout(STANDS_STILL, async {
-        loop {
-            assert_whole(&hosts, "while one stands still");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    });
-    stood_still.await.unwrap_err();
-    let renewed = hosts.iter().zip(&first).filter(|(host, first)| host.borrow().host.serial != **first).count();
-    assert_eq!(renewed, HOSTS);
+    all_renew(&hosts, "while one stands still").await;
 
     a.signal(Signal::SIGCONT);
     until("the one that stood still knows that it does not lead", || !a.leads());
     assert!(b.leads());
     a.signal(Signal::SIGKILL);
-    until("all have renewed since", || {
-        assert_whole(&hosts, "after one was killed");
-        let second = hosts.iter().filter(|host| {
-            let svid = host.borrow().host.clone();
-            svid.not_after.duration_since(SystemTime::now()).is_ok_and(|left| left > Duration::from_secs(10))
-        });
-        second.count() == HOSTS
-    });
+    all_renew(&hosts, "after one was killed").await;
 }
