@@ -106,6 +106,29 @@ fn a_leader_that_stops_leaves_the_lead_and_one_that_was_overtaken_writes_nothing
 }
 
 #[test]
+fn a_server_that_starts_years_ahead_changes_no_authority_while_another_leads() {
+    let desk = two();
+    let a = desk.open("a");
+    let chain = enrol(&a, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    a.maintain().unwrap();
+    assert_eq!(metric(&a, "leads"), "1");
+    let before = Status::read(&desk.state("a"), desk.now()).unwrap();
+    // By its clock no root can sign any more, so it may not even start.
+    let b = desk.try_open_ahead("b", 30 * 365 * DAY);
+    if let Ok(b) = &b {
+        _ = b.maintain();
+    }
+    a.maintain().unwrap();
+    let after = Status::read(&desk.state("a"), desk.now()).unwrap();
+    let roots = |status: &Status| {
+        let roots = status.authorities.iter().filter(|one| one.kind == "root");
+        roots.map(|one| (one.id.clone(), one.state.clone())).collect::<Vec<_>>()
+    };
+    assert_eq!((roots(&after), after.bundle_sequence), (roots(&before), before.bundle_sequence));
+    renew_with(&a, "web", &chain, before.bundle_sequence).unwrap();
+}
+
+#[test]
 fn rotation_waits_for_a_server_that_is_away_until_it_is_removed() {
     let desk = two();
     let (a, b) = (desk.open("a"), desk.open("b"));
