@@ -69,7 +69,7 @@ impl Pki {
                 not_after: Some(rfc3339(unix(leaf.not_after))),
                 token: Some(token_id),
                 remote: Some(remote.to_owned()),
-                detail: None,
+                ..Event::default()
             };
             // Nobody new comes in without a trace: the line is on disk before the host exists.
             self.record(&[event]).map_err(|_| {

@@ -4,8 +4,10 @@
 //! - [`authority`]: certificate profiles. [`lifetimes`]: how long everything lives.
 //! - `store`: what is remembered, in records. `rotation`: roots and JWT keys come and go.
 //! - [`pki`]: the running PKI; [`enrol`] and [`issue`] are the two things it does for hosts.
+//! - [`admin`]: what operators do.
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
+pub mod admin;
 mod attest;
 pub mod audit;
 pub mod authority;

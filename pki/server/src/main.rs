@@ -1,5 +1,7 @@
 //! The command line of the PKI.
 
+mod cli;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -41,6 +43,9 @@ enum Command {
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
+    /// Roots and intermediates: what there is, what each waits for.
+    #[command(subcommand)]
+    Authority(cli::authority::Authority),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
 }
@@ -155,6 +160,7 @@ fn main() -> ExitCode {
         Command::Entry(Entry::Add(args)) => add_entry(&args),
         Command::Entry(Entry::List(args)) => list_entries(&args),
         Command::Entry(Entry::Remove(args)) => remove_entry(&args),
+        Command::Authority(command) => command.run(),
         Command::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))

@@ -22,6 +22,7 @@ use crate::refused::Refused;
 use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError};
+use crate::store::intermediates::Intermediate;
 use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::{Current, tainted};
 use crate::times::{Clock, unix, unix_ms};
@@ -166,8 +167,15 @@ impl Pki {
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let sequence = self.state.database.read(trust::trust).map_err(StateError::from)?.sequence;
-        if !self.signer().is_fresh(sequence, now) {
+        let (trust, stored) = self.state.database.read(|view| -> Result<_, StateError> {
+            Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
+        })?;
+        let signer = self.signer();
+        // Another root may sign since, or an operator has tainted the intermediate.
+        let signs = |stored: Intermediate| {
+            stored.id == signer.intermediate.id && trust.active().is_some_and(|root| root.id == stored.root)
+        };
+        if !stored.is_some_and(signs) || !signer.is_fresh(trust.sequence, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();

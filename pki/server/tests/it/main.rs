@@ -1,5 +1,6 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
+mod authority;
 mod cli;
 mod enrolment;
 mod http;

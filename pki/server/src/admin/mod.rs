@@ -1,0 +1,123 @@
+//! What operators do. Each command is written once, over a state directory; it may be called on it directly, through
+//! the server's Unix socket, or over mutual TLS ([`crate::admin`] has no idea which).
+
+mod authority;
+mod error;
+mod gates;
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::reply::Reply;
+use meshd_pki_api::admin::{self as wire};
+
+pub use self::error::AdminError;
+use crate::audit::Event;
+use crate::clock::Distrust;
+use crate::keys::Kek;
+use crate::lifetimes::Lifetimes;
+use crate::pki::Pki;
+use crate::rotation::step::Rotator;
+use crate::state_dir::{StateDir, StateError};
+use crate::times::rfc3339;
+
+/// Who asks, as the kernel or TLS has it; never what the caller says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Actor {
+    /// For the audit log.
+    pub name: String,
+}
+
+impl Actor {
+    /// Whoever runs this process.
+    pub fn local() -> Actor {
+        Actor { name: user(nix::unistd::getuid()) }
+    }
+}
+
+/// `uid 1000 (alice)`
+fn user(uid: nix::unistd::Uid) -> String {
+    match nix::unistd::User::from_uid(uid) {
+        Ok(Some(user)) => format!("uid {uid} ({})", user.name),
+        _ => format!("uid {uid}"),
+    }
+}
+
+/// Carries a command out on a state directory. A server may run on it meanwhile: it notices within a second.
+pub fn run_on(dir: &Path, actor: &Actor, command: Command, now: SystemTime) -> Result<Reply, AdminError> {
+    let state = StateDir::open(dir)?;
+    // The server's own may be shorter. What is on record of its certificates counts besides, so waits can only be longer.
+    let lifetimes = Lifetimes::default();
+    let desk = Desk { state: &state, lifetimes: &lifetimes, distrust: None, kek: None, actor, now };
+    desk.carry_out(command)
+}
+
+impl Pki {
+    /// Carries a command out on the running PKI, with effect when it returns.
+    pub fn command(&self, actor: &Actor, command: Command) -> Result<Reply, AdminError> {
+        let distrust = self.distrust();
+        let lifetimes = &self.lifetimes;
+        let desk = Desk { state: &self.state, lifetimes, distrust, kek: Some(&self.kek), actor, now: self.now() };
+        let reply = desk.carry_out(command)?;
+        self.refresh()?;
+        Ok(reply)
+    }
+}
+
+/// Where a command is carried out, and for whom.
+struct Desk<'a> {
+    state: &'a StateDir,
+    lifetimes: &'a Lifetimes,
+    distrust: Option<Distrust>,
+    /// `None`: it is in the state directory, and loaded by the commands that need it.
+    kek: Option<&'a Kek>,
+    actor: &'a Actor,
+    now: SystemTime,
+}
+
+impl Desk<'_> {
+    fn carry_out(&self, command: Command) -> Result<Reply, AdminError> {
+        match command {
+            Command::AuthorityList(_) => self.authority_list().map(Reply::Authorities),
+            Command::AuthorityPrepare(_) => self.authority_prepare().map(Reply::Done),
+            Command::AuthorityActivate(_) => self.authority_activate().map(Reply::Done),
+            Command::AuthorityRemove(asked) => self.authority_remove(&asked.id).map(Reply::Done),
+            Command::AuthorityTaint(asked) => self.authority_taint(&asked.id).map(Reply::Done),
+            Command::AuthorityRotate(asked) => self.authority_rotate(asked.force).map(Reply::Done),
+            _ => Err(AdminError::Invalid("this meshd-pki does not know the command; install a newer one".to_owned())),
+        }
+    }
+
+    /// Writes to the audit log, with who asked for it.
+    fn record(&self, event: Event) -> Result<(), StateError> {
+        let by = Some(self.actor.name.clone());
+        self.state.record(self.now, &[Event { by, ..event }])
+    }
+
+    fn with_rotator<T>(&self, act: impl FnOnce(&Rotator<'_>) -> Result<T, AdminError>) -> Result<T, AdminError> {
+        let loaded;
+        let kek = match self.kek {
+            Some(kek) => kek,
+            None => {
+                loaded = self.state.kek()?;
+                &loaded
+            }
+        };
+        act(&Rotator {
+            domain: &self.state.trust_domain,
+            kek,
+            lifetimes: self.lifetimes,
+            clock_is_good: self.distrust.is_none(),
+            now: self.now,
+        })
+    }
+}
+
+fn done(what: String, follows: Vec<String>) -> wire::Done {
+    wire::Done { what, follows }
+}
+
+fn time(seconds: i64) -> String {
+    rfc3339(seconds)
+}
