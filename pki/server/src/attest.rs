@@ -10,11 +10,11 @@ use meshd_pki_api::v1;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::enrol::{banned, excerpt, host_identity};
+use crate::enrol::{check_standing, excerpt, host_identity};
 use crate::issue::offset_ms;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
-use crate::store::hosts::{self, Host, HostState, Issued, NextKey, Sighting};
+use crate::store::hosts::{self, Host, Issued, NextKey, Sighting};
 use crate::store::settings;
 use crate::times::{rfc3339, unix, unix_ms};
 
@@ -83,9 +83,7 @@ impl Pki {
             let known = hosts::host(records, &request.host_id)?;
             let mut host = known.ok_or_else(|| not_enrolled(&request.host_id))?;
             let used = proven_key(&host, request, &self.trust_domain)?;
-            if host.state == HostState::Banned {
-                return Err(Refused::Forbidden(banned(&host.id)));
-            }
+            check_standing(&host)?;
             let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             host.used_key(&used);
             host.next = Some(NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });

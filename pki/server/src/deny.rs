@@ -3,12 +3,13 @@
 //! A database restored from a backup knows an older set than the hosts. So the highest sequence is kept apart from the
 //! database; while the set is below it, hosts are asked for theirs, and its own signature on it convinces the PKI.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
 
 use meshd_identity::signed::{self, VerifyingKey};
-use meshd_identity::statements::DenySet;
+use meshd_identity::statements::{DenySet, Whom};
 
 use crate::audit::Event;
 use crate::keys::replace_private;
@@ -27,6 +28,10 @@ pub(crate) struct SignedDeny {
     pub(crate) jws: String,
     /// The PKI knows that there was a newer one.
     pub(crate) is_behind: bool,
+    /// The root that signed it.
+    signer: String,
+    /// SPIFFE IDs that nobody is to have now.
+    identities: BTreeSet<String>,
 }
 
 /// The highest sequence of a deny set there ever was, outside the database and its backups.
@@ -59,7 +64,9 @@ impl Pki {
             .database
             .read(|view| -> Result<_, StateError> { Ok((deny::deny(view)?, trust::trust(view)?)) })?;
         let is_behind = floor.get() > set.sequence;
-        if (set.sequence, is_behind) == (known.sequence, known.is_behind) {
+        let signer = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
+        // Signed anew by the next root: hosts will come that never knew the one before.
+        if (set.sequence, is_behind, &signer.id) == (known.sequence, known.is_behind, &known.signer) {
             return Ok(());
         }
         floor.raise(set.sequence).map_err(|source| StateError::Io {
@@ -67,14 +74,24 @@ impl Pki {
             path: floor.0.clone(),
             source,
         })?;
-        let signer = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
         let key = self.kek.unwrap(&signer.id, &signer.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),
             _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(RotationError::from)?,
         };
-        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind });
+        let identities = set.entries.iter().filter_map(|one| match &one.whom {
+            Whom::Identity(id) => Some(id.to_string()),
+            Whom::Serial(_) | Whom::Authority(_) => None,
+        });
+        let (identities, signer) = (identities.collect(), signer.id.clone());
+        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities });
         Ok(())
+    }
+
+    /// Why nobody gets this identity now, if it is denied.
+    pub(crate) fn denied(&self, spiffe_id: &str) -> Option<String> {
+        let is_denied = self.deny().identities.contains(spiffe_id);
+        is_denied.then(|| format!("{spiffe_id} is denied in this mesh; see `meshd-pki deny list` on the PKI"))
     }
 
     /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.

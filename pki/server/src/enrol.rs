@@ -138,6 +138,18 @@ pub(crate) fn banned(host: &str) -> String {
     format!("host `{host}` is banned from this mesh")
 }
 
+/// An enrolled host that may have something.
+pub(crate) fn check_standing(host: &Host) -> Result<(), Refused> {
+    match host.state {
+        HostState::Active => Ok(()),
+        HostState::Banned => Err(Refused::Forbidden(banned(&host.id))),
+        HostState::Evicted => Err(Refused::Unauthenticated(format!(
+            "host `{0}` was evicted; make a token with `meshd-pki token create --host {0}` and run `meshd join`",
+            host.id
+        ))),
+    }
+}
+
 fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -> Result<(), DbError> {
     token.used.get_or_insert_with(|| Use { key_id: csr.key_id.to_vec(), at: now });
     tokens::put_token(records, &token)?;

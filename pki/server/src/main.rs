@@ -11,28 +11,31 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use meshd_identity::TrustDomain;
-use meshd_pki::commands::{self, TokenRequest};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
 use meshd_pki::{Options, Pki, state_dir};
+use meshd_pki_api::admin as wire;
+use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use self::cli::Place;
+
 /// The PKI of the mesh: enrols hosts and issues their certificates.
 #[derive(Parser)]
 #[command(name = "meshd-pki", version)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Verb,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum Verb {
     /// Create a PKI: its root, and the offline recovery key.
     Init(Init),
     /// Serve hosts until SIGTERM.
@@ -46,6 +49,15 @@ enum Command {
     /// Roots and intermediates: what there is, what each waits for.
     #[command(subcommand)]
     Authority(cli::authority::Authority),
+    /// Hosts: who they are, what they could be, and shutting one out.
+    #[command(subcommand)]
+    Host(cli::host::Host),
+    /// Who is refused although their certificates are still valid.
+    #[command(subcommand)]
+    Deny(cli::deny::Deny),
+    /// Which identities may use the Admin API.
+    #[command(subcommand)]
+    Role(cli::role::Role),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
 }
@@ -89,8 +101,8 @@ enum Token {
 
 #[derive(Args)]
 struct TokenCreate {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     /// Id the host will have.
     #[arg(long)]
     host: String,
@@ -117,8 +129,8 @@ enum Entry {
 
 #[derive(Args)]
 struct EntryArgs {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     #[arg(long)]
     host: String,
     /// ns/<namespace>/sa/<name>
@@ -127,12 +139,10 @@ struct EntryArgs {
 
 #[derive(Args)]
 struct EntryList {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     #[arg(long)]
     host: Option<String>,
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
 }
 
 #[derive(Args)]
@@ -154,14 +164,17 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     harden();
     let done = match cli.command {
-        Command::Init(args) => init(&args),
-        Command::Run(args) => run(args),
-        Command::Token(Token::Create(args)) => create_token(&args),
-        Command::Entry(Entry::Add(args)) => add_entry(&args),
-        Command::Entry(Entry::List(args)) => list_entries(&args),
-        Command::Entry(Entry::Remove(args)) => remove_entry(&args),
-        Command::Authority(command) => command.run(),
-        Command::Status(args) => return status(&args),
+        Verb::Init(args) => init(&args),
+        Verb::Run(args) => run(args),
+        Verb::Token(Token::Create(args)) => create_token(args),
+        Verb::Entry(Entry::Add(args)) => add_entry(args),
+        Verb::Entry(Entry::List(args)) => list_entries(args),
+        Verb::Entry(Entry::Remove(args)) => remove_entry(args),
+        Verb::Authority(command) => command.run(),
+        Verb::Host(command) => command.run(),
+        Verb::Deny(command) => command.run(),
+        Verb::Role(command) => command.run(),
+        Verb::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
 }
@@ -248,38 +261,24 @@ fn advertised(args: &Run) -> anyhow::Result<Vec<String>> {
     Ok(args.advertise.clone())
 }
 
-fn create_token(args: &TokenCreate) -> anyhow::Result<()> {
-    let request = TokenRequest { host: &args.host, allow: &args.allow, pki: &args.pki, ttl: args.ttl };
-    println!("{}", commands::create_token(&args.state, &request, SystemTime::now())?);
-    Ok(())
+fn create_token(args: TokenCreate) -> anyhow::Result<()> {
+    let TokenCreate { place, host, allow, pki, ttl } = args;
+    place.run(Command::TokenCreate(wire::TokenCreate { host, allow, pki, ttl_s: ttl.as_secs() }))
 }
 
-fn add_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    let new = commands::add_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    let what = if new { "may now hold" } else { "already may hold" };
-    println!("host {} {what} {}", args.host, args.identity);
-    Ok(())
+fn add_entry(args: EntryArgs) -> anyhow::Result<()> {
+    let EntryArgs { place, host, identity } = args;
+    place.run(Command::EntryAdd(wire::EntryAdd { host, identity }))
 }
 
-fn remove_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    commands::remove_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    println!("host {} gets no new certificate for {}; the last one ends by itself", args.host, args.identity);
-    Ok(())
+fn remove_entry(args: EntryArgs) -> anyhow::Result<()> {
+    let EntryArgs { place, host, identity } = args;
+    place.run(Command::EntryRemove(wire::EntryRemove { host, identity }))
 }
 
-fn list_entries(args: &EntryList) -> anyhow::Result<()> {
-    let entries = commands::list_entries(&args.state, args.host.as_deref())?;
-    match args.output {
-        Output::Json => {
-            let objects = entries.iter().map(|(host, id)| serde_json::json!({"host": host, "identity": id}));
-            println!("{}", serde_json::to_string_pretty(&objects.collect::<Vec<_>>())?);
-        }
-        Output::Text => {
-            println!("{:<20} IDENTITY", "HOST");
-            entries.iter().for_each(|(host, id)| println!("{host:<20} {id}"));
-        }
-    }
-    Ok(())
+fn list_entries(args: EntryList) -> anyhow::Result<()> {
+    let EntryList { place, host } = args;
+    place.run(Command::EntryList(wire::EntryList { host: host.unwrap_or_default() }))
 }
 
 /// Exit code 2 when something needs attention, so that a script sees it.

@@ -2,8 +2,12 @@
 //! the server's Unix socket, or over mutual TLS ([`crate::admin`] has no idea which).
 
 mod authority;
+mod deny;
+mod entries;
 mod error;
 mod gates;
+mod host;
+mod role;
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -20,6 +24,7 @@ use crate::lifetimes::Lifetimes;
 use crate::pki::Pki;
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
+pub use crate::store::roles::Role;
 use crate::times::rfc3339;
 
 /// Who asks, as the kernel or TLS has it; never what the caller says.
@@ -27,12 +32,13 @@ use crate::times::rfc3339;
 pub struct Actor {
     /// For the audit log.
     pub name: String,
+    pub role: Role,
 }
 
 impl Actor {
-    /// Whoever runs this process.
+    /// Whoever runs this process: the files of the PKI are open to them, so everything is.
     pub fn local() -> Actor {
-        Actor { name: user(nix::unistd::getuid()) }
+        Actor { name: user(nix::unistd::getuid()), role: Role::Admin }
     }
 }
 
@@ -78,6 +84,7 @@ struct Desk<'a> {
 
 impl Desk<'_> {
     fn carry_out(&self, command: Command) -> Result<Reply, AdminError> {
+        self.check_role(&command)?;
         match command {
             Command::AuthorityList(_) => self.authority_list().map(Reply::Authorities),
             Command::AuthorityPrepare(_) => self.authority_prepare().map(Reply::Done),
@@ -85,6 +92,22 @@ impl Desk<'_> {
             Command::AuthorityRemove(asked) => self.authority_remove(&asked.id).map(Reply::Done),
             Command::AuthorityTaint(asked) => self.authority_taint(&asked.id).map(Reply::Done),
             Command::AuthorityRotate(asked) => self.authority_rotate(asked.force).map(Reply::Done),
+            Command::HostList(_) => self.host_list().map(Reply::Hosts),
+            Command::HostShow(asked) => self.host_show(&asked.host).map(Reply::Host),
+            Command::HostBan(asked) => self.host_ban(&asked.host, &asked.reason).map(Reply::Done),
+            Command::HostUnban(asked) => self.host_unban(&asked.host).map(Reply::Done),
+            Command::HostEvict(asked) => self.host_evict(&asked.host, &asked.reason).map(Reply::Done),
+            Command::HostBlastRadius(asked) => self.host_blast_radius(&asked.host).map(Reply::BlastRadius),
+            Command::DenyList(_) => self.deny_list().map(Reply::DenySet),
+            Command::DenyAdd(asked) => self.deny_add(&asked).map(Reply::Done),
+            Command::DenyRemove(asked) => self.deny_remove(&asked).map(Reply::Done),
+            Command::RoleList(_) => self.role_list().map(Reply::Roles),
+            Command::RoleGrant(asked) => self.role_grant(&asked).map(Reply::Done),
+            Command::RoleRevoke(asked) => self.role_revoke(&asked.identity).map(Reply::Done),
+            Command::TokenCreate(asked) => self.token_create(&asked).map(Reply::Token),
+            Command::EntryList(asked) => self.entry_list(&asked.host).map(Reply::Entries),
+            Command::EntryAdd(asked) => self.entry_add(&asked).map(Reply::Done),
+            Command::EntryRemove(asked) => self.entry_remove(&asked).map(Reply::Done),
             _ => Err(AdminError::Invalid("this meshd-pki does not know the command; install a newer one".to_owned())),
         }
     }

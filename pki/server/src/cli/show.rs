@@ -5,7 +5,9 @@ use std::time::SystemTime;
 
 use meshd_pki::times::{parse_rfc3339, unix};
 use meshd_pki_api::admin::reply::Reply;
-use meshd_pki_api::admin::{Authorities, Authority, Done, Gate};
+use meshd_pki_api::admin::{
+    Authorities, Authority, BlastRadius, DenySet, Done, Entry, Gate, HostDetail, HostSummary, RoleGranted,
+};
 
 pub(super) fn show(reply: &Reply) -> String {
     let mut text = String::new();
@@ -13,6 +15,13 @@ pub(super) fn show(reply: &Reply) -> String {
     _ = match reply {
         Reply::Done(reply) => done(&mut text, reply),
         Reply::Authorities(reply) => authorities(&mut text, reply),
+        Reply::Hosts(reply) => hosts(&mut text, &reply.hosts),
+        Reply::Host(reply) => host(&mut text, reply),
+        Reply::BlastRadius(reply) => blast_radius(&mut text, reply),
+        Reply::DenySet(reply) => deny_set(&mut text, reply),
+        Reply::Roles(reply) => roles(&mut text, &reply.roles),
+        Reply::Token(reply) => writeln!(text, "{}", reply.token),
+        Reply::Entries(reply) => entries(&mut text, &reply.entries),
         _ => Ok(()),
     };
     text
@@ -79,4 +88,92 @@ fn age(since: &str) -> String {
         seconds if seconds >= 2 * 3600 => format!("{}h", seconds / 3600),
         seconds => format!("{}m", seconds.max(0) / 60),
     }
+}
+
+fn hosts(text: &mut String, hosts: &[HostSummary]) -> std::fmt::Result {
+    let head = ("HOST", "STATE", "LAST SEEN", "CLOCK", "BUNDLE", "CERTS");
+    writeln!(
+        text,
+        "{:<20} {:<8} {:<21} {:>9} {:<7} {:>5}  IDENTITIES",
+        head.0, head.1, head.2, head.3, head.4, head.5
+    )?;
+    for one in hosts {
+        let clock = format!("{:+.1} s", one.clock_offset_ms as f64 / 1000.0);
+        let bundle = if one.bundle_is_current { "current" } else { "older" };
+        let (certificates, identities) = (one.valid_certificates, one.identities.join(", "));
+        writeln!(
+            text,
+            "{:<20} {:<8} {:<21} {clock:>9} {bundle:<7} {certificates:>5}  {identities}",
+            one.id, one.state, one.last_seen
+        )?;
+    }
+    Ok(())
+}
+
+fn host(text: &mut String, host: &HostDetail) -> std::fmt::Result {
+    if let Some(one) = &host.summary {
+        let clock = format!("{:+.1} s", one.clock_offset_ms as f64 / 1000.0);
+        let bundle = if one.bundle_is_current { "the one in force" } else { "older than the one in force" };
+        writeln!(text, "host           {} ({})", one.id, one.state)?;
+        writeln!(text, "identity       {}", host.spiffe_id)?;
+        writeln!(text, "enrolled       {}, key {}", one.enrolled, host.key_sha256)?;
+        writeln!(text, "last seen      {}, clock {clock}", one.last_seen)?;
+        writeln!(text, "bundle         {}, {bundle}", one.bundle_sequence)?;
+        writeln!(text, "may hold       {}", or_none(&one.identities))?;
+    }
+    writeln!(text, "roots in use   {}", or_none(&host.roots_in_use))?;
+    writeln!(text, "open tokens    {}", or_none(&host.open_tokens))?;
+    writeln!(text, "\n{:<33} {:<21} {:<21} IDENTITY", "VALID CERTIFICATE", "ISSUED", "NOT AFTER")?;
+    for one in &host.certificates {
+        let denied = if one.denied { "  ‼ denied" } else { "" };
+        writeln!(text, "{:<33} {:<21} {:<21} {}{denied}", one.serial, one.issued, one.not_after, one.identity)?;
+    }
+    Ok(())
+}
+
+fn blast_radius(text: &mut String, reply: &BlastRadius) -> std::fmt::Result {
+    writeln!(text, "root on host {} can be:", reply.host)?;
+    writeln!(text, "{:<40} {:<12} {:>5}  {:<21} ALSO ON", "IDENTITY", "ENTRY", "CERTS", "LAST NOT AFTER")?;
+    for one in &reply.identities {
+        let entry = if one.permitted { "yes" } else { "removed" };
+        let end = one.last_not_after.as_deref().unwrap_or("-");
+        let others = or_none(&one.other_hosts);
+        writeln!(text, "{:<40} {entry:<12} {:>5}  {end:<21} {others}", one.identity, one.valid_certificates)?;
+    }
+    for role in &reply.roles {
+        writeln!(text, "‼ {} has the role `{}` on this PKI", role.identity, role.role)?;
+    }
+    if !reply.open_tokens.is_empty() {
+        writeln!(text, "‼ open join tokens for it: {}", reply.open_tokens.join(", "))?;
+    }
+    Ok(())
+}
+
+fn deny_set(text: &mut String, set: &DenySet) -> std::fmt::Result {
+    writeln!(text, "{:<10} {:<66} UNTIL", "DENIED", "WHOM")?;
+    for one in &set.entries {
+        let until = one.until.as_deref().unwrap_or("removed");
+        writeln!(text, "{:<10} {:<66} {until}", one.kind, one.value)?;
+    }
+    if set.is_behind {
+        writeln!(
+            text,
+            "‼ hosts may know a newer set: this PKI was restored from a backup; the first report brings it"
+        )?;
+    }
+    Ok(())
+}
+
+fn or_none(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+fn roles(text: &mut String, roles: &[RoleGranted]) -> std::fmt::Result {
+    writeln!(text, "{:<8} IDENTITY", "ROLE")?;
+    roles.iter().try_for_each(|one| writeln!(text, "{:<8} {}", one.role, one.identity))
+}
+
+fn entries(text: &mut String, entries: &[Entry]) -> std::fmt::Result {
+    writeln!(text, "{:<20} IDENTITY", "HOST")?;
+    entries.iter().try_for_each(|one| writeln!(text, "{:<20} {}", one.host, one.identity))
 }

@@ -11,8 +11,20 @@ const KEEP_ENDED_S: i64 = 7 * 86_400;
 #[serde(rename_all = "snake_case")]
 pub(crate) enum HostState {
     Active,
+    /// Its key counts no more; a new token makes it a host again.
+    Evicted,
     /// May hold nothing, until the operator lifts it.
     Banned,
+}
+
+impl HostState {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            HostState::Active => "active",
+            HostState::Evicted => "evicted",
+            HostState::Banned => "banned",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -150,6 +162,11 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     all.retain(|one| one.not_after > now - KEEP_ENDED_S);
     all.extend(new);
     put(records, &key, &all)
+}
+
+/// What a host was given, as far as it is on record.
+pub(crate) fn issued(view: &mut dyn View, host: &str) -> Result<Vec<Issued>, DbError> {
+    Ok(get(view, &format!("issued/{host}"))?.unwrap_or_default())
 }
 
 /// Certificates on record that have not ended, with their hosts.

@@ -44,6 +44,15 @@ pub(crate) fn open(view: &mut dyn View, now: i64) -> Result<Vec<Token>, DbError>
     Ok(open)
 }
 
+/// Nobody can join with the host's tokens any more, not even with one that was used and may be repeated.
+pub(crate) fn end_those_of(records: &mut dyn Records, host: &str, now: i64) -> Result<(), DbError> {
+    for mut token in all(records)?.into_iter().filter(|token| token.host_id == host && token.expires_at > now) {
+        token.expires_at = now;
+        put_token(records, &token)?;
+    }
+    Ok(())
+}
+
 /// Forgets tokens that ended before `before`.
 pub(crate) fn prune(records: &mut dyn Records, before: i64) -> Result<(), DbError> {
     for token in all(records)?.into_iter().filter(|token| token.expires_at < before) {

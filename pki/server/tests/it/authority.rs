@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use meshd_pki::admin::{Actor, AdminError, run_on};
+use meshd_pki::admin::{Actor, AdminError, Role, run_on};
 use meshd_pki::{Options, Pki};
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
@@ -76,7 +76,7 @@ impl Desk {
 }
 
 pub(crate) fn alice() -> Actor {
-    Actor { name: "uid 1000 (alice)".to_owned() }
+    Actor { name: "uid 1000 (alice)".to_owned(), role: Role::Admin }
 }
 
 #[test]

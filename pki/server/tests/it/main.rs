@@ -8,4 +8,5 @@ mod impostors;
 mod operation;
 mod profile;
 mod renewal;
+mod shut_out;
 mod support;
