@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
@@ -28,7 +28,7 @@ pub(crate) struct SignedDeny {
     pub(crate) jws: String,
     /// The PKI knows that there was a newer one.
     pub(crate) is_behind: bool,
-    /// The root that signed it.
+    /// The root that was active when it was signed: whoever joins later may know only later ones.
     signer: String,
     /// SPIFFE IDs that nobody is to have now.
     identities: BTreeSet<String>,
@@ -40,6 +40,10 @@ pub(crate) struct Floor(PathBuf);
 impl Floor {
     pub(crate) fn new(state: &StateDir) -> Floor {
         Floor(state.dir().join("deny.floor"))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 
     pub(crate) fn get(&self) -> u64 {
@@ -59,14 +63,10 @@ impl Pki {
     pub(crate) fn refresh_deny(&self) -> Result<(), PkiError> {
         let floor = Floor::new(&self.state);
         let known = self.deny();
-        let (set, trust) = self
-            .state
-            .database
-            .read(|view| -> Result<_, StateError> { Ok((deny::deny(view)?, trust::trust(view)?)) })?;
+        let set = self.state.database.read(deny::deny).map_err(StateError::from)?;
         let is_behind = floor.get() > set.sequence;
-        let signer = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
-        // Signed anew by the next root: hosts will come that never knew the one before.
-        if (set.sequence, is_behind, &signer.id) == (known.sequence, known.is_behind, &known.signer) {
+        let signer = self.signer().root.clone();
+        if (set.sequence, is_behind, &signer) == (known.sequence, known.is_behind, &known.signer) {
             return Ok(());
         }
         floor.raise(set.sequence).map_err(|source| StateError::Io {
@@ -74,7 +74,9 @@ impl Pki {
             path: floor.0.clone(),
             source,
         })?;
-        let key = self.kek.unwrap(&signer.id, &signer.wrapped_key).map_err(StateError::from)?;
+        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        let root = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
+        let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),
             _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(RotationError::from)?,
@@ -83,7 +85,7 @@ impl Pki {
             Whom::Identity(id) => Some(id.to_string()),
             Whom::Serial(_) | Whom::Authority(_) => None,
         });
-        let (identities, signer) = (identities.collect(), signer.id.clone());
+        let identities = identities.collect();
         self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities });
         Ok(())
     }
@@ -97,8 +99,9 @@ impl Pki {
     /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.
     pub(crate) fn learn_deny(&self, jws: &str) -> Result<(), PkiError> {
         let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        let trusted = trust.roots.iter().filter(|root| root.tainted_at.is_none());
         let keys: Vec<VerifyingKey> =
-            trust.roots.iter().filter_map(|root| VerifyingKey::from_certificate(&root.certificate)).collect();
+            trusted.filter_map(|root| VerifyingKey::from_certificate(&root.certificate)).collect();
         let Ok(set) = signed::verify::<DenySet>(jws, &keys) else {
             tracing::warn!("a host sent a deny set that this PKI has not signed; it is ignored");
             return Ok(());
@@ -108,13 +111,17 @@ impl Pki {
         }
         let now = self.now();
         let floor = Floor::new(&self.state).get();
-        self.state.database.transaction(|records| -> Result<Option<Deny>, StateError> {
+        let is_learnt = self.state.database.transaction(|records| -> Result<bool, StateError> {
             if deny::deny(records)?.sequence >= set.sequence {
-                return Ok(None);
+                return Ok(false);
             }
             let floor = floor.max(set.sequence);
-            Ok(Some(deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?))
+            deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?;
+            Ok(true)
         })?;
+        if !is_learnt {
+            return Ok(());
+        }
         let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
         _ = self.record(&[Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() }]);
         self.refresh_deny()
@@ -122,6 +129,10 @@ impl Pki {
 
     /// Entries whose last certificate has ended do nothing any more.
     pub(crate) fn prune_deny(&self) -> Result<(), PkiError> {
+        if self.deny().is_behind {
+            // A higher sequence would take the place of the set that hosts still hold.
+            return Ok(());
+        }
         let now = self.now();
         let ended = |set: &Deny| set.entries.iter().any(|entry| entry.until < unix(now));
         let any = self.state.database.read(deny::deny).map_err(StateError::from)?;
@@ -135,3 +146,6 @@ impl Pki {
         self.refresh_deny()
     }
 }
+
+#[cfg(test)]
+mod tests;

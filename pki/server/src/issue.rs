@@ -8,6 +8,7 @@ use x509_parser::prelude::FromDer;
 use crate::audit::Event;
 use crate::csr::Request;
 use crate::enrol::{check_standing, excerpt};
+use crate::lifetimes::LEAF_BACKDATE;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::signer::Signer;
@@ -95,7 +96,7 @@ impl Pki {
             bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.advertise.clone(),
-            tainted_roots: self.tainted_roots(),
+            tainted_roots: signer.tainted.clone(),
         })
     }
 
@@ -155,6 +156,12 @@ impl Pki {
             return unknown(format!("host `{name}` is not enrolled here; run `meshd-pki token create --host {name}`"));
         };
         check_standing(&host)?;
+        // Whoever stole an earlier one would else renew it for ever.
+        if unix(info.not_before + LEAF_BACKDATE) < host.enrolled_at {
+            return unknown(format!(
+                "the certificate is from before host `{name}` joined again; use the one it was given then"
+            ));
+        }
         let (_, parsed) = X509Certificate::from_der(certificate)
             .map_err(|error| Refused::Unauthenticated(format!("unreadable certificate: {error}")))?;
         Ok(Caller { host, id: info.id, key_id: sha256(parsed.public_key().raw) })

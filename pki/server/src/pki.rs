@@ -22,9 +22,8 @@ use crate::refused::Refused;
 use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError};
-use crate::store::intermediates::Intermediate;
 use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
-use crate::sync::{Current, tainted};
+use crate::sync::Current;
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
@@ -153,8 +152,16 @@ impl Pki {
         let now = self.now();
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
-        self.prune_deny()?;
         self.refresh()?;
+        if self.distrust().is_none() {
+            self.forget_ended(now)?;
+        }
+        Ok(())
+    }
+
+    /// What has ended by a wrong clock has not ended: only a good one may say so.
+    fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
+        self.prune_deny()?;
         let before = unix(now) - KEEP_S;
         self.state.database.transaction(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
@@ -171,11 +178,9 @@ impl Pki {
             Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
         })?;
         let signer = self.signer();
-        // Another root may sign since, or an operator has tainted the intermediate.
-        let signs = |stored: Intermediate| {
-            stored.id == signer.intermediate.id && trust.active().is_some_and(|root| root.id == stored.root)
-        };
-        if !stored.is_some_and(signs) || !signer.is_fresh(trust.sequence, now) {
+        // It is not the stored one any more when an operator has tainted it.
+        let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
+        if !is_stored || !signer.is_fresh(&trust, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
@@ -238,11 +243,6 @@ impl Pki {
 
     pub(crate) fn set_deny(&self, set: SignedDeny) {
         *self.deny.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(set);
-    }
-
-    pub(crate) fn tainted_roots(&self) -> Vec<String> {
-        // A failing database is reported by whatever else reads it.
-        self.state.database.read(trust::trust).map(|trust| tainted(&trust)).unwrap_or_default()
     }
 
     /// The trust bundle with this digest, or the latest.
@@ -313,9 +313,7 @@ impl Pki {
 
 /// The bundle that goes with what this signer signs.
 pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
-    let bundle = &signer.bundle;
-    let trust_domain = bundle.trust_domain.to_string();
-    v1::TrustBundle { trust_domain, sequence: bundle.sequence, jwks: bundle.to_jwks() }
+    signer.wire.clone()
 }
 
 /// Takes every step that is due, one transaction each.

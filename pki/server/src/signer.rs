@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
+use meshd_pki_api::v1;
 use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
@@ -12,13 +13,14 @@ use rustls::{RootCertStore, ServerConfig};
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError};
 use crate::keys::Kek;
-use crate::lifetimes::Lifetimes;
+use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
 use crate::rotation::decide::seconds;
 use crate::rotation::step::bundle_of;
 use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{Records, trust};
+use crate::sync::tainted;
 use crate::times::{from_unix, rfc3339, unix};
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
@@ -26,9 +28,16 @@ use crate::times::{from_unix, rfc3339, unix};
 pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
     pub(crate) bundle: Bundle,
+    /// The same as hosts get it.
+    pub(crate) wire: v1::TrustBundle,
+    /// The root that signed the intermediate.
+    pub(crate) root: String,
+    /// Roots whose key may be known to others.
+    pub(crate) tainted: Vec<String>,
     pub(crate) root_not_after: SystemTime,
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) endpoint_not_after: SystemTime,
+    made_at: SystemTime,
     replace_intermediate_at: SystemTime,
     replace_endpoint_at: SystemTime,
 }
@@ -59,11 +68,17 @@ impl Signer {
             let trust = trust::trust(records)?;
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
-            let usable = stored.filter(|row| row.root == root.id && replacement_time(row, lifetimes) > now);
+            let joined = joined_at(stored.as_ref(), &trust, now);
+            // One from a future that did not come is not valid yet.
+            let usable = stored.filter(|row| {
+                row.root == root.id
+                    && replacement_time(row, lifetimes) > now
+                    && from_unix(row.activated_at) <= now + lifetimes.skew
+            });
             let row = match usable {
-                Some(row) => hand_out(records, row, &trust, lifetimes, now)?,
+                Some(row) => hand_out(records, row, &trust, lifetimes, joined)?,
                 None => {
-                    let row = new_intermediate(state, kek, lifetimes, root, &trust, now)?;
+                    let row = new_intermediate(state, kek, lifetimes, root, (&trust, joined), now)?;
                     intermediates::replace(records, &row)?;
                     made = Some(row.clone());
                     row
@@ -80,18 +95,37 @@ impl Signer {
         let root_not_after = trust.active().map_or(0, |root| root.not_after);
         Ok(Signer {
             intermediate,
+            wire: v1::TrustBundle {
+                trust_domain: bundle.trust_domain.to_string(),
+                sequence: bundle.sequence,
+                jwks: bundle.to_jwks(),
+            },
             bundle,
+            root: row.root.clone(),
+            tainted: tainted(&trust),
             root_not_after: from_unix(root_not_after),
             tls,
             endpoint_not_after,
+            made_at: now,
             replace_intermediate_at: replacement_time(&row, lifetimes),
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
     }
 
-    pub(crate) fn is_fresh(&self, sequence: u64, now: SystemTime) -> bool {
-        self.bundle.sequence == sequence && now < self.replace_intermediate_at && now < self.replace_endpoint_at
+    pub(crate) fn is_fresh(&self, trust: &Trust, now: SystemTime) -> bool {
+        let says_so = self.bundle.sequence == trust.sequence && self.tainted == tainted(trust);
+        let signs = trust.active().is_some_and(|root| root.id == self.root);
+        // Made by a clock that was ahead until it was put right, it is not valid yet.
+        let is_of_now = self.made_at <= now + LEAF_BACKDATE / 2;
+        says_so && signs && is_of_now && now < self.replace_intermediate_at && now < self.replace_endpoint_at
     }
+}
+
+/// Since when a replica hands out every root there is. Only a root that its bundle lacked starts that anew: JWT keys
+/// change the bundle, too, and a new intermediate does not.
+fn joined_at(before: Option<&Intermediate>, trust: &Trust, now: SystemTime) -> i64 {
+    let had_all = |row: &&Intermediate| trust.roots.iter().all(|root| root.published_sequence <= row.bundle_sequence);
+    before.filter(had_all).map_or_else(|| unix(now), |row| row.joined_bundle_at.min(unix(now)))
 }
 
 /// What a replica hands out is on record before it does so: the rotation counts on it.
@@ -100,13 +134,13 @@ fn hand_out(
     mut row: Intermediate,
     trust: &Trust,
     lifetimes: &Lifetimes,
-    now: SystemTime,
+    joined: i64,
 ) -> Result<Intermediate, StateError> {
     let before = row.clone();
     row.longest_leaf_s = row.longest_leaf_s.max(seconds(lifetimes.leaf));
     if row.bundle_sequence != trust.sequence {
         row.bundle_sequence = trust.sequence;
-        row.joined_bundle_at = unix(now);
+        row.joined_bundle_at = joined;
     }
     if row != before {
         intermediates::put_intermediate(records, &row)?;
@@ -131,7 +165,7 @@ fn new_intermediate(
     kek: &Kek,
     lifetimes: &Lifetimes,
     root: &Root,
-    trust: &Trust,
+    (trust, joined_bundle_at): (&Trust, i64),
     now: SystemTime,
 ) -> Result<Intermediate, StateError> {
     let key = kek.unwrap(&root.id, &root.wrapped_key)?;
@@ -150,7 +184,7 @@ fn new_intermediate(
         replaced_at: None,
         longest_leaf_s: seconds(lifetimes.leaf),
         bundle_sequence: trust.sequence,
-        joined_bundle_at: unix(now),
+        joined_bundle_at,
     })
 }
 

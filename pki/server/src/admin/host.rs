@@ -9,10 +9,11 @@ use meshd_pki_api::admin as wire;
 use super::deny::of_host;
 use super::{AdminError, Desk, done, time};
 use crate::audit::Event;
+use crate::deny::Floor;
 use crate::issue::shorten;
 use crate::store::hosts::{self, Host, HostState, Issued};
 use crate::store::{Records, View, deny, roles, tokens, trust};
-use crate::times::unix;
+use crate::times::{unix, unix_ms};
 
 impl Desk<'_> {
     pub(super) fn host_list(&self) -> Result<wire::Hosts, AdminError> {
@@ -206,8 +207,17 @@ impl Desk<'_> {
         records: &mut dyn Records,
         act: impl FnOnce(&mut Vec<meshd_identity::statements::Denied>),
     ) -> Result<(), AdminError> {
-        let floor = crate::deny::Floor::new(self.state).get();
-        deny::change(records, floor, crate::times::unix_ms(self.now), act)?;
+        let floor = Floor::new(self.state);
+        if floor.get() > deny::deny(records)?.sequence {
+            let why = format!(
+                "this PKI was restored from a backup, and hosts hold a newer deny set, which a change now would take the \
+                 place of; it comes with the next report of a host, within a minute. Until then `meshd-pki host evict` \
+                 works; if no host is left, remove {}",
+                floor.path().display()
+            );
+            return Err(AdminError::NotNow(why));
+        }
+        deny::change(records, floor.get(), unix_ms(self.now), act)?;
         Ok(())
     }
 }

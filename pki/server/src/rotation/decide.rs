@@ -191,7 +191,7 @@ fn replicas_behind(root: &Root, world: &Surroundings<'_>) -> Vec<String> {
 /// Since when every replica hands the root out.
 fn handed_out_since(root: &Root, world: &Surroundings<'_>) -> i64 {
     let joined = issuing(world).map(|one| one.joined_bundle_at);
-    // Later than the truth when a replica has taken over another bundle since: the wait becomes longer, never shorter.
+    // Later than the truth when a replica has taken over yet another root since: the wait becomes longer, never shorter.
     joined.fold(root.published_at, i64::max)
 }
 

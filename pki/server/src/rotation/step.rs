@@ -56,8 +56,10 @@ impl Rotator<'_> {
     }
 
     fn decide(&self, view: &mut dyn View, trust: &Trust) -> Result<Decision, DbError> {
+        // Nothing else waits for hosts.
+        let waits = trust.roots.iter().any(|root| matches!(root.state, RootState::Prepared | RootState::Old));
         let world = Surroundings {
-            hosts: &hosts::hosts(view)?,
+            hosts: &if waits { hosts::hosts(view)? } else { Vec::new() },
             intermediates: &intermediates::all(view)?,
             lifetimes: self.lifetimes,
             clock_is_good: self.clock_is_good,

@@ -333,3 +333,14 @@ fn hosts_and_the_deny_set_are_listed() {
     assert_eq!(kinds, [("identity", true), ("serial", true)]);
     assert!(!set.is_behind);
 }
+
+#[test]
+fn a_pki_restored_from_a_backup_waits_for_the_set_that_hosts_hold() {
+    let desk = Desk::new();
+    desk.enrol("web");
+    std::fs::write(desk.dir.path().join("deny.floor"), format!("{}\n", u64::MAX / 2)).unwrap();
+    let refused = desk.refusal(ban("web"));
+    assert!(refused.contains("newer deny set") && refused.contains("host evict"), "{refused}");
+    assert_eq!(desk.state_of("web"), "active", "nothing was done by half");
+    desk.done(evict("web"));
+}
