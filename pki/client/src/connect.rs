@@ -79,7 +79,10 @@ pub(crate) fn verified_tls(
     tls_config(pki_server(provider, bundle, last_pki_time)?, host)
 }
 
-fn tls_config(verifier: Arc<dyn ServerCertVerifier>, host: Option<&Svid>) -> Result<ClientConfig, ConnectError> {
+pub(crate) fn tls_config(
+    verifier: Arc<dyn ServerCertVerifier>,
+    host: Option<&Svid>,
+) -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -104,7 +107,7 @@ pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiCl
     Ok(HostClient::with_origin(channel, origin).max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
-async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
+pub(crate) async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
     let named = || address.to_owned();
     let tcp = TcpStream::connect(address).await.map_err(|source| ConnectError::Tcp { address: named(), source })?;
     let name = ServerName::try_from(SERVER_NAME).expect("a constant DNS name");
@@ -136,7 +139,7 @@ pub(crate) async fn call<T>(rpc: impl Future<Output = Result<tonic::Response<T>,
 
 /// One HTTP/2 connection as the service tonic's client wants.
 #[derive(Clone)]
-pub(crate) struct Channel(http2::SendRequest<Body>);
+pub struct Channel(pub(crate) http2::SendRequest<Body>);
 
 impl tower_service::Service<Request<Body>> for Channel {
     type Response = Response<Incoming>;

@@ -2,6 +2,7 @@
 //!
 //! - [`join`]: a join token becomes credentials.
 //! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them.
+//! - [`operator`]: an operator's connection to the PKI.
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
@@ -17,6 +18,7 @@ mod join;
 mod judge;
 mod key;
 mod metrics;
+pub mod operator;
 mod reply;
 mod schedule;
 mod state;

@@ -23,6 +23,7 @@ mod keys;
 pub mod lifetimes;
 pub mod metrics;
 pub mod pki;
+pub mod recovery;
 mod refused;
 mod rotation;
 pub mod serve;

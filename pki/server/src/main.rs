@@ -8,9 +8,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use meshd_identity::TrustDomain;
+use meshd_pki::admin;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
@@ -58,6 +59,9 @@ enum Verb {
     /// Which identities may use the Admin API.
     #[command(subcommand)]
     Role(cli::role::Role),
+    /// The offline recovery key: its successor, and trust in a PKI that takes the place of a lost one.
+    #[command(subcommand)]
+    Recovery(cli::recovery::Recovery),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
 }
@@ -88,6 +92,12 @@ struct Run {
     /// Serve Prometheus metrics here, in clear: use loopback.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// Unix socket for the other commands; default: admin.sock in the state directory.
+    #[arg(long)]
+    admin_socket: Option<PathBuf>,
+    /// User, uid or group:NAME that may read through that socket. Root and the PKI's own user may do everything.
+    #[arg(long, num_args = 1..)]
+    admin_readers: Vec<String>,
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
@@ -174,6 +184,7 @@ fn main() -> ExitCode {
         Verb::Host(command) => command.run(),
         Verb::Deny(command) => command.run(),
         Verb::Role(command) => command.run(),
+        Verb::Recovery(command) => command.run(),
         Verb::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
@@ -227,10 +238,15 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         advertise: advertised(&args)?,
         ..Options::default()
     };
+    let readers = admin::Readers::parse(&args.admin_readers).map_err(|why| anyhow!("--admin-readers: {why}"))?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("--listen {}: cannot bind; is another meshd-pki running?", args.listen))?;
     let pki = Arc::new(Pki::open(&args.state, options)?);
+    let socket = args.admin_socket.unwrap_or_else(|| args.state.join(admin::SOCKET));
+    let operators =
+        admin::bind(&socket, &readers).with_context(|| format!("--admin-socket {}: cannot bind", socket.display()))?;
+    tokio::spawn(admin::serve_socket(pki.clone(), operators, readers));
     if let Some(address) = args.metrics {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));

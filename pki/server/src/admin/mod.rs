@@ -7,7 +7,10 @@ mod entries;
 mod error;
 mod gates;
 mod host;
+mod recovery;
 mod role;
+mod service;
+mod socket;
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -17,6 +20,8 @@ use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{self as wire};
 
 pub use self::error::AdminError;
+pub(crate) use self::service::AdminService;
+pub use self::socket::{Readers, bind, serve_socket};
 use crate::audit::Event;
 use crate::clock::Distrust;
 use crate::keys::Kek;
@@ -26,6 +31,9 @@ use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 pub use crate::store::roles::Role;
 use crate::times::rfc3339;
+
+/// The name of the socket, in the state directory unless told otherwise.
+pub const SOCKET: &str = "admin.sock";
 
 /// Who asks, as the kernel or TLS has it; never what the caller says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +73,12 @@ impl Pki {
         let distrust = self.distrust();
         let lifetimes = &self.lifetimes;
         let desk = Desk { state: &self.state, lifetimes, distrust, kek: Some(&self.kek), actor, now: self.now() };
-        let reply = desk.carry_out(command)?;
+        let reply = desk.carry_out(command);
+        if let Err(AdminError::Forbidden(why)) = &reply {
+            let (by, detail) = (Some(actor.name.clone()), Some(why.clone()));
+            self.record_refusal(Event { event: "admin", result: "refused", by, detail, ..Event::default() });
+        }
+        let reply = reply?;
         self.refresh()?;
         Ok(reply)
     }
@@ -108,7 +121,9 @@ impl Desk<'_> {
             Command::EntryList(asked) => self.entry_list(&asked.host).map(Reply::Entries),
             Command::EntryAdd(asked) => self.entry_add(&asked).map(Reply::Done),
             Command::EntryRemove(asked) => self.entry_remove(&asked).map(Reply::Done),
-            _ => Err(AdminError::Invalid("this meshd-pki does not know the command; install a newer one".to_owned())),
+            Command::RecoveryShow(_) => self.recovery_show().map(Reply::Recovery),
+            Command::RecoveryRequest(_) => self.recovery_request().map(Reply::RecoveryWish),
+            Command::RecoveryImport(asked) => self.recovery_import(&asked).map(Reply::Done),
         }
     }
 

@@ -4,6 +4,7 @@ pub(crate) mod authority;
 pub(crate) mod deny;
 pub(crate) mod host;
 mod place;
+pub(crate) mod recovery;
 pub(crate) mod role;
 mod show;
 

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use meshd_pki::times::{parse_rfc3339, unix};
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{
-    Authorities, Authority, BlastRadius, DenySet, Done, Entry, Gate, HostDetail, HostSummary, RoleGranted,
+    Authorities, Authority, BlastRadius, DenySet, Done, Entry, Gate, HostDetail, HostSummary, Recovery, RoleGranted,
 };
 
 pub(super) fn show(reply: &Reply) -> String {
@@ -22,7 +22,9 @@ pub(super) fn show(reply: &Reply) -> String {
         Reply::Roles(reply) => roles(&mut text, &reply.roles),
         Reply::Token(reply) => writeln!(text, "{}", reply.token),
         Reply::Entries(reply) => entries(&mut text, &reply.entries),
-        _ => Ok(()),
+        Reply::Recovery(reply) => recovery(&mut text, reply),
+        // To be carried to where the key is: the same in both forms.
+        Reply::RecoveryWish(reply) => writeln!(text, "{}", serde_json::to_string_pretty(reply).unwrap_or_default()),
     };
     text
 }
@@ -176,4 +178,17 @@ fn roles(text: &mut String, roles: &[RoleGranted]) -> std::fmt::Result {
 fn entries(text: &mut String, entries: &[Entry]) -> std::fmt::Result {
     writeln!(text, "{:<20} IDENTITY", "HOST")?;
     entries.iter().try_for_each(|one| writeln!(text, "{:<20} {}", one.host, one.identity))
+}
+
+fn recovery(text: &mut String, reply: &Recovery) -> std::fmt::Result {
+    for (position, key) in reply.key_ids.iter().enumerate() {
+        writeln!(text, "{:<8} recovery key {key}", if position == 0 { "current" } else { "next" })?;
+    }
+    for one in &reply.statements {
+        let bundle = one.bundle_sequence.map(|sequence| format!("trust bundle {sequence}"));
+        let next = one.next_key_id.as_ref().map(|key| format!("next recovery key {key}"));
+        let says: Vec<String> = bundle.into_iter().chain(next).collect();
+        writeln!(text, "said     {}: {}", one.issued, says.join("; "))?;
+    }
+    Ok(())
 }

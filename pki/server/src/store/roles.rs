@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{DbError, Records, View, list, put};
+use super::{DbError, Records, View, get, list, put};
 
 /// What a role may do includes what those before it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -38,6 +38,10 @@ fn key(spiffe_id: &str) -> String {
 
 pub(crate) fn all(view: &mut dyn View) -> Result<Vec<(String, Role)>, DbError> {
     list(view, PREFIX)
+}
+
+pub(crate) fn role(view: &mut dyn View, spiffe_id: &str) -> Result<Option<Role>, DbError> {
+    get(view, &key(spiffe_id))
 }
 
 pub(crate) fn grant(records: &mut dyn Records, spiffe_id: &str, role: Role) -> Result<(), DbError> {

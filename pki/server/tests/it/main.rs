@@ -7,6 +7,7 @@ mod http;
 mod impostors;
 mod operation;
 mod profile;
+mod recovery;
 mod renewal;
 mod shut_out;
 mod support;
