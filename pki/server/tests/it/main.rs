@@ -1,5 +1,6 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
+mod admin_api;
 mod authority;
 mod cli;
 mod enrolment;
