@@ -68,7 +68,7 @@ fn a_recovery_key_is_succeeded_and_its_successor_by_another() {
     assert!(done.what.contains("the next recovery key is"), "{done:?}");
     let web = desk.enrol_with(&desk.token("web", &[]).unwrap()).unwrap();
     assert_eq!(web.recovery_keys, [public(&first), public(&second)], "hosts pin two");
-    assert_eq!(statement(&desk.served()[0], &first).next_key.is_some(), true);
+    assert!(statement(&desk.served()[0], &first).next_key.is_some());
     let report = v1::SyncRequest { instance: "one".to_owned(), ..v1::SyncRequest::default() };
     let told = desk.pki().sync_report(Some(&web.svid.unwrap().chain[0]), &report, "test").unwrap().recovery;
     assert_eq!(told, one.statement);
