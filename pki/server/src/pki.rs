@@ -19,10 +19,11 @@ use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
-use crate::rotation::step::{RotationError, Rotator};
+use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
+use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
-use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
+use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::Current;
 use crate::times::{Clock, unix, unix_ms};
 
@@ -40,7 +41,12 @@ pub struct Options {
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
+    /// The operator vouches for the clock, whatever the PKI has on record.
+    pub clock_is_right: bool,
 }
+
+const UNCONFIRMED: &str = "the PKI was off for long, or its clock is wrong: hosts confirm it with their reports, or \
+                           start meshd-pki with `--clock-is-right` if the clock is right now";
 
 pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
 
@@ -51,6 +57,7 @@ impl Default for Options {
             advertise: Vec::new(),
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
+            clock_is_right: false,
         }
     }
 }
@@ -78,8 +85,6 @@ pub enum PkiError {
     State(#[from] StateError),
     #[error(transparent)]
     Signer(#[from] SignerError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
 }
 
 pub struct Pki {
@@ -90,6 +95,7 @@ pub struct Pki {
     clock: Clock,
     boot_time: BootTime,
     clock_guard: Mutex<ClockGuard>,
+    start: Mutex<Start>,
     distrust: RwLock<Option<Distrust>>,
     instances: Mutex<Instances>,
     pub(crate) nonces: Nonces,
@@ -117,9 +123,8 @@ impl Pki {
                 .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
         }
         let now = (options.clock)();
-        // Before anything is signed: a PKI that was off for long may have no root left that verifies.
-        rotate(&state, &kek, &options.lifetimes, true, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
+        let start = begin(&state, &kek, &options, now)?;
+        let signer = Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?;
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -128,6 +133,7 @@ impl Pki {
             clock: options.clock,
             boot_time: options.boot_time,
             clock_guard: Mutex::default(),
+            start: Mutex::new(start),
             distrust: RwLock::default(),
             instances: Mutex::default(),
             nonces: Nonces::new(&kek.derived("attestation nonces")),
@@ -151,10 +157,20 @@ impl Pki {
     pub fn maintain(&self) -> Result<(), PkiError> {
         let now = self.now();
         self.look_at_clocks()?;
-        rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
+        rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
-        if self.distrust().is_none() {
+        if self.is_sure_of_clock() {
             self.forget_ended(now)?;
+            self.record_good_time(now)?;
+        }
+        Ok(())
+    }
+
+    fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
+        let due = self.start().record(unix(now));
+        if let Some(time) = due {
+            let record = |records: &mut dyn Records| settings::set_last_good(records, time).map_err(StateError::from);
+            self.state.database.transaction(record)?;
         }
         Ok(())
     }
@@ -173,7 +189,7 @@ impl Pki {
     /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
-        let now = self.now();
+        let now = self.start().not_before_last(self.now());
         let (trust, stored) = self.state.database.read(|view| -> Result<_, StateError> {
             Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
         })?;
@@ -201,13 +217,27 @@ impl Pki {
 
     fn look_at_clocks(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let since = unix(now) - HEARD_LATELY_S;
+        let lately = unix(now) - HEARD_LATELY_S..=unix(now);
         let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
         let offsets: Vec<i64> =
-            hosts.iter().filter(|host| host.last_seen >= since).map(|host| host.clock_offset_ms).collect();
+            hosts.iter().filter(|host| lately.contains(&host.last_seen)).map(|host| host.clock_offset_ms).collect();
+        let boot = (self.boot_time)();
+        let was_sure = self.start().is_confirmed();
+        let standing = self.start().judge(unix(now), boot, &hosts, &self.lifetimes);
         let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = guard.look(now, (self.boot_time)(), &offsets, self.lifetimes.skew);
+        if matches!(self.distrust(), Some(Distrust::Behind { .. })) {
+            // The step that puts it right is no jump.
+            guard.forget();
+        }
+        let jumped = guard.look(now, boot, &offsets, self.lifetimes.skew);
         drop(guard);
+        let found = match standing {
+            Standing::Behind { seconds } => Some(Distrust::Behind { seconds }),
+            Standing::Unconfirmed | Standing::Confirmed => jumped,
+        };
+        if standing == Standing::Confirmed && !was_sure {
+            tracing::info!("the clock is confirmed; rotation goes on");
+        }
         let mut distrust = self.distrust.write().unwrap_or_else(PoisonError::into_inner);
         if *distrust != found {
             match &found {
@@ -231,6 +261,21 @@ impl Pki {
             Some(why) => Err(Refused::Unavailable(format!("the PKI issues nothing now: {why}"))),
             None => Ok(()),
         }
+    }
+
+    fn start(&self) -> MutexGuard<'_, Start> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why what cannot be undone is not done by this clock now, if it is not.
+    pub(crate) fn clock_doubt(&self) -> Option<String> {
+        let unconfirmed = || (!self.start().is_confirmed()).then(|| UNCONFIRMED.to_owned());
+        self.distrust().map(|why| why.to_string()).or_else(unconfirmed)
+    }
+
+    /// Whether what cannot be undone may be done by this clock.
+    pub(crate) fn is_sure_of_clock(&self) -> bool {
+        self.distrust().is_none() && self.start().is_confirmed()
     }
 
     pub(crate) fn instances(&self) -> MutexGuard<'_, Instances> {
@@ -314,6 +359,34 @@ impl Pki {
 /// The bundle that goes with what this signer signs.
 pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
     signer.wire.clone()
+}
+
+/// Judges the clock, and does what has to be before anything is signed: a PKI that was off for long may have no root
+/// left that verifies.
+fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Result<Start, PkiError> {
+    let (last_good, hosts) = state
+        .database
+        .read(|view| -> Result<_, StateError> { Ok((settings::last_good(view)?, hosts::hosts(view)?)) })?;
+    let (boot, lifetimes) = ((options.boot_time)(), &options.lifetimes);
+    let mut start = Start::new(last_good, boot, &hosts);
+    if options.clock_is_right {
+        start.confirm();
+    }
+    let standing = start.judge(unix(now), boot, &hosts, lifetimes);
+    match standing {
+        Standing::Behind { .. } => return Ok(start),
+        Standing::Unconfirmed => tracing::warn!(
+            "the PKI was off for long, or the clock is wrong: rotation waits until hosts confirm the clock, or for {} s",
+            lifetimes.leaf.as_secs()
+        ),
+        Standing::Confirmed => rotate(state, kek, lifetimes, true, now)?,
+    }
+    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
+    let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
+    if !done.is_empty() {
+        state.record(now, &done)?;
+    }
+    Ok(start)
 }
 
 /// Takes every step that is due, one transaction each.

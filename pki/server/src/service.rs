@@ -163,8 +163,11 @@ impl Conversation {
                     Ok(None) | Err(_) => return,
                 },
                 Ok(()) = news.changed(), if had.is_some() => {
-                    let had = had.unwrap_or_default();
-                    run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(had)).await
+                    let (known, told) = (had.unwrap_or_default(), *news.borrow_and_update());
+                    let reply = run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(known)).await;
+                    // What was told is not told again with the next change.
+                    had = Some(if reply.is_ok() { known.and(told) } else { known });
+                    reply
                 }
             };
             let is_over = reply.is_err();

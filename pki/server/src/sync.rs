@@ -19,6 +19,12 @@ pub(crate) struct Had {
     pub(crate) deny: u64,
 }
 
+impl Had {
+    pub(crate) fn and(self, told: Had) -> Had {
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny) }
+    }
+}
+
 /// What there is; changes wake every conversation.
 pub(crate) type Current = Had;
 

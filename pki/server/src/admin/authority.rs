@@ -41,7 +41,7 @@ impl Desk<'_> {
                 next_root: waiting(None),
                 urgent_since: trust.urgent.map(|urgent| time(urgent.since)),
                 forced: trust.urgent.is_some_and(|urgent| urgent.force),
-                clock_distrust: self.distrust.as_ref().map(ToString::to_string),
+                clock_distrust: self.clock_doubt.clone(),
                 bundle_sequence: trust.sequence,
             })
         })
@@ -227,7 +227,7 @@ impl Desk<'_> {
     }
 
     fn explain(&self, gates: &[Gate], world: &Surroundings<'_>) -> Vec<wire::Gate> {
-        gates.iter().map(|gate| explain(gate, world, self.distrust.as_ref())).collect()
+        gates.iter().map(|gate| explain(gate, world, self.clock_doubt.as_deref())).collect()
     }
 
     fn look_around<T>(&self, view: &mut dyn View, judge: impl FnOnce(&Surroundings<'_>) -> T) -> Result<T, AdminError> {
@@ -235,7 +235,7 @@ impl Desk<'_> {
             hosts: &hosts::hosts(view)?,
             intermediates: &intermediates::all(view)?,
             lifetimes: self.lifetimes,
-            clock_is_good: self.distrust.is_none(),
+            clock_is_good: self.clock_doubt.is_none(),
             now: unix(self.now),
         }))
     }

@@ -12,11 +12,10 @@ use crate::audit::Event;
 use crate::deny::Floor;
 use crate::enrol::excerpt;
 use crate::rotation::RootState;
-use crate::rotation::decide::seconds;
 use crate::store::deny::{self, NEVER};
 use crate::store::hosts::{self, HostState};
 use crate::store::{DbError, View, intermediates, trust};
-use crate::times::unix;
+use crate::times::{seconds, unix};
 
 /// What a command names, resolved.
 struct Target {

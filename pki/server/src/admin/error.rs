@@ -3,7 +3,6 @@ use tonic::{Code, Status};
 use crate::commands::CommandError;
 use crate::keys::KeyError;
 use crate::pki::PkiError;
-use crate::rotation::step::RotationError;
 use crate::state_dir::StateError;
 use crate::store::DbError;
 
@@ -22,8 +21,6 @@ pub enum AdminError {
     Forbidden(String),
     #[error(transparent)]
     Command(#[from] CommandError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
     #[error(transparent)]
     Pki(#[from] PkiError),
 }
@@ -55,7 +52,6 @@ impl AdminError {
             AdminError::Invalid(_) => Code::InvalidArgument,
             AdminError::Forbidden(_) => Code::PermissionDenied,
             AdminError::Command(CommandError::State(_) | CommandError::Db(_) | CommandError::Key(_))
-            | AdminError::Rotation(_)
             | AdminError::Pki(_) => Code::Internal,
             AdminError::Command(_) => Code::InvalidArgument,
         }

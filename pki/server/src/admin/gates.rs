@@ -3,10 +3,9 @@
 use meshd_pki_api::admin as wire;
 
 use super::time;
-use crate::clock::Distrust;
 use crate::rotation::decide::{Gate, Surroundings, longest_leaf};
 
-pub(super) fn explain(gate: &Gate, world: &Surroundings<'_>, distrust: Option<&Distrust>) -> wire::Gate {
+pub(super) fn explain(gate: &Gate, world: &Surroundings<'_>, clock_doubt: Option<&str>) -> wire::Gate {
     let open = |name: &str, why: String| wire::Gate { name: name.to_owned(), why, until: None, who: Vec::new() };
     let timed =
         |name: &str, why: &str, until: i64| wire::Gate { until: Some(time(until)), ..open(name, why.to_owned()) };
@@ -17,7 +16,7 @@ pub(super) fn explain(gate: &Gate, world: &Surroundings<'_>, distrust: Option<&D
             open("too_many_roots", "the bundle holds 4 roots; an old one has to leave first".to_owned())
         }
         Gate::Clock => {
-            let why = distrust.map_or_else(|| "the PKI's clock is not believed".to_owned(), ToString::to_string);
+            let why = clock_doubt.unwrap_or("the PKI's clock is not believed").to_owned();
             open("clock", why)
         }
         Gate::Replicas(who) => {

@@ -13,7 +13,7 @@ mod service;
 mod socket;
 
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
@@ -23,14 +23,15 @@ pub use self::error::AdminError;
 pub(crate) use self::service::AdminService;
 pub use self::socket::{Readers, bind, serve_socket};
 use crate::audit::Event;
-use crate::clock::Distrust;
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::pki::Pki;
 use crate::rotation::step::Rotator;
+use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
 pub use crate::store::roles::Role;
-use crate::times::rfc3339;
+use crate::store::{DbError, settings};
+use crate::times::{rfc3339, unix};
 
 /// The name of the socket, in the state directory unless told otherwise.
 pub const SOCKET: &str = "admin.sock";
@@ -63,16 +64,24 @@ pub fn run_on(dir: &Path, actor: &Actor, command: Command, now: SystemTime) -> R
     let state = StateDir::open(dir)?;
     // The server's own may be shorter. What is on record of its certificates counts besides, so waits can only be longer.
     let lifetimes = Lifetimes::default();
-    let desk = Desk { state: &state, lifetimes: &lifetimes, distrust: None, kek: None, actor, now };
+    let clock_doubt = clock_doubt(&state, &lifetimes, now)?;
+    let desk = Desk { state: &state, lifetimes: &lifetimes, clock_doubt, kek: None, actor, now };
     desk.carry_out(command)
+}
+
+/// No server runs that could have heard what time it is: only the time on record tells.
+fn clock_doubt(state: &StateDir, lifetimes: &Lifetimes, now: SystemTime) -> Result<Option<String>, DbError> {
+    let last_good = state.database.read(settings::last_good)?;
+    let standing = Start::new(last_good, Duration::ZERO, &[]).judge(unix(now), Duration::ZERO, &[], lifetimes);
+    let doubt = "no server of this PKI has run lately that could vouch for this machine's clock; start it";
+    Ok((standing != Standing::Confirmed).then(|| doubt.to_owned()))
 }
 
 impl Pki {
     /// Carries a command out on the running PKI, with effect when it returns.
     pub fn command(&self, actor: &Actor, command: Command) -> Result<Reply, AdminError> {
-        let distrust = self.distrust();
-        let lifetimes = &self.lifetimes;
-        let desk = Desk { state: &self.state, lifetimes, distrust, kek: Some(&self.kek), actor, now: self.now() };
+        let (clock_doubt, lifetimes) = (self.clock_doubt(), &self.lifetimes);
+        let desk = Desk { state: &self.state, lifetimes, clock_doubt, kek: Some(&self.kek), actor, now: self.now() };
         let reply = desk.carry_out(command);
         if let Err(AdminError::Forbidden(why)) = &reply {
             let (by, detail) = (Some(actor.name.clone()), Some(why.clone()));
@@ -88,7 +97,8 @@ impl Pki {
 struct Desk<'a> {
     state: &'a StateDir,
     lifetimes: &'a Lifetimes,
-    distrust: Option<Distrust>,
+    /// Why nothing is done now that depends on the clock.
+    clock_doubt: Option<String>,
     /// `None`: it is in the state directory, and loaded by the commands that need it.
     kek: Option<&'a Kek>,
     actor: &'a Actor,
@@ -146,7 +156,7 @@ impl Desk<'_> {
             domain: &self.state.trust_domain,
             kek,
             lifetimes: self.lifetimes,
-            clock_is_good: self.distrust.is_none(),
+            clock_is_good: self.clock_doubt.is_none(),
             now: self.now,
         })
     }

@@ -264,11 +264,16 @@ fn no_step_is_taken_while_the_clock_is_not_believed() {
 
 #[test]
 fn the_same_commands_work_on_the_directory_of_a_pki_that_is_off() {
-    let dir = tempfile::tempdir().unwrap();
-    let now = std::time::SystemTime::now();
-    meshd_pki::state_dir::init(dir.path(), &crate::support::domain(), None, now).unwrap();
-    let prepared = run_on(dir.path(), &alice(), PREPARE, now).unwrap();
-    assert!(matches!(prepared, Reply::Done(_)));
-    let refused = run_on(dir.path(), &alice(), ACTIVATE, now).unwrap_err().to_string();
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    desk.pass(DAY + HOUR);
+    let on_directory = |desk: &Desk, command| run_on(desk.dir.path(), &alice(), command, desk.now());
+    assert!(matches!(on_directory(&desk, PREPARE), Ok(Reply::Done(_))));
+    let refused = on_directory(&desk, ACTIVATE).unwrap_err().to_string();
     assert!(refused.contains("old_leaves"), "{refused}");
+    desk.off_for(DAY);
+    let refused = on_directory(&desk, ACTIVATE).unwrap_err().to_string();
+    assert!(refused.contains("clock:") && refused.contains("start it"), "nobody vouches for the clock: {refused}");
+    desk.open();
+    desk.done(taint(&desk.root("prepared").unwrap()));
 }

@@ -3,6 +3,7 @@
 mod admin_api;
 mod authority;
 mod cli;
+mod clocks;
 mod enrolment;
 mod http;
 mod impostors;

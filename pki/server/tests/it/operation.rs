@@ -28,23 +28,35 @@ pub(crate) struct Desk {
     pki: Option<Pki>,
     start: SystemTime,
     passed: Arc<AtomicU64>,
+    /// How far its wall clock is ahead, in seconds.
+    pub(crate) ahead: Arc<AtomicU64>,
+    pub(crate) lifetimes: Lifetimes,
+    pub(crate) clock_is_right: bool,
 }
 
 impl Desk {
     pub(crate) fn new() -> Desk {
+        Desk::with(Lifetimes::default())
+    }
+
+    pub(crate) fn with(lifetimes: Lifetimes) -> Desk {
         let dir = tempfile::tempdir().unwrap();
         let start = SystemTime::now();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
-        let mut desk = Desk { dir, pki: None, start, passed: Arc::default() };
+        let (passed, ahead) = (Arc::default(), Arc::default());
+        let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false };
         desk.open();
         desk
     }
 
     pub(crate) fn open(&mut self) {
         self.pki = None;
-        let (start, passed) = (self.start, self.passed.clone());
-        let clock = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
-        self.pki = Some(Pki::open(self.dir.path(), Options::with_clock(Lifetimes::default(), clock)).unwrap());
+        let (start, passed, ahead) = (self.start, self.passed.clone(), self.ahead.clone());
+        let right = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
+        let options = Options::with_clock(self.lifetimes, right.clone());
+        let clock = Arc::new(move || right() + Duration::from_secs(ahead.load(SeqCst)));
+        let options = Options { clock, clock_is_right: self.clock_is_right, ..options };
+        self.pki = Some(Pki::open(self.dir.path(), options).unwrap());
     }
 
     pub(crate) fn pki(&self) -> &Pki {
@@ -56,8 +68,12 @@ impl Desk {
     }
 
     pub(crate) fn pass(&self, seconds: u64) {
-        self.passed.fetch_add(seconds, SeqCst);
+        self.off_for(seconds);
         self.pki().maintain().unwrap();
+    }
+
+    pub(crate) fn off_for(&self, seconds: u64) {
+        self.passed.fetch_add(seconds, SeqCst);
     }
 
     pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
@@ -77,7 +93,7 @@ impl Desk {
         self.enrol_at(token, self.now())
     }
 
-    fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
@@ -92,8 +108,12 @@ impl Desk {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
-        let host_time_unix_ms = unix_ms(self.now());
-        let request = v1::IssueBatchRequest { items, host_time_unix_ms, ..v1::IssueBatchRequest::default() };
+        let request = v1::IssueBatchRequest {
+            items,
+            host_time_unix_ms: unix_ms(self.now()),
+            bundle_sequence: self.status().bundle_sequence,
+            ..v1::IssueBatchRequest::default()
+        };
         self.pki().issue_batch(certificate, &request, "test")
     }
 
@@ -137,7 +157,7 @@ fn a_restart_keeps_the_intermediate() {
 fn a_pki_that_was_off_for_months_starts_by_itself() {
     let mut desk = Desk::new();
     desk.enrol("web");
-    desk.passed.fetch_add(120 * DAY, SeqCst);
+    desk.off_for(120 * DAY);
     desk.open();
     let chain = desk.enrol("web");
     assert!(inspect_svid(&chain[0]).unwrap().not_after > desk.now() + Duration::from_secs(23 * HOUR));
@@ -187,6 +207,16 @@ fn issuing_needs_the_certificate_of_an_enrolled_host() {
     let stranger = ca.svid(&SpiffeId::host(&domain(), "stranger").unwrap());
     let refused = desk.renew("web", Some(&stranger.chain[0])).unwrap_err();
     assert!(refused.to_string().contains("`stranger` is not enrolled"), "{refused}");
+}
+
+#[test]
+fn a_refused_jwt_is_in_the_audit_log() {
+    let desk = Desk::new();
+    let request = v1::IssueJwtRequest { audience: vec!["billing".to_owned()], ..v1::IssueJwtRequest::default() };
+    desk.pki().issue_jwt(None, &request, "test").unwrap_err();
+    let log = std::fs::read_to_string(desk.dir.path().join("audit.jsonl")).unwrap();
+    let refused = |line: &str| line.contains(r#""event":"issue_jwt","result":"refused""#);
+    assert_eq!(log.lines().filter(|line| refused(line)).count(), 1);
 }
 
 #[test]
