@@ -81,6 +81,13 @@ impl Mesh {
         Ok(())
     }
 
+    /// Has the running PKI deny somebody: `whom` is an option of `meshd-pki deny add`, with its value.
+    pub fn deny(&self, whom: &[&str]) -> Result<()> {
+        let program = self.pki_program(&["deny", "add"]).args(whom);
+        self.pki_host().run(&program)?.expect_success("meshd-pki deny add")?;
+        Ok(())
+    }
+
     /// A one-use token for a host, allowing the identities of its workloads.
     pub fn token(&self, host: &HostPlan) -> Result<String> {
         let address = self.pki_address();

@@ -116,8 +116,9 @@ impl Pki {
 fn prove(view: &mut dyn View, request: &v1::AttestRequest, domain: &TrustDomain) -> Result<(Host, Vec<u8>), Refused> {
     let known = hosts::host(view, &request.host_id)?;
     let host = known.ok_or_else(|| not_enrolled(&request.host_id))?;
-    let used = proven_key(&host, request, domain)?;
+    // First, for an evicted host has no key left to prove: it is told why.
     check_standing(&host)?;
+    let used = proven_key(&host, request, domain)?;
     Ok((host, used))
 }
 
@@ -128,12 +129,13 @@ fn not_enrolled(host: &str) -> Refused {
     ))
 }
 
-/// The key, by its SHA-256, that signed: the one enrolled, or the one that was issued last and never seen since.
+/// The key, by its SHA-256, to know the host by: the current one, or the one that was issued last and never seen since.
 fn proven_key(host: &Host, request: &v1::AttestRequest, domain: &TrustDomain) -> Result<Vec<u8>, Refused> {
     let message = attestation_message(domain, &request.host_id, &request.nonce, &request.csr);
     let signed_with =
         |spki: &[u8]| VerifyingKey::from_spki(spki).is_some_and(|key| key.verify(&message, &request.signature));
-    if signed_with(&host.public_key) {
+    // A snapshot has the enrolled key; it is not the current one, which stays what the host is known by meanwhile.
+    if signed_with(&host.public_key) || signed_with(&host.enrolled_key) {
         return Ok(host.key_current.clone());
     }
     match &host.next {

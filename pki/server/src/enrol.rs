@@ -169,6 +169,7 @@ fn admit(
         state: HostState::Active,
         key_current: csr.key_id.to_vec(),
         public_key: csr.spki.clone(),
+        enrolled_key: csr.spki.clone(),
         next: None,
         enrolled_at: now,
         last_seen: now,

@@ -24,7 +24,7 @@ use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
-use crate::sync::Current;
+use crate::sync::{Current, Had};
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
@@ -102,6 +102,8 @@ pub struct Pki {
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
+    /// The server is told to stop.
+    stopping: watch::Sender<bool>,
     pub(crate) kek: Kek,
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
@@ -124,7 +126,8 @@ impl Pki {
         }
         let now = (options.clock)();
         let start = begin(&state, &kek, &options, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?;
+        let signer =
+            Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -139,6 +142,7 @@ impl Pki {
             nonces: Nonces::new(&kek.derived("attestation nonces")),
             deny: RwLock::default(),
             current: watch::Sender::default(),
+            stopping: watch::Sender::default(),
             kek,
             state,
             signer: RwLock::new(Arc::new(signer)),
@@ -197,7 +201,7 @@ impl Pki {
         // It is not the stored one any more when an operator has tainted it.
         let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
         if !is_stored || !signer.is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
         }
@@ -207,8 +211,23 @@ impl Pki {
     }
 
     fn tell(&self) {
-        let current = Current { bundle: self.signer().bundle.sequence, deny: self.deny().sequence };
-        self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
+        let signer = self.signer();
+        let newest = Had { bundle: signer.bundle.sequence, deny: self.deny().sequence };
+        let current = Current { newest, tainted: signer.tainted.clone() };
+        self.current.send_if_modified(|known| {
+            let is_news = *known != current;
+            *known = current;
+            is_news
+        });
+    }
+
+    /// Conversations would go on for as long as the hosts run.
+    pub(crate) fn end_conversations(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
     }
 
     pub(crate) fn news(&self) -> watch::Receiver<Current> {

@@ -63,6 +63,7 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     }
     drop(listener);
     maintenance.shutdown().await;
+    pki.end_conversations();
     if timeout(DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
     }

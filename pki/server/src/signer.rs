@@ -21,7 +21,7 @@ use crate::store::hosts::Issued;
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{Records, trust};
 use crate::sync::tainted;
-use crate::times::{from_unix, rfc3339, seconds, unix};
+use crate::times::{Clock, TlsTime, from_unix, rfc3339, seconds, unix};
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
 /// never of different times.
@@ -130,6 +130,14 @@ impl Signer {
             not_after: unix(leaf.not_after),
         };
         Ok((v1::Svid { spiffe_id: id.to_string(), chain }, issued))
+    }
+
+    /// Certificates of callers are judged by the PKI's clock, as everything else here.
+    pub(crate) fn judging_by(mut self, clock: &Clock) -> Signer {
+        let mut tls = ServerConfig::clone(&self.tls);
+        tls.time_provider = Arc::new(TlsTime(clock.clone()));
+        self.tls = Arc::new(tls);
+        self
     }
 
     pub(crate) fn is_fresh(&self, trust: &Trust, now: SystemTime) -> bool {

@@ -26,7 +26,11 @@ impl Had {
 }
 
 /// What there is; changes wake every conversation.
-pub(crate) type Current = Had;
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Current {
+    pub(crate) newest: Had,
+    pub(crate) tainted: Vec<String>,
+}
 
 impl Pki {
     /// Judges the host anew, notes its report, and answers. The certificate may have ended and the host may have been

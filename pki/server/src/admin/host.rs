@@ -102,22 +102,28 @@ impl Desk<'_> {
 
     pub(super) fn host_unban(&self, name: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        self.state.database.transaction(|records| {
+        let state = self.state.database.transaction(|records| {
             let mut host = known(records, name)?;
             if host.state != HostState::Banned {
                 return Err(AdminError::NotNow(format!("host `{name}` is not banned; it is {}", host.state.name())));
             }
-            host.state = HostState::Active;
+            host.unban();
             hosts::put_host(records, &host)?;
             let longest = self.longest_leaf(records)?;
             let entries = of_host(records, name, Some(&id), 0, longest, self.skew())?;
             self.change_deny(records, |all| all.retain(|one| !entries.iter().any(|gone| gone.whom == one.whom)))?;
-            self.record_host("host_unban", name, &id, String::new())
+            self.record_host("host_unban", name, &id, String::new())?;
+            Ok(host.state)
         })?;
-        let follows = format!(
-            "the key it enrolled counts again; if somebody else may have it: `meshd-pki host evict {name}`, and join \
-             the host with a new token"
-        );
+        let follows = match state {
+            HostState::Evicted => format!(
+                "it was evicted before that, and still is: `meshd-pki token create --host {name}`, and `meshd join` on it"
+            ),
+            _ => format!(
+                "the key it enrolled counts again; if somebody else may have it: `meshd-pki host evict {name}`, and \
+                 join the host with a new token"
+            ),
+        };
         Ok(done(format!("host {name} is no longer banned"), vec![follows]))
     }
 
@@ -129,7 +135,7 @@ impl Desk<'_> {
                 let state = host.state.name();
                 return Err(AdminError::NotNow(format!("host `{name}` is {state}, and gets nothing as it is")));
             }
-            host.state = HostState::Evicted;
+            host.evict();
             hosts::put_host(records, &host)?;
             // With the token it joined by, it could repeat that.
             tokens::end_those_of(records, name, unix(self.now))?;

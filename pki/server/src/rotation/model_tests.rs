@@ -212,6 +212,7 @@ fn record(id: usize) -> Host {
         state: HostState::Active,
         key_current: vec![],
         public_key: vec![],
+        enrolled_key: vec![],
         next: None,
         enrolled_at: START,
         last_seen: START,

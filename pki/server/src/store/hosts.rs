@@ -41,6 +41,10 @@ pub(crate) struct Host {
     /// The SubjectPublicKeyInfo itself: what a host proves that comes back after its certificate has ended.
     #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) public_key: Vec<u8>,
+    /// SubjectPublicKeyInfo of the key it enrolled with. A host restored from a snapshot of any age holds it still; it is
+    /// worth nothing any more once the host enrols again. Empty for hosts from before there was such a thing.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) enrolled_key: Vec<u8>,
     /// Issued but not yet used: the reply may have been lost, so both keys are the host's until one is seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) next: Option<NextKey>,
@@ -81,6 +85,20 @@ impl Host {
             let possible = roots.iter().filter(|root| root.len() <= LONGEST_ROOT_ID);
             self.roots_in_use = possible.take(MOST_ROOTS_TOLD).cloned().collect();
         }
+    }
+
+    /// No key of it counts any more, not even when a ban is undone later: it needs a token.
+    pub(crate) fn evict(&mut self) {
+        self.state = HostState::Evicted;
+        self.next = None;
+        for key in [&mut self.key_current, &mut self.public_key, &mut self.enrolled_key] {
+            key.clear();
+        }
+    }
+
+    /// As it was before the ban.
+    pub(crate) fn unban(&mut self) {
+        self.state = if self.key_current.is_empty() { HostState::Evicted } else { HostState::Active };
     }
 
     /// It proved to hold this key; the one before is not its own any more.

@@ -186,6 +186,12 @@ fn an_evicted_host_cannot_attest_with_the_key_it_had() {
     attest().unwrap();
     desk.done(evict("web"));
     assert!(attest().unwrap_err().to_string().contains("was evicted"));
+    desk.done(ban("web"));
+    assert!(attest().unwrap_err().to_string().contains("is banned"));
+    let done = desk.done(unban("web"));
+    assert!(done.follows[0].contains("still is") && done.follows[0].contains("token create --host web"), "{done:?}");
+    assert_eq!(desk.state_of("web"), "evicted", "a ban undone leads back to where the host was");
+    assert!(attest().unwrap_err().to_string().contains("was evicted"));
 }
 
 #[test]
