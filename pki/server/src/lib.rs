@@ -10,6 +10,7 @@
 
 pub mod admin;
 mod attest;
+mod attestors;
 pub mod audit;
 pub mod authority;
 pub mod clock;
@@ -17,10 +18,13 @@ pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+pub mod entries;
 mod instances;
 pub mod issue;
+mod join_token;
 mod jwt;
 mod keys;
+pub mod labels;
 pub mod lifetimes;
 pub mod metrics;
 pub mod pki;

@@ -9,14 +9,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use meshd_identity::TrustDomain;
-use meshd_pki::admin;
+use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
 use meshd_pki::{Options, Pki, state_dir};
+use meshd_pki::{admin, commands};
 use meshd_pki_api::admin as wire;
 use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
@@ -44,6 +46,8 @@ enum Verb {
     /// Join tokens.
     #[command(subcommand)]
     Token(Token),
+    /// Print where the PKI is and how to recognise it, for hosts that join by certificate or Kubernetes token. No secret.
+    Pin(Pin),
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
@@ -98,6 +102,9 @@ struct Run {
     /// User, uid or group:NAME that may read through that socket. Root and the PKI's own user may do everything.
     #[arg(long, num_args = 1..)]
     admin_readers: Vec<String>,
+    /// File that says which machine certificates and Kubernetes tokens make hosts; read again every 30 s.
+    #[arg(long)]
+    attestors: Option<PathBuf>,
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
@@ -108,7 +115,7 @@ struct Run {
 
 #[derive(Subcommand)]
 enum Token {
-    /// Print a token that lets one host join once.
+    /// Print a token that lets one host join once, or several (--max-uses).
     Create(TokenCreate),
 }
 
@@ -116,7 +123,7 @@ enum Token {
 struct TokenCreate {
     #[command(flatten)]
     place: Place,
-    /// Id the host will have.
+    /// Id the host will have; with --max-uses, what the ids of the hosts begin with.
     #[arg(long)]
     host: String,
     /// Identity the host may hold, as ns/<namespace>/sa/<name>. May be repeated.
@@ -128,24 +135,58 @@ struct TokenCreate {
     /// How long the token can be used.
     #[arg(long, default_value = "1h", value_parser = parse_duration)]
     ttl: Duration,
+    /// Let several hosts join, each once: --host is then what their ids begin with, as in web-3f9a2c11d0.
+    #[arg(long, default_value_t = 1)]
+    max_uses: u32,
+    /// Network the token can be used from, as in 10.1.0.0/16. May be repeated.
+    #[arg(long, num_args = 1..)]
+    from: Vec<IpNet>,
+    /// KEY=VALUE the hosts are known by to entries (`entry add --label`). May be repeated.
+    #[arg(long, num_args = 1..)]
+    label: Vec<Label>,
+}
+
+#[derive(Args)]
+struct Pin {
+    #[arg(long)]
+    state: PathBuf,
+    /// HOST:PORT of the PKI as hosts see it; default: what `run --advertise` said. May be repeated.
+    #[arg(long, num_args = 1..)]
+    pki: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Entry {
-    /// Permit a host an identity.
-    Add(EntryArgs),
+    /// Permit a host, or all hosts with some labels, an identity; again to change the terms.
+    Add(EntryAdd),
     /// Show what is permitted.
     List(EntryList),
-    /// Take an identity away from a host.
+    /// Take an identity away from a host, or from all hosts with some labels.
     Remove(EntryArgs),
 }
 
 #[derive(Args)]
+struct EntryAdd {
+    #[command(flatten)]
+    entry: EntryArgs,
+    /// Which processes of the host: systemd:unit:NAME.service or unix:uid:NUMBER. Without one the host decides.
+    #[arg(long)]
+    selector: Vec<String>,
+    /// Life of the certificates, if shorter than that of others.
+    #[arg(long, value_parser = parse_duration)]
+    ttl: Option<Duration>,
+}
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("parent").required(true).args(["host", "label"])))]
 struct EntryArgs {
     #[command(flatten)]
     place: Place,
     #[arg(long)]
-    host: String,
+    host: Option<String>,
+    /// KEY=VALUE of the hosts meant (`token create --label`, --attestors); with several, hosts that have all of them.
+    #[arg(long)]
+    label: Vec<Label>,
     /// ns/<namespace>/sa/<name>
     identity: String,
 }
@@ -180,6 +221,7 @@ fn main() -> ExitCode {
         Verb::Init(args) => init(&args),
         Verb::Run(args) => run(args),
         Verb::Token(Token::Create(args)) => create_token(args),
+        Verb::Pin(args) => pin(&args),
         Verb::Entry(Entry::Add(args)) => add_entry(args),
         Verb::Entry(Entry::List(args)) => list_entries(args),
         Verb::Entry(Entry::Remove(args)) => remove_entry(args),
@@ -240,6 +282,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         lifetimes: Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() },
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
+        attestors: args.attestors.clone(),
         ..Options::default()
     };
     let readers = admin::Readers::parse(&args.admin_readers).map_err(|why| anyhow!("--admin-readers: {why}"))?;
@@ -282,23 +325,44 @@ fn advertised(args: &Run) -> anyhow::Result<Vec<String>> {
 }
 
 fn create_token(args: TokenCreate) -> anyhow::Result<()> {
-    let TokenCreate { place, host, allow, pki, ttl } = args;
-    place.run(Command::TokenCreate(wire::TokenCreate { host, allow, pki, ttl_s: ttl.as_secs() }))
+    let TokenCreate { place, host, allow, pki, ttl, max_uses, from, label } = args;
+    let (from, labels) = (texts(&from), texts(&label));
+    place.run(Command::TokenCreate(wire::TokenCreate {
+        host,
+        allow,
+        pki,
+        ttl_s: ttl.as_secs(),
+        max_uses,
+        from,
+        labels,
+    }))
 }
 
-fn add_entry(args: EntryArgs) -> anyhow::Result<()> {
-    let EntryArgs { place, host, identity } = args;
-    place.run(Command::EntryAdd(wire::EntryAdd { host, identity }))
+fn pin(args: &Pin) -> anyhow::Result<()> {
+    println!("{}", commands::pin(&args.state, &args.pki)?);
+    Ok(())
+}
+
+fn add_entry(args: EntryAdd) -> anyhow::Result<()> {
+    let EntryAdd { entry: EntryArgs { place, host, label, identity }, selector, ttl } = args;
+    let (host, labels) = (host.unwrap_or_default(), texts(&label));
+    let ttl_s = ttl.map(|ttl| ttl.as_secs());
+    place.run(Command::EntryAdd(wire::EntryAdd { host, identity, labels, selectors: selector, ttl_s }))
 }
 
 fn remove_entry(args: EntryArgs) -> anyhow::Result<()> {
-    let EntryArgs { place, host, identity } = args;
-    place.run(Command::EntryRemove(wire::EntryRemove { host, identity }))
+    let EntryArgs { place, host, label, identity } = args;
+    let (host, labels) = (host.unwrap_or_default(), texts(&label));
+    place.run(Command::EntryRemove(wire::EntryRemove { host, identity, labels }))
 }
 
 fn list_entries(args: EntryList) -> anyhow::Result<()> {
     let EntryList { place, host } = args;
     place.run(Command::EntryList(wire::EntryList { host: host.unwrap_or_default() }))
+}
+
+fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(T::to_string).collect()
 }
 
 /// Exit code 2 when something needs attention, so that a script sees it.

@@ -11,8 +11,9 @@ use super::{AdminError, Desk, done, time};
 use crate::audit::Event;
 use crate::deny::Floor;
 use crate::issue::shorten;
+use crate::labels::texts;
 use crate::store::hosts::{self, Host, HostState, Issued};
-use crate::store::{Records, View, deny, roles, tokens, trust};
+use crate::store::{Records, View, deny, grants, roles, tokens, trust};
 use crate::times::{unix, unix_ms};
 
 impl Desk<'_> {
@@ -59,6 +60,8 @@ impl Desk<'_> {
                 summary: Some(self.summary(view, &host)?),
                 spiffe_id: self.host_id(name)?.to_string(),
                 key_sha256: HEXLOWER.encode(&host.key_current),
+                enrolled_by: host.enrolled_by.clone(),
+                labels: texts(&host.labels),
                 roots_in_use: host.roots_in_use.clone(),
                 certificates: certificates.collect(),
                 open_tokens: self.open_tokens(view, name)?,
@@ -68,7 +71,7 @@ impl Desk<'_> {
 
     fn open_tokens(&self, view: &mut dyn View, host: &str) -> Result<Vec<String>, AdminError> {
         let open = tokens::open(view, unix(self.now))?.into_iter();
-        Ok(open.filter(|token| token.host_id == host).map(|token| token.id).collect())
+        Ok(open.filter(|token| token.is_for(host)).map(|token| token.id).collect())
     }
 
     pub(super) fn host_id(&self, name: &str) -> Result<SpiffeId, AdminError> {
@@ -77,7 +80,7 @@ impl Desk<'_> {
 
     pub(super) fn host_ban(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let serials = self.state.database.transaction(|records| {
+        let (serials, shared) = self.state.database.transaction(|records| {
             let mut host = known(records, name)?;
             if host.state == HostState::Banned {
                 return Err(AdminError::NotNow(format!("host `{name}` is banned already")));
@@ -90,13 +93,14 @@ impl Desk<'_> {
             let serials = entries.len() - 1;
             self.change_deny(records, |all| entries.iter().for_each(|one| super::deny::put(all, one.clone())))?;
             self.record_host("host_ban", name, &id, format!("{serials} certificates denied{}", because(reason)))?;
-            Ok(serials)
+            Ok::<_, AdminError>((serials, tokens::shared_by(records, name, unix(self.now))?))
         })?;
-        let follows = vec![
+        let mut follows = vec![
             format!("its identity and its {serials} valid certificates are refused, and what is open is closed"),
             "it gets nothing more; JWT-SVIDs it was given end by themselves within an hour".to_owned(),
             format!("until `meshd-pki host unban {name}`"),
         ];
+        follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is banned"), follows))
     }
 
@@ -129,7 +133,7 @@ impl Desk<'_> {
 
     pub(super) fn host_evict(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let valid = self.state.database.transaction(|records| {
+        let (host, valid, shared) = self.state.database.transaction(|records| {
             let mut host = known(records, name)?;
             if host.state != HostState::Active {
                 let state = host.state.name();
@@ -140,15 +144,22 @@ impl Desk<'_> {
             // With the token it joined by, it could repeat that.
             tokens::end_those_of(records, name, unix(self.now))?;
             self.record_host("host_evict", name, &id, because(reason).trim_start_matches(": ").to_owned())?;
-            Ok(hosts::issued(records, name)?.into_iter().filter(|one| one.not_after > unix(self.now)).count())
+            let valid = hosts::issued(records, name)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
+            Ok::<_, AdminError>((host, valid, tokens::shared_by(records, name, unix(self.now))?))
         })?;
-        let follows = vec![
-            format!("to let it in again: `meshd-pki token create --host {name}`, and `meshd join` on it"),
+        let mut follows = vec![
+            match host.enrolled_by.as_str() {
+                "" => format!("to let it in again: `meshd-pki token create --host {name}`, and `meshd join` on it"),
+                way => format!(
+                    "it comes back as soon as it joins by {way} again; to prevent that: `meshd-pki host ban {name}`"
+                ),
+            },
             format!(
                 "its {valid} valid certificates are good until they end; to cut them off now: `meshd-pki deny add \
                  --host {name}`"
             ),
         ];
+        follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is evicted, and its join tokens have ended"), follows))
     }
 
@@ -168,22 +179,21 @@ impl Desk<'_> {
             for one in hosts::issued(view, name)?.into_iter().filter(|one| one.not_after > unix(self.now)) {
                 held.entry(one.spiffe_id.clone()).or_default().push(one);
             }
-            let entries = hosts::entries(view)?;
-            let others = |id: &str| {
-                let others = entries.iter().filter(|entry| entry.spiffe_id == id && entry.host != name);
-                others.map(|entry| entry.host.clone()).collect()
-            };
-            let identities = held.iter().map(|(id, certificates)| wire::Reach {
-                identity: shorten(id).to_owned(),
-                permitted: *id == own || permitted.contains(id),
-                valid_certificates: u32::try_from(certificates.len()).unwrap_or(u32::MAX),
-                last_not_after: certificates.iter().map(|one| one.not_after).max().map(time),
-                other_hosts: others(id),
-            });
+            let mut identities = Vec::new();
+            for (id, certificates) in &held {
+                let others = grants::holders(view, id)?.into_iter().filter(|host| host != name);
+                identities.push(wire::Reach {
+                    identity: shorten(id).to_owned(),
+                    permitted: *id == own || permitted.contains(id),
+                    valid_certificates: u32::try_from(certificates.len()).unwrap_or(u32::MAX),
+                    last_not_after: certificates.iter().map(|one| one.not_after).max().map(time),
+                    other_hosts: others.collect(),
+                });
+            }
             let roles = roles::all(view)?.into_iter().filter(|(id, _)| held.contains_key(id));
             Ok(wire::BlastRadius {
                 host: name.to_owned(),
-                identities: identities.collect(),
+                identities,
                 open_tokens: self.open_tokens(view, name)?,
                 roles: roles
                     .map(|(identity, role)| wire::RoleGranted { identity, role: role.name().to_owned() })
@@ -191,6 +201,12 @@ impl Desk<'_> {
             })
         })
     }
+}
+
+/// Whoever has been on the host may know their secrets.
+fn shared_tokens(ids: &[String]) -> Option<String> {
+    let ids = Some(ids.join(", ")).filter(|ids| !ids.is_empty())?;
+    Some(format!("whoever kept the join token for several hosts it came by, {ids}, can make other hosts of it"))
 }
 
 fn because(reason: &str) -> String {

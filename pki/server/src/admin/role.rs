@@ -1,5 +1,7 @@
 //! Who may do what through the Admin API.
 
+use std::collections::BTreeSet;
+
 use meshd_pki_api::admin as wire;
 use meshd_pki_api::admin::command::Command;
 
@@ -7,7 +9,7 @@ use super::{AdminError, Desk, done};
 use crate::audit::Event;
 use crate::commands::workload;
 use crate::store::roles::{self, Role};
-use crate::store::{View, hosts};
+use crate::store::{View, grants};
 
 /// The least role that may do this.
 pub(super) fn needed(command: &Command) -> Role {
@@ -52,10 +54,9 @@ impl Desk<'_> {
     }
 
     /// Whoever decides who holds an identity holds its role: nobody may hand out more than they have.
-    pub(super) fn check_reach(&self, view: &mut dyn View, host: &str, identities: &[String]) -> Result<(), AdminError> {
-        let of_host = hosts::permitted(view, host)?;
+    pub(super) fn check_reach(&self, view: &mut dyn View, identities: &BTreeSet<String>) -> Result<(), AdminError> {
         for (identity, role) in roles::all(view)?.into_iter().filter(|(_, role)| *role > self.actor.role) {
-            if identities.contains(&identity) || of_host.contains(&identity) {
+            if identities.contains(&identity) {
                 let (who, has, role) = (&self.actor.name, self.actor.role.name(), role.name());
                 let why = format!(
                     "{identity} has the role `{role}` on this PKI; {who}, who has `{has}`, may not decide which host \
@@ -84,8 +85,10 @@ impl Desk<'_> {
         let holders = self.state.database.transaction(|records| {
             roles::grant(records, id.as_str(), role)?;
             self.record_role("role_grant", id.as_str(), role.name())?;
-            let entries = hosts::entries(records)?.into_iter().filter(|entry| entry.spiffe_id == id.as_str());
-            Ok::<_, AdminError>(entries.map(|entry| entry.host).collect::<Vec<_>>())
+            let mut holders = Vec::from_iter(grants::holders(records, id.as_str())?);
+            let by_labels = grants::label_entries(records)?.into_iter().filter(|entry| entry.spiffe_id == id.as_str());
+            holders.extend(by_labels.map(|entry| format!("all to come with {}", grants::labels_text(&entry.labels))));
+            Ok::<_, AdminError>(holders)
         })?;
         let holders = if holders.is_empty() { "none yet".to_owned() } else { holders.join(", ") };
         let follows = format!("root on each host that may hold it has that role: {holders}");

@@ -118,7 +118,9 @@ fn host(text: &mut String, host: &HostDetail) -> std::fmt::Result {
         let bundle = if one.bundle_is_current { "the one in force" } else { "older than the one in force" };
         writeln!(text, "host           {} ({})", one.id, one.state)?;
         writeln!(text, "identity       {}", host.spiffe_id)?;
-        writeln!(text, "enrolled       {}, key {}", one.enrolled, host.key_sha256)?;
+        let way = if host.enrolled_by.is_empty() { "a join token" } else { &host.enrolled_by };
+        writeln!(text, "enrolled       {} by {way}, key {}", one.enrolled, host.key_sha256)?;
+        writeln!(text, "labels         {}", or_none(&host.labels))?;
         writeln!(text, "last seen      {}, clock {clock}", one.last_seen)?;
         writeln!(text, "bundle         {}, {bundle}", one.bundle_sequence)?;
         writeln!(text, "may hold       {}", or_none(&one.identities))?;
@@ -177,7 +179,13 @@ fn roles(text: &mut String, roles: &[RoleGranted]) -> std::fmt::Result {
 
 fn entries(text: &mut String, entries: &[Entry]) -> std::fmt::Result {
     writeln!(text, "{:<20} IDENTITY", "HOST")?;
-    entries.iter().try_for_each(|one| writeln!(text, "{:<20} {}", one.host, one.identity))
+    entries.iter().try_for_each(|one| {
+        let parent = if one.host.is_empty() { one.labels.join(",") } else { one.host.clone() };
+        write!(text, "{parent:<20} {}", one.identity)?;
+        one.selectors.iter().try_for_each(|selector| write!(text, "  {selector}"))?;
+        one.ttl_s.map_or(Ok(()), |ttl| write!(text, "  for {ttl} s"))?;
+        writeln!(text)
+    })
 }
 
 fn recovery(text: &mut String, reply: &Recovery) -> std::fmt::Result {

@@ -3,6 +3,7 @@
 
 pub(crate) mod bundles;
 pub(crate) mod deny;
+pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
 pub(crate) mod roles;

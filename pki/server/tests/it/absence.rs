@@ -105,8 +105,8 @@ async fn evicted_and_banned_hosts_stay_out() {
     for name in ["evicted", "banned"] {
         lab.join(name, &[]).await.unwrap();
     }
-    lab.done(Command::HostEvict(HostEvict { host: "evicted".to_owned(), reason: String::new() }));
-    lab.done(Command::HostBan(HostBan { host: "banned".to_owned(), reason: String::new() }));
+    lab.command(Command::HostEvict(HostEvict { host: "evicted".to_owned(), reason: String::new() })).unwrap();
+    lab.command(Command::HostBan(HostBan { host: "banned".to_owned(), reason: String::new() })).unwrap();
     lab.pass(3 * DAY);
     for (name, why) in [("evicted", "`evicted` was evicted"), ("banned", "`banned` is banned")] {
         let host = lab.host(name);

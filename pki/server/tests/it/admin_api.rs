@@ -29,7 +29,7 @@ fn ban(host: &str) -> Command {
 }
 
 fn entry(identity: &str) -> Command {
-    Command::EntryAdd(EntryAdd { host: "web".to_owned(), identity: identity.to_owned() })
+    Command::EntryAdd(EntryAdd { host: "web".to_owned(), identity: identity.to_owned(), ..EntryAdd::default() })
 }
 
 async fn run(client: &mut AdminClient<Channel>, command: Command) -> Result<Reply, (Code, String)> {
@@ -46,7 +46,7 @@ async fn refusal(client: &mut AdminClient<Channel>, command: Command) -> String 
 
 impl Lab {
     /// What an operator does on the PKI's own machine.
-    fn command(&self, command: Command) -> Result<Reply, meshd_pki::admin::AdminError> {
+    pub(crate) fn command(&self, command: Command) -> Result<Reply, meshd_pki::admin::AdminError> {
         self.pki().command(&Actor { name: "root".to_owned(), role: Role::Admin }, command)
     }
 
@@ -123,9 +123,11 @@ async fn nobody_hands_out_more_than_they_have() {
     let boss = || "ns/shop/sa/boss".to_owned();
     lab.command(Command::RoleGrant(RoleGrant { identity: boss(), role: "admin".to_owned() })).unwrap();
     let mut client = lab.operator(&alice).await;
-    let token = |host: &str, allow: Vec<String>| {
-        Command::TokenCreate(TokenCreate { host: host.to_owned(), allow, pki: vec!["10.0.0.1:1".into()], ttl_s: 60 })
+    let asked = |host: &str, allow: Vec<String>| {
+        let pki = vec!["10.0.0.1:1".into()];
+        TokenCreate { host: host.to_owned(), allow, pki, ttl_s: 60, ..TokenCreate::default() }
     };
+    let token = |host: &str, allow: Vec<String>| Command::TokenCreate(asked(host, allow));
     for command in [entry("ns/shop/sa/boss"), token("new", vec![boss()])] {
         let why = refusal(&mut client, command).await;
         assert!(why.contains("may not decide which host holds it"), "{why}");
@@ -134,6 +136,27 @@ async fn nobody_hands_out_more_than_they_have() {
     lab.join("db", &[&workload("boss")]).await.unwrap();
     let why = refusal(&mut client, token("db", Vec::new())).await;
     assert!(why.contains("may not decide"), "a token for a host that holds it: {why}");
+
+    let identity = "ns/shop/sa/boss".to_owned();
+    let for_labels = EntryAdd { identity, labels: vec!["desk=boss".to_owned()], ..EntryAdd::default() };
+    let why = refusal(&mut client, Command::EntryAdd(for_labels.clone())).await;
+    assert!(why.contains("may not decide"), "an entry by labels: {why}");
+    lab.command(Command::EntryAdd(for_labels)).unwrap();
+    let labels = vec!["desk=boss".to_owned(), "site=a".to_owned()];
+    let labelled = Command::TokenCreate(TokenCreate { labels, ..asked("new", Vec::new()) });
+    let why = refusal(&mut client, labelled).await;
+    assert!(why.contains("may not decide"), "a token for hosts with such labels: {why}");
+
+    let invited = TokenCreate { allow: vec![boss()], ..asked("desk-boss", Vec::new()) };
+    lab.command(Command::TokenCreate(invited)).unwrap();
+    let identity = "ns/shop/sa/boss".to_owned();
+    let waits = EntryAdd { host: "desk-boss".to_owned(), identity, ..EntryAdd::default() };
+    lab.command(Command::EntryAdd(waits)).unwrap();
+    let several = Command::TokenCreate(TokenCreate { max_uses: 2, ..asked("desk", Vec::new()) });
+    let why = refusal(&mut client, several).await;
+    assert!(why.contains("may not decide"), "a token whose hosts may choose that name: {why}");
+    let others = TokenCreate { max_uses: 2, labels: vec!["desk=clerk".to_owned()], ..asked("des", Vec::new()) };
+    run(&mut client, Command::TokenCreate(others)).await.unwrap();
     run(&mut client, Command::HostEvict(HostEvict { host: "db".to_owned(), reason: String::new() })).await.unwrap();
 }
 

@@ -14,7 +14,6 @@ use meshd_pki_api::admin::{
 use meshd_pki_api::v1;
 
 use crate::operation::{DAY, Desk, HOUR, chain_of};
-use crate::support::Lab;
 
 const PREPARE: Command = Command::AuthorityPrepare(AuthorityPrepare {});
 const ACTIVATE: Command = Command::AuthorityActivate(AuthorityActivate {});
@@ -73,15 +72,6 @@ impl Desk {
         let log = std::fs::read_to_string(self.dir.path().join("audit.jsonl")).unwrap();
         let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         lines.filter(|line| line["event"] == event).collect()
-    }
-}
-
-impl Lab {
-    pub(crate) fn done(&self, command: Command) -> Done {
-        match self.pki().command(&alice(), command).unwrap() {
-            Reply::Done(done) => done,
-            other => panic!("unexpected {other:?}"),
-        }
     }
 }
 

@@ -137,7 +137,7 @@ async fn what_hangs_on_a_tainted_root_is_issued_anew_long_before_it_is_due() {
     let before = host.until(|held| held.workloads.contains_key(&id)).await;
     let authorities = Status::read(&lab.state(), lab.now()).unwrap().authorities;
     let root = authorities.into_iter().find(|one| one.kind == "root").unwrap().id;
-    lab.done(Command::AuthorityTaint(AuthorityTaint { id: root }));
+    lab.command(Command::AuthorityTaint(AuthorityTaint { id: root })).unwrap();
     // The next root is prepared, and signs when the host has it; only then is there something better to be had.
     let sequence = host.until(|held| held.bundle.roots.len() == 2).await.bundle.sequence;
     eventually("the PKI knows that the host has it", || acked(&lab, "web") == sequence).await;

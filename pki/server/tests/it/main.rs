@@ -2,13 +2,16 @@
 
 mod absence;
 mod admin_api;
+mod attestors;
 mod authority;
 mod cli;
 mod clocks;
 mod conversation;
 mod enrolment;
+mod entries;
 mod http;
 mod impostors;
+mod join_tokens;
 mod operation;
 mod profile;
 mod records;

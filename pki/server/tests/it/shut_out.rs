@@ -4,7 +4,7 @@ use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
 use meshd_identity::{Bundle, SpiffeId, inspect_svid};
 use meshd_pki::Refused;
-use meshd_pki::commands::add_entry;
+use meshd_pki::commands::{TokenRequest, add_entry, create_token};
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{
@@ -14,6 +14,7 @@ use meshd_pki_api::admin::{
 use meshd_pki_api::v1;
 use rcgen::KeyPair;
 
+use crate::enrolment::enrol_request;
 use crate::operation::{DAY, Desk, HOUR, chain_of};
 use crate::support::{domain, request_over, workload};
 
@@ -163,6 +164,28 @@ fn an_evicted_host_comes_back_with_a_new_token_only() {
     chain_of(desk.renew("web", Some(&web[0])).unwrap());
     assert_eq!(desk.state_of("web"), "active");
     assert_eq!(desk.audit_lines("host_evict")[0]["by"], "uid 1000 (alice)");
+}
+
+#[test]
+fn whoever_came_by_a_token_for_several_hosts_is_shut_out_alone() {
+    let desk = Desk::new();
+    let pki = ["10.0.0.1:15012".to_owned()];
+    let asked = TokenRequest { host: "web", pki: &pki, max_uses: 9, ..TokenRequest::default() };
+    let token = create_token(desk.dir.path(), &asked, desk.now()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let join = |key: &KeyPair| desk.pki().enrol(&enrol_request(&token, key), "test");
+    let host = join(&key).unwrap().host_id;
+    let done = desk.done(evict(&host));
+    assert!(done.follows.iter().any(|line| line.contains(&token.id) && line.contains("several hosts")), "{done:?}");
+    assert!(join(&key).unwrap_err().to_string().contains("is enrolled already"), "by the token and key it had");
+    desk.done(ban(&host));
+    join(&key).unwrap_err();
+
+    desk.enrol("web");
+    let done = desk.done(evict("web"));
+    assert_eq!(done.follows.len(), 2, "the token does not make hosts named web: {done:?}");
+    assert!(desk.show("web").open_tokens.is_empty());
+    join(&KeyPair::generate().unwrap()).unwrap();
 }
 
 #[test]
