@@ -6,6 +6,7 @@ pub(crate) mod deny;
 pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
+pub(crate) mod roles;
 mod schema1;
 pub(crate) mod settings;
 mod sqlite;

@@ -1,7 +1,9 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
 mod absence;
+mod admin_api;
 mod attestors;
+mod authority;
 mod cli;
 mod clocks;
 mod conversation;
@@ -13,5 +15,7 @@ mod join_tokens;
 mod operation;
 mod profile;
 mod records;
+mod recovery;
 mod renewal;
+mod shut_out;
 mod support;

@@ -19,12 +19,12 @@ use tempfile::TempDir;
 
 use crate::support::{domain, request_over, workload};
 
-const HOUR: u64 = 3600;
-const DAY: u64 = 24 * HOUR;
+pub(crate) const HOUR: u64 = 3600;
+pub(crate) const DAY: u64 = 24 * HOUR;
 
 /// A PKI without a server, whose clock only the test moves.
 pub(crate) struct Desk {
-    dir: TempDir,
+    pub(crate) dir: TempDir,
     pki: Option<Pki>,
     start: SystemTime,
     passed: Arc<AtomicU64>,
@@ -76,7 +76,7 @@ impl Desk {
         self.passed.fetch_add(seconds, SeqCst);
     }
 
-    fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
+    pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
         let allow: Vec<String> = allow.iter().map(|id| (*id).to_owned()).collect();
         let ttl = Duration::from_secs(HOUR);
         let request =
@@ -90,11 +90,11 @@ impl Desk {
         self.enrol_with(&token).unwrap().svid.unwrap().chain
     }
 
-    fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
         self.enrol_at(token, self.now())
     }
 
-    fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
@@ -123,7 +123,7 @@ impl Desk {
     }
 }
 
-fn chain_of(reply: v1::IssueBatchReply) -> Vec<Vec<u8>> {
+pub(crate) fn chain_of(reply: v1::IssueBatchReply) -> Vec<Vec<u8>> {
     match reply.results.into_iter().next().unwrap().outcome {
         Some(v1::issue_result::Outcome::Svid(svid)) => svid.chain,
         other => panic!("expected a certificate, got {other:?}"),
