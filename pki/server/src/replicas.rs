@@ -41,7 +41,7 @@ pub struct ReplicaStatus {
 }
 
 /// None where there is but one, with a file of its own.
-pub(crate) fn replicas(dir: &Path) -> Result<Vec<ReplicaStatus>, StateError> {
+pub fn replicas(dir: &Path) -> Result<Vec<ReplicaStatus>, StateError> {
     of(&StateDir::open(dir)?)
 }
 

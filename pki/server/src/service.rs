@@ -168,7 +168,7 @@ impl Conversation {
                 // The host comes again, to whoever serves then.
                 _ = stopping.changed() => return,
                 Ok(()) = news.changed(), if had.is_some() => {
-                    let (known, told) = (had.unwrap_or_default(), *news.borrow_and_update());
+                    let (known, told) = (had.unwrap_or_default(), news.borrow_and_update().newest);
                     let reply = run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(known)).await;
                     // What was told is not told again with the next change.
                     had = Some(if reply.is_ok() { known.and(told) } else { known });

@@ -17,7 +17,7 @@ use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::{Rotator, bundle_of};
 use crate::store::etcd::config::EtcdConfig;
-use crate::store::{Database, DbError, settings, trust};
+use crate::store::{Database, DbError, Records, settings, trust};
 use crate::times::unix;
 
 /// The only replica of a PKI with a database of its own.
@@ -37,6 +37,8 @@ pub enum StateError {
     Incomplete { dir: PathBuf, what: &'static str },
     #[error("cannot write the audit log {}: {source}", path.display())]
     Audit { path: PathBuf, source: io::Error },
+    #[error("it was done, but cannot be written to the audit log {}: {source}; see to its disk", path.display())]
+    Untold { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Db(#[from] DbError),
     #[error(transparent)]
@@ -167,6 +169,42 @@ impl StateDir {
     pub(crate) fn record(&self, now: SystemTime, events: &[Event]) -> Result<(), StateError> {
         append(&self.audit, now, events)
     }
+
+    /// Changes records, then puts into the audit log what the run of `act` told that counted: it may run more than once.
+    pub(crate) fn change<T, E: From<StateError> + From<DbError>>(
+        &self,
+        now: SystemTime,
+        mut act: impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let (done, told) = self.database.transaction(|records| telling(&mut act, records))?;
+        self.tell(now, &told)?;
+        Ok(done)
+    }
+
+    /// As `change`, for what only the leader may do; `None` when that is another server.
+    pub(crate) fn lead<T, E: From<StateError> + From<DbError>>(
+        &self,
+        now: SystemTime,
+        mut act: impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, E>,
+    ) -> Result<Option<T>, E> {
+        let Some((done, told)) = self.database.lead(|records| telling(&mut act, records))? else { return Ok(None) };
+        self.tell(now, &told)?;
+        Ok(Some(done))
+    }
+
+    fn tell(&self, now: SystemTime, told: &[Event]) -> Result<(), StateError> {
+        let untold = |source| StateError::Untold { path: self.audit.path().to_owned(), source };
+        self.audit.append(unix(now), told).map_err(untold)
+    }
+}
+
+fn telling<T, E>(
+    act: &mut impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, E>,
+    records: &mut dyn Records,
+) -> Result<(T, Vec<Event>), E> {
+    let mut told = Vec::new();
+    let done = act(records, &mut told)?;
+    Ok((done, told))
 }
 
 /// Held while a server runs; a second one would rotate the same authorities.

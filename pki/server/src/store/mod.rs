@@ -8,7 +8,9 @@ pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
 pub(crate) mod replicas;
+pub(crate) mod roles;
 mod schema1;
+mod schema2;
 pub(crate) mod settings;
 mod sqlite;
 pub(crate) mod tokens;
@@ -25,8 +27,8 @@ use self::etcd::config::EtcdConfig;
 use self::sqlite::Sqlite;
 use crate::keeping::backups::Backups;
 
-/// Of the records, whatever engine keeps them.
-pub(crate) const SCHEMA: i64 = 2;
+/// Of the SQLite file; 1 had tables, 2 records without checksums.
+pub(crate) const SCHEMA: i64 = 3;
 /// A transaction that lost a race this often would lose it for ever.
 const ATTEMPTS: u32 = 10;
 
@@ -38,7 +40,7 @@ pub enum DbError {
     Missing { dir: PathBuf },
     #[error("cannot create {}: {source}", path.display())]
     Create { path: PathBuf, source: std::io::Error },
-    #[error("{} has schema {found}, this meshd-pki reads schema 1 and {SCHEMA}; run the version that wrote it", path.display())]
+    #[error("{} has schema {found}, this meshd-pki reads schema 1 to {SCHEMA}; run the version that wrote it", path.display())]
     Schema { path: PathBuf, found: String },
     #[error("{} is damaged ({detail}); stop the PKI and restore the newest backup", path.display())]
     Damaged { path: PathBuf, detail: String },

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{Committed, DbError, Engine, Records, SCHEMA, Transaction, View, schema1};
+use super::{Committed, DbError, Engine, Records, SCHEMA, Transaction, View, schema1, schema2};
 
 /// The command line and the server share the file; either waits this long for the other's write.
 const BUSY: Duration = Duration::from_secs(5);
@@ -16,6 +16,9 @@ const BUSY: Duration = Duration::from_secs(5);
 /// `sum` because SQLite notices damage to its pages, not to what is in them.
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS record (key TEXT PRIMARY KEY, value TEXT NOT NULL, sum BLOB NOT NULL) \
      STRICT, WITHOUT ROWID";
+
+/// What a later version may write: such a file is not for this one to judge.
+const LAST_SCHEMA: i64 = 255;
 
 pub(super) struct Sqlite {
     path: PathBuf,
@@ -39,13 +42,18 @@ impl Sqlite {
             return Ok(None);
         }
         let mut connection = connect(path)?;
-        let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        let unknown = |found: String| DbError::Schema { path: path.to_owned(), found };
-        match version {
+        match version(&connection)? {
             SCHEMA => {}
+            schema2::VERSION => schema2::convert(&mut connection, TABLE)?,
             0 if schema1::is_in(&connection)? => schema1::convert(&mut connection, TABLE)?,
             0 => return Ok(None),
-            other => return Err(unknown(other.to_string())),
+            other if (1..=LAST_SCHEMA).contains(&other) => {
+                return Err(DbError::Schema { path: path.to_owned(), found: other.to_string() });
+            }
+            other => {
+                let detail = format!("its header names schema {other}, which no meshd-pki ever writes");
+                return Err(DbError::Damaged { path: path.to_owned(), detail });
+            }
         }
         let records: i64 = connection.query_row("SELECT count(*) FROM record", [], |row| row.get(0))?;
         if records == 0 { Ok(None) } else { Sqlite::new(path, connection).map(Some) }
@@ -87,6 +95,10 @@ impl Engine for Sqlite {
         lock(&self.reader).execute("VACUUM INTO ?1", [path])?;
         Ok(())
     }
+}
+
+pub(super) fn version(connection: &Connection) -> Result<i64, DbError> {
+    Ok(connection.pragma_query_value(None, "user_version", |row| row.get(0))?)
 }
 
 /// A panic while it was held rolled its transaction back.

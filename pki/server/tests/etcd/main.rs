@@ -4,5 +4,6 @@ mod cluster;
 mod desk;
 mod faults;
 mod moving;
+mod operators;
 mod processes;
 mod replicas;

@@ -1,7 +1,9 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
 mod absence;
+mod admin_api;
 mod attestors;
+mod authority;
 mod cli;
 mod clocks;
 mod conversation;
@@ -14,5 +16,7 @@ mod keeping;
 mod operation;
 mod profile;
 mod records;
+mod recovery;
 mod renewal;
+mod shut_out;
 mod support;

@@ -19,8 +19,8 @@ use tempfile::TempDir;
 
 use crate::support::{domain, request_over, workload};
 
-const HOUR: u64 = 3600;
-const DAY: u64 = 24 * HOUR;
+pub(crate) const HOUR: u64 = 3600;
+pub(crate) const DAY: u64 = 24 * HOUR;
 
 /// A PKI without a server, whose clock only the test moves.
 pub(crate) struct Desk {
@@ -94,7 +94,7 @@ impl Desk {
         self.enrol_at(token, self.now())
     }
 
-    fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
