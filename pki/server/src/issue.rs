@@ -172,6 +172,7 @@ impl Pki {
             Ok(checked) => checked,
             Err((code, message)) => {
                 self.metrics.items_refused.inc();
+                self.count_renewal(item.spiffe_id == caller.id.as_str(), "refused");
                 let refusal = v1::Refusal { code: code.into(), message: message.clone() };
                 let outcome = Some(v1::issue_result::Outcome::Refusal(refusal));
                 let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
@@ -191,6 +192,7 @@ impl Pki {
         let is_host = id == caller.id;
         let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
+        self.count_renewal(is_host, "ok");
         let event = Event {
             serial: Some(leaf.serial),
             authority: Some(signer.intermediate.id.clone()),

@@ -14,10 +14,11 @@ use crate::attest::Nonces;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
+use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
-use crate::metrics::{Certificate, Metrics};
+use crate::metrics::Metrics;
 use crate::refused::Refused;
 use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
@@ -28,8 +29,6 @@ use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
 const KEEP_S: i64 = 30 * 86_400;
-/// Clocks of hosts heard within this time have a say.
-const HEARD_LATELY_S: i64 = 600;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
 
@@ -100,6 +99,8 @@ pub struct Pki {
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
+    /// When health was last looked at.
+    pub(crate) health_seen: Mutex<Option<i64>>,
     _running: File,
 }
 
@@ -137,11 +138,12 @@ impl Pki {
             state,
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
+            health_seen: Mutex::default(),
             _running: running,
         };
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
-        pki.export_expiry();
+        pki.show_health().map_err(StateError::from)?;
         pki.tell();
         Ok(pki)
     }
@@ -159,7 +161,7 @@ impl Pki {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
         })?;
-        Ok(())
+        Ok(self.look_after_health().map_err(StateError::from)?)
     }
 
     /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
@@ -170,7 +172,7 @@ impl Pki {
         if !self.signer().is_fresh(sequence, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
-            self.export_expiry();
+            self.show_health().map_err(StateError::from)?;
         }
         self.refresh_deny()?;
         self.tell();
@@ -287,18 +289,6 @@ impl Pki {
         let allowed = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(unix(self.now()));
         if allowed {
             _ = self.record(&[event]);
-        }
-    }
-
-    fn export_expiry(&self) {
-        let signer = self.signer();
-        let ends = [
-            ("root", signer.root_not_after),
-            ("intermediate", signer.intermediate.not_after),
-            ("endpoint", signer.endpoint_not_after),
-        ];
-        for (kind, end) in ends {
-            self.metrics.not_after.get_or_create(&Certificate { kind }).set(unix(end));
         }
     }
 }

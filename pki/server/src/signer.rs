@@ -10,7 +10,7 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
 
 use crate::audit::Event;
-use crate::authority::{Authority, AuthorityError};
+use crate::authority::{Authority, AuthorityError, Issued};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::rotation::decide::seconds;
@@ -26,9 +26,9 @@ use crate::times::{from_unix, rfc3339, unix};
 pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
     pub(crate) bundle: Bundle,
-    pub(crate) root_not_after: SystemTime,
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) endpoint_not_after: SystemTime,
+    pub(crate) endpoint_serial: String,
     replace_intermediate_at: SystemTime,
     replace_endpoint_at: SystemTime,
 }
@@ -76,14 +76,13 @@ impl Signer {
         }
         let intermediate = unwrap(kek, &row, lifetimes)?;
         let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;
-        let (tls, endpoint_not_after) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
-        let root_not_after = trust.active().map_or(0, |root| root.not_after);
+        let (tls, endpoint) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
         Ok(Signer {
             intermediate,
             bundle,
-            root_not_after: from_unix(root_not_after),
             tls,
-            endpoint_not_after,
+            endpoint_not_after: endpoint.not_after,
+            endpoint_serial: endpoint.serial,
             replace_intermediate_at: replacement_time(&row, lifetimes),
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
@@ -176,10 +175,10 @@ fn server_tls(
     domain: &TrustDomain,
     lifetimes: &Lifetimes,
     now: SystemTime,
-) -> Result<(Arc<ServerConfig>, SystemTime), SignerError> {
+) -> Result<(Arc<ServerConfig>, Issued), SignerError> {
     let key = KeyPair::generate().map_err(AuthorityError::from)?;
     let leaf = intermediate.issue(&SpiffeId::pki(domain), &key, lifetimes.endpoint, now)?;
-    let chain = [leaf.certificate, intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
+    let chain = [leaf.certificate.clone(), intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let mut roots = RootCertStore::empty();
     for root in &bundle.roots {
@@ -198,5 +197,5 @@ fn server_tls(
     // A resumed session would skip the verification of the client.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok((Arc::new(config), leaf.not_after))
+    Ok((Arc::new(config), leaf))
 }

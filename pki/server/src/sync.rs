@@ -82,6 +82,7 @@ impl Pki {
             return;
         }
         self.metrics.clones_seen.inc();
+        self.note_clone(host, remote);
         tracing::error!(host, remote, "two machines use the key of one host; one of them is a cloned image");
         _ = self.record(&[Event {
             event: "clone",

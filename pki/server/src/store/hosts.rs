@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
-const KEEP_ENDED_S: i64 = 7 * 86_400;
+pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -145,16 +145,10 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     if new.is_empty() {
         return Ok(());
     }
+    super::leaves::note(records, host, &new, now)?;
     let key = format!("issued/{host}");
     let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
     all.retain(|one| one.not_after > now - KEEP_ENDED_S);
     all.extend(new);
     put(records, &key, &all)
-}
-
-/// Certificates on record that have not ended, with their hosts.
-pub(crate) fn valid_issued(view: &mut dyn View, now: i64) -> Result<Vec<(String, Issued)>, DbError> {
-    let found: Vec<(String, Vec<Issued>)> = list(view, "issued/")?;
-    let of_hosts = found.into_iter().flat_map(|(host, all)| all.into_iter().map(move |one| (host.clone(), one)));
-    Ok(of_hosts.filter(|(_, one)| one.not_after > now).collect())
 }

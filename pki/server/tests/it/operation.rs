@@ -18,11 +18,11 @@ use tempfile::TempDir;
 
 use crate::support::{domain, request_over, workload};
 
-const HOUR: u64 = 3600;
-const DAY: u64 = 24 * HOUR;
+pub(crate) const HOUR: u64 = 3600;
+pub(crate) const DAY: u64 = 24 * HOUR;
 
 /// A PKI without a server, whose clock only the test moves.
-struct Desk {
+pub(crate) struct Desk {
     dir: TempDir,
     pki: Option<Pki>,
     start: SystemTime,
@@ -30,36 +30,47 @@ struct Desk {
 }
 
 impl Desk {
-    fn new() -> Desk {
+    pub(crate) fn new() -> Desk {
+        Desk::starting(SystemTime::now())
+    }
+
+    pub(crate) fn starting(start: SystemTime) -> Desk {
         let dir = tempfile::tempdir().unwrap();
-        let start = SystemTime::now();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
         let mut desk = Desk { dir, pki: None, start, passed: Arc::default() };
         desk.open();
         desk
     }
 
-    fn open(&mut self) {
+    pub(crate) fn open(&mut self) {
         self.pki = None;
         let (start, passed) = (self.start, self.passed.clone());
         let clock = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
         self.pki = Some(Pki::open(self.dir.path(), Options::with_clock(Lifetimes::default(), clock)).unwrap());
     }
 
-    fn pki(&self) -> &Pki {
+    pub(crate) fn pki(&self) -> &Pki {
         self.pki.as_ref().unwrap()
     }
 
-    fn now(&self) -> SystemTime {
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn metrics(&self) -> String {
+        self.pki().metrics.encode()
+    }
+
+    pub(crate) fn now(&self) -> SystemTime {
         self.start + Duration::from_secs(self.passed.load(SeqCst))
     }
 
-    fn pass(&self, seconds: u64) {
+    pub(crate) fn pass(&self, seconds: u64) {
         self.passed.fetch_add(seconds, SeqCst);
         self.pki().maintain().unwrap();
     }
 
-    fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
+    pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
         let allow: Vec<String> = allow.iter().map(|id| (*id).to_owned()).collect();
         let ttl = Duration::from_secs(HOUR);
         let request = TokenRequest { host, allow: &allow, pki: &["10.0.0.1:15012".to_owned()], ttl };
@@ -67,12 +78,12 @@ impl Desk {
     }
 
     /// The chain of a host enrolled now.
-    fn enrol(&self, host: &str) -> Vec<Vec<u8>> {
+    pub(crate) fn enrol(&self, host: &str) -> Vec<Vec<u8>> {
         let token = self.token(host, &[]).unwrap();
         self.enrol_with(&token).unwrap().svid.unwrap().chain
     }
 
-    fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
@@ -82,7 +93,7 @@ impl Desk {
         self.pki().enrol(&request, "test")
     }
 
-    fn renew(&self, host: &str, certificate: Option<&[u8]>) -> Result<v1::IssueBatchReply, Refused> {
+    pub(crate) fn renew(&self, host: &str, certificate: Option<&[u8]>) -> Result<v1::IssueBatchReply, Refused> {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
@@ -90,12 +101,12 @@ impl Desk {
         self.pki().issue_batch(certificate, &request, "test")
     }
 
-    fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         Status::read(self.dir.path(), self.now()).unwrap()
     }
 }
 
-fn chain_of(reply: v1::IssueBatchReply) -> Vec<Vec<u8>> {
+pub(crate) fn chain_of(reply: v1::IssueBatchReply) -> Vec<Vec<u8>> {
     match reply.results.into_iter().next().unwrap().outcome {
         Some(v1::issue_result::Outcome::Svid(svid)) => svid.chain,
         other => panic!("expected a certificate, got {other:?}"),
