@@ -71,10 +71,11 @@ impl Pki {
         self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let (caller, permitted) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, permitted, federation) = self.state.database.read(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
             let permitted = hosts::permitted(view, &caller.host.id)?;
-            Ok((caller, permitted))
+            let federation = self.federation_for(view, &permitted)?;
+            Ok((caller, permitted, federation))
         })?;
         let decide = |item| self.decide(&signer, &caller, &permitted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
@@ -91,6 +92,7 @@ impl Pki {
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.advertise.clone(),
             tainted_roots: self.tainted_roots(),
+            federation: Some(federation),
         })
     }
 

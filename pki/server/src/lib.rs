@@ -14,6 +14,8 @@ pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+pub mod federation;
+mod files;
 mod health;
 mod instances;
 pub mod issue;

@@ -1,5 +1,7 @@
 //! The command line of the PKI.
 
+mod cli;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,6 +12,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use meshd_identity::TrustDomain;
 use meshd_pki::commands::{self, TokenRequest};
+use meshd_pki::federation::web::{WebCertificate, serve_web};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
@@ -41,6 +44,9 @@ enum Command {
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
+    /// Other trust domains whose identities are believed.
+    #[command(subcommand)]
+    Federation(cli::federation::Federation),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
 }
@@ -71,6 +77,15 @@ struct Run {
     /// Serve Prometheus metrics here, in clear: use loopback.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// Serve the trust bundle to other trust domains here, under --bundle-cert (SPIFFE Federation, https_web).
+    #[arg(long, requires = "bundle_cert", requires = "bundle_key")]
+    bundle_listen: Option<SocketAddr>,
+    /// PEM file with the certificate chain of --bundle-listen; read again every 30 s.
+    #[arg(long)]
+    bundle_cert: Option<PathBuf>,
+    /// PEM file with its key.
+    #[arg(long)]
+    bundle_key: Option<PathBuf>,
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
@@ -139,7 +154,7 @@ struct StatusArgs {
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
-enum Output {
+pub(crate) enum Output {
     #[default]
     Text,
     Json,
@@ -155,6 +170,7 @@ fn main() -> ExitCode {
         Command::Entry(Entry::Add(args)) => add_entry(&args),
         Command::Entry(Entry::List(args)) => list_entries(&args),
         Command::Entry(Entry::Remove(args)) => remove_entry(&args),
+        Command::Federation(command) => command.run(),
         Command::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
@@ -216,6 +232,16 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
     }
+    let bundles = match (args.bundle_listen, args.bundle_cert, args.bundle_key) {
+        (Some(address), Some(chain), Some(key)) => {
+            let certificate =
+                WebCertificate::load(chain, key).map_err(|reason| anyhow::anyhow!("--bundle-cert: {reason}"))?;
+            let listener =
+                TcpListener::bind(address).await.with_context(|| format!("--bundle-listen {address}: cannot bind"))?;
+            Some(tokio::spawn(serve_web(pki.clone(), listener, Arc::new(certificate))))
+        }
+        _ => None,
+    };
     let address = listener.local_addr()?;
     println!("meshd-pki ready listen={address} trust_domain={}", pki.trust_domain);
     serve(pki, listener, async move {
@@ -225,6 +251,9 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         }
     })
     .await;
+    if let Some(bundles) = bundles {
+        bundles.abort();
+    }
     tracing::info!("stopped");
     Ok(())
 }

@@ -14,6 +14,7 @@ use crate::attest::Nonces;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
+use crate::federation::web::WebCertificate;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
 use crate::keys::Kek;
@@ -99,6 +100,8 @@ pub struct Pki {
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
+    /// Of the https_web endpoint, where this process serves one.
+    web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
     pub(crate) health_seen: Mutex<Option<i64>>,
     _running: File,
@@ -138,6 +141,7 @@ impl Pki {
             state,
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
+            web_certificate: RwLock::default(),
             health_seen: Mutex::default(),
             _running: running,
         };
@@ -180,7 +184,11 @@ impl Pki {
     }
 
     fn tell(&self) {
-        let current = Current { bundle: self.signer().bundle.sequence, deny: self.deny().sequence };
+        let current = Current {
+            bundle: self.signer().bundle.sequence,
+            deny: self.deny().sequence,
+            federation: self.federation_revision(),
+        };
         self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
     }
 
@@ -256,6 +264,14 @@ impl Pki {
         })?;
         let trust_domain = self.trust_domain.to_string();
         Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
+    }
+
+    pub(crate) fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
+        *self.web_certificate.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
+    }
+
+    pub(crate) fn web_certificate(&self) -> Option<Arc<WebCertificate>> {
+        self.web_certificate.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn now(&self) -> SystemTime {

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use crate::federation::poll;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
@@ -42,6 +43,7 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     let mut maintenance = JoinSet::new();
     maintenance.spawn(every(MAINTAIN_EVERY, pki.clone(), Pki::maintain));
     maintenance.spawn(every(REFRESH_EVERY, pki.clone(), Pki::refresh));
+    maintenance.spawn(poll::follow(pki.clone()));
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {
@@ -138,6 +140,11 @@ fn router(pki: Arc<Pki>) -> Router {
         .route("/healthz", get(healthz))
         .with_state(pki)
         .route_service("/meshd.pki.v1.Host/{method}", grpc)
+}
+
+/// Only what other trust domains need.
+pub(crate) fn bundle_router(pki: Arc<Pki>) -> Router {
+    Router::new().route("/.well-known/spiffe-bundle", get(spiffe_bundle)).with_state(pki)
 }
 
 async fn spiffe_bundle(State(pki): State<Arc<Pki>>) -> Response {

@@ -12,6 +12,7 @@ use meshd_identity::sha256;
 use serde::Serialize;
 
 use crate::commands::CommandError;
+use crate::federation::{self, commands::FederationStatus};
 use crate::health::Health;
 use crate::health::census::LeafState;
 use crate::issue::shorten;
@@ -39,6 +40,7 @@ pub struct Status {
     pub clocks: Option<ClockStatus>,
     pub servers: Vec<ServerStatus>,
     pub clone_alarms: Vec<CloneStatus>,
+    pub federation: Vec<FederationStatus>,
     pub audit_lines: Option<u64>,
     /// What needs the operator; empty when all is well.
     pub problems: Vec<String>,
@@ -175,6 +177,7 @@ impl Status {
             rotation: judge::rotation(&health, &servers),
             clocks: judge::clocks(&health),
             servers: servers.iter().map(|server| judge::server(server, now)).collect(),
+            federation: health.federation.iter().cloned().map(federation::commands::status).collect(),
             clone_alarms: health.clones.iter().map(judge::clone_alarm).collect(),
             audit_lines: audit.ok(),
             problems,

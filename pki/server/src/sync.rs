@@ -17,6 +17,7 @@ use crate::times::{unix, unix_ms};
 pub(crate) struct Had {
     pub(crate) bundle: u64,
     pub(crate) deny: u64,
+    pub(crate) federation: u64,
 }
 
 /// What there is; changes wake every conversation.
@@ -55,15 +56,19 @@ impl Pki {
         {
             tracing::error!(%error, "a newer deny set came from a host, but cannot be stored");
         }
-        self.sync_news(Had { bundle: report.bundle_sequence, deny: report.deny_sequence })
+        let had =
+            Had { bundle: report.bundle_sequence, deny: report.deny_sequence, federation: report.federation_revision };
+        self.sync_news(&caller.host.id, had)
     }
 
     /// What a host lacks that has this.
-    pub(crate) fn sync_news(&self, had: Had) -> Result<v1::SyncReply, Refused> {
+    pub(crate) fn sync_news(&self, host: &str, had: Had) -> Result<v1::SyncReply, Refused> {
         let signer = self.signer();
         let deny = self.deny();
-        let (trust, recovery) = self.state.database.read(|view| -> Result<_, Refused> {
-            Ok((trust::trust(view)?, settings::recovery_statements(view)?.pop()))
+        let (trust, recovery, federation) = self.state.database.read(|view| -> Result<_, Refused> {
+            let permitted = hosts::permitted(view, host)?;
+            let federation = self.federation_for(view, &permitted)?;
+            Ok((trust::trust(view)?, settings::recovery_statements(view)?.pop(), federation))
         })?;
         Ok(v1::SyncReply {
             server_time_unix_ms: self.now_ms(),
@@ -73,6 +78,7 @@ impl Pki {
             tainted_roots: tainted(&trust),
             pki_addresses: self.advertise.clone(),
             recovery: recovery.unwrap_or_default(),
+            federation: (federation.revision != had.federation).then_some(federation),
         })
     }
 

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::AtomicU64;
 
+use meshd_identity::Bundle;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -65,6 +66,11 @@ pub(crate) struct OfHost {
     host: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct OfDomain {
+    trust_domain: String,
+}
+
 #[derive(Default)]
 pub(crate) struct HealthMetrics {
     pub(crate) renewals: Family<Renewal, Counter>,
@@ -82,6 +88,10 @@ pub(crate) struct HealthMetrics {
     host_clock_offset: Family<OfHost, Seconds>,
     clone_alarms: Gauge,
     looked_at: Gauge,
+    pub(crate) web_certificate_refused: Gauge,
+    federation_good: Family<OfDomain, Gauge>,
+    federation_due: Family<OfDomain, Gauge>,
+    federation_roots: Family<OfDomain, Gauge>,
 }
 
 impl HealthMetrics {
@@ -114,6 +124,13 @@ impl HealthMetrics {
         registry.register("clone_alarms", text, m.clone_alarms.clone());
         let text = "Unix time of the last look at all this";
         registry.register("health_timestamp_seconds", text, m.looked_at.clone());
+        let text = "1 while the files of --bundle-cert cannot be used and the last ones stay";
+        registry.register("web_certificate_refused", text, m.web_certificate_refused.clone());
+        let text = "Unix time at which the bundle of a federated domain was last fetched and found good";
+        registry.register("federation_last_good_timestamp_seconds", text, m.federation_good.clone());
+        let text = "Unix time at which it is asked for next";
+        registry.register("federation_next_timestamp_seconds", text, m.federation_due.clone());
+        registry.register("federation_roots", "Roots in the bundle held of it", m.federation_roots.clone());
         // Counters that alerts ask for must be there before the first event.
         for kind in Kind::ALL {
             for result in ["ok", "refused"] {
@@ -137,6 +154,7 @@ impl HealthMetrics {
         if let Some(active) = health.trust.active() {
             self.rotation_due.set(next_rotation(&health.trust, active, lifetimes));
         }
+        self.show_federation(health);
         self.clone_alarms.set(count(health.clones.len()));
         self.looked_at.set(health.now);
     }
@@ -183,6 +201,21 @@ impl HealthMetrics {
         let heard = health.hosts.iter().filter(|host| host.state == HostState::Active && host.last_seen >= since);
         let behind = heard.filter(|host| host.acked_sequence < health.trust.sequence);
         self.hosts_behind.set(count(behind.count()));
+    }
+
+    fn show_federation(&self, health: &Health) {
+        for family in [&self.federation_good, &self.federation_due, &self.federation_roots] {
+            family.clear();
+        }
+        for one in &health.federation {
+            let domain = &one.relationship.trust_domain;
+            let labels = OfDomain { trust_domain: domain.to_string() };
+            self.federation_good.get_or_create(&labels).set(one.polled.last_good_at);
+            self.federation_due.get_or_create(&labels).set(one.polled.next_at);
+            let bundle =
+                one.held.as_ref().and_then(|held| Bundle::from_jwks(domain.clone(), held.jwks.as_bytes()).ok());
+            self.federation_roots.get_or_create(&labels).set(count(bundle.map_or(0, |bundle| bundle.roots.len())));
+        }
     }
 
     fn show_clocks(&self, health: &Health) {

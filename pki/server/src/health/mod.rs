@@ -14,6 +14,7 @@ use crate::lifetimes::Lifetimes;
 use crate::rotation::Trust;
 use crate::rotation::decide::{Decision, Surroundings, decide};
 use crate::store::clones::{self, Alarm};
+use crate::store::federation::{self, Federated};
 use crate::store::hosts::{self, Host};
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{DbError, View, leaves, trust};
@@ -25,6 +26,7 @@ pub(crate) struct Health {
     pub(crate) hosts: Vec<Host>,
     pub(crate) leaves: Vec<census::Held>,
     pub(crate) clones: Vec<Alarm>,
+    pub(crate) federation: Vec<Federated>,
     pub(crate) outlook: Decision,
     pub(crate) now: i64,
 }
@@ -41,7 +43,8 @@ impl Health {
         let outlook = decide(&trust, &world);
         let leaves = census::leaves(leaves::all(view)?, &hosts, now);
         let clones = clones::alarms(view)?.into_iter().filter(|alarm| alarm.is_open(&hosts)).collect();
-        Ok(Health { trust, intermediates, hosts, leaves, clones, outlook, now })
+        let federation = federation::all(view)?;
+        Ok(Health { federation, trust, intermediates, hosts, leaves, clones, outlook, now })
     }
 
     pub(crate) fn blocks(&self) -> Vec<rotation::Block> {

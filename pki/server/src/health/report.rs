@@ -52,7 +52,9 @@ impl Pki {
     fn server_certificates(&self) -> Vec<ServerCertificate> {
         let signer = self.signer();
         let not_after = unix(signer.endpoint_not_after);
-        vec![ServerCertificate { kind: "endpoint".to_owned(), serial: signer.endpoint_serial.clone(), not_after }]
+        let endpoint =
+            ServerCertificate { kind: "endpoint".to_owned(), serial: signer.endpoint_serial.clone(), not_after };
+        std::iter::once(endpoint).chain(self.web_certificate().map(|web| web.certificate())).collect()
     }
 
     fn renewals(&self) -> BTreeMap<String, u64> {

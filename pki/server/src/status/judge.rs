@@ -7,6 +7,7 @@ use crate::health::{Health, clocks as host_clocks};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::decide::{next_rotation, seconds};
 use crate::store::clones::Alarm;
+use crate::store::federation::Federated;
 use crate::store::hosts::{Host, HostState};
 use crate::store::servers::Server;
 use crate::times::rfc3339;
@@ -28,6 +29,7 @@ pub(super) fn problems(health: &Health, servers: &[Server]) -> Vec<String> {
     problems.extend(servers.iter().filter_map(|server| server.distrust.clone()));
     problems.extend(silent(health, servers));
     problems.extend(overdue(&health.overdue()));
+    problems.extend(health.federation.iter().filter_map(|one| stale(one, health.now)));
     let skew_ms = seconds(lifetimes.skew) * 1000;
     let wrong = host_clocks::far_off(&health.hosts, health.now);
     problems.extend(clocks_of(wrong.into_iter().filter(|host| host.clock_offset_ms.abs() > skew_ms)));
@@ -99,6 +101,20 @@ fn overdue(overdue: &[&Held]) -> Option<String> {
         "{count} hosts have not renewed in time, {ended} of them hold an ended certificate (the first end is {end}): \
          {names}; run `meshd status` there"
     ))
+}
+
+/// A few misses are the network's; after that the keys held may be those of yesterday.
+fn stale(one: &Federated, now: i64) -> Option<String> {
+    let problem = one.polled.problem.as_ref()?;
+    let interval = one.polled.next_at - one.polled.at;
+    let since = if one.polled.last_good_at == 0 {
+        "ever".to_owned()
+    } else {
+        format!("since {}", rfc3339(one.polled.last_good_at))
+    };
+    let domain = &one.relationship.trust_domain;
+    let is_stale = one.held.is_none() || now - one.polled.last_good_at > 3 * interval;
+    is_stale.then(|| format!("the bundle of federated domain {domain} was not fetched {since}: {problem}"))
 }
 
 fn clocks_of<'a>(far_off: impl Iterator<Item = &'a Host>) -> Option<String> {

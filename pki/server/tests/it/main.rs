@@ -3,6 +3,7 @@
 mod alerts;
 mod cli;
 mod enrolment;
+mod federation;
 mod http;
 mod impostors;
 mod inventory;

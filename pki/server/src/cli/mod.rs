@@ -1,0 +1,3 @@
+//! The commands of an operator. A file per family.
+
+pub(crate) mod federation;
