@@ -1,5 +1,6 @@
 //! Hosts whose firewall is iptables, as Docker and ufw leave it: neither side may spoil the other's rules.
 
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -8,6 +9,8 @@ use meshd_tests::lab::Lab;
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
+use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::{DEADLINE, ask, ensure_refused};
 
@@ -72,7 +75,7 @@ fn docker_and_ufw_keep_every_rule_and_the_mesh_works_beside_them() -> Result<()>
 #[test]
 fn flushed_tables_are_filled_again() -> Result<()> {
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
-    let rules = |host: &str| mesh.host(host).netfilter();
+    let rules = |host: &str| Ok::<_, anyhow::Error>(without_life(&mesh.host(host).netfilter()?));
     let before = [rules("web")?, rules("api-1")?];
     for host in ["web", "api-1"] {
         for program in ["iptables", "ip6tables"] {
@@ -84,6 +87,79 @@ fn flushed_tables_are_filled_again() -> Result<()> {
     let healed = || Ok::<_, anyhow::Error>([rules("web")?, rules("api-1")?] == before);
     until(DEADLINE, "meshd to put its rules back", || healed().unwrap_or(false))?;
     ask(&mesh)?;
+    Ok(())
+}
+
+/// Without the number that says since when they count: another one when they were put back.
+fn without_life(rules: &str) -> String {
+    let says_life = |line: &&str| line.contains("MESHD_LIFE ") || line.trim().starts_with("meta mark 0x");
+    let counts = |line: &str| line.split_once("meshd:").map_or(line.to_owned(), |(before, _)| before.to_owned());
+    rules.lines().filter(|line| !says_life(line)).map(counts).collect::<Vec<_>>().join("\n")
+}
+
+const SMTP: u16 = 2525;
+
+/// api-1 keeps its rules by iptables, and smtp is permissive there.
+fn start_with_permissive_port() -> Result<Mesh> {
+    let plan = Plan::shop_with_one_server();
+    let lab = Arc::new(Lab::new(&plan.host_names())?);
+    let mut mesh = Mesh::prepare(lab, plan)?;
+    mesh.daemon("api-1").use_backend(&backend::some_iptables())?;
+    mesh.start_pki()?;
+    mesh.join_all()?;
+    mesh.start_all()?;
+    Ok(mesh)
+}
+
+/// So many calls in clear. Nothing listens there but on loopback: an attempt is a call.
+fn call(mesh: &Mesh, times: u32) -> Result<()> {
+    let server = SocketAddr::from((mesh.host("api-1").address(), SMTP));
+    mesh.host("web").within(|| (0..times).for_each(|_| drop(TcpStream::connect(server))))
+}
+
+/// Calls by web's address, and by nobody known; they must add up to all.
+fn counted(mesh: &Mesh) -> Result<(u64, u64)> {
+    let ledger = mesh.daemon("api-1").json("ledger")?;
+    let rows = ledger["ports"].as_array().context("no ports in the ledger")?;
+    let row = rows.iter().find(|row| row["port"] == SMTP).context("no such port")?;
+    let calls = |address: Value| {
+        let callers = row["callers"].as_array().into_iter().flatten();
+        let its = callers.filter(|caller| caller["address"] == address && caller["uid"] == Value::Null);
+        its.filter_map(|caller| caller["connections"].as_u64()).sum::<u64>()
+    };
+    let (by_web, by_others) = (calls(mesh.host("web").address().to_string().into()), calls(Value::Null));
+    ensure!(row["plaintext_connections"] == by_web + by_others, "{row}");
+    Ok((by_web, by_others))
+}
+
+#[test]
+fn calls_while_meshd_was_away_are_in_the_ledger_without_a_name() -> Result<()> {
+    let mesh = start_with_permissive_port()?;
+    call(&mesh, 2)?;
+    ensure!(counted(&mesh)? == (2, 0), "while meshd runs: {:?}", counted(&mesh)?);
+    mesh.daemon("api-1").kill()?;
+    call(&mesh, 3)?;
+    mesh.daemon("api-1").start()?;
+    call(&mesh, 4)?;
+    ensure!(counted(&mesh)? == (6, 3), "after a crash: {:?}", counted(&mesh)?);
+    let ready = mesh.daemon("api-1").run(&["ledger", "--clean-for", "1h", "--port", "2525"])?;
+    ensure!(ready.exit_code() == Some(1), "a port that was called while meshd was away is clean");
+    Ok(())
+}
+
+/// Far more than the kernel keeps for a daemon that does not listen.
+#[test]
+fn calls_the_kernel_could_not_tell_of_are_in_the_ledger_all_the_same() -> Result<()> {
+    const CALLS: u32 = 30_000;
+    let mesh = start_with_permissive_port()?;
+    let daemon = mesh.daemon("api-1");
+    daemon.stand_still()?;
+    let called = call(&mesh, CALLS);
+    daemon.signal(Signal::SIGCONT)?;
+    called?;
+    let (by_web, by_others) = counted(&mesh)?;
+    ensure!(by_web > 0 && by_others > 0, "nothing was lost: {by_web} by web, {by_others} by others");
+    ensure!(by_web + by_others == u64::from(CALLS), "{by_web} by web, {by_others} by others");
     Ok(())
 }
 

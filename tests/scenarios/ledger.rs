@@ -112,7 +112,7 @@ fn the_ledger_survives_reload_and_crash_and_knows_who_called_meanwhile() -> Resu
     daemon.enrol(&plan::enrolment(&api.workloads, mesh.lab().has_units()))?;
     daemon.signal(Signal::SIGHUP)?;
     until(DEADLINE, "the reload", || daemon.log().contains("enrolment reloaded"))?;
-    let rules = mesh.host("api-1").command("nft", &["list", "table", "inet", "meshd"])?;
+    let rules = mesh.host("api-1").netfilter()?;
     ensure!(rules.contains("4711"), "the rules were not replaced:\n{rules}");
     call_remotely(&mesh)?;
     ensure!(calls(&mesh)? == 2, "after a reload: {}", row(&mesh, SMTP)?);

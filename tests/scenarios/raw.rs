@@ -7,6 +7,7 @@ use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use meshd_tests::backend;
 use meshd_tests::lab::Lab;
 use meshd_tests::load::{LoadReport, report};
 use meshd_tests::mesh::Mesh;
@@ -71,7 +72,8 @@ fn enrol(mesh: &Mesh, names: &[&str]) -> Result<()> {
     let web = Plan::shop().hosts.into_iter().find(|host| host.name == "web").context("no web")?;
     let workloads: Vec<_> =
         web.workloads.into_iter().filter(|workload| names.contains(&workload.name.as_str())).collect();
-    mesh.daemon("web").enrol(&plan::enrolment(&workloads, mesh.lab().has_units()))
+    let by_unit = mesh.lab().has_units() && backend::can_tell_units();
+    mesh.daemon("web").enrol(&plan::enrolment(&workloads, by_unit))
 }
 
 /// Enrols these on a running web.
@@ -95,18 +97,25 @@ fn get(mesh: &Mesh, unit: &str, url: &str) -> Result<String> {
 
 /// How many connections of a unit web has carried.
 fn carried(mesh: &Mesh, unit: &str) -> usize {
-    let unit = format!("{unit}.service");
+    let id = mesh.spiffe_id(unit);
     let events = mesh.daemon("web").access_log();
-    events.iter().filter(|event| event.unit.as_ref() == Some(&unit) && event.is_for("payments.shop")).count()
+    let by_it = events.iter().filter(|event| !event.is_inbound() && event.client_id.as_ref() == Some(&id));
+    by_it.filter(|event| event.is_for("payments.shop")).count()
 }
 
-/// Whether the kernel on web has this in its table of raw addresses.
+/// Whether the kernel on web has this in its rules about raw addresses.
 fn captured(mesh: &Mesh, what: &str) -> bool {
-    raw_table(mesh).is_some_and(|table| table.contains(what))
+    raw_rules(mesh).is_some_and(|rules| rules.contains(what))
 }
 
-fn raw_table(mesh: &Mesh) -> Option<String> {
-    mesh.host("web").command("nft", &["list", "table", "inet", "meshd_raw"]).ok()
+fn raw_rules(mesh: &Mesh) -> Option<String> {
+    let Some(variant) = backend::iptables() else {
+        return mesh.host("web").command("nft", &["list", "table", "inet", "meshd_raw"]).ok();
+    };
+    let save = |program: &str| mesh.host("web").command(&format!("{program}-{variant}-save"), &["-t", "nat"]);
+    let saved = save("iptables").ok()? + &save("ip6tables").ok()?;
+    let rules: Vec<&str> = saved.lines().filter(|line| line.starts_with("-A MESHD_TAKE")).collect();
+    (!rules.is_empty()).then(|| rules.join("\n"))
 }
 
 /// Kept-alive connections of checkout, asking all the time.
@@ -231,7 +240,14 @@ fn raw_addresses_go_direct_at_once_when_meshd_is_killed() -> Result<()> {
     get(&mesh, "checkout", &raw_url(&mesh, "api-1"))?;
     until(DEADLINE, "it in the access log", || carried(&mesh, "checkout") == 1)?;
     mesh.daemon("web").kill()?;
-    until(DEADLINE, "the raw table to be gone", || raw_table(&mesh).is_none())?;
+    if backend::iptables().is_none() {
+        until(DEADLINE, "the raw table to be gone", || raw_rules(&mesh).is_none())?;
+    } else {
+        // Rules that nobody is left to remove, and that no daemon keeps alive.
+        let direct = || get(&mesh, "checkout", &raw_url(&mesh, "api-1")).is_ok();
+        until(DEADLINE, "raw addresses to go direct", direct)?;
+        ensure!(captured(&mesh, &mesh.host("api-1").address().to_string()), "somebody removed the rules");
+    }
     ensure!(get(&mesh, "checkout", &raw_url(&mesh, "api-1"))? == "payments on api-1\n", "not direct");
     ensure!(carried(&mesh, "checkout") == 1, "a dead meshd carried it");
 
@@ -239,7 +255,7 @@ fn raw_addresses_go_direct_at_once_when_meshd_is_killed() -> Result<()> {
     get(&mesh, "checkout", &raw_url(&mesh, "api-1"))?;
     until(DEADLINE, "the mesh to carry it again", || carried(&mesh, "checkout") == 2)?;
     mesh.daemon("web").stop()?;
-    ensure!(raw_table(&mesh).is_none(), "a stopped meshd left its raw table");
+    ensure!(raw_rules(&mesh).is_none(), "a stopped meshd left its raw table");
     get(&mesh, "checkout", &raw_url(&mesh, "api-1"))?;
     mesh.daemon("web").run(&["intercept", "revert"])?.expect_success("meshd intercept revert")?;
     let rules = mesh.host("web").command("ip", &["rule", "show"])?;
@@ -255,10 +271,10 @@ fn a_revert_tells_that_a_hung_meshd_still_captures_raw_addresses() -> Result<()>
     daemon.stand_still()?;
     let told = daemon.run(&["intercept", "revert"])?;
     ensure!(told.exit_code() == Some(1) && told.stderr.contains(&format!("kill -KILL {pid}")), "{told:?}");
-    ensure!(raw_table(&mesh).is_some(), "nothing is held, so nothing is shown");
+    ensure!(raw_rules(&mesh).is_some(), "nothing is held, so nothing is shown");
     daemon.kill()?;
     daemon.run(&["intercept", "revert"])?.expect_success("meshd intercept revert after it was killed")?;
-    ensure!(raw_table(&mesh).is_none(), "the raw table is still there");
+    ensure!(raw_rules(&mesh).is_none(), "the raw table is still there");
     ensure!(get(&mesh, "checkout", &raw_url(&mesh, "api-1"))? == "payments on api-1\n", "not direct");
     Ok(())
 }

@@ -13,9 +13,23 @@ pub fn can_be_strict() -> bool {
     chosen() != "tun"
 }
 
-/// Whether the kernel records who opens connections.
+/// Whether the kernel records who opens connections, whoever it is.
 pub fn records_owners() -> bool {
     ["auto", "nft-tproxy", "nft-redirect"].contains(&chosen().as_str())
+}
+
+/// The iptables backend of this run, or the one that works in every run.
+pub fn some_iptables() -> String {
+    if iptables().is_some() { chosen() } else { "iptables-nft".to_owned() }
+}
+
+/// The variant of iptables that rules are kept by, if they are.
+pub fn iptables() -> Option<&'static str> {
+    match chosen().as_str() {
+        "iptables-nft" => Some("nft"),
+        "iptables-legacy" => Some("legacy"),
+        _ => None,
+    }
 }
 
 /// What meshd's unit must grant it: legacy iptables speaks to the kernel by a raw socket.

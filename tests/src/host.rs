@@ -118,7 +118,7 @@ impl Host {
         let of_table = |line: &str| {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words[..] {
-                ["table", "ip" | "ip6", "nat" | "filter", "{"] | ["}"] | [] => true,
+                ["table", "ip" | "ip6", "nat" | "filter" | "mangle" | "security", "{"] | ["}"] | [] => true,
                 ["chain", name, "{"] => BUILT_IN.contains(&name),
                 ["type", .., "policy", "accept;"] => true,
                 _ => false,

@@ -65,16 +65,14 @@ const CLIENTS: Tier = Tier {
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
     ("nft-redirect", &["tun::", "workload_api::"]),
-    ("iptables-nft", &["tun::", "ledger::", "raw::", "client_address::", "workload_api::", NAMED_REMOVER]),
+    ("iptables-nft", &["tun::", "workload_api::", NAMED_REMOVER, HUNG_RAW]),
     (
         "iptables-legacy",
         &[
             "tun::",
-            "ledger::",
-            "raw::",
-            "client_address::",
             "workload_api::",
             NAMED_REMOVER,
+            HUNG_RAW,
             "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
         ],
     ),
@@ -104,6 +102,8 @@ const BACKENDS: [(&str, &[&str]); 5] = [
 
 /// The kernel tells who changed nft's rules, and nobody else's.
 const NAMED_REMOVER: &str = "heal::whoever_keeps_removing_rules_is_named_and_not_fought";
+/// Rules of iptables belong to no process: a revert removes them all.
+const HUNG_RAW: &str = "raw::a_revert_tells_that_a_hung_meshd_still_captures_raw_addresses";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

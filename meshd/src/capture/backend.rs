@@ -11,7 +11,7 @@ use super::nft::{Nft, NftCapture};
 use super::owner::OwnerRecord;
 use super::tool::CaptureError;
 use super::tun::Tun;
-use super::wanted::{Facts, Wanted};
+use super::wanted::{Caller, Facts, Wanted};
 
 /// `[capture] backend` in meshd.toml.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -64,13 +64,15 @@ impl BackendKind {
     /// What it can do besides capturing virtual IPs.
     pub fn can(self) -> Capabilities {
         match self {
-            BackendKind::NftTproxy | BackendKind::NftRedirect => {
-                Capabilities { strict: true, ledger: true, raw: true, transparent: true }
+            BackendKind::NftTproxy | BackendKind::NftRedirect | BackendKind::IptablesNft => {
+                Capabilities { strict: true, ledger: true, raw: true, raw_units: true, transparent: true }
             }
-            BackendKind::IptablesNft | BackendKind::IptablesLegacy => {
-                Capabilities { strict: true, ledger: false, raw: false, transparent: false }
+            BackendKind::IptablesLegacy => {
+                Capabilities { strict: true, ledger: true, raw: true, raw_units: false, transparent: true }
             }
-            BackendKind::Tun => Capabilities { strict: false, ledger: false, raw: false, transparent: false },
+            BackendKind::Tun => {
+                Capabilities { strict: false, ledger: false, raw: false, raw_units: false, transparent: false }
+            }
         }
     }
 
@@ -105,6 +107,8 @@ pub struct Capabilities {
     pub ledger: bool,
     /// Capture raw service addresses.
     pub raw: bool,
+    /// The same for callers that are units or known by a port, not only users.
+    pub raw_units: bool,
     /// Let applications see the caller's address.
     pub transparent: bool,
 }
@@ -130,9 +134,14 @@ pub trait Backend: Send {
     /// How workers learn whom a captured connection was for.
     fn recovery(&self) -> Recovery;
 
-    /// Which connections it records the owners of, as `probe` found this host can.
+    /// Where it records who opened connections, as `probe` found this host can.
     fn owners(&self) -> OwnerRecord {
         OwnerRecord::default()
+    }
+
+    /// Whether it must be told who is enrolled, to record that.
+    fn records_enrolled(&self) -> bool {
+        false
     }
 
     /// The rules as an operator reads them.
@@ -216,6 +225,11 @@ pub fn can_enforce(kind: BackendKind, wanted: &Wanted) -> Result<(), CaptureErro
     if !can.raw && !wanted.raw_callers.is_empty() {
         return cannot("raw service addresses".into(), "remove [capture] raw, or use another backend");
     }
+    let unit = wanted.raw_callers.iter().find(|caller| !matches!(caller, Caller::Uid(_)));
+    if let (false, Some(caller)) = (can.raw_units, unit) {
+        let what = format!("raw service addresses for callers that are not enrolled by uid ({})", caller.label());
+        return cannot(what, "enrol them by uid, remove [capture] raw, or use another backend");
+    }
     if let (false, Some(address)) = (can.transparent, wanted.transparent.first()) {
         let what = format!("transparent client addresses (deliver {address})");
         return cannot(what, "set client_address to \"none\", or use another backend");
@@ -225,4 +239,23 @@ pub fn can_enforce(kind: BackendKind, wanted: &Wanted) -> Result<(), CaptureErro
         return cannot(what, "give it two bits, or deliver to a loopback address");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wanted::tests::wanted;
+    use super::*;
+
+    #[test]
+    fn legacy_iptables_refuses_raw_addresses_of_callers_it_cannot_tell_apart() {
+        let by_uid = Wanted { raw_callers: [Caller::Uid(1001)].into(), ..wanted() };
+        assert!(can_enforce(BackendKind::IptablesLegacy, &by_uid).is_ok());
+        for caller in [Caller::Unit("web.service".into()), Caller::Port(8080)] {
+            let label = caller.label();
+            let wanted = Wanted { raw_callers: [Caller::Uid(1001), caller].into(), ..wanted() };
+            let refused = can_enforce(BackendKind::IptablesLegacy, &wanted).unwrap_err().to_string();
+            assert!(refused.contains(&label) && refused.contains("by uid"), "{refused}");
+            assert!(can_enforce(BackendKind::IptablesNft, &wanted).is_ok());
+        }
+    }
 }

@@ -148,7 +148,10 @@ impl Keeper {
     }
 
     /// `lift`: what of the operators' decisions is over.
-    fn want(&mut self, intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+    fn want(&mut self, mut intent: Wanted, lift: impl FnOnce(&mut CaptureState)) -> Result<(), CaptureError> {
+        if !self.backend.records_enrolled() {
+            intent.enrolled.clear();
+        }
         can_enforce(self.backend.kind(), &intent)?;
         let mut locked = self.file.lock()?;
         let before = locked.state.clone();
@@ -200,6 +203,8 @@ impl Keeper {
         if unchanged && !removed && locked.state.applied.is_some() {
             return Ok(Settled::WasInForce);
         }
+        // What was changed since the last tick: below, it would pass for our own.
+        self.hear();
         let replaced = self.forget_what_another_configuration_left(locked, &target)?;
         // Written first: a crash between the two must leave a record of what may be there.
         let record = Applied { backend: self.backend.kind(), wanted: target.clone() };
@@ -287,9 +292,8 @@ impl Keeper {
         {
             self.tell_failure(now, "what operators decided is not in force", &error);
         }
-        let news = self.events.drain();
-        self.suspicious |= news.any || !self.backend.notified();
-        self.suspect = news.by.or(self.suspect.take());
+        self.hear();
+        self.suspicious |= !self.backend.notified();
         let moved = self.in_force.as_ref().is_some_and(|(wanted, facts)| *facts != self.facts_for(wanted));
         if moved || self.suspicious && self.pace.due(now) {
             self.look(now, &intent);
@@ -299,6 +303,12 @@ impl Keeper {
         }
         self.stand_in_for_the_timer(now);
         self.remind(now);
+    }
+
+    fn hear(&mut self) {
+        let news = self.events.drain();
+        self.suspicious |= news.any;
+        self.suspect = news.by.or(self.suspect.take());
     }
 
     fn look(&mut self, now: Instant, intent: &Wanted) {
@@ -326,11 +336,16 @@ impl Keeper {
     }
 
     fn count_heal(&mut self, now: Instant) {
-        self.pace.healed(now);
+        const NAMELESS: &str = "somebody the kernel does not name";
+        let by = self.suspect.take();
         self.shared.healed.fetch_add(1, Ordering::Relaxed);
-        let by = self.suspect.take().unwrap_or_else(|| "somebody the kernel does not name".into());
-        tracing::warn!(by, "another tool had removed or changed meshd's rules or routes; they are back");
+        tracing::warn!(
+            by = by.as_deref().unwrap_or(NAMELESS),
+            "another tool had removed or changed meshd's rules or routes; they are back"
+        );
+        self.pace.healed(now, by);
         if self.pace.fighting(now) {
+            let by = self.pace.opponent(now).unwrap_or(NAMELESS);
             tracing::error!(
                 by,
                 "meshd's rules or routes are removed again and again; putting them back every 30 s only. Look for \

@@ -82,6 +82,7 @@ impl CaptureConfig {
             strict: BTreeSet::new(),
             permissive: BTreeSet::new(),
             raw_callers: BTreeSet::new(),
+            enrolled: BTreeSet::new(),
             transparent: BTreeSet::new(),
         }
     }

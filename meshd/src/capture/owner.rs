@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use meshd_sys::nft_map::NftMaps;
 
+use super::iptables::Hearing;
 use super::tun::Flows;
 
 /// Where it is recorded who opens a connection.
@@ -17,6 +18,8 @@ pub enum OwnerRecord {
     Nft,
     /// Where TUN remembers its connections.
     Tun(Arc<Flows>),
+    /// What rules of iptables tell as connections are opened.
+    Heard(Arc<Hearing>),
 }
 
 /// Whose socket it was at its first packet.
@@ -31,6 +34,7 @@ pub struct RecordedOwner {
 pub enum OwnerReader {
     Nft(NftMaps),
     Tun(Arc<Flows>),
+    Heard(Arc<Hearing>),
 }
 
 impl OwnerReader {
@@ -40,6 +44,7 @@ impl OwnerReader {
             OwnerRecord::Nowhere => None,
             OwnerRecord::Nft => Some(OwnerReader::Nft(NftMaps::open()?)),
             OwnerRecord::Tun(flows) => Some(OwnerReader::Tun(flows.clone())),
+            OwnerRecord::Heard(hearing) => Some(OwnerReader::Heard(hearing.clone())),
         })
     }
 
@@ -47,6 +52,7 @@ impl OwnerReader {
     pub fn owner(&mut self, client: SocketAddr, original: SocketAddr) -> io::Result<Option<RecordedOwner>> {
         let maps = match self {
             OwnerReader::Tun(flows) => return Ok(flows.owner(client, original)),
+            OwnerReader::Heard(hearing) => return Ok(hearing.owner(client, original)),
             OwnerReader::Nft(maps) => maps,
         };
         let map = if original.is_ipv4() { "owner4" } else { "owner6" };

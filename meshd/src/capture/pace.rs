@@ -14,7 +14,15 @@ const FIGHTING: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     looked: Option<Instant>,
-    heals: VecDeque<Instant>,
+    heals: VecDeque<Heal>,
+}
+
+/// Rules or routes that were put back.
+#[derive(Debug)]
+struct Heal {
+    at: Instant,
+    /// Who had removed them, where the kernel named somebody.
+    by: Option<String>,
 }
 
 impl Pace {
@@ -28,8 +36,8 @@ impl Pace {
         self.looked = Some(now);
     }
 
-    pub(super) fn healed(&mut self, now: Instant) {
-        self.heals.push_back(now);
+    pub(super) fn healed(&mut self, now: Instant, by: Option<String>) {
+        self.heals.push_back(Heal { at: now, by });
         while self.heals.len() > FIGHT + 1 {
             self.heals.pop_front();
         }
@@ -37,7 +45,17 @@ impl Pace {
 
     /// Somebody removes them again and again.
     pub(super) fn fighting(&self, now: Instant) -> bool {
-        self.heals.iter().filter(|healed| now.duration_since(**healed) < FIGHT_SPAN).count() > FIGHT
+        self.recent(now).count() > FIGHT
+    }
+
+    /// Whoever was named last. Who removes what was put back a moment ago is taken for ourselves and not named, so one
+    /// heal alone may not know.
+    pub(super) fn opponent(&self, now: Instant) -> Option<&str> {
+        self.recent(now).rev().find_map(|heal| heal.by.as_deref())
+    }
+
+    fn recent(&self, now: Instant) -> impl DoubleEndedIterator<Item = &Heal> {
+        self.heals.iter().filter(move |heal| now.duration_since(heal.at) < FIGHT_SPAN)
     }
 }
 
@@ -60,10 +78,11 @@ mod tests {
         for heal in 0..=FIGHT as u64 {
             assert!(pace.due(second(heal)) && !pace.fighting(second(heal)), "{heal}");
             pace.looked(second(heal));
-            pace.healed(second(heal));
+            pace.healed(second(heal), (heal == 3).then(|| "firewalld (pid 712)".to_owned()));
         }
         assert!(pace.fighting(second(7)) && !pace.due(second(7)));
+        assert_eq!(pace.opponent(second(7)), Some("firewalld (pid 712)"));
         assert!(pace.due(second(36)));
-        assert!(!pace.fighting(second(70)));
+        assert!(!pace.fighting(second(70)) && pace.opponent(second(70)).is_none());
     }
 }

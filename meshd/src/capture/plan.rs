@@ -19,9 +19,9 @@ pub fn resolve(intent: &Wanted, state: &CaptureState) -> Option<Wanted> {
 /// An earlier plan, with what this daemon's own sockets are by now.
 fn instead_of(intent: &Wanted, confirmed: &Wanted) -> Wanted {
     let Wanted { capture_port, mark, mark_mask, daemon_uid, .. } = *intent;
-    // How connections are delivered follows enrol.d, whatever is held back.
-    let transparent = intent.transparent.clone();
-    Wanted { capture_port, mark, mark_mask, daemon_uid, transparent, ..confirmed.clone() }
+    // How connections are delivered, and whose they are, follows enrol.d, whatever is held back.
+    let (transparent, enrolled) = (intent.transparent.clone(), intent.enrolled.clone());
+    Wanted { capture_port, mark, mark_mask, daemon_uid, transparent, enrolled, ..confirmed.clone() }
 }
 
 fn only_virtual_ips(intent: &Wanted) -> Wanted {

@@ -36,6 +36,9 @@ pub struct Wanted {
     pub permissive: BTreeSet<u16>,
     /// Whose connections to raw service addresses are captured; nobody's if empty.
     pub raw_callers: BTreeSet<Caller>,
+    /// Whose openings of connections rules must tell apart; only for a backend that needs to know.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub enrolled: BTreeSet<Caller>,
     /// Where connections seem to come from the peer's host: what answers there must come back to us.
     #[serde(default)]
     pub transparent: BTreeSet<SocketAddr>,
@@ -97,10 +100,11 @@ impl Caller {
 }
 
 impl Wanted {
-    /// Short name of this intent: what an operator confirms.
+    /// Short name of this intent: what an operator confirms. Whom rules merely tell apart does not matter.
     pub fn hash(&self) -> String {
+        let confirmed = Wanted { enrolled: BTreeSet::new(), ..self.clone() };
         // JSON of ordered collections: the same on every build, unlike Rust's own hashing.
-        let text = serde_json::to_vec(self).unwrap_or_default();
+        let text = serde_json::to_vec(&confirmed).unwrap_or_default();
         let digest = digest(&SHA256, &text);
         HEXLOWER.encode(&digest.as_ref()[..8])
     }
@@ -133,7 +137,7 @@ impl Wanted {
     }
 
     fn callers(&self) -> impl Iterator<Item = &Caller> {
-        self.strict.iter().flat_map(|strict| &strict.local).chain(&self.raw_callers)
+        self.strict.iter().flat_map(|strict| &strict.local).chain(&self.raw_callers).chain(&self.enrolled)
     }
 }
 
@@ -196,6 +200,7 @@ pub(super) mod tests {
             strict: BTreeSet::new(),
             permissive: BTreeSet::new(),
             raw_callers: BTreeSet::new(),
+            enrolled: BTreeSet::new(),
             transparent: BTreeSet::new(),
         }
     }
@@ -204,6 +209,8 @@ pub(super) mod tests {
     fn another_intent_has_another_hash() {
         let (one, mut other) = (wanted(), wanted());
         assert_eq!(one.hash(), wanted().hash());
+        other.enrolled.insert(Caller::Uid(7));
+        assert_eq!(one.hash(), other.hash());
         other.permissive.insert(8080);
         assert_ne!(one.hash(), other.hash());
     }

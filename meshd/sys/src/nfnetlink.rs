@@ -55,7 +55,7 @@ impl Nfnetlink {
     }
 }
 
-fn encode(kind: u16, family: u8, sequence: u32, attributes: &[u8]) -> Vec<u8> {
+pub(crate) fn encode(kind: u16, family: u8, sequence: u32, attributes: &[u8]) -> Vec<u8> {
     let mut request = vec![0u8; HEADERS];
     request.extend_from_slice(attributes);
     let length = request.len() as u32;
@@ -69,12 +69,17 @@ fn encode(kind: u16, family: u8, sequence: u32, attributes: &[u8]) -> Vec<u8> {
 
 pub(crate) fn decode<T>(message: &[u8], read: impl Fn(&[u8]) -> Option<T>) -> io::Result<Option<T>> {
     if u16_at(message, 4).ok_or_else(truncated)? == NLMSG_ERROR {
-        let errno = message.get(NLMSG_HEADER..NLMSG_HEADER + 4).ok_or_else(truncated)?;
-        let errno = -i32::from_ne_bytes(errno.try_into().map_err(|_| truncated())?);
+        let errno = errno_of(message)?;
         return if errno == nix::libc::ENOENT { Ok(None) } else { Err(io::Error::from_raw_os_error(errno)) };
     }
     let attributes = message.get(HEADERS..).ok_or_else(truncated)?;
     read(attributes).ok_or_else(truncated).map(Some)
+}
+
+/// Of a message that is an error or, with 0, an acknowledgement.
+pub(crate) fn errno_of(message: &[u8]) -> io::Result<i32> {
+    let errno = message.get(NLMSG_HEADER..NLMSG_HEADER + 4).ok_or_else(truncated)?;
+    Ok(-i32::from_ne_bytes(errno.try_into().map_err(|_| truncated())?))
 }
 
 /// struct nlattr: length with header, type, value, padded to 4 bytes.

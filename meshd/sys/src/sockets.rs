@@ -1,8 +1,8 @@
-//! The three kinds of TCP socket meshd opens: listeners for peers, listeners for captured
-//! connections, and marked sockets to dial with.
+//! The kinds of socket meshd opens: listeners for peers, listeners for captured connections, and marked sockets to
+//! dial with, or to tell our own rules something with.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd};
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -41,6 +41,14 @@ pub fn marked(address: SocketAddr, mark: Mark) -> io::Result<Socket> {
     }
     socket.set_tcp_nodelay(true)?;
     Ok(socket)
+}
+
+/// A socket whose datagrams to `address` carry `mark`.
+pub fn marked_datagrams(address: SocketAddr, mark: Mark) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+    socket.set_mark(mark.0)?;
+    socket.connect(&address.into())?;
+    Ok(socket.into())
 }
 
 /// Has `socket` speak for `source`, an address this host need not have; before it connects. What answers it must be

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::times::signed_ms;
+
 /// Fewer clocks than this are outvoted by chance.
-const QUORUM: usize = 5;
+pub(crate) const QUORUM: usize = 5;
 
 /// Why nothing that depends on time is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,8 +35,9 @@ impl std::fmt::Display for Distrust {
 /// Looks at the clocks again and again. A jump is forgiven when the fleet agrees with the new time, or it is undone.
 #[derive(Debug, Default)]
 pub(crate) struct ClockGuard {
-    last: Option<(SystemTime, Duration)>,
-    jumped: i64,
+    /// Wall clock less time since boot at the last look, in milliseconds. Rounded differences would add up.
+    last: Option<i64>,
+    jumped_ms: i64,
 }
 
 impl ClockGuard {
@@ -46,39 +49,29 @@ impl ClockGuard {
         offsets_ms: &[i64],
         skew: Duration,
     ) -> Option<Distrust> {
-        if let Some((last_wall, last_boot)) = self.last {
-            self.jumped += signed_seconds(last_wall, wall) - signed(boot) + signed(last_boot);
+        let since_epoch = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let ahead = signed_ms(since_epoch) - signed_ms(boot);
+        if let Some(last) = self.last.replace(ahead) {
+            self.jumped_ms += ahead - last;
         }
-        self.last = Some((wall, boot));
-        let limit = signed(skew);
-        let median = median(offsets_ms);
-        let agreed = median.is_some_and(|median| median.abs() <= limit * 1000);
+        let limit = signed_ms(skew);
+        let median = median(offsets_ms).filter(|_| offsets_ms.len() >= QUORUM);
+        let agreed = median.is_some_and(|median| median.abs() <= limit);
         if agreed {
-            self.jumped = 0;
+            self.jumped_ms = 0;
         }
         match median {
             Some(median_ms) if !agreed => Some(Distrust::Outvoted { median_ms, hosts: offsets_ms.len() }),
-            _ if self.jumped.abs() > limit => Some(Distrust::Jumped { seconds: self.jumped }),
+            _ if self.jumped_ms.abs() > limit => Some(Distrust::Jumped { seconds: self.jumped_ms / 1000 }),
             _ => None,
         }
     }
 }
 
-fn median(offsets_ms: &[i64]) -> Option<i64> {
-    if offsets_ms.len() < QUORUM {
-        return None;
-    }
+pub(crate) fn median(offsets_ms: &[i64]) -> Option<i64> {
     let mut sorted = offsets_ms.to_vec();
     sorted.sort_unstable();
-    Some(sorted[sorted.len() / 2])
-}
-
-fn signed(duration: Duration) -> i64 {
-    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
-}
-
-fn signed_seconds(from: SystemTime, to: SystemTime) -> i64 {
-    to.duration_since(from).map_or_else(|back| -signed(back.duration()), signed)
+    sorted.get(sorted.len() / 2).copied()
 }
 
 #[cfg(test)]
@@ -110,6 +103,16 @@ mod tests {
         let mut guard = ClockGuard::default();
         let seen: Vec<bool> = (0..10).map(|n| guard.look(at(n * 60), up(n * 10), &[], SKEW).is_some()).collect();
         assert_eq!(seen.iter().filter(|distrusted| **distrusted).count(), 3, "{seen:?}");
+    }
+
+    #[test]
+    fn fractions_of_seconds_never_add_up_to_a_jump() {
+        let mut guard = ClockGuard::default();
+        for n in 0..10_000 {
+            let fraction = Duration::from_micros(n * 7919 % 2000);
+            let found = guard.look(at(n * 10) + fraction, up(n * 10) + fraction, &[], SKEW);
+            assert_eq!(found, None, "look {n}");
+        }
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub(crate) struct SignedDeny {
     pub(crate) jws: String,
     /// The PKI knows that there was a newer one.
     pub(crate) is_behind: bool,
+    /// The root that was active when it was signed: whoever joins later may know only later ones.
+    pub(crate) signer: String,
 }
 
 /// The highest sequence of a deny set there ever was, outside the database and its backups.
@@ -54,12 +56,10 @@ impl Pki {
     pub(crate) fn refresh_deny(&self) -> Result<(), PkiError> {
         let floor = Floor::new(&self.state);
         let known = self.deny();
-        let (set, trust) = self
-            .state
-            .database
-            .read(|view| -> Result<_, StateError> { Ok((deny::deny(view)?, trust::trust(view)?)) })?;
+        let set = self.state.database.read(deny::deny).map_err(StateError::from)?;
         let is_behind = floor.get() > set.sequence;
-        if (set.sequence, is_behind) == (known.sequence, known.is_behind) {
+        let signer = self.signer().root.clone();
+        if (set.sequence, is_behind, &signer) == (known.sequence, known.is_behind, &known.signer) {
             return Ok(());
         }
         floor.raise(set.sequence).map_err(|source| StateError::Io {
@@ -67,21 +67,23 @@ impl Pki {
             path: floor.0.clone(),
             source,
         })?;
-        let signer = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
-        let key = self.kek.unwrap(&signer.id, &signer.wrapped_key).map_err(StateError::from)?;
+        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        let root = trust.speaker().ok_or_else(|| self.state.incomplete("a root whose key is here"))?;
+        let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),
             _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(RotationError::from)?,
         };
-        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind });
+        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer });
         Ok(())
     }
 
     /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.
     pub(crate) fn learn_deny(&self, jws: &str) -> Result<(), PkiError> {
         let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        let trusted = trust.roots.iter().filter(|root| root.tainted_at.is_none());
         let keys: Vec<VerifyingKey> =
-            trust.roots.iter().filter_map(|root| VerifyingKey::from_certificate(&root.certificate)).collect();
+            trusted.filter_map(|root| VerifyingKey::from_certificate(&root.certificate)).collect();
         let Ok(set) = signed::verify::<DenySet>(jws, &keys) else {
             tracing::warn!("a host sent a deny set that this PKI has not signed; it is ignored");
             return Ok(());
@@ -91,13 +93,17 @@ impl Pki {
         }
         let now = self.now();
         let floor = Floor::new(&self.state).get();
-        self.state.database.transaction(|records| -> Result<Option<Deny>, StateError> {
+        let is_learnt = self.state.database.transaction(|records| -> Result<bool, StateError> {
             if deny::deny(records)?.sequence >= set.sequence {
-                return Ok(None);
+                return Ok(false);
             }
             let floor = floor.max(set.sequence);
-            Ok(Some(deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?))
+            deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?;
+            Ok(true)
         })?;
+        if !is_learnt {
+            return Ok(());
+        }
         let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
         _ = self.record(&[Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() }]);
         self.refresh_deny()
@@ -105,6 +111,10 @@ impl Pki {
 
     /// Entries whose last certificate has ended do nothing any more.
     pub(crate) fn prune_deny(&self) -> Result<(), PkiError> {
+        if self.deny().is_behind {
+            // A higher sequence would take the place of the set that hosts still hold.
+            return Ok(());
+        }
         let now = self.now();
         let ended = |set: &Deny| set.entries.iter().any(|entry| entry.until < unix(now));
         let any = self.state.database.read(deny::deny).map_err(StateError::from)?;
@@ -118,3 +128,6 @@ impl Pki {
         self.refresh_deny()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,12 +7,13 @@ use meshd_pki_api::v1::enroll_request::Attestation;
 
 use crate::audit::Event;
 use crate::csr::Request;
+use crate::issue::offset_ms;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::store::hosts::{self, Host, HostState, Issued};
 use crate::store::tokens::{self, Token, Use};
 use crate::store::{DbError, Records, View, settings};
-use crate::times::{rfc3339, unix};
+use crate::times::{rfc3339, unix, unix_ms};
 
 impl Pki {
     pub fn enrol(&self, request: &v1::EnrollRequest, remote: &str) -> Result<v1::EnrollReply, Refused> {
@@ -50,7 +51,7 @@ impl Pki {
             let id = host_identity(&self.trust_domain, &token.host_id)?;
             let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             let (token_id, host_id) = (token.id.clone(), token.host_id.clone());
-            admit(records, token, &csr, unix(now))?;
+            admit(records, token, &csr, unix(now), offset_ms(request.host_time_unix_ms, unix_ms(now)))?;
             let issued = Issued {
                 serial: leaf.serial.clone(),
                 spiffe_id: id.to_string(),
@@ -138,7 +139,13 @@ pub(crate) fn banned(host: &str) -> String {
     format!("host `{host}` is banned from this mesh")
 }
 
-fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -> Result<(), DbError> {
+fn admit(
+    records: &mut dyn Records,
+    mut token: Token,
+    csr: &Request,
+    now: i64,
+    clock_offset_ms: i64,
+) -> Result<(), DbError> {
     token.used.get_or_insert_with(|| Use { key_id: csr.key_id.to_vec(), at: now });
     tokens::put_token(records, &token)?;
     // A host that is known and enrols again has a new key; what it did before is not its own any more.
@@ -151,7 +158,7 @@ fn admit(records: &mut dyn Records, mut token: Token, csr: &Request, now: i64) -
         enrolled_at: now,
         last_seen: now,
         acked_sequence: 0,
-        clock_offset_ms: 0,
+        clock_offset_ms,
         roots_in_use: Vec::new(),
     };
     hosts::put_host(records, &host)?;

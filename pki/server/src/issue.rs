@@ -8,6 +8,7 @@ use x509_parser::prelude::FromDer;
 use crate::audit::Event;
 use crate::csr::Request;
 use crate::enrol::{banned, excerpt};
+use crate::lifetimes::LEAF_BACKDATE;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::signer::Signer;
@@ -91,7 +92,7 @@ impl Pki {
             bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.advertise.clone(),
-            tainted_roots: self.tainted_roots(),
+            tainted_roots: signer.tainted.clone(),
             federation: Some(federation),
         })
     }
@@ -148,6 +149,12 @@ impl Pki {
         };
         if host.state == HostState::Banned {
             return Err(Refused::Forbidden(banned(name)));
+        }
+        // Whoever stole an earlier one would else renew it for ever.
+        if unix(info.not_before + LEAF_BACKDATE) < host.enrolled_at {
+            return unknown(format!(
+                "the certificate is from before host `{name}` joined again; use the one it was given then"
+            ));
         }
         let (_, parsed) = X509Certificate::from_der(certificate)
             .map_err(|error| Refused::Unauthenticated(format!("unreadable certificate: {error}")))?;

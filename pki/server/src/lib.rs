@@ -35,6 +35,7 @@ mod store;
 mod sync;
 pub mod times;
 mod transitions;
+pub mod upstream;
 
 pub use pki::{Options, Pki};
 pub use refused::Refused;

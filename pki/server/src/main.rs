@@ -17,7 +17,8 @@ use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
-use meshd_pki::{Options, Pki, state_dir};
+use meshd_pki::upstream::watch::UpstreamFiles;
+use meshd_pki::{Options, Pki, state_dir, upstream};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
@@ -44,6 +45,10 @@ enum Command {
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
+    /// Print a certificate request for an offline root.
+    Csr(cli::upstream::Csr),
+    /// Use an intermediate that an authority outside signed.
+    Import(cli::upstream::Import),
     /// Other trust domains whose identities are believed.
     #[command(subcommand)]
     Federation(cli::federation::Federation),
@@ -77,6 +82,15 @@ struct Run {
     /// Serve Prometheus metrics here, in clear: use loopback.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// PEM file with an intermediate from outside, then its root; read again every 30 s.
+    #[arg(long, requires = "upstream_key")]
+    upstream_chain: Option<PathBuf>,
+    /// PEM file with the key of that intermediate.
+    #[arg(long, requires = "upstream_chain")]
+    upstream_key: Option<PathBuf>,
+    /// PEM file with its root, when the chain does not have it.
+    #[arg(long, requires = "upstream_chain")]
+    upstream_roots: Option<PathBuf>,
     /// Serve the trust bundle to other trust domains here, under --bundle-cert (SPIFFE Federation, https_web).
     #[arg(long, requires = "bundle_cert", requires = "bundle_key")]
     bundle_listen: Option<SocketAddr>,
@@ -170,6 +184,8 @@ fn main() -> ExitCode {
         Command::Entry(Entry::Add(args)) => add_entry(&args),
         Command::Entry(Entry::List(args)) => list_entries(&args),
         Command::Entry(Entry::Remove(args)) => remove_entry(&args),
+        Command::Csr(command) => command.run(),
+        Command::Import(command) => command.run(),
         Command::Federation(command) => command.run(),
         Command::Status(args) => return status(&args),
     };
@@ -232,6 +248,10 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
     }
+    let upstream = args.upstream_chain.zip(args.upstream_key).map(|(chain, key)| {
+        let files = UpstreamFiles { chain, key, roots: args.upstream_roots };
+        tokio::spawn(upstream::watch::watch(pki.clone(), files))
+    });
     let bundles = match (args.bundle_listen, args.bundle_cert, args.bundle_key) {
         (Some(address), Some(chain), Some(key)) => {
             let certificate =
@@ -251,8 +271,8 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         }
     })
     .await;
-    if let Some(bundles) = bundles {
-        bundles.abort();
+    for task in bundles.into_iter().chain(upstream) {
+        task.abort();
     }
     tracing::info!("stopped");
     Ok(())

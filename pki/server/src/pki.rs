@@ -25,7 +25,7 @@ use crate::rotation::step::{RotationError, Rotator};
 use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
-use crate::sync::{Current, tainted};
+use crate::sync::Current;
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
@@ -158,22 +158,30 @@ impl Pki {
         let now = self.now();
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
-        self.prune_deny()?;
         self.refresh()?;
+        if self.distrust().is_none() {
+            self.forget_ended(now)?;
+        }
+        Ok(self.look_after_health().map_err(StateError::from)?)
+    }
+
+    /// What has ended by a wrong clock has not ended: only a good one may say so.
+    fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
+        self.prune_deny()?;
         let before = unix(now) - KEEP_S;
         self.state.database.transaction(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
         })?;
-        Ok(self.look_after_health().map_err(StateError::from)?)
+        Ok(())
     }
 
     /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let sequence = self.state.database.read(trust::trust).map_err(StateError::from)?.sequence;
-        if !self.signer().is_fresh(sequence, now) {
+        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
+        if !self.signer().is_fresh(&trust, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.show_health().map_err(StateError::from)?;
@@ -242,11 +250,6 @@ impl Pki {
         *self.deny.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(set);
     }
 
-    pub(crate) fn tainted_roots(&self) -> Vec<String> {
-        // A failing database is reported by whatever else reads it.
-        self.state.database.read(trust::trust).map(|trust| tainted(&trust)).unwrap_or_default()
-    }
-
     /// The trust bundle with this digest, or the latest.
     pub fn bundle(&self, digest: &[u8]) -> Result<v1::TrustBundle, Refused> {
         let found = self.state.database.read(|view| match digest.len() {
@@ -311,9 +314,7 @@ impl Pki {
 
 /// The bundle that goes with what this signer signs.
 pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
-    let bundle = &signer.bundle;
-    let trust_domain = bundle.trust_domain.to_string();
-    v1::TrustBundle { trust_domain, sequence: bundle.sequence, jwks: bundle.to_jwks() }
+    signer.wire.clone()
 }
 
 /// Takes every step that is due, one transaction each.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
+use meshd_pki_api::v1;
 use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
@@ -12,13 +13,15 @@ use rustls::{RootCertStore, ServerConfig};
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError, Issued};
 use crate::keys::Kek;
-use crate::lifetimes::Lifetimes;
+use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
 use crate::rotation::decide::seconds;
 use crate::rotation::step::bundle_of;
+use crate::rotation::trust::Upstream;
 use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{Records, trust};
+use crate::sync::tainted;
 use crate::times::{from_unix, rfc3339, unix};
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
@@ -26,9 +29,16 @@ use crate::times::{from_unix, rfc3339, unix};
 pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
     pub(crate) bundle: Bundle,
+    /// The same as hosts get it.
+    pub(crate) wire: v1::TrustBundle,
+    /// The root that signed the intermediate.
+    pub(crate) root: String,
+    /// Roots whose key may be known to others.
+    pub(crate) tainted: Vec<String>,
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) endpoint_not_after: SystemTime,
     pub(crate) endpoint_serial: String,
+    made_at: SystemTime,
     replace_intermediate_at: SystemTime,
     replace_endpoint_at: SystemTime,
 }
@@ -59,11 +69,19 @@ impl Signer {
             let trust = trust::trust(records)?;
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
-            let usable = stored.filter(|row| row.root == root.id && replacement_time(row, lifetimes) > now);
+            let joined = joined_at(stored.as_ref(), &trust, now);
+            // One from a future that did not come is not valid yet.
+            let usable = stored.filter(|row| {
+                let given = root.upstream.as_ref();
+                row.root == root.id
+                    && given.is_none_or(|given| given.certificate == row.certificate)
+                    && replacement_time(row, lifetimes) > now
+                    && from_unix(row.activated_at) <= now + lifetimes.skew
+            });
             let row = match usable {
-                Some(row) => hand_out(records, row, &trust, lifetimes, now)?,
+                Some(row) => hand_out(records, row, &trust, lifetimes, joined)?,
                 None => {
-                    let row = new_intermediate(state, kek, lifetimes, root, &trust, now)?;
+                    let row = new_intermediate(state, kek, lifetimes, root, (&trust, joined), now)?;
                     intermediates::replace(records, &row)?;
                     made = Some(row.clone());
                     row
@@ -79,18 +97,44 @@ impl Signer {
         let (tls, endpoint) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
         Ok(Signer {
             intermediate,
+            wire: v1::TrustBundle {
+                trust_domain: bundle.trust_domain.to_string(),
+                sequence: bundle.sequence,
+                jwks: bundle.to_jwks(),
+            },
             bundle,
+            root: row.root.clone(),
+            tainted: tainted(&trust),
             tls,
             endpoint_not_after: endpoint.not_after,
             endpoint_serial: endpoint.serial,
+            made_at: now,
             replace_intermediate_at: replacement_time(&row, lifetimes),
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
     }
 
-    pub(crate) fn is_fresh(&self, sequence: u64, now: SystemTime) -> bool {
-        self.bundle.sequence == sequence && now < self.replace_intermediate_at && now < self.replace_endpoint_at
+    pub(crate) fn is_fresh(&self, trust: &Trust, now: SystemTime) -> bool {
+        let says_so = self.bundle.sequence == trust.sequence && self.tainted == tainted(trust);
+        let signs = trust.active().is_some_and(|root| root.id == self.root);
+        // Made by a clock that was ahead until it was put right, it is not valid yet.
+        let is_of_now = self.made_at <= now + LEAF_BACKDATE / 2;
+        let given = trust.active().and_then(|root| root.upstream.as_ref());
+        let is_given = given.is_none_or(|given| given.certificate == self.intermediate.certificate);
+        says_so
+            && is_given
+            && signs
+            && is_of_now
+            && now < self.replace_intermediate_at
+            && now < self.replace_endpoint_at
     }
+}
+
+/// Since when a replica hands out every root there is. Only a root that its bundle lacked starts that anew: JWT keys
+/// change the bundle, too, and a new intermediate does not.
+fn joined_at(before: Option<&Intermediate>, trust: &Trust, now: SystemTime) -> i64 {
+    let had_all = |row: &&Intermediate| trust.roots.iter().all(|root| root.published_sequence <= row.bundle_sequence);
+    before.filter(had_all).map_or_else(|| unix(now), |row| row.joined_bundle_at.min(unix(now)))
 }
 
 /// What a replica hands out is on record before it does so: the rotation counts on it.
@@ -99,13 +143,13 @@ fn hand_out(
     mut row: Intermediate,
     trust: &Trust,
     lifetimes: &Lifetimes,
-    now: SystemTime,
+    joined: i64,
 ) -> Result<Intermediate, StateError> {
     let before = row.clone();
     row.longest_leaf_s = row.longest_leaf_s.max(seconds(lifetimes.leaf));
     if row.bundle_sequence != trust.sequence {
         row.bundle_sequence = trust.sequence;
-        row.joined_bundle_at = unix(now);
+        row.joined_bundle_at = joined;
     }
     if row != before {
         intermediates::put_intermediate(records, &row)?;
@@ -114,6 +158,10 @@ fn hand_out(
 }
 
 fn replacement_time(row: &Intermediate, lifetimes: &Lifetimes) -> SystemTime {
+    if row.from_outside {
+        // There is no other: it serves until whoever is outside brings the next.
+        return from_unix(row.not_after);
+    }
     let half_left = from_unix(row.not_after) - lifetimes.intermediate / 2;
     (from_unix(row.activated_at) + lifetimes.intermediate_every).min(half_left)
 }
@@ -130,9 +178,12 @@ fn new_intermediate(
     kek: &Kek,
     lifetimes: &Lifetimes,
     root: &Root,
-    trust: &Trust,
+    (trust, joined_bundle_at): (&Trust, i64),
     now: SystemTime,
 ) -> Result<Intermediate, StateError> {
+    if let Some(given) = &root.upstream {
+        return Ok(from_outside(state, lifetimes, (root, given), (trust, joined_bundle_at), now));
+    }
     let key = kek.unwrap(&root.id, &root.wrapped_key)?;
     let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
     let (id, end) = (root.id.clone(), from_unix(root.not_after));
@@ -143,14 +194,39 @@ fn new_intermediate(
         not_after: unix(made.not_after),
         id: made.id,
         certificate: made.certificate,
+        from_outside: false,
         replica: state.replica.clone(),
         root: root.id,
         activated_at: unix(now),
         replaced_at: None,
         longest_leaf_s: seconds(lifetimes.leaf),
         bundle_sequence: trust.sequence,
-        joined_bundle_at: unix(now),
+        joined_bundle_at,
     })
+}
+
+/// All servers sign with the one that was brought.
+fn from_outside(
+    state: &StateDir,
+    lifetimes: &Lifetimes,
+    (root, given): (&Root, &Upstream),
+    (trust, joined_bundle_at): (&Trust, i64),
+    now: SystemTime,
+) -> Intermediate {
+    Intermediate {
+        id: given.id.clone(),
+        replica: state.replica.clone(),
+        root: root.id.clone(),
+        certificate: given.certificate.clone(),
+        wrapped_key: given.wrapped_key.clone(),
+        activated_at: unix(now),
+        replaced_at: None,
+        not_after: given.not_after,
+        longest_leaf_s: seconds(lifetimes.leaf),
+        bundle_sequence: trust.sequence,
+        joined_bundle_at,
+        from_outside: true,
+    }
 }
 
 fn note(state: &StateDir, row: &Intermediate, now: SystemTime) {

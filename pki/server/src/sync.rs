@@ -9,7 +9,7 @@ use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::rotation::Trust;
 use crate::store::hosts::{self, Sighting};
-use crate::store::{settings, trust};
+use crate::store::settings;
 use crate::times::{unix, unix_ms};
 
 /// What a host had when it last reported, so that it is told nothing twice.
@@ -65,17 +65,17 @@ impl Pki {
     pub(crate) fn sync_news(&self, host: &str, had: Had) -> Result<v1::SyncReply, Refused> {
         let signer = self.signer();
         let deny = self.deny();
-        let (trust, recovery, federation) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (recovery, federation) = self.state.database.read(|view| -> Result<_, Refused> {
             let permitted = hosts::permitted(view, host)?;
             let federation = self.federation_for(view, &permitted)?;
-            Ok((trust::trust(view)?, settings::recovery_statements(view)?.pop(), federation))
+            Ok((settings::recovery_statements(view)?.pop(), federation))
         })?;
         Ok(v1::SyncReply {
             server_time_unix_ms: self.now_ms(),
             bundle: (signer.bundle.sequence > had.bundle).then(|| trust_bundle(&signer)),
             deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
             want_deny_set: had.deny > deny.sequence,
-            tainted_roots: tainted(&trust),
+            tainted_roots: signer.tainted.clone(),
             pki_addresses: self.advertise.clone(),
             recovery: recovery.unwrap_or_default(),
             federation: (federation.revision != had.federation).then_some(federation),

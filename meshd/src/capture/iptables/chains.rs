@@ -1,46 +1,46 @@
 //! Our rules, family by family, as `iptables-restore` reads them. What nothing of ours decides goes back to the
 //! host's own rules (RETURN, never ACCEPT): we must not open what they close.
 
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 
-use super::super::wanted::{Facts, Present, StrictPort, Wanted};
-use super::saved::{Jump, Ours};
+use super::super::wanted::{Facts, StrictPort, Wanted};
+use super::plain::{self, Life};
+use super::table::{Chain, Table};
 use super::variant::Family;
+use super::{Abilities, SYN, alive, answers, local_caller, own_sockets, owners, raw};
 
-/// Every chain of ours begins with it, and nobody else's does.
-pub(super) const PREFIX: &str = "MESHD_";
+/// In the order they are put in force, and taken out of it from the end: filter comes first, so that in between
+/// virtual IPs are refused and strict ports closed, never a capture without its guard; capture goes before what
+/// refuses the uncaptured.
+pub(super) const TABLES: [&str; 4] = ["filter", "security", "mangle", "nat"];
 
-const COMMENT: &str = "-m comment --comment meshd";
-const SYN: &str = "--tcp-flags FIN,SYN,RST,ACK SYN";
-
-/// One table's part of the rules.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Table {
-    pub name: &'static str,
-    /// From the kernel's chain to ours, always first there: before Docker's and kube-proxy's DNAT, and before a
-    /// host's own rule that would let strangers in to a strict port.
-    jumps: &'static [(&'static str, &'static str)],
-    chains: Vec<Chain>,
+/// Everything of one family, by `TABLES`. Each table is replaced in one step.
+pub(super) fn tables(family: Family, wanted: &Wanted, facts: &Facts, can: Abilities, life: Life) -> [Table; 4] {
+    let ports = if can.ledger { wanted.counted_ports() } else { BTreeSet::new() };
+    [
+        filter(family, wanted, facts, life),
+        plain::table(wanted, &ports, life),
+        mangle(family, wanted, facts, can),
+        nat(family, wanted, facts, can),
+    ]
 }
 
-#[derive(Debug, PartialEq, Eq)]
-struct Chain {
-    name: &'static str,
-    rules: Vec<String>,
-}
-
-/// Each table is replaced in one step, but not both at once: filter comes first, so that between the two virtual
-/// IPs are refused and strict ports closed, never a capture without its guard.
-pub(super) fn tables(family: Family, wanted: &Wanted, facts: &Facts) -> [Table; 2] {
-    let vip = match family {
+fn virtual_ips(family: Family, wanted: &Wanted) -> String {
+    match family {
         Family::V4 => wanted.vip4.to_string(),
         Family::V6 => wanted.vip6.to_string(),
-    };
-    let capture_port = wanted.capture_port;
-    let filter = Table {
+    }
+}
+
+fn filter(family: Family, wanted: &Wanted, facts: &Facts, life: Life) -> Table {
+    let vip = virtual_ips(family, wanted);
+    Table {
         name: "filter",
         jumps: &[("INPUT", "MESHD_INPUT"), ("OUTPUT", "MESHD_OUTPUT")],
         chains: vec![
+            plain::life_chain(life),
             Chain {
                 name: "MESHD_INPUT",
                 rules: vec![
@@ -58,64 +58,38 @@ pub(super) fn tables(family: Family, wanted: &Wanted, facts: &Facts) -> [Table; 
             Chain { name: "MESHD_CALLER", rules: local_callers(wanted, facts) },
             Chain { name: "MESHD_STRANGER", rules: strangers(family, wanted) },
         ],
-    };
-    let nat = Table {
-        name: "nat",
-        jumps: &[("OUTPUT", "MESHD_OUTPUT")],
-        chains: vec![Chain {
-            name: "MESHD_OUTPUT",
-            rules: vec![format!("-d {vip} -p tcp -j REDIRECT --to-ports {capture_port}")],
-        }],
-    };
-    [filter, nat]
-}
-
-impl Table {
-    /// `iptables-restore --noflush` input that puts this table in force, whatever of it is there already.
-    pub(super) fn restore(&self, present: &[Jump]) -> String {
-        let jumps = self.jumps.iter().map(|(from, to)| format!("-I {from} 1 {COMMENT} -j {to}"));
-        self.transaction(present.iter().map(Jump::delete).chain(jumps))
-    }
-
-    /// Whether all of it is there: each jump at the top, each rule of each chain.
-    pub(super) fn is_in(&self, ours: &Ours) -> bool {
-        let jumps = self.jumps.iter().all(|(from, to)| ours.begins_with_jump(from, to));
-        jumps && self.chains.iter().all(|chain| ours.rules_of(chain.name) == chain.rules.len())
-    }
-
-    /// The same without the jumps, under names of its own: nothing ever gets there. Of this process alone, as the
-    /// daemon and a command may try at the same time; a chain's name has at most 28 characters, this 26.
-    pub(super) fn scratch(&self) -> String {
-        let ours_alone = format!("{SCRATCH_PREFIX}{}_", std::process::id());
-        self.transaction(std::iter::empty()).replace(PREFIX, &ours_alone)
-    }
-
-    pub(super) fn scratch_removal(&self) -> String {
-        Ours::of(&self.scratch()).removal(self.name).unwrap_or_default()
-    }
-
-    fn transaction(&self, last: impl Iterator<Item = String>) -> String {
-        // Under --noflush a declaration empties a chain that is there already.
-        let declarations = self.chains.iter().map(|chain| format!(":{} - [0:0]", chain.name));
-        let rules = self
-            .chains
-            .iter()
-            .flat_map(|Chain { name, rules }| rules.iter().map(move |rule| format!("-A {name} {COMMENT} {rule}")));
-        let lines = std::iter::once(format!("*{}", self.name)).chain(declarations).chain(rules).chain(last);
-        lines.chain(["COMMIT".to_owned()]).map(|line| line + "\n").collect()
     }
 }
 
-/// Ours by its beginning, so that a revert also removes what a probe that was killed left.
-const SCRATCH_PREFIX: &str = "MESHD_TRY_";
+fn mangle(family: Family, wanted: &Wanted, facts: &Facts, can: Abilities) -> Table {
+    let mut rules = answers::rules(family, wanted);
+    rules.extend((!wanted.raw_callers.is_empty()).then(|| alive::rule(family, wanted)));
+    rules.extend(can.owners.then(|| owners::rule(&virtual_ips(family, wanted))));
+    if rules.is_empty() {
+        return Table::empty("mangle");
+    }
+    let mut chains = vec![Chain { name: "MESHD_OUTPUT", rules }];
+    chains.extend(can.owners.then(|| owners::chain(wanted, facts)));
+    Table { name: "mangle", jumps: &[("OUTPUT", "MESHD_OUTPUT")], chains }
+}
+
+fn nat(family: Family, wanted: &Wanted, facts: &Facts, can: Abilities) -> Table {
+    let (vip, capture_port) = (virtual_ips(family, wanted), wanted.capture_port);
+    let mut rules = vec![format!("-d {vip} -p tcp -j REDIRECT --to-ports {capture_port}")];
+    let mut chains = Vec::new();
+    if !wanted.raw_callers.is_empty() {
+        rules.push(raw::rule());
+        chains.extend(raw::chains(family, wanted, facts, can));
+    }
+    chains.insert(0, Chain { name: "MESHD_OUTPUT", rules });
+    Table { name: "nat", jumps: &[("OUTPUT", "MESHD_OUTPUT")], chains }
+}
 
 fn local_callers(wanted: &Wanted, facts: &Facts) -> Vec<String> {
     if wanted.strict.is_empty() {
         return Vec::new();
     }
-    let Wanted { mark, mark_mask, daemon_uid, .. } = wanted;
-    let mut rules =
-        vec![format!("-m owner --uid-owner {daemon_uid} -m mark --mark {mark:#x}/{mark_mask:#x} -j RETURN")];
+    let mut rules = vec![format!("{} -j RETURN", own_sockets(wanted))];
     for strict in &wanted.strict {
         let port = strict.port;
         let callers = strict.local.iter().flat_map(|caller| facts.present(caller));
@@ -123,17 +97,6 @@ fn local_callers(wanted: &Wanted, facts: &Facts) -> Vec<String> {
         rules.push(refuse(strict));
     }
     rules
-}
-
-fn local_caller(caller: Present<'_>) -> String {
-    match caller {
-        Present::Uid(uid) => format!("-m owner --uid-owner {uid}"),
-        Present::Cgroup(cgroup) => {
-            // Names of units have backslashes in them (systemd's escapes), which a quoted word wants doubled.
-            let path = cgroup.path.replace('\\', "\\\\").replace('"', "\\\"");
-            format!("-m cgroup --path \"{path}\"")
-        }
-    }
 }
 
 fn strangers(family: Family, wanted: &Wanted) -> Vec<String> {
@@ -157,21 +120,27 @@ fn refuse(strict: &StrictPort) -> String {
 mod tests {
     use super::super::super::wanted::Caller;
     use super::super::super::wanted::tests::wanted;
-    use super::super::saved;
+    use super::super::saved::Ours;
+    use super::super::table::{PREFIX, SCRATCH_PREFIX};
     use super::*;
     use crate::enrol::Cgroup;
 
     fn restored(family: Family, wanted: &Wanted, facts: &Facts) -> String {
-        tables(family, wanted, facts).iter().map(|table| table.restore(&[])).collect()
+        tables(family, wanted, facts, Abilities::default(), 0x2a)
+            .iter()
+            .map(|table| table.restore(&Ours::default()))
+            .collect()
     }
 
     #[test]
     fn without_strict_ports_only_virtual_ips_are_touched() {
         let expected = "*filter
+:MESHD_LIFE - [0:0]
 :MESHD_INPUT - [0:0]
 :MESHD_OUTPUT - [0:0]
 :MESHD_CALLER - [0:0]
 :MESHD_STRANGER - [0:0]
+-A MESHD_LIFE -m comment --comment meshd -m mark --mark 0x2a -j RETURN
 -A MESHD_INPUT -m comment --comment meshd ! -i lo -d 240.240.0.0/16 -p tcp -j REJECT --reject-with tcp-reset
 -A MESHD_INPUT -m comment --comment meshd ! -i lo -d 240.240.0.0/16 -j REJECT
 -A MESHD_INPUT -m comment --comment meshd ! -i lo -p tcp --tcp-flags FIN,SYN,RST,ACK SYN -j MESHD_STRANGER
@@ -222,8 +191,8 @@ COMMIT
 
     #[test]
     fn jumps_that_are_there_make_way_for_one_at_the_top() {
-        let nat = &tables(Family::V4, &wanted(), &Facts::default())[1];
-        let present = saved::jumps("-A OUTPUT -j DOCKER\n-A OUTPUT -m comment --comment meshd -j MESHD_OUTPUT\n");
+        let nat = nat(Family::V4, &wanted(), &Facts::default(), Abilities::default());
+        let present = Ours::of("-A OUTPUT -j DOCKER\n-A OUTPUT -m comment --comment meshd -j MESHD_OUTPUT\n");
         let text = nat.restore(&present);
         let end = "-D OUTPUT -m comment --comment meshd -j MESHD_OUTPUT\n\
                    -I OUTPUT 1 -m comment --comment meshd -j MESHD_OUTPUT\nCOMMIT\n";
@@ -233,8 +202,8 @@ COMMIT
 
     #[test]
     fn a_table_that_somebody_emptied_meanwhile_is_not_all_there() {
-        let nat = &tables(Family::V4, &wanted(), &Facts::default())[1];
-        let saved = nat.restore(&[]).replace("-I OUTPUT 1", "-A OUTPUT");
+        let nat = nat(Family::V4, &wanted(), &Facts::default(), Abilities::default());
+        let saved = nat.restore(&Ours::default()).replace("-I OUTPUT 1", "-A OUTPUT");
         assert!(nat.is_in(&Ours::of(&saved)));
         let without =
             |start: &str| saved.lines().filter(|line| !line.starts_with(start)).collect::<Vec<_>>().join("\n");
@@ -246,7 +215,9 @@ COMMIT
 
     #[test]
     fn what_a_probe_tries_is_out_of_every_packets_way() {
-        for table in tables(Family::V4, &wanted(), &Facts::default()) {
+        let wanted = Wanted { permissive: [25].into(), ..wanted() };
+        let can = Abilities { ledger: true, owners: true };
+        for table in tables(Family::V4, &wanted, &Facts::default(), can, 7) {
             let text = table.scratch();
             let output = format!("MESHD_TRY_{}_OUTPUT", std::process::id());
             assert!(text.contains(&format!("-A {output}")) && !text.contains("-I "), "{text}");

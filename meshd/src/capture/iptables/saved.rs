@@ -1,7 +1,7 @@
 //! What of ours is in the output of `iptables-save`. Foreign rules are never looked into: only their last words
 //! matter, which say where a rule jumps to.
 
-use super::chains::PREFIX;
+use super::table::PREFIX;
 
 /// A rule in a chain of others that jumps to one of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +62,7 @@ impl Ours {
     }
 }
 
-pub(super) fn jumps(saved: &str) -> Vec<Jump> {
+fn jumps(saved: &str) -> Vec<Jump> {
     let mut jumps = Vec::new();
     let (mut chain, mut position) = ("", 0);
     for rule in saved.lines().filter_map(|line| line.strip_prefix("-A ")) {

@@ -42,6 +42,16 @@ pub struct PortRecord {
     pub last_seen: Option<u64>,
     pub connections: u64,
     pub callers: BTreeMap<PlainCaller, CallerRecord>,
+    /// Where the kernel counts apart from who called: its count when last asked, and how many calls were known by
+    /// then that it had not counted yet.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    total: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    ahead: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +126,9 @@ impl Book {
             let record = self.ports.entry(*port).or_insert_with(|| PortRecord::from(now));
             // What was not there when we last looked has no time that passed since.
             let elapsed = elapsed.min(now.saturating_sub(record.observed_since));
-            record.enter(counts, now, elapsed, observed);
+            let total = tally.totals.as_ref().and_then(|totals| totals.get(port));
+            let told_apart = total.map(|total| record.told_apart(counts, *total));
+            record.enter(told_apart.as_ref().unwrap_or(counts), now, elapsed, observed);
         }
         self.refused.retain(|port, _| tally.refused.contains_key(port));
         for (port, count) in &tally.refused {
@@ -130,6 +142,7 @@ impl Book {
 
     fn begin_counting_anew(&mut self, boot: &str, rules: u64) {
         (self.boot, self.rules) = (boot.to_owned(), rules);
+        self.ports.values_mut().for_each(|port| (port.total, port.ahead) = (0, 0));
         let callers = self.ports.values_mut().flat_map(|port| port.callers.values_mut());
         callers.for_each(|caller| caller.counted = 0);
         self.refused.values_mut().for_each(|refused| refused.counted = 0);
@@ -165,7 +178,20 @@ impl PortRecord {
             last_seen: None,
             connections: 0,
             callers: BTreeMap::new(),
+            total: 0,
+            ahead: 0,
         }
+    }
+
+    /// What is new of each caller out of what became known of them, and of nobody known out of the kernel's total.
+    fn told_apart(&mut self, named: &BTreeMap<PlainCaller, u64>, total: u64) -> BTreeMap<PlainCaller, u64> {
+        self.callers.values_mut().for_each(|seen| seen.counted = 0);
+        let known = self.ahead + named.values().sum::<u64>();
+        let counted = since(self.total, total);
+        (self.total, self.ahead) = (total, known.saturating_sub(counted));
+        let mut new = named.clone();
+        *new.entry(PlainCaller::Others).or_default() += counted.saturating_sub(known);
+        new
     }
 
     fn enter(&mut self, counts: &BTreeMap<PlainCaller, u64>, now: u64, elapsed: u64, observed: bool) {
@@ -218,7 +244,22 @@ mod tests {
 
     fn tally(rules: u64, calls: u64) -> Tally {
         let callers = if calls > 0 { BTreeMap::from([(STRANGER, calls)]) } else { BTreeMap::new() };
-        Tally { rules, ports: BTreeMap::from([(8080, callers)]), refused: BTreeMap::from([(9090, calls)]) }
+        Tally {
+            rules,
+            ports: BTreeMap::from([(8080, callers)]),
+            totals: None,
+            refused: BTreeMap::from([(9090, calls)]),
+        }
+    }
+
+    /// As a backend tells it whose kernel counts apart from who called.
+    fn told(rules: u64, named: u64, total: u64) -> Tally {
+        Tally { totals: Some([(8080, total)].into()), ..tally(rules, named) }
+    }
+
+    fn callers(book: &Book) -> (u64, u64) {
+        let of = |caller| book.ports[&8080].callers.get(&caller).map_or(0, |seen| seen.connections);
+        (of(STRANGER), of(PlainCaller::Others))
     }
 
     fn observed(steps: &[(Tally, &str, u64)]) -> Book {
@@ -289,6 +330,37 @@ mod tests {
         assert_eq!((book.ports[&8080].observed_since, book.ports[&8080].clean_s), (HOUR, 0));
         let gone = observed(&[(tally(1, 1), "b", 0), (Tally { rules: 1, ..Tally::default() }, "b", HOUR)]);
         assert!(gone.ports.is_empty() && gone.refused.is_empty());
+    }
+
+    #[test]
+    fn calls_nobody_told_of_are_entered_as_others() {
+        // Five calls while meshd was away or messages were lost, then two that were told of.
+        let book = observed(&[(told(1, 0, 0), "b", 0), (told(1, 1, 6), "b", 10), (told(1, 1, 7), "b", HOUR)]);
+        assert_eq!((callers(&book), book.ports[&8080].connections), ((2, 5), 7));
+        assert_eq!((book.ports[&8080].clean_s, book.ports[&8080].last_seen), (0, Some(HOUR)));
+    }
+
+    #[test]
+    fn a_restart_of_meshd_enters_what_was_counted_meanwhile_and_nothing_twice() {
+        let mut book = observed(&[(told(1, 3, 3), "b", 0)]);
+        book = Book::from_json(&book.to_json()).unwrap();
+        book.enter(&told(1, 0, 5), "b", at(10));
+        book.enter(&told(1, 0, 5), "b", at(20));
+        assert_eq!((callers(&book), book.ports[&8080].clean_s), ((3, 2), 10));
+        book.enter(&told(2, 1, 2), "b", at(30));
+        assert_eq!(callers(&book), (4, 3), "replaced rules count from zero");
+    }
+
+    #[test]
+    fn a_call_that_is_told_of_before_it_is_counted_is_entered_once() {
+        let book = observed(&[(told(1, 2, 1), "b", 0), (told(1, 0, 2), "b", 10), (told(1, 0, 3), "b", 20)]);
+        assert_eq!(callers(&book), (2, 1));
+    }
+
+    #[test]
+    fn counters_that_somebody_set_to_zero_count_from_there() {
+        let book = observed(&[(told(1, 4, 4), "b", 0), (told(1, 1, 1), "b", 10), (told(1, 0, 2), "b", 20)]);
+        assert_eq!(callers(&book), (5, 1));
     }
 
     #[test]

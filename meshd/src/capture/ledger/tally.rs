@@ -13,6 +13,9 @@ pub struct Tally {
     pub rules: u64,
     /// Plaintext calls by port and caller; a port nobody called is there without callers.
     pub ports: BTreeMap<u16, BTreeMap<PlainCaller, u64>>,
+    /// All plaintext calls by port, where they are counted apart from who called: `ports` then has what became known
+    /// of callers since the last tally, and whoever is missing in it is nobody known.
+    pub totals: Option<BTreeMap<u16, u64>>,
     /// Connections refused at strict ports.
     pub refused: BTreeMap<u16, u64>,
 }

@@ -160,6 +160,7 @@ mod tests {
         let expected = Tally {
             rules: 4,
             ports: BTreeMap::from([(2525, BTreeMap::from(smtp)), (53, BTreeMap::new())]),
+            totals: None,
             refused: BTreeMap::from([(8080, 7)]),
         };
         assert_eq!(tally(&json), expected);

@@ -17,7 +17,9 @@ use crate::store::clones::{self, Alarm};
 use crate::store::federation::{self, Federated};
 use crate::store::hosts::{self, Host};
 use crate::store::intermediates::{self, Intermediate};
+use crate::store::upstream::{self, Refused};
 use crate::store::{DbError, View, leaves, trust};
+use crate::times::rfc3339;
 
 /// All that judgements are made of, at one moment.
 pub(crate) struct Health {
@@ -27,6 +29,7 @@ pub(crate) struct Health {
     pub(crate) leaves: Vec<census::Held>,
     pub(crate) clones: Vec<Alarm>,
     pub(crate) federation: Vec<Federated>,
+    pub(crate) upstream_refused: Option<Refused>,
     pub(crate) outlook: Decision,
     pub(crate) now: i64,
 }
@@ -44,11 +47,16 @@ impl Health {
         let leaves = census::leaves(leaves::all(view)?, &hosts, now);
         let clones = clones::alarms(view)?.into_iter().filter(|alarm| alarm.is_open(&hosts)).collect();
         let federation = federation::all(view)?;
-        Ok(Health { federation, trust, intermediates, hosts, leaves, clones, outlook, now })
+        let upstream_refused = upstream::refused(view)?;
+        Ok(Health { upstream_refused, federation, trust, intermediates, hosts, leaves, clones, outlook, now })
     }
 
     pub(crate) fn blocks(&self) -> Vec<rotation::Block> {
-        rotation::blocks(&self.outlook)
+        let refused = self.upstream_refused.iter().map(|refused| rotation::Block {
+            reason: "upstream",
+            text: format!("refused since {}: {}", rfc3339(refused.at), refused.reason),
+        });
+        rotation::blocks(&self.outlook).into_iter().chain(refused).collect()
     }
 
     pub(crate) fn overdue(&self) -> Vec<&census::Held> {

@@ -20,6 +20,8 @@ pub(crate) const REASONS: [&str; 7] =
 impl Gate {
     pub(crate) fn reason(&self) -> &'static str {
         match self {
+            Gate::Speaks => "speaks",
+            Gate::Upstream => "import",
             Gate::Due { .. } => "calendar",
             Gate::TooManyRoots => "too_many_roots",
             Gate::Clock => "clock",
@@ -35,6 +37,8 @@ impl Gate {
 
     pub(crate) fn text(&self) -> String {
         match self {
+            Gate::Speaks => "it signs what hosts are told, for the active root is from outside".to_owned(),
+            Gate::Upstream => "the next root comes from outside, by `meshd-pki import` or --upstream-chain".to_owned(),
             Gate::Due { at } => format!("not due before {}", rfc3339(*at)),
             Gate::TooManyRoots => "the bundle holds as many roots as it may; one has to leave first".to_owned(),
             Gate::Clock => "the clock is not believed; see the log of meshd-pki, check NTP".to_owned(),
@@ -50,7 +54,15 @@ impl Gate {
 
     /// Whether it opens by itself, at a time known now.
     fn is_time(&self) -> bool {
-        matches!(self, Gate::Due { .. } | Gate::OldLeaves { .. } | Gate::Followers { .. } | Gate::LeavesUnder { .. })
+        matches!(
+            self,
+            Gate::Speaks
+                | Gate::Upstream
+                | Gate::Due { .. }
+                | Gate::OldLeaves { .. }
+                | Gate::Followers { .. }
+                | Gate::LeavesUnder { .. }
+        )
     }
 }
 

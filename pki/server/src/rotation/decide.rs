@@ -13,7 +13,7 @@ use crate::store::hosts::{Host, HostState};
 use crate::store::intermediates::Intermediate;
 
 /// More roots than this in a bundle would mean that rotation is stuck (they overlap for a month of three).
-const MOST_ROOTS: usize = 4;
+pub(crate) const MOST_ROOTS: usize = 4;
 /// SPIFFE Federation 4.1: 3 to 5 refresh intervals between publishing a key and using it.
 const REFRESH_INTERVALS: i64 = 5;
 
@@ -49,6 +49,10 @@ pub(crate) enum Despite {
 /// What a step still waits for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Gate {
+    /// The active root is from outside and cannot sign what hosts are told (deny sets, bundles): this one does.
+    Speaks,
+    /// The active root is from outside: so is the next one.
+    Upstream,
     /// The calendar.
     Due {
         at: i64,
@@ -89,7 +93,7 @@ pub(crate) fn decide(trust: &Trust, world: &Surroundings<'_>) -> Decision {
     for root in &trust.roots {
         let (step, gates) = match root.state {
             RootState::Prepared => (activate(root, trust, world), activate_gates(root, trust, world)),
-            RootState::Old => (Step::Remove { root: root.id.clone() }, remove_gates(root, world)),
+            RootState::Old => (Step::Remove { root: root.id.clone() }, old_gates(root, trust, world)),
             RootState::Removed => (Step::Retire { root: root.id.clone() }, Vec::new()),
             RootState::Active | RootState::Retired => continue,
         };
@@ -121,6 +125,10 @@ fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     let Some(active) = trust.active() else {
         return gates;
     };
+    if active.upstream.is_some() {
+        gates.push(Gate::Upstream);
+        return gates;
+    }
     let ends = active.not_after - seconds(world.lifetimes.last_call);
     let wanted = trust.urgent.is_some() || active.tainted_at.is_some() || ends <= world.now;
     let at = next_rotation(trust, active, world.lifetimes);
@@ -191,7 +199,7 @@ fn replicas_behind(root: &Root, world: &Surroundings<'_>) -> Vec<String> {
 /// Since when every replica hands the root out.
 fn handed_out_since(root: &Root, world: &Surroundings<'_>) -> i64 {
     let joined = issuing(world).map(|one| one.joined_bundle_at);
-    // Later than the truth when a replica has taken over another bundle since: the wait becomes longer, never shorter.
+    // Later than the truth when a replica has taken over yet another root since: the wait becomes longer, never shorter.
     joined.fold(root.published_at, i64::max)
 }
 
@@ -213,6 +221,14 @@ fn live<'a>(world: &'a Surroundings<'_>) -> impl Iterator<Item = &'a Host> {
 fn longest_leaf(world: &Surroundings<'_>) -> i64 {
     let of_intermediates = world.intermediates.iter().map(|one| one.longest_leaf_s);
     of_intermediates.chain([seconds(world.lifetimes.leaf)]).max().unwrap_or_default()
+}
+
+fn old_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+    let mut gates = remove_gates(root, world);
+    if trust.speaker().is_some_and(|speaker| speaker.id == root.id) {
+        gates.push(Gate::Speaks);
+    }
+    gates
 }
 
 fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {

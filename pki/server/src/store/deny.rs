@@ -25,7 +25,8 @@ pub(crate) fn deny(view: &mut dyn View) -> Result<Deny, DbError> {
 }
 
 /// Changes the set and gives it a sequence above every other: a time, so that it is above those of a later state than
-/// the backup that was restored.
+/// the backup that was restored. While a newer set is known to be out there (`floor`), only what comes from that set may
+/// change this one: any other change would take its place.
 pub(crate) fn change(
     records: &mut dyn Records,
     floor: u64,
@@ -37,8 +38,8 @@ pub(crate) fn change(
     act(&mut deny.entries);
     deny.entries.sort();
     deny.entries.dedup();
-    if deny.entries != before {
-        deny.sequence = now_ms.max(deny.sequence + 1).max(floor + 1);
+    if deny.entries != before || deny.sequence < floor {
+        deny.sequence = now_ms.max(deny.sequence + 1).max(floor.saturating_add(1));
         put(records, KEY, &deny)?;
     }
     Ok(deny)

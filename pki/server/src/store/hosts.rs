@@ -6,6 +6,9 @@ use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
 pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
+/// A bundle never has as many roots, and no identifier of one is as long.
+const MOST_ROOTS_TOLD: usize = 16;
+const LONGEST_ROOT_ID: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -63,7 +66,8 @@ impl Host {
         self.acked_sequence = self.acked_sequence.max(sighting.acked_sequence);
         self.clock_offset_ms = sighting.clock_offset_ms;
         if let Some(roots) = sighting.roots_in_use {
-            self.roots_in_use = roots.to_vec();
+            let possible = roots.iter().filter(|root| root.len() <= LONGEST_ROOT_ID);
+            self.roots_in_use = possible.take(MOST_ROOTS_TOLD).cloned().collect();
         }
     }
 

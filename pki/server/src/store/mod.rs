@@ -14,6 +14,7 @@ pub(crate) mod settings;
 mod sqlite;
 pub(crate) mod tokens;
 pub(crate) mod trust;
+pub(crate) mod upstream;
 
 use std::path::{Path, PathBuf};
 

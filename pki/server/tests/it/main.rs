@@ -11,3 +11,4 @@ mod operation;
 mod profile;
 mod renewal;
 mod support;
+mod upstream;

@@ -11,6 +11,7 @@ use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::pki::PkiError;
 use meshd_pki::state_dir::StateError;
 use meshd_pki::status::Status;
+use meshd_pki::times::unix_ms;
 use meshd_pki::{Options, Pki, Refused, state_dir};
 use meshd_pki_api::v1;
 use rcgen::KeyPair;
@@ -84,10 +85,15 @@ impl Desk {
     }
 
     pub(crate) fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
+        self.enrol_at(token, self.now())
+    }
+
+    pub(crate) fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
             csr: request_over(&KeyPair::generate().unwrap()),
+            host_time_unix_ms: unix_ms(host_time),
             ..v1::EnrollRequest::default()
         };
         self.pki().enrol(&request, "test")
@@ -97,7 +103,8 @@ impl Desk {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
-        let request = v1::IssueBatchRequest { items, ..v1::IssueBatchRequest::default() };
+        let host_time_unix_ms = unix_ms(self.now());
+        let request = v1::IssueBatchRequest { items, host_time_unix_ms, ..v1::IssueBatchRequest::default() };
         self.pki().issue_batch(certificate, &request, "test")
     }
 
@@ -155,6 +162,28 @@ fn a_certificate_is_judged_at_each_message_not_at_the_handshake() {
     desk.pass(25 * HOUR);
     let refused = desk.renew("web", Some(&chain[0])).unwrap_err();
     assert!(matches!(&refused, Refused::Unauthenticated(text) if text.contains("ended at")), "{refused}");
+}
+
+#[test]
+fn a_stolen_certificate_ends_when_its_host_joins_again() {
+    let desk = Desk::new();
+    let stolen = desk.enrol("web");
+    desk.pass(HOUR);
+    let stolen = chain_of(desk.renew("web", Some(&stolen[0])).unwrap());
+    desk.pass(1);
+    let own = desk.enrol("web");
+    let refused = desk.renew("web", Some(&stolen[0])).unwrap_err();
+    assert!(matches!(&refused, Refused::Unauthenticated(text) if text.contains("joined again")), "{refused}");
+    chain_of(desk.renew("web", Some(&own[0])).unwrap());
+}
+
+#[test]
+fn the_clock_of_a_new_host_is_on_record_from_its_first_message() {
+    let desk = Desk::new();
+    let token = desk.token("web", &[]).unwrap();
+    let ahead = Duration::from_secs(HOUR);
+    desk.enrol_at(&token, desk.now() + ahead).unwrap();
+    assert_eq!(desk.status().hosts[0].clock_offset_ms, 3_600_000);
 }
 
 #[test]
