@@ -113,15 +113,13 @@ async fn get(place: &Uri, tls: Arc<ClientConfig>) -> Result<Answer, FetchError> 
     tokio::pin!(connection);
     tokio::pin!(exchange);
     // The connection is driven here: nothing of it is left behind when the deadline cuts us off.
-    loop {
-        tokio::select! {
-            biased;
-            answer = &mut exchange => return answer,
-            ended = &mut connection => match ended {
-                Ok(()) => return exchange.await,
-                Err(error) => return Err(http(&error)),
-            },
-        }
+    tokio::select! {
+        biased;
+        answer = &mut exchange => answer,
+        ended = &mut connection => match ended {
+            Ok(()) => exchange.await,
+            Err(error) => Err(http(&error)),
+        },
     }
 }
 

@@ -111,7 +111,7 @@ impl Pki {
         let Some((judged, before)) = outcome else { return Ok(()) };
         match judged {
             Ok(None) if before.is_some() => {
-                tracing::info!(%domain, "the bundle of a federated domain is followed again")
+                tracing::info!(%domain, "the bundle of a federated domain is followed again");
             }
             Ok(None) => {}
             Ok(Some(new)) => self.note_change(domain, &new),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use meshd_pki::federation::commands::{Asked, Endpoint, add};
 use meshd_pki_api::v1;
 use serde_json::{Value, json};
 
@@ -237,6 +238,20 @@ fn a_cloned_host_is_an_alarm_until_it_enrols_anew() {
     desk.pass(1);
     desk.enrol("web");
     assert!(desk.status().clone_alarms.is_empty());
+}
+
+#[test]
+fn a_federated_domain_that_cannot_be_asked_is_told() {
+    let desk = desk();
+    let (url, identities) = ("https://bundles.other.example/", ["*".to_owned()]);
+    let endpoint = Endpoint::Web { authorities: None };
+    let trust_domain = "other.example".parse().unwrap();
+    let asked = Asked { trust_domain, url, endpoint, identities: &identities, bundle: None };
+    add(desk.dir(), &asked, desk.now()).unwrap();
+    desk.pass(60);
+    let mut history = History::of(&desk);
+    history.scrape(&desk, HOUR);
+    history.fires("MeshdPkiFederationStale");
 }
 
 #[test]

@@ -199,11 +199,14 @@ async fn two_pkis_follow_each_other_through_a_root_rotation() {
     served.abort();
 }
 
+/// From the path asked for to the whole response.
+type Answer = Box<dyn Fn(&str) -> String + Send>;
+
 /// An HTTPS server that answers as the test says.
 struct Fake {
     web: Web,
     address: SocketAddr,
-    answer: Arc<Mutex<Box<dyn Fn(&str) -> String + Send>>>,
+    answer: Arc<Mutex<Answer>>,
 }
 
 impl Fake {
@@ -211,7 +214,7 @@ impl Fake {
         let web = Web::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let answer: Arc<Mutex<Box<dyn Fn(&str) -> String + Send>>> = Arc::new(Mutex::new(Box::new(|_| String::new())));
+        let answer: Arc<Mutex<Answer>> = Arc::new(Mutex::new(Box::new(|_| String::new())));
         let (acceptor, answers) = (TlsAcceptor::from(web.server()), answer.clone());
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
@@ -274,7 +277,7 @@ async fn whatever_an_endpoint_answers_the_last_good_bundle_stays() {
 
     let (older, huge) = (bundle(6), format!("{{\"keys\":[],\"x\":\"{}\"}}", "x".repeat(300 * 1024)));
     let address = fake.address;
-    type Case = (&'static str, Box<dyn Fn(&str) -> String + Send>);
+    type Case = (&'static str, Answer);
     let cases: Vec<Case> = vec![
         ("went back from 7 to 6", Box::new(move |_| document(&older))),
         ("under the same sequence 7", Box::new(|_| document(&bundle(7)))),
