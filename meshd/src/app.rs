@@ -28,6 +28,7 @@ use crate::only_one::OnlyOne;
 use crate::proxy::{self, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
+use crate::transport::denied::Denied;
 use crate::transport::tls::TlsState;
 use crate::workload_api;
 
@@ -58,6 +59,7 @@ mod certificates;
 mod intent;
 mod listeners;
 mod reload;
+mod self_check;
 
 pub use intent::wanted;
 
@@ -90,6 +92,7 @@ impl App {
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
         let mut credentials = agent.watch();
         let renewals = agent.metrics();
+        let denied = Denied::follow(agent.denied());
         let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
         let (identities, identities_receiver) = watch::channel(enrolment.identities());
         tokio::spawn(agent.run(identities_receiver));
@@ -107,7 +110,7 @@ impl App {
         )?);
         let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
         let installed = credentials.borrow().clone();
-        let tls = start!(TlsState::build(&installed, default_identity.as_ref(), 0), "certificates")?;
+        let tls = start!(TlsState::build_denying(&installed, default_identity.as_ref(), 0, denied), "certificates")?;
         let access_log = match &config.proxy.access_log {
             Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
             None => AccessLog::off(),
@@ -144,6 +147,7 @@ impl App {
         vips.sync(&directory.borrow());
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         tokio::spawn(follow_ports(shared.clone()));
+        tokio::spawn(self_check::watch(shared.clone()));
         let workers =
             start!(proxy::start(&shared, listeners, &lifecycle, &certificates.generation()), "worker threads")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());

@@ -11,6 +11,7 @@ mod certificates;
 mod check;
 mod client_address;
 mod crash;
+mod deny;
 mod dns;
 mod enrol;
 mod enrolment;

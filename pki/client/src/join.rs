@@ -12,10 +12,12 @@ use tonic::{Code, Status};
 
 use crate::connect::{ConnectError, call, connect, unverified_tls, verified_tls};
 use crate::key::NewKey;
+use crate::recovery::Pins;
 use crate::reply::{problem, read_bundle, read_svid};
 use crate::schedule::retry_delay;
 use crate::state::{State, from_unix_ms, unix_ms};
-use crate::store::{MACHINE_ID, Store, StoreError};
+use crate::store::{Store, StoreError};
+use crate::surroundings::{Clock, Surroundings};
 use crate::{Credentials, refusal_text};
 
 /// The key of an enrolment under way. Kept so that a second try proves to be the same host: the token is bound to
@@ -50,23 +52,33 @@ pub enum JoinError {
 
 /// Enrols this host and writes its identity to `dir`. Safe to repeat with the same token until it worked.
 pub async fn join(dir: &Path, token: &JoinToken, host_id: Option<&str>) -> Result<Credentials, JoinError> {
+    join_in(dir, token, host_id, &Surroundings::default()).await
+}
+
+/// [`join`] with other clocks than the machine's.
+pub async fn join_in(
+    dir: &Path,
+    token: &JoinToken,
+    host_id: Option<&str>,
+    surroundings: &Surroundings,
+) -> Result<Credentials, JoinError> {
     if let Some(host_id) = host_id {
         // Checked before the token is spent; the trust domain does not matter here.
         SpiffeId::host(&"check".parse().expect("a constant name"), host_id)?;
     }
-    let mut store = Store::new(dir, Path::new(MACHINE_ID));
-    refuse_if_joined(&mut store)?;
+    let mut store = Store::new(dir, &surroundings.machine_id_file);
+    refuse_if_joined(&mut store, (surroundings.clock)())?;
     let key = pending_key(&store, token)?;
-    let state = enrol_anywhere(token, host_id, &key).await?;
+    let state = enrol_anywhere(token, host_id, &key, &surroundings.clock).await?;
     store.save(&state)?;
     store.remove(PENDING_KEY)?;
     Ok(state.credentials)
 }
 
 /// A host whose certificate has ended may join again in place; anything else would throw away what works.
-fn refuse_if_joined(store: &mut Store) -> Result<(), JoinError> {
+fn refuse_if_joined(store: &mut Store, now: SystemTime) -> Result<(), JoinError> {
     match store.load() {
-        Ok(state) if state.credentials.host.not_after > SystemTime::now() => {
+        Ok(state) if state.credentials.host.not_after > now => {
             Err(JoinError::AlreadyJoined { host_id: state.credentials.host_id, dir: store.dir().to_owned() })
         }
         Ok(_) | Err(StoreError::NotJoined { .. }) => Ok(()),
@@ -98,7 +110,12 @@ enum Failed {
     Everywhere(JoinError),
 }
 
-async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) -> Result<State, JoinError> {
+async fn enrol_anywhere(
+    token: &JoinToken,
+    host_id: Option<&str>,
+    key: &NewKey,
+    clock: &Clock,
+) -> Result<State, JoinError> {
     let mut addresses = token.pki.clone();
     fastrand::shuffle(&mut addresses);
     let mut delay = Duration::ZERO;
@@ -110,7 +127,7 @@ async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) 
         }
         let mut again = Vec::new();
         for address in addresses {
-            match enrol_at(&address, token, host_id, key).await {
+            match enrol_at(&address, token, host_id, key, clock).await {
                 Ok(state) => return Ok(state),
                 Err(Failed::Everywhere(error)) => return Err(error),
                 Err(Failed::Here(reason)) => _ = attempts.insert(address, reason),
@@ -126,16 +143,22 @@ async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) 
     Err(JoinError::Unreachable { attempts })
 }
 
-async fn enrol_at(address: &str, token: &JoinToken, host_id: Option<&str>, key: &NewKey) -> Result<State, Failed> {
+async fn enrol_at(
+    address: &str,
+    token: &JoinToken,
+    host_id: Option<&str>,
+    key: &NewKey,
+    clock: &Clock,
+) -> Result<State, Failed> {
     let bundle = fetch_pinned_bundle(address, token).await?;
-    let tls = verified_tls(&bundle, None, SystemTime::UNIX_EPOCH).map_err(here)?;
+    let tls = verified_tls(&bundle, None, SystemTime::UNIX_EPOCH, clock).map_err(here)?;
     let mut pki = connect(address, tls).await.map_err(unconnected)?;
     let join_token = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
     let request = v1::EnrollRequest {
         attestation: Some(v1::enroll_request::Attestation::JoinToken(join_token)),
         host_id: host_id.unwrap_or_default().to_owned(),
         csr: key.request().map_err(|error| Failed::Everywhere(error.into()))?,
-        host_time_unix_ms: unix_ms(SystemTime::now()),
+        host_time_unix_ms: unix_ms(clock()),
     };
     let reply = call(pki.enroll(request)).await.map_err(|status| refused(address, &status))?;
     let known = reply.recovery_keys.iter().any(|key| sha256(key) == token.recovery_key_id);
@@ -187,7 +210,8 @@ fn read_enrolment(
         refused: BTreeMap::new(),
         pki: if reply.pki_addresses.is_empty() { token.pki.clone() } else { reply.pki_addresses },
     };
-    Ok(State { credentials, recovery_keys: reply.recovery_keys, pki_time })
+    let recovery = Pins::new(reply.recovery_keys);
+    Ok(State { credentials, recovery, enrolled_key: Some(key.pkcs8()), pki_time })
 }
 
 fn here(error: impl std::fmt::Display) -> Failed {

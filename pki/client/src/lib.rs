@@ -1,34 +1,45 @@
 //! The host side of the PKI: joins once, keeps credentials on disk, renews them in the background.
 //!
 //! - [`join`]: a join token becomes credentials.
-//! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them.
+//! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them; a conversation
+//!   with the PKI that brings bundles and deny sets the moment they change.
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
+//! `link` is the conversation, `deny` whom to refuse,
+//! `come_back` readmits a host that was away, by `transitions` and `recovery` (what may be believed then),
 //! `state` and `store` are the disk.
 
 mod agent;
+mod come_back;
 mod connect;
 mod credentials;
+mod deny;
+mod error;
 #[cfg(feature = "testing")]
 pub mod fake;
 mod inventory;
 mod join;
 mod judge;
 mod key;
+mod link;
 mod metrics;
+mod recovery;
 mod reply;
 mod schedule;
 mod state;
 mod store;
+mod surroundings;
+mod transitions;
 mod verify;
 
-pub use agent::{Agent, Surroundings};
+pub use agent::Agent;
 pub use credentials::{Credentials, Svid};
-pub use join::{JoinError, join};
+pub use join::{JoinError, join, join_in};
 pub use judge::{Judgement, ServerJudge};
 pub use metrics::RenewalMetrics;
 pub use store::StoreError;
+pub use surroundings::{BootTime, Clock, Surroundings};
 
 /// What a refusal says, made safe for a log line: it comes from a peer.
 fn refusal_text(status: &tonic::Status) -> String {

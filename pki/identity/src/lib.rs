@@ -5,8 +5,10 @@
 //! - [`Bundle`]: the roots and JWT keys of one trust domain, as a SPIFFE bundle (JWKS).
 //! - [`JoinToken`]: what an operator carries to a new host.
 //! - [`signed`] and [`statements`]: what the PKI says under a signature, and how to verify it.
+//! - [`denial`]: whom to refuse although their certificates are valid.
 
 mod bundle;
+pub mod denial;
 pub mod signed;
 mod spiffe_id;
 pub mod statements;

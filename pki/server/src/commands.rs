@@ -61,13 +61,12 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
     random(&mut id)?;
     random(&mut secret)?;
     let recovery = state.database.read(settings::recovery_keys)?;
-    let incomplete = || StateError::Incomplete { dir: dir.to_owned(), what: "its recovery key" };
     let token = JoinToken {
         id: data_encoding::HEXLOWER.encode(&id),
         secret: Secret(secret),
         pki: addresses(&state, asked.pki)?,
         bundle_digest: state.latest_bundle()?.digest(),
-        recovery_key_id: sha256(recovery.first().ok_or_else(incomplete)?),
+        recovery_key_id: sha256(recovery.first().ok_or_else(|| state.incomplete("its recovery key"))?),
     };
     token.check()?;
     let row = Token {

@@ -13,7 +13,6 @@ use meshd_identity::statements::DenySet;
 use crate::audit::Event;
 use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
-use crate::rotation::step::RotationError;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
 use crate::store::trust;
@@ -72,7 +71,7 @@ impl Pki {
         let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),
-            _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(RotationError::from)?,
+            _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(StateError::from)?,
         };
         self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer });
         Ok(())

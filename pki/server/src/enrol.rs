@@ -10,7 +10,8 @@ use crate::csr::Request;
 use crate::issue::offset_ms;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
-use crate::store::hosts::{self, Host, HostState, Issued};
+use crate::signer::Signer;
+use crate::store::hosts::{self, Host, HostState};
 use crate::store::tokens::{self, Token, Use};
 use crate::store::{DbError, Records, View, settings};
 use crate::times::{rfc3339, unix, unix_ms};
@@ -49,42 +50,44 @@ impl Pki {
         let (host_id, svid) = self.state.database.transaction(|records| -> Result<_, Refused> {
             let token = check_token(records, proof, &request.host_id, &csr, unix(now))?;
             let id = host_identity(&self.trust_domain, &token.host_id)?;
-            let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
+            let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             let (token_id, host_id) = (token.id.clone(), token.host_id.clone());
             admit(records, token, &csr, unix(now), offset_ms(request.host_time_unix_ms, unix_ms(now)))?;
-            let issued = Issued {
-                serial: leaf.serial.clone(),
-                spiffe_id: id.to_string(),
-                authority: signer.intermediate.id.clone(),
-                issued_at: unix(now),
-                not_after: unix(leaf.not_after),
-            };
-            hosts::note_issued(records, &host_id, vec![issued], unix(now))?;
             let event = Event {
                 event: "enrol",
                 result: "ok",
                 host: Some(host_id.clone()),
                 identity: Some(id.to_string()),
-                serial: Some(leaf.serial),
-                authority: Some(signer.intermediate.id.clone()),
-                not_after: Some(rfc3339(unix(leaf.not_after))),
+                serial: Some(issued.serial.clone()),
+                authority: Some(issued.authority.clone()),
+                not_after: Some(rfc3339(issued.not_after)),
                 token: Some(token_id),
                 remote: Some(remote.to_owned()),
                 detail: None,
             };
+            hosts::note_issued(records, &host_id, vec![issued], unix(now))?;
             // Nobody new comes in without a trace: the line is on disk before the host exists.
             self.record(&[event]).map_err(|_| {
                 let text = "the PKI cannot write its audit log and enrols nobody until it can; see its disk and log";
                 Refused::Unavailable(text.to_owned())
             })?;
-            let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
-            Ok((host_id, v1::Svid { spiffe_id: id.to_string(), chain }))
+            Ok((host_id, svid))
         })?;
+        self.enrolled(host_id, svid, &signer)
+    }
+
+    /// What a host gets that has proved who it is.
+    pub(crate) fn enrolled(
+        &self,
+        host_id: String,
+        svid: v1::Svid,
+        signer: &Signer,
+    ) -> Result<v1::EnrollReply, Refused> {
         self.metrics.issued.inc();
         Ok(v1::EnrollReply {
             host_id,
             svid: Some(svid),
-            bundle: Some(trust_bundle(&signer)),
+            bundle: Some(trust_bundle(signer)),
             server_time_unix_ms: self.now_ms(),
             recovery_keys: self.state.database.read(settings::recovery_keys)?,
             pki_addresses: self.advertise.clone(),
@@ -154,6 +157,7 @@ fn admit(
         state: HostState::Active,
         key_current: csr.key_id.to_vec(),
         public_key: csr.spki.clone(),
+        enrolled_key: csr.spki.clone(),
         next: None,
         enrolled_at: now,
         last_seen: now,

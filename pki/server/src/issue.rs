@@ -45,18 +45,28 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::IssueBatchReply, Refused> {
         let result = self.issue_for_caller(certificate, request, remote);
-        if let Err(refused) = &result {
-            let identity = certificate.and_then(|der| inspect_svid(der).ok()).map(|info| info.id.to_string());
-            self.record_refusal(Event {
-                event: "issue",
-                result: "refused",
-                identity,
-                remote: Some(remote.to_owned()),
-                detail: Some(refused.to_string()),
-                ..Event::default()
-            });
-        }
+        self.record_outcome("issue", certificate, &result, remote);
         result
+    }
+
+    /// Writes that a caller was refused, if it was.
+    pub(crate) fn record_outcome<T>(
+        &self,
+        event: &'static str,
+        certificate: Option<&[u8]>,
+        result: &Result<T, Refused>,
+        remote: &str,
+    ) {
+        let Err(refused) = result else { return };
+        let identity = certificate.and_then(|der| inspect_svid(der).ok()).map(|info| info.id.to_string());
+        self.record_refusal(Event {
+            event,
+            result: "refused",
+            identity,
+            remote: Some(remote.to_owned()),
+            detail: Some(refused.to_string()),
+            ..Event::default()
+        });
     }
 
     fn issue_for_caller(
@@ -190,26 +200,17 @@ impl Pki {
             }
         };
         let now = self.now();
-        let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
-        let issued = Issued {
-            serial: leaf.serial.clone(),
-            spiffe_id: id.to_string(),
-            authority: signer.intermediate.id.clone(),
-            issued_at: unix(now),
-            not_after: unix(leaf.not_after),
-        };
+        let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
         let is_host = id == caller.id;
         let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
         self.count_renewal(is_host, "ok");
         let event = Event {
-            serial: Some(leaf.serial),
-            authority: Some(signer.intermediate.id.clone()),
-            not_after: Some(rfc3339(unix(leaf.not_after))),
+            serial: Some(issued.serial.clone()),
+            authority: Some(issued.authority.clone()),
+            not_after: Some(rfc3339(issued.not_after)),
             ..event
         };
-        let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
-        let svid = v1::Svid { spiffe_id: id.to_string(), chain };
         let outcome = Some(v1::issue_result::Outcome::Svid(svid));
         let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
         Ok(Decided { result, event, issued: Some(issued), next_key })

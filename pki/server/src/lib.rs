@@ -3,13 +3,14 @@
 //! - [`state_dir`]: the directory that is the PKI: database, wrapping key, audit log.
 //! - [`authority`]: certificate profiles. [`lifetimes`]: how long everything lives.
 //! - `store`: what is remembered, in records. `rotation`: roots and JWT keys come and go.
-//! - [`pki`]: the running PKI; [`enrol`] and [`issue`] are the two things it does for hosts.
+//! - [`pki`]: the running PKI. For hosts it does [`enrol`], [`issue`], `attest`, `jwt`, `transitions` and `sync`.
+//! - [`clock`] and `start`: whether its clock may be believed.
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
 mod attest;
 pub mod audit;
 pub mod authority;
-mod clock;
+pub mod clock;
 pub mod commands;
 mod csr;
 mod deny;
@@ -29,6 +30,7 @@ mod rotation;
 pub mod serve;
 mod service;
 mod signer;
+mod start;
 pub mod state_dir;
 pub mod status;
 mod store;

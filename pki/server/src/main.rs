@@ -103,6 +103,9 @@ struct Run {
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
+    /// Believe this machine's clock, whatever the PKI has on record. For once, after a clock was wrong for long.
+    #[arg(long)]
+    clock_is_right: bool,
 }
 
 #[derive(Subcommand)]
@@ -238,6 +241,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     let options = Options {
         lifetimes: Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() },
         advertise: advertised(&args)?,
+        clock_is_right: args.clock_is_right,
         ..Options::default()
     };
     let listener = TcpListener::bind(args.listen)

@@ -21,10 +21,11 @@ use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::Metrics;
 use crate::refused::Refused;
-use crate::rotation::step::{RotationError, Rotator};
+use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
+use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
-use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
+use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::Current;
 use crate::times::{Clock, unix, unix_ms};
 
@@ -40,6 +41,8 @@ pub struct Options {
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
+    /// The operator vouches for the clock, whatever the PKI has on record.
+    pub clock_is_right: bool,
 }
 
 pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -51,6 +54,7 @@ impl Default for Options {
             advertise: Vec::new(),
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
+            clock_is_right: false,
         }
     }
 }
@@ -78,8 +82,6 @@ pub enum PkiError {
     State(#[from] StateError),
     #[error(transparent)]
     Signer(#[from] SignerError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
 }
 
 pub struct Pki {
@@ -90,12 +92,15 @@ pub struct Pki {
     clock: Clock,
     boot_time: BootTime,
     clock_guard: Mutex<ClockGuard>,
+    start: Mutex<Start>,
     distrust: RwLock<Option<Distrust>>,
     instances: Mutex<Instances>,
     pub(crate) nonces: Nonces,
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
+    /// The server is told to stop.
+    stopping: watch::Sender<bool>,
     pub(crate) kek: Kek,
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
@@ -121,9 +126,9 @@ impl Pki {
                 .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
         }
         let now = (options.clock)();
-        // Before anything is signed: a PKI that was off for long may have no root left that verifies.
-        rotate(&state, &kek, &options.lifetimes, true, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
+        let start = begin(&state, &kek, &options, now)?;
+        let signer =
+            Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -132,11 +137,13 @@ impl Pki {
             clock: options.clock,
             boot_time: options.boot_time,
             clock_guard: Mutex::default(),
+            start: Mutex::new(start),
             distrust: RwLock::default(),
             instances: Mutex::default(),
             nonces: Nonces::new(&kek.derived("attestation nonces")),
             deny: RwLock::default(),
             current: watch::Sender::default(),
+            stopping: watch::Sender::default(),
             kek,
             state,
             signer: RwLock::new(Arc::new(signer)),
@@ -157,12 +164,22 @@ impl Pki {
     pub fn maintain(&self) -> Result<(), PkiError> {
         let now = self.now();
         self.look_at_clocks()?;
-        rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
+        rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
-        if self.distrust().is_none() {
+        if self.is_sure_of_clock() {
             self.forget_ended(now)?;
+            self.record_good_time(now)?;
         }
         Ok(self.look_after_health().map_err(StateError::from)?)
+    }
+
+    fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
+        let due = self.start().record(unix(now));
+        if let Some(time) = due {
+            let record = |records: &mut dyn Records| settings::set_last_good(records, time).map_err(StateError::from);
+            self.state.database.transaction(record)?;
+        }
+        Ok(())
     }
 
     /// What has ended by a wrong clock has not ended: only a good one may say so.
@@ -179,10 +196,10 @@ impl Pki {
     /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
-        let now = self.now();
+        let now = self.start().not_before_last(self.now());
         let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
         if !self.signer().is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.show_health().map_err(StateError::from)?;
         }
@@ -200,19 +217,42 @@ impl Pki {
         self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
     }
 
+    /// Conversations would go on for as long as the hosts run, and what is done now and then for ever.
+    pub(crate) fn begin_to_stop(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
     pub(crate) fn news(&self) -> watch::Receiver<Current> {
         self.current.subscribe()
     }
 
     fn look_at_clocks(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let since = unix(now) - HEARD_LATELY_S;
+        let lately = unix(now) - HEARD_LATELY_S..=unix(now);
         let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
         let offsets: Vec<i64> =
-            hosts.iter().filter(|host| host.last_seen >= since).map(|host| host.clock_offset_ms).collect();
+            hosts.iter().filter(|host| lately.contains(&host.last_seen)).map(|host| host.clock_offset_ms).collect();
+        let boot = (self.boot_time)();
+        let was_sure = self.start().is_confirmed();
+        let standing = self.start().judge(unix(now), boot, &hosts, &self.lifetimes);
         let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = guard.look(now, (self.boot_time)(), &offsets, self.lifetimes.skew);
+        if matches!(self.distrust(), Some(Distrust::Behind { .. })) {
+            // The step that puts it right is no jump.
+            guard.forget();
+        }
+        let jumped = guard.look(now, boot, &offsets, self.lifetimes.skew);
         drop(guard);
+        let found = match standing {
+            Standing::Behind { seconds } => Some(Distrust::Behind { seconds }),
+            Standing::Unconfirmed | Standing::Confirmed => jumped,
+        };
+        if standing == Standing::Confirmed && !was_sure {
+            tracing::info!("the clock is confirmed; rotation goes on");
+        }
         let mut distrust = self.distrust.write().unwrap_or_else(PoisonError::into_inner);
         if *distrust != found {
             match &found {
@@ -236,6 +276,15 @@ impl Pki {
             Some(why) => Err(Refused::Unavailable(format!("the PKI issues nothing now: {why}"))),
             None => Ok(()),
         }
+    }
+
+    fn start(&self) -> MutexGuard<'_, Start> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether what cannot be undone may be done by this clock.
+    pub(crate) fn is_sure_of_clock(&self) -> bool {
+        self.distrust().is_none() && self.start().is_confirmed()
     }
 
     pub(crate) fn instances(&self) -> MutexGuard<'_, Instances> {
@@ -315,6 +364,34 @@ impl Pki {
 /// The bundle that goes with what this signer signs.
 pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
     signer.wire.clone()
+}
+
+/// Judges the clock, and does what has to be before anything is signed: a PKI that was off for long may have no root
+/// left that verifies.
+fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Result<Start, PkiError> {
+    let (last_good, hosts) = state
+        .database
+        .read(|view| -> Result<_, StateError> { Ok((settings::last_good(view)?, hosts::hosts(view)?)) })?;
+    let (boot, lifetimes) = ((options.boot_time)(), &options.lifetimes);
+    let mut start = Start::new(last_good, boot, &hosts);
+    if options.clock_is_right {
+        start.confirm();
+    }
+    let standing = start.judge(unix(now), boot, &hosts, lifetimes);
+    match standing {
+        Standing::Behind { .. } => return Ok(start),
+        Standing::Unconfirmed => tracing::warn!(
+            "the PKI was off for long, or the clock is wrong: rotation waits until hosts confirm the clock, or for {} s",
+            lifetimes.leaf.as_secs()
+        ),
+        Standing::Confirmed => rotate(state, kek, lifetimes, true, now)?,
+    }
+    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
+    let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
+    if !done.is_empty() {
+        state.record(now, &done)?;
+    }
+    Ok(start)
 }
 
 /// Takes every step that is due, one transaction each.

@@ -41,8 +41,8 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     let router = router(pki.clone());
     let graceful = GracefulShutdown::new();
     let mut maintenance = JoinSet::new();
-    maintenance.spawn(every(MAINTAIN_EVERY, pki.clone(), Pki::maintain));
-    maintenance.spawn(every(REFRESH_EVERY, pki.clone(), Pki::refresh));
+    maintenance.spawn(every(MAINTAIN_EVERY, "rotation", pki.clone(), Pki::maintain));
+    maintenance.spawn(every(REFRESH_EVERY, "taking over what changed", pki.clone(), Pki::refresh));
     maintenance.spawn(poll::follow(pki.clone()));
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
@@ -63,7 +63,8 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
         }
     }
     drop(listener);
-    maintenance.shutdown().await;
+    pki.begin_to_stop();
+    while maintenance.join_next().await.is_some() {}
     if timeout(DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
     }
@@ -76,21 +77,25 @@ pub async fn serve_metrics(pki: Arc<Pki>, listener: TcpListener) -> std::io::Res
     axum::serve(listener, router).await
 }
 
-async fn every(period: Duration, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiError>) {
+async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiError>) {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stopping = pki.stopping();
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            _ = stopping.wait_for(|stops| *stops) => return,
+        }
         let worker = pki.clone();
         match tokio::task::spawn_blocking(move || act(&worker)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 pki.metrics.maintenance_failures.inc();
-                tracing::error!(%error, "rotation failed; what is active stays in use");
+                tracing::error!(%error, "{what} failed; what is active stays in use");
             }
             Err(error) => {
                 pki.metrics.maintenance_failures.inc();
-                tracing::error!(%error, "rotation panicked");
+                tracing::error!(%error, "{what} panicked; what is active stays in use");
             }
         }
     }

@@ -151,7 +151,10 @@ struct Conversation {
 
 impl Conversation {
     async fn hold(mut self) {
-        let mut news = self.pki.news();
+        let (mut news, mut stopping) = (self.pki.news(), self.pki.stopping());
+        if *stopping.borrow_and_update() {
+            return;
+        }
         // What the host has, as far as it said; nothing is pushed before its first report.
         let mut had: Option<Had> = None;
         loop {
@@ -167,10 +170,16 @@ impl Conversation {
                     }
                     Ok(None) | Err(_) => return,
                 },
+                // The host comes again, to whoever serves then.
+                _ = stopping.changed() => return,
                 Ok(()) = news.changed(), if had.is_some() => {
-                    let had = had.unwrap_or_default();
+                    let (known, told) = (had.unwrap_or_default(), *news.borrow_and_update());
                     let host = self.host_name();
-                    run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(&host, had)).await
+                    let act = move |pki: &Pki| pki.sync_news(&host, known);
+                    let reply = run(self.pki.clone(), &self.permits, "sync_push", act).await;
+                    // What was told is not told again with the next change.
+                    had = Some(if reply.is_ok() { known.and(told) } else { known });
+                    reply
                 }
             };
             let is_over = reply.is_err();

@@ -20,6 +20,13 @@ pub(crate) struct Had {
     pub(crate) federation: u64,
 }
 
+impl Had {
+    pub(crate) fn and(self, told: Had) -> Had {
+        // Of federation a host has what it was told last, older or not.
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation: told.federation }
+    }
+}
+
 /// What there is; changes wake every conversation.
 pub(crate) type Current = Had;
 

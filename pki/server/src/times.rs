@@ -1,12 +1,31 @@
 //! Times as the database, the log and people want them.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustls::pki_types::UnixTime;
+use rustls::time_provider::TimeProvider;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
+
+/// The same clock for TLS.
+pub(crate) struct TlsTime(pub(crate) Clock);
+
+impl TimeProvider for TlsTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        let since = (self.0)().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        Some(UnixTime::since_unix_epoch(since))
+    }
+}
+
+impl fmt::Debug for TlsTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsTime").finish_non_exhaustive()
+    }
+}
 
 pub fn unix(time: SystemTime) -> i64 {
     let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -16,6 +35,10 @@ pub fn unix(time: SystemTime) -> i64 {
 pub fn unix_ms(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub(crate) fn seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }
 
 pub(crate) fn signed_ms(duration: Duration) -> i64 {

@@ -20,12 +20,16 @@ use crate::times::{unix, unix_ms};
 /// `federation refresh` is followed within this time.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// For ever. Ends nothing and takes nothing away when it fails.
+/// Until the server stops. Ends nothing and takes nothing away when it fails.
 pub(crate) async fn follow(pki: Arc<Pki>) {
     let mut ticks = interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stopping = pki.stopping();
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            _ = stopping.wait_for(|stops| *stops) => return,
+        }
         let looking = pki.clone();
         let due = spawn_blocking(move || looking.federations_due()).await;
         let Ok(Ok(due)) = due else { continue };
@@ -38,11 +42,14 @@ pub(crate) async fn follow(pki: Arc<Pki>) {
 }
 
 async fn ask(pki: Arc<Pki>, one: Federated) {
-    let preparing = pki.clone();
+    let (preparing, mut stopping) = (pki.clone(), pki.stopping());
     let relationship = one.relationship.clone();
     let config = spawn_blocking(move || preparing.federation_tls(&relationship.trust_domain, &relationship.profile));
     let answer = match config.await {
-        Ok(Ok(config)) => fetch(&one.relationship.url, Arc::new(config)).await.map_err(|error| error.to_string()),
+        Ok(Ok(config)) => tokio::select! {
+            fetched = fetch(&one.relationship.url, Arc::new(config)) => fetched.map_err(|error| error.to_string()),
+            _ = stopping.wait_for(|stops| *stops) => return,
+        },
         Ok(Err(reason)) => Err(reason),
         Err(error) => Err(error.to_string()),
     };

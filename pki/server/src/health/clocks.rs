@@ -30,5 +30,6 @@ pub(crate) fn far_off(hosts: &[Host], now: i64) -> Vec<&Host> {
 }
 
 fn heard(hosts: &[Host], now: i64) -> impl Iterator<Item = &Host> {
-    hosts.iter().filter(move |host| host.last_seen >= now - HEARD_LATELY_S)
+    let lately = now - HEARD_LATELY_S..=now;
+    hosts.iter().filter(move |host| lately.contains(&host.last_seen))
 }

@@ -5,12 +5,11 @@
 //! leaf, and can take part in TLS at all, also holds the new root. Acknowledgements are a second gate, which finds
 //! mistakes in the proof; a host that is silent for a longest life holds no valid leaf and delays nobody.
 
-use std::time::Duration;
-
 use super::trust::{Root, RootState, Trust};
 use crate::lifetimes::Lifetimes;
 use crate::store::hosts::{Host, HostState};
 use crate::store::intermediates::Intermediate;
+use crate::times::seconds;
 
 /// More roots than this in a bundle would mean that rotation is stuck (they overlap for a month of three).
 pub(crate) const MOST_ROOTS: usize = 4;
@@ -258,8 +257,4 @@ fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
         gates.push(Gate::HostsUnder(on_it));
     }
     gates
-}
-
-pub(crate) fn seconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }

@@ -5,12 +5,12 @@ use crate::health::census::{Held, LeafState, own};
 use crate::health::report::SILENT_S;
 use crate::health::{Health, clocks as host_clocks};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::decide::{next_rotation, seconds};
+use crate::rotation::decide::next_rotation;
 use crate::store::clones::Alarm;
 use crate::store::federation::Federated;
 use crate::store::hosts::{Host, HostState};
 use crate::store::servers::Server;
-use crate::times::rfc3339;
+use crate::times::{rfc3339, seconds};
 
 /// Below this the root needs attention: replacing it takes weeks of overlap.
 const ROOT_WARNING_S: i64 = 60 * 86_400;

@@ -29,6 +29,10 @@ pub(crate) struct Host {
     /// The SubjectPublicKeyInfo itself: what a host proves that comes back after its certificate has ended.
     #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) public_key: Vec<u8>,
+    /// SubjectPublicKeyInfo of the key it enrolled with. A host restored from a snapshot of any age holds it still; it is
+    /// worth nothing any more once the host enrols again. Empty for hosts from before there was such a thing.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) enrolled_key: Vec<u8>,
     /// Issued but not yet used: the reply may have been lost, so both keys are the host's until one is seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) next: Option<NextKey>,

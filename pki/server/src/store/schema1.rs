@@ -138,6 +138,7 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
             state: if row.get::<_, String>(1)? == "banned" { HostState::Banned } else { HostState::Active },
             key_current: row.get(2)?,
             public_key: vec![],
+            enrolled_key: vec![],
             next: None,
             enrolled_at: row.get(3)?,
             last_seen: row.get(4)?,

@@ -10,7 +10,7 @@ use x509_parser::prelude::FromDer;
 use super::check::{Unusable, certificates, check, id_of_key, private_key};
 use crate::authority::{AuthorityError, csr_params};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::step::{Imported, RotationError, Rotator};
+use crate::rotation::step::{Imported, Rotator};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::upstream::{self, Pending};
 use crate::store::{DbError, servers};
@@ -24,8 +24,6 @@ pub enum UpstreamError {
     Db(#[from] DbError),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
     #[error("the intermediate cannot be used: {0}; what is in force stays")]
     Unusable(#[from] Unusable),
     #[error(

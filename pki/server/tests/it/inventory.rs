@@ -71,7 +71,7 @@ fn what_blocks_a_rotation_is_named_and_a_wait_is_not() {
     // The host renews and never says that it has the new root.
     for _ in 0..3 {
         desk.pass(10 * HOUR);
-        chain = chain_of(desk.renew("web", Some(&chain[0])).unwrap());
+        chain = chain_of(desk.renew_holding(0, "web", Some(&chain[0])).unwrap());
     }
     let status = desk.status();
     let told = status.problems.iter().find(|problem| problem.starts_with("rotation blocked (hosts)"));

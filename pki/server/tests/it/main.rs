@@ -1,7 +1,10 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
+mod absence;
 mod alerts;
 mod cli;
+mod clocks;
+mod conversation;
 mod enrolment;
 mod federation;
 mod http;
@@ -9,6 +12,7 @@ mod impostors;
 mod inventory;
 mod operation;
 mod profile;
+mod records;
 mod renewal;
 mod support;
 mod upstream;

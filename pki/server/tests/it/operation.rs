@@ -28,26 +28,42 @@ pub(crate) struct Desk {
     pki: Option<Pki>,
     start: SystemTime,
     passed: Arc<AtomicU64>,
+    /// How far its wall clock is ahead, in seconds.
+    pub(crate) ahead: Arc<AtomicU64>,
+    pub(crate) lifetimes: Lifetimes,
+    pub(crate) clock_is_right: bool,
 }
 
 impl Desk {
     pub(crate) fn new() -> Desk {
-        Desk::starting(SystemTime::now())
+        Desk::with(Lifetimes::default())
+    }
+
+    pub(crate) fn with(lifetimes: Lifetimes) -> Desk {
+        Desk::set_up(lifetimes, SystemTime::now())
     }
 
     pub(crate) fn starting(start: SystemTime) -> Desk {
+        Desk::set_up(Lifetimes::default(), start)
+    }
+
+    fn set_up(lifetimes: Lifetimes, start: SystemTime) -> Desk {
         let dir = tempfile::tempdir().unwrap();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
-        let mut desk = Desk { dir, pki: None, start, passed: Arc::default() };
+        let (passed, ahead) = (Arc::default(), Arc::default());
+        let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false };
         desk.open();
         desk
     }
 
     pub(crate) fn open(&mut self) {
         self.pki = None;
-        let (start, passed) = (self.start, self.passed.clone());
-        let clock = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
-        self.pki = Some(Pki::open(self.dir.path(), Options::with_clock(Lifetimes::default(), clock)).unwrap());
+        let (start, passed, ahead) = (self.start, self.passed.clone(), self.ahead.clone());
+        let right = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
+        let options = Options::with_clock(self.lifetimes, right.clone());
+        let clock = Arc::new(move || right() + Duration::from_secs(ahead.load(SeqCst)));
+        let options = Options { clock, clock_is_right: self.clock_is_right, ..options };
+        self.pki = Some(Pki::open(self.dir.path(), options).unwrap());
     }
 
     pub(crate) fn pki(&self) -> &Pki {
@@ -67,8 +83,12 @@ impl Desk {
     }
 
     pub(crate) fn pass(&self, seconds: u64) {
-        self.passed.fetch_add(seconds, SeqCst);
+        self.off_for(seconds);
         self.pki().maintain().unwrap();
+    }
+
+    pub(crate) fn off_for(&self, seconds: u64) {
+        self.passed.fetch_add(seconds, SeqCst);
     }
 
     pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
@@ -100,11 +120,22 @@ impl Desk {
     }
 
     pub(crate) fn renew(&self, host: &str, certificate: Option<&[u8]>) -> Result<v1::IssueBatchReply, Refused> {
+        self.renew_holding(self.status().bundle_sequence, host, certificate)
+    }
+
+    /// Of a host that has that bundle.
+    pub(crate) fn renew_holding(
+        &self,
+        bundle_sequence: u64,
+        host: &str,
+        certificate: Option<&[u8]>,
+    ) -> Result<v1::IssueBatchReply, Refused> {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
         let host_time_unix_ms = unix_ms(self.now());
-        let request = v1::IssueBatchRequest { items, host_time_unix_ms, ..v1::IssueBatchRequest::default() };
+        let request =
+            v1::IssueBatchRequest { items, host_time_unix_ms, bundle_sequence, ..v1::IssueBatchRequest::default() };
         self.pki().issue_batch(certificate, &request, "test")
     }
 
@@ -148,7 +179,7 @@ fn a_restart_keeps_the_intermediate() {
 fn a_pki_that_was_off_for_months_starts_by_itself() {
     let mut desk = Desk::new();
     desk.enrol("web");
-    desk.passed.fetch_add(120 * DAY, SeqCst);
+    desk.off_for(120 * DAY);
     desk.open();
     let chain = desk.enrol("web");
     assert!(inspect_svid(&chain[0]).unwrap().not_after > desk.now() + Duration::from_secs(23 * HOUR));
@@ -198,6 +229,16 @@ fn issuing_needs_the_certificate_of_an_enrolled_host() {
     let stranger = ca.svid(&SpiffeId::host(&domain(), "stranger").unwrap());
     let refused = desk.renew("web", Some(&stranger.chain[0])).unwrap_err();
     assert!(refused.to_string().contains("`stranger` is not enrolled"), "{refused}");
+}
+
+#[test]
+fn a_refused_jwt_is_in_the_audit_log() {
+    let desk = Desk::new();
+    let request = v1::IssueJwtRequest { audience: vec!["billing".to_owned()], ..v1::IssueJwtRequest::default() };
+    desk.pki().issue_jwt(None, &request, "test").unwrap_err();
+    let log = std::fs::read_to_string(desk.dir.path().join("audit.jsonl")).unwrap();
+    let refused = |line: &str| line.contains(r#""event":"issue_jwt","result":"refused""#);
+    assert_eq!(log.lines().filter(|line| refused(line)).count(), 1);
 }
 
 #[test]

@@ -6,14 +6,13 @@ use std::time::{Duration, SystemTime};
 use meshd_identity::Bundle;
 use meshd_pki::upstream::commands::{UpstreamError, csr, import};
 use meshd_pki::upstream::watch::{Upstream, UpstreamFiles};
-use meshd_pki_api::v1;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PublicKeyData, SignatureAlgorithm,
 };
 
 use crate::operation::{DAY, Desk, HOUR, chain_of};
-use crate::support::{domain, request_over};
+use crate::support::domain;
 
 /// An authority whose key is in a drawer.
 struct Offline {
@@ -76,18 +75,8 @@ impl Offline {
     }
 }
 
-/// The host renews and says which bundle it holds.
 fn renew(desk: &Desk, chain: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    let held = Bundle::from_jwks(domain(), &desk.pki().bundle(&[]).unwrap().jwks).unwrap();
-    let spiffe_id = format!("spiffe://{}/ns/meshd-system/sa/web", domain());
-    let item = v1::IssueItem { spiffe_id, csr: request_over(&KeyPair::generate().unwrap()) };
-    let request = v1::IssueBatchRequest {
-        items: vec![item],
-        bundle_sequence: held.sequence,
-        host_time_unix_ms: desk.now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis() as u64,
-        ..v1::IssueBatchRequest::default()
-    };
-    chain_of(desk.pki().issue_batch(Some(&chain[0]), &request, "test").unwrap())
+    chain_of(desk.renew("web", Some(&chain[0])).unwrap())
 }
 
 fn pem_of(der: &[u8]) -> String {
@@ -98,7 +87,7 @@ fn pem_of(der: &[u8]) -> String {
 
 #[test]
 fn the_answer_to_a_request_signs_when_every_verifier_has_its_root() {
-    let desk = Desk::new();
+    let mut desk = Desk::new();
     let mut chain = desk.enrol("web");
     let ours = chain[1].clone();
     let request = csr(desk.dir(), desk.now()).unwrap();
@@ -141,6 +130,9 @@ fn the_answer_to_a_request_signs_when_every_verifier_has_its_root() {
     assert!(status.rotation.waiting.iter().any(|gate| gate.reason == "speaks"), "{:?}", status.rotation);
     assert!(status.problems.is_empty(), "{:?}", status.problems);
     assert!(next.contains(&pem_of(&chain[1])), "it signs on");
+    desk.open();
+    chain = renew(&desk, &chain);
+    assert!(next.contains(&pem_of(&chain[1])), "also after a restart");
 }
 
 #[test]
