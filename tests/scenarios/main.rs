@@ -15,6 +15,7 @@ mod deny;
 mod dns;
 mod enrol;
 mod enrolment;
+mod entries;
 mod hasty;
 mod heal;
 mod identify;

@@ -108,6 +108,13 @@ impl Mesh {
         Ok(token.trim().to_owned())
     }
 
+    /// A verb of meshd-pki as its operator runs it, beside the running server.
+    pub fn pki(&self, verb: &[&str]) -> Result<String> {
+        let words = verb.iter().position(|word| word.starts_with('-')).unwrap_or(verb.len());
+        let program = self.pki_program(&verb[..words]).args(&verb[words..]);
+        self.pki_host().run(&program)?.expect_success(&format!("meshd-pki {}", verb.join(" ")))
+    }
+
     pub fn join_all(&self) -> Result<()> {
         for (host, daemon) in self.plan.hosts.iter().zip(&self.daemons) {
             daemon.join(&self.token(host)?)?.expect_success(&format!("meshd join on {}", host.name))?;
@@ -208,17 +215,17 @@ impl Mesh {
         Ok(())
     }
 
-    fn pki_address(&self) -> String {
+    pub fn pki_address(&self) -> String {
         let host = self.pki_host();
         let address = if self.plan.ipv6_only { IpAddr::V6(host.address6()) } else { IpAddr::V4(host.address()) };
         SocketAddr::new(address, PKI_PORT).to_string()
     }
 
-    fn pki_host(&self) -> Host {
+    pub fn pki_host(&self) -> Host {
         self.lab.host(&self.plan.pki_host)
     }
 
-    fn pki_directory(&self) -> PathBuf {
+    pub fn pki_directory(&self) -> PathBuf {
         self.pki_host().directory().join("meshd-pki")
     }
 

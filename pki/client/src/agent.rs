@@ -252,6 +252,10 @@ impl Agent {
         let mut waiting = self.told.waiting.clone();
         for ((id, key), result) in asked.iter().zip(keys).zip(reply.results) {
             waiting.remove(id);
+            match result.selectors.is_empty() {
+                true => drop(held.selectors.remove(id)),
+                false => drop(held.selectors.insert(id.clone(), result.selectors)),
+            }
             match result.outcome {
                 Some(v1::issue_result::Outcome::Svid(svid)) => {
                     let svid = Arc::new(read_svid(svid, id, key, &held.bundle, pki_time)?);

@@ -84,6 +84,7 @@ impl FakeCa {
             host: self.svid(&host),
             workloads: ids.iter().map(|id| (id.clone(), self.svid(id))).collect(),
             refused: BTreeMap::new(),
+            selectors: BTreeMap::new(),
             pki: vec!["127.0.0.1:15012".to_owned()],
         }
     }

@@ -1,8 +1,9 @@
 //! The host side of the PKI: joins once, keeps credentials on disk, renews them in the background.
 //!
-//! - [`join`]: a join token becomes credentials.
+//! - [`join`]: a join token becomes credentials; [`join_by`]: so does another [`Proof`].
 //! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them; a conversation
 //!   with the PKI that brings bundles and deny sets the moment they change.
+//! - [`Tokens`]: JWT-SVIDs, asked for when they are needed.
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
@@ -24,22 +25,26 @@ mod judge;
 mod key;
 mod link;
 mod metrics;
+mod proof;
 mod recovery;
 mod reply;
 mod schedule;
 mod state;
 mod store;
 mod surroundings;
+mod tokens;
 mod transitions;
 mod verify;
 
 pub use agent::Agent;
 pub use credentials::{Credentials, Svid};
-pub use join::{JoinError, join, join_in};
+pub use join::{JoinError, join, join_by, join_in};
 pub use judge::{Judgement, ServerJudge};
 pub use metrics::RenewalMetrics;
+pub use proof::{MachineCertificate, Proof, ProofError};
 pub use store::StoreError;
 pub use surroundings::{BootTime, Clock, Surroundings};
+pub use tokens::{TokenIssueError, Tokens};
 
 /// What a refusal says, made safe for a log line: it comes from a peer.
 fn refusal_text(status: &tonic::Status) -> String {

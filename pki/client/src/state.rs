@@ -40,6 +40,8 @@ struct Document {
     host: SvidDocument,
     workloads: Vec<SvidDocument>,
     refused: BTreeMap<SpiffeId, String>,
+    #[serde(default)]
+    selectors: BTreeMap<SpiffeId, Vec<String>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -64,6 +66,7 @@ impl State {
             host: svid_document(&held.host),
             workloads: held.workloads.values().map(|svid| svid_document(svid)).collect(),
             refused: held.refused.clone(),
+            selectors: held.selectors.clone(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
     }
@@ -79,6 +82,7 @@ impl State {
             host: svid(&document.host)?,
             workloads: workloads.collect::<Result<_, String>>()?,
             refused: document.refused,
+            selectors: document.selectors,
             pki: document.pki,
         };
         let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;

@@ -37,7 +37,7 @@ impl Nonces {
         [&time, code.as_ref()].concat()
     }
 
-    fn check(&self, host: &str, nonce: &[u8], now: SystemTime) -> bool {
+    pub(crate) fn check(&self, host: &str, nonce: &[u8], now: SystemTime) -> bool {
         let Some((time, code)) = nonce.split_first_chunk::<TIME_BYTES>() else {
             return false;
         };

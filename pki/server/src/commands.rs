@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::{IdError, JoinToken, Secret, SpiffeId, TokenError, TrustDomain, sha256};
+use ipnet::IpNet;
+use meshd_identity::{IdError, JoinToken, PkiPin, Secret, SpiffeId, TokenError, TrustDomain, sha256};
 
 use crate::audit::Event;
 use crate::keys::{KeyError, random};
+use crate::labels::{Label, LabelError, label_map};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::tokens::{self, Token};
 use crate::store::{DbError, View, hosts, settings};
@@ -14,6 +16,9 @@ use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
 const LONGEST_TTL: Duration = Duration::from_secs(7 * 86_400);
+
+/// More hosts than one mesh has.
+const MOST_USES: u32 = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -31,6 +36,14 @@ pub enum CommandError {
     Reserved(SpiffeId),
     #[error("a token may live at most 7 days; choose a shorter --ttl")]
     Ttl,
+    #[error("a token serves 1 to {MOST_USES} hosts; choose another --max-uses")]
+    Uses,
+    #[error("`{0}` is no selector that hosts can attest; write systemd:unit:NAME.service or unix:uid:NUMBER")]
+    Selector(String),
+    #[error("a process is claimed by its unit or by its user; give one selector")]
+    Selectors,
+    #[error(transparent)]
+    Label(#[from] LabelError),
     #[error("{0}")]
     Token(#[from] TokenError),
     #[error(
@@ -43,11 +56,25 @@ pub enum CommandError {
     NoEntry { host: String, identity: String },
 }
 
+#[derive(Debug, Clone)]
 pub struct TokenRequest<'a> {
     pub host: &'a str,
     pub allow: &'a [String],
     pub pki: &'a [String],
     pub ttl: Duration,
+    /// With more than one, `host` is what the ids of the hosts begin with.
+    pub max_uses: u32,
+    /// Where it may be used; empty is everywhere.
+    pub from: &'a [IpNet],
+    /// Of the hosts it makes.
+    pub labels: &'a [Label],
+}
+
+impl Default for TokenRequest<'_> {
+    fn default() -> Self {
+        let ttl = Duration::from_secs(3600);
+        TokenRequest { host: "", allow: &[], pki: &[], ttl, max_uses: 1, from: &[], labels: &[] }
+    }
 }
 
 pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
@@ -57,16 +84,19 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
     if asked.ttl > LONGEST_TTL {
         return Err(CommandError::Ttl);
     }
+    if !(1..=MOST_USES).contains(&asked.max_uses) {
+        return Err(CommandError::Uses);
+    }
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     random(&mut id)?;
     random(&mut secret)?;
-    let recovery = state.database.read(settings::recovery_keys)?;
+    let PkiPin { pki, bundle_digest, recovery_key_id } = pin_of(&state, asked.pki)?;
     let token = JoinToken {
         id: data_encoding::HEXLOWER.encode(&id),
         secret: Secret(secret),
-        pki: addresses(&state, asked.pki)?,
-        bundle_digest: state.latest_bundle()?.digest(),
-        recovery_key_id: sha256(recovery.first().ok_or_else(|| state.incomplete("its recovery key"))?),
+        pki,
+        bundle_digest,
+        recovery_key_id,
     };
     token.check()?;
     let row = Token {
@@ -77,6 +107,10 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         created_at: unix(now),
         expires_at: unix(now + asked.ttl),
         used: None,
+        max_uses: asked.max_uses,
+        uses: 0,
+        from: asked.from.to_vec(),
+        labels: label_map(asked.labels)?,
     };
     let event = Event {
         event: "token_create",
@@ -84,7 +118,7 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         host: Some(row.host_id.clone()),
         token: Some(row.id.clone()),
         not_after: Some(rfc3339(row.expires_at)),
-        detail: Some(format!("allow: {}", row.allow.join(" "))),
+        detail: Some(token_detail(&row)),
         ..Event::default()
     };
     state.database.transaction(|records| -> Result<(), CommandError> {
@@ -92,6 +126,35 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         Ok(state.record(now, std::slice::from_ref(&event))?)
     })?;
     Ok(token)
+}
+
+/// Where this PKI is and how to recognise it, for hosts that prove in another way than by a token who they are.
+pub fn pin(dir: &Path, pki: &[String]) -> Result<PkiPin, CommandError> {
+    pin_of(&StateDir::open(dir)?, pki)
+}
+
+fn pin_of(state: &StateDir, pki: &[String]) -> Result<PkiPin, CommandError> {
+    let recovery = state.database.read(settings::recovery_keys)?;
+    let recovery = recovery.first().ok_or_else(|| state.incomplete("its recovery key"))?;
+    let pin = PkiPin {
+        pki: addresses(state, pki)?,
+        bundle_digest: state.latest_bundle()?.digest(),
+        recovery_key_id: sha256(recovery),
+    };
+    pin.check()?;
+    Ok(pin)
+}
+
+fn token_detail(token: &Token) -> String {
+    let mut detail = format!("allow: {}", token.allow.join(" "));
+    if token.max_uses > 1 {
+        detail.push_str(&format!("; for {} hosts", token.max_uses));
+    }
+    if !token.from.is_empty() {
+        let from: Vec<String> = token.from.iter().map(IpNet::to_string).collect();
+        detail.push_str(&format!("; from {}", from.join(" ")));
+    }
+    detail
 }
 
 /// What was asked for, else what the server was last told to advertise.
@@ -138,9 +201,10 @@ pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, Strin
 }
 
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
-fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
+pub(crate) fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
     let enrolled = hosts::hosts(view)?.into_iter().map(|row| row.id);
-    let invited = tokens::open(view, now)?.into_iter().map(|token| token.host_id);
+    let invited = tokens::open(view, now)?.into_iter().filter(|token| token.max_uses == 1);
+    let invited = invited.map(|token| token.host_id);
     let known: std::collections::BTreeSet<String> = enrolled.chain(invited).collect();
     if known.contains(host) {
         return Ok(());
@@ -150,7 +214,7 @@ fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), Comma
     Err(CommandError::UnknownHost { host: host.to_owned(), known })
 }
 
-fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
+pub(crate) fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
     let id = SpiffeId::parse_in(domain, text)?;
     if id.trust_domain() != domain {
         return Err(CommandError::Foreign(id, domain.clone()));

@@ -1,5 +1,8 @@
 //! Certificates for an enrolled host and its workloads.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use meshd_identity::{SpiffeId, inspect_svid, sha256};
 use meshd_pki_api::{MAX_BATCH, v1};
 use x509_parser::certificate::X509Certificate;
@@ -12,6 +15,7 @@ use crate::lifetimes::LEAF_BACKDATE;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::signer::Signer;
+use crate::store::grants::{self, Terms};
 use crate::store::hosts::{self, Host, HostState, Issued, NextKey, Sighting};
 use crate::store::{DbError, View};
 use crate::times::{rfc3339, unix, unix_ms};
@@ -82,13 +86,14 @@ impl Pki {
         self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let (caller, permitted, federation) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, granted, federation) = self.state.database.read(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
-            let permitted = hosts::permitted(view, &caller.host.id)?;
+            let granted = grants::granted(view, &caller.host.id)?;
+            let permitted: Vec<String> = granted.keys().cloned().collect();
             let federation = self.federation_for(view, &permitted)?;
-            Ok((caller, permitted, federation))
+            Ok((caller, granted, federation))
         })?;
-        let decide = |item| self.decide(&signer, &caller, &permitted, item, remote);
+        let decide = |item| self.decide(&signer, &caller, &granted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
         // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
         if let Err(error) = self.note(&caller, request, &mut decided, unix_ms(now)) {
@@ -175,7 +180,7 @@ impl Pki {
         &self,
         signer: &Signer,
         caller: &Caller,
-        permitted: &[String],
+        granted: &BTreeMap<String, Terms>,
         item: &v1::IssueItem,
         remote: &str,
     ) -> Result<Decided, Refused> {
@@ -187,20 +192,22 @@ impl Pki {
             remote: Some(remote.to_owned()),
             ..Event::default()
         };
-        let (id, csr) = match check_item(caller, permitted, item) {
+        let (id, csr) = match check_item(caller, granted, item) {
             Ok(checked) => checked,
             Err((code, message)) => {
                 self.metrics.items_refused.inc();
                 self.count_renewal(item.spiffe_id == caller.id.as_str(), "refused");
                 let refusal = v1::Refusal { code: code.into(), message: message.clone() };
                 let outcome = Some(v1::issue_result::Outcome::Refusal(refusal));
-                let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
+                let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome, selectors: vec![] };
                 let event = Event { result: "refused", detail: Some(message), ..event };
                 return Ok(Decided { result, event, issued: None, next_key: None });
             }
         };
         let now = self.now();
-        let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
+        let terms = granted.get(id.as_str()).cloned().unwrap_or_default();
+        let life = terms.ttl_s.map_or(self.lifetimes.leaf, |ttl| self.lifetimes.leaf.min(Duration::from_secs(ttl)));
+        let (svid, issued) = signer.issue(&id, &csr.public_key, life, now)?;
         let is_host = id == caller.id;
         let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
@@ -212,7 +219,8 @@ impl Pki {
             ..event
         };
         let outcome = Some(v1::issue_result::Outcome::Svid(svid));
-        let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
+        let (spiffe_id, selectors) = (item.spiffe_id.clone(), terms.selectors);
+        let result = v1::IssueResult { spiffe_id, outcome, selectors };
         Ok(Decided { result, event, issued: Some(issued), next_key })
     }
 }
@@ -226,11 +234,16 @@ pub(crate) fn offset_ms(host_ms: u64, pki_ms: u64) -> i64 {
 type ItemRefusal = (v1::refusal::Code, String);
 
 /// An item that may be signed: the host itself, or an identity the PKI permits it.
-fn check_item(caller: &Caller, permitted: &[String], item: &v1::IssueItem) -> Result<(SpiffeId, Request), ItemRefusal> {
+fn check_item(
+    caller: &Caller,
+    granted: &BTreeMap<String, Terms>,
+    item: &v1::IssueItem,
+) -> Result<(SpiffeId, Request), ItemRefusal> {
     let invalid = |text: String| (v1::refusal::Code::Invalid, text);
     let id = parse_id(&item.spiffe_id).map_err(invalid)?;
-    if id != caller.id && !permitted.iter().any(|allowed| allowed == id.as_str()) {
-        return Err((v1::refusal::Code::NotPermitted, not_permitted(caller, &id, permitted)));
+    if id != caller.id && !granted.contains_key(id.as_str()) {
+        let permitted: Vec<String> = granted.keys().cloned().collect();
+        return Err((v1::refusal::Code::NotPermitted, not_permitted(caller, &id, &permitted)));
     }
     let csr = Request::read(&item.csr).map_err(invalid)?;
     Ok((id, csr))

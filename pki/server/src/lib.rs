@@ -8,6 +8,7 @@
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
 mod attest;
+mod attestors;
 pub mod audit;
 pub mod authority;
 pub mod clock;
@@ -15,13 +16,16 @@ pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+pub mod entries;
 pub mod federation;
 mod files;
 mod health;
 mod instances;
 pub mod issue;
+mod join_token;
 mod jwt;
 mod keys;
+pub mod labels;
 pub mod lifetimes;
 pub mod metrics;
 pub mod pki;

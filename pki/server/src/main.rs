@@ -9,10 +9,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use meshd_identity::TrustDomain;
 use meshd_pki::commands::{self, TokenRequest};
+use meshd_pki::entries::{self, EntryRequest, Parent};
 use meshd_pki::federation::web::{WebCertificate, serve_web};
+use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
@@ -42,6 +45,8 @@ enum Command {
     /// Join tokens.
     #[command(subcommand)]
     Token(Token),
+    /// Print where the PKI is and how to recognise it, for hosts that join by certificate or Kubernetes token. No secret.
+    Pin(Pin),
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
@@ -100,6 +105,9 @@ struct Run {
     /// PEM file with its key.
     #[arg(long)]
     bundle_key: Option<PathBuf>,
+    /// File that says which machine certificates and Kubernetes tokens make hosts; read again every 30 s.
+    #[arg(long)]
+    attestors: Option<PathBuf>,
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
@@ -110,7 +118,7 @@ struct Run {
 
 #[derive(Subcommand)]
 enum Token {
-    /// Print a token that lets one host join once.
+    /// Print a token that lets one host join once, or several (--max-uses).
     Create(TokenCreate),
 }
 
@@ -118,7 +126,7 @@ enum Token {
 struct TokenCreate {
     #[arg(long)]
     state: PathBuf,
-    /// Id the host will have.
+    /// Id the host will have; with --max-uses, what the ids of the hosts begin with.
     #[arg(long)]
     host: String,
     /// Identity the host may hold, as ns/<namespace>/sa/<name>. May be repeated.
@@ -130,24 +138,58 @@ struct TokenCreate {
     /// How long the token can be used.
     #[arg(long, default_value = "1h", value_parser = parse_duration)]
     ttl: Duration,
+    /// Let several hosts join, each once: --host is then what their ids begin with, as in web-3f9a2c11d0.
+    #[arg(long, default_value_t = 1)]
+    max_uses: u32,
+    /// Network the token can be used from, as in 10.1.0.0/16. May be repeated.
+    #[arg(long, num_args = 1..)]
+    from: Vec<IpNet>,
+    /// KEY=VALUE the hosts are known by to entries (`entry add --label`). May be repeated.
+    #[arg(long, num_args = 1..)]
+    label: Vec<Label>,
+}
+
+#[derive(Args)]
+struct Pin {
+    #[arg(long)]
+    state: PathBuf,
+    /// HOST:PORT of the PKI as hosts see it; default: what `run --advertise` said. May be repeated.
+    #[arg(long, num_args = 1..)]
+    pki: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Entry {
-    /// Permit a host an identity.
-    Add(EntryArgs),
+    /// Permit a host, or all hosts with some labels, an identity; again to change the terms.
+    Add(EntryAdd),
     /// Show what is permitted.
     List(EntryList),
-    /// Take an identity away from a host.
+    /// Take an identity away from a host, or from all hosts with some labels.
     Remove(EntryArgs),
 }
 
 #[derive(Args)]
+struct EntryAdd {
+    #[command(flatten)]
+    entry: EntryArgs,
+    /// Which processes of the host: systemd:unit:NAME.service or unix:uid:NUMBER. Without one the host decides.
+    #[arg(long)]
+    selector: Vec<String>,
+    /// Life of the certificates, if shorter than that of others.
+    #[arg(long, value_parser = parse_duration)]
+    ttl: Option<Duration>,
+}
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("parent").required(true).args(["host", "label"])))]
 struct EntryArgs {
     #[arg(long)]
     state: PathBuf,
     #[arg(long)]
-    host: String,
+    host: Option<String>,
+    /// KEY=VALUE of the hosts meant (`token create --label`, --attestors); with several, hosts that have all of them.
+    #[arg(long)]
+    label: Vec<Label>,
     /// ns/<namespace>/sa/<name>
     identity: String,
 }
@@ -184,6 +226,7 @@ fn main() -> ExitCode {
         Command::Init(args) => init(&args),
         Command::Run(args) => run(args),
         Command::Token(Token::Create(args)) => create_token(&args),
+        Command::Pin(args) => pin(&args),
         Command::Entry(Entry::Add(args)) => add_entry(&args),
         Command::Entry(Entry::List(args)) => list_entries(&args),
         Command::Entry(Entry::Remove(args)) => remove_entry(&args),
@@ -242,6 +285,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         lifetimes: Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() },
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
+        attestors: args.attestors.clone(),
         ..Options::default()
     };
     let listener = TcpListener::bind(args.listen)
@@ -296,26 +340,62 @@ fn advertised(args: &Run) -> anyhow::Result<Vec<String>> {
 }
 
 fn create_token(args: &TokenCreate) -> anyhow::Result<()> {
-    let request = TokenRequest { host: &args.host, allow: &args.allow, pki: &args.pki, ttl: args.ttl };
+    let request = TokenRequest {
+        host: &args.host,
+        allow: &args.allow,
+        pki: &args.pki,
+        ttl: args.ttl,
+        max_uses: args.max_uses,
+        from: &args.from,
+        labels: &args.label,
+    };
     println!("{}", commands::create_token(&args.state, &request, SystemTime::now())?);
     Ok(())
 }
 
-fn add_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    let new = commands::add_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    let what = if new { "may now hold" } else { "already may hold" };
-    println!("host {} {what} {}", args.host, args.identity);
+fn pin(args: &Pin) -> anyhow::Result<()> {
+    println!("{}", commands::pin(&args.state, &args.pki)?);
     Ok(())
 }
 
+fn add_entry(args: &EntryAdd) -> anyhow::Result<()> {
+    let EntryAdd { entry, selector, ttl } = args;
+    let (dir, now) = (&entry.state, SystemTime::now());
+    if let (Some(host), [], None) = (&entry.host, &selector[..], ttl) {
+        let new = commands::add_entry(dir, host, &entry.identity, now)?;
+        let what = if new { "may now hold" } else { "already may hold" };
+        println!("host {host} {what} {}", entry.identity);
+        return Ok(());
+    }
+    let parent = entry.host.as_deref().map_or(Parent::Labels(&entry.label), Parent::Host);
+    entries::put_entry(dir, &EntryRequest { parent, identity: &entry.identity, selectors: selector, ttl: *ttl }, now)?;
+    let of = if selector.is_empty() { String::new() } else { format!(", {} only", selector.join(" ")) };
+    println!("{} may now hold {}{of}", entry.whom(), entry.identity);
+    Ok(())
+}
+
+impl EntryArgs {
+    fn whom(&self) -> String {
+        let labels = || self.label.iter().map(Label::to_string).collect::<Vec<_>>().join(",");
+        self.host.as_ref().map_or_else(|| format!("hosts with {}", labels()), |host| format!("host {host}"))
+    }
+}
+
 fn remove_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    commands::remove_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    println!("host {} gets no new certificate for {}; the last one ends by itself", args.host, args.identity);
+    let now = SystemTime::now();
+    match &args.host {
+        Some(host) => commands::remove_entry(&args.state, host, &args.identity, now)?,
+        None => entries::remove_label_entry(&args.state, &args.label, &args.identity, now)?,
+    }
+    println!("{} gets no new certificate for {}; the last one ends by itself", args.whom(), args.identity);
     Ok(())
 }
 
 fn list_entries(args: &EntryList) -> anyhow::Result<()> {
-    let entries = commands::list_entries(&args.state, args.host.as_deref())?;
+    let mut entries = commands::list_entries(&args.state, args.host.as_deref())?;
+    if args.host.is_none() {
+        entries.extend(entries::list_label_entries(&args.state)?);
+    }
     match args.output {
         Output::Json => {
             let objects = entries.iter().map(|(host, id)| serde_json::json!({"host": host, "identity": id}));

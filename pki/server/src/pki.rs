@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +11,7 @@ use meshd_pki_api::v1;
 use tokio::sync::watch;
 
 use crate::attest::Nonces;
+use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
@@ -38,6 +39,8 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// `HOST:PORT` hosts are told to use; empty leaves them with those of their token.
     pub advertise: Vec<String>,
+    /// File that says by what else than tokens hosts come in.
+    pub attestors: Option<PathBuf>,
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
@@ -52,6 +55,7 @@ impl Default for Options {
         Options {
             lifetimes: Lifetimes::default(),
             advertise: Vec::new(),
+            attestors: None,
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
             clock_is_right: false,
@@ -96,6 +100,7 @@ pub struct Pki {
     distrust: RwLock<Option<Distrust>>,
     instances: Mutex<Instances>,
     pub(crate) nonces: Nonces,
+    pub(crate) attestors: Attestors,
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
@@ -141,6 +146,7 @@ impl Pki {
             distrust: RwLock::default(),
             instances: Mutex::default(),
             nonces: Nonces::new(&kek.derived("attestation nonces")),
+            attestors: Attestors::new(options.attestors),
             deny: RwLock::default(),
             current: watch::Sender::default(),
             stopping: watch::Sender::default(),
@@ -155,6 +161,7 @@ impl Pki {
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
         pki.show_health().map_err(StateError::from)?;
+        pki.read_attestors()?;
         pki.tell();
         Ok(pki)
     }

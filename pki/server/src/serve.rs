@@ -44,6 +44,8 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     maintenance.spawn(every(MAINTAIN_EVERY, "rotation", pki.clone(), Pki::maintain));
     maintenance.spawn(every(REFRESH_EVERY, "taking over what changed", pki.clone(), Pki::refresh));
     maintenance.spawn(poll::follow(pki.clone()));
+    maintenance.spawn(every(REFRESH_EVERY, "reading how hosts may attest", pki.clone(), Pki::read_attestors));
+    maintenance.spawn(pki.clone().follow_clusters());
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {

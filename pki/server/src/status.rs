@@ -233,7 +233,10 @@ fn token_status(token: Token) -> TokenStatus {
     TokenStatus {
         identities: token.allow.iter().map(|id| shorten(id).to_owned()).collect(),
         id: token.id,
-        host: token.host_id,
+        host: match token.max_uses {
+            1 => token.host_id,
+            most => format!("{}-* ({} of {most})", token.host_id, token.uses),
+        },
         created_at: rfc3339(token.created_at),
         expires_at: rfc3339(token.expires_at),
     }

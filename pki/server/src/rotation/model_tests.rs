@@ -220,6 +220,8 @@ fn record(id: usize) -> Host {
         last_seen: START,
         acked_sequence: 0,
         clock_offset_ms: 0,
+        labels: Default::default(),
+        enrolled_by: String::new(),
         roots_in_use: vec![],
     }
 }

@@ -1,7 +1,10 @@
 //! Hosts, the identities they may hold, and what they were given.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use super::grants::{self, Terms};
 use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
@@ -45,6 +48,12 @@ pub(crate) struct Host {
     /// Roots that the chains it uses end in, as it last told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) roots_in_use: Vec<String>,
+    /// `x509pop:machines`; empty for a join token.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) enrolled_by: String,
+    /// From the operator, by the way it enrolled; never from the host itself.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) labels: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -105,9 +114,11 @@ pub(crate) struct Entry {
     pub(crate) host: String,
     pub(crate) spiffe_id: String,
     pub(crate) created_at: i64,
+    #[serde(flatten)]
+    pub(crate) terms: Terms,
 }
 
-fn entry_key(host: &str, spiffe_id: &str) -> String {
+pub(crate) fn entry_key(host: &str, spiffe_id: &str) -> String {
     format!("entry/{host}/{spiffe_id}")
 }
 
@@ -119,8 +130,7 @@ pub(crate) fn entries(view: &mut dyn View) -> Result<Vec<Entry>, DbError> {
 
 /// SPIFFE IDs a host may hold.
 pub(crate) fn permitted(view: &mut dyn View, host: &str) -> Result<Vec<String>, DbError> {
-    let found: Vec<(String, Entry)> = list(view, &format!("entry/{host}/"))?;
-    Ok(found.into_iter().map(|(_, entry)| entry.spiffe_id).collect())
+    Ok(grants::granted(view, host)?.into_keys().collect())
 }
 
 /// Whether the entry is new.
@@ -128,7 +138,8 @@ pub(crate) fn permit(records: &mut dyn Records, host: &str, spiffe_id: &str, now
     let key = entry_key(host, spiffe_id);
     let new = records.get(&key)?.is_none();
     if new {
-        put(records, &key, &Entry { host: host.to_owned(), spiffe_id: spiffe_id.to_owned(), created_at: now })?;
+        let (host, spiffe_id) = (host.to_owned(), spiffe_id.to_owned());
+        put(records, &key, &Entry { host, spiffe_id, created_at: now, terms: Terms::default() })?;
     }
     Ok(new)
 }

@@ -5,6 +5,7 @@ pub(crate) mod bundles;
 pub(crate) mod clones;
 pub(crate) mod deny;
 pub(crate) mod federation;
+pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
 pub(crate) mod leaves;

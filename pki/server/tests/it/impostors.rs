@@ -146,7 +146,7 @@ async fn a_server_with_a_bundle_of_its_own_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let error = join(dir.path(), &token_for(&ca, &address), None).await.unwrap_err();
     assert!(matches!(error, JoinError::Unreachable { .. }));
-    assert!(error.to_string().contains("not the one the join token pins"), "{error}");
+    assert!(error.to_string().contains("not the one that is pinned"), "{error}");
     assert_eq!(secrets.load(SeqCst), 0);
 }
 

@@ -2,14 +2,17 @@
 
 mod absence;
 mod alerts;
+mod attestors;
 mod cli;
 mod clocks;
 mod conversation;
 mod enrolment;
+mod entries;
 mod federation;
 mod http;
 mod impostors;
 mod inventory;
+mod join_tokens;
 mod operation;
 mod profile;
 mod records;

@@ -94,7 +94,8 @@ impl Desk {
     pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
         let allow: Vec<String> = allow.iter().map(|id| (*id).to_owned()).collect();
         let ttl = Duration::from_secs(HOUR);
-        let request = TokenRequest { host, allow: &allow, pki: &["10.0.0.1:15012".to_owned()], ttl };
+        let request =
+            TokenRequest { host, allow: &allow, pki: &["10.0.0.1:15012".to_owned()], ttl, ..TokenRequest::default() };
         create_token(self.dir.path(), &request, self.now())
     }
 

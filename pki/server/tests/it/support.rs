@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::statements::DenySet;
-use meshd_identity::{JoinToken, SpiffeId, TrustDomain};
-use meshd_pki::commands::{TokenRequest, create_token};
+use meshd_identity::{JoinToken, PkiPin, SpiffeId, TrustDomain};
+use meshd_pki::commands::{TokenRequest, create_token, pin};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::serve;
 use meshd_pki::{Options, Pki, state_dir};
-use meshd_pki_client::{Agent, Credentials, JoinError, RenewalMetrics, Surroundings, join_in};
+use meshd_pki_client::{Agent, Credentials, JoinError, Proof, RenewalMetrics, Surroundings, join_in};
 use rcgen::KeyPair;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -36,6 +36,7 @@ pub(crate) fn workload(name: &str) -> SpiffeId {
 pub(crate) struct Lab {
     dir: TempDir,
     lifetimes: Lifetimes,
+    attestors: Option<PathBuf>,
     address: SocketAddr,
     /// Seconds the clock of everybody here is ahead.
     turned: Arc<AtomicU64>,
@@ -55,7 +56,20 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         state_dir::init(&dir.path().join("pki"), &domain, None, SystemTime::now()).unwrap();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut lab = Lab { dir, lifetimes, address: any, turned: Arc::default(), running: None };
+        let mut lab = Lab { dir, lifetimes, attestors: None, address: any, turned: Arc::default(), running: None };
+        lab.run().await;
+        lab
+    }
+
+    /// With a file that says by what else than tokens hosts come in; it may name files beside it.
+    pub(crate) async fn start_with_attestors(files: &[(&str, &str)]) -> Lab {
+        let mut lab = Lab::start().await;
+        lab.stop().await;
+        for (name, text) in files {
+            std::fs::write(lab.dir.path().join(name), text.replace("@DIR@", &lab.dir.path().display().to_string()))
+                .unwrap();
+        }
+        lab.attestors = Some(lab.dir.path().join("attestors.toml"));
         lab.run().await;
         lab
     }
@@ -64,8 +78,11 @@ impl Lab {
     pub(crate) async fn run(&mut self) {
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
-        let options = Options::with_clock(self.lifetimes, self.surroundings().clock);
-        let options = Options { advertise: vec![self.address.to_string()], ..options };
+        let options = Options {
+            advertise: vec![self.address.to_string()],
+            attestors: self.attestors.clone(),
+            ..Options::with_clock(self.lifetimes, self.surroundings().clock)
+        };
         let pki = Arc::new(Pki::open(&self.state(), options).unwrap());
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(serve(pki.clone(), listener, async move {
@@ -107,6 +124,15 @@ impl Lab {
         self.running.as_ref().expect("the server runs").0.clone()
     }
 
+    pub(crate) fn pin(&self) -> PkiPin {
+        pin(&self.state(), &[self.address()]).unwrap()
+    }
+
+    /// A file beside the state directory.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
     pub(crate) fn state(&self) -> PathBuf {
         self.dir.path().join("pki")
     }
@@ -122,12 +148,15 @@ impl Lab {
     pub(crate) fn token(&self, host: &str, allow: &[&SpiffeId]) -> JoinToken {
         let allow: Vec<String> = allow.iter().map(|id| id.short().to_owned()).collect();
         let pki = [self.address()];
-        let request = TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600) };
+        let request =
+            TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600), ..TokenRequest::default() };
         create_token(&self.state(), &request, self.now()).unwrap()
     }
 
     pub(crate) async fn join(&self, host: &str, allow: &[&SpiffeId]) -> Result<Credentials, JoinError> {
-        join_in(&self.host_dir(host), &self.token(host, allow), None, &self.surroundings()).await
+        let token = self.token(host, allow);
+        let proof = Proof::JoinToken(token.clone());
+        join_in(&self.host_dir(host), &token.pin(), &proof, None, &self.surroundings()).await
     }
 
     pub(crate) fn host(&self, name: &str) -> Host {
