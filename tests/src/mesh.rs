@@ -66,6 +66,10 @@ impl Mesh {
         let listen = self.pki_address();
         let lifetimes = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(lifetimes);
+        if !environment.is_empty() {
+            // A clock behind the one at `init` would be distrusted.
+            program = program.args(["--clock-is-right"]);
+        }
         for (name, value) in environment {
             program = program.env(name, value);
         }
