@@ -6,15 +6,12 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::health::metrics::HealthMetrics;
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Outcome {
     pub(crate) method: &'static str,
     pub(crate) result: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(crate) struct Certificate {
-    pub(crate) kind: &'static str,
 }
 
 pub struct Metrics {
@@ -37,7 +34,7 @@ pub struct Metrics {
     pub(crate) restored: Gauge,
     pub(crate) hosts_ahead: Counter,
     pub(crate) connections: Gauge,
-    pub(crate) not_after: Family<Certificate, Gauge>,
+    pub(crate) health: HealthMetrics,
 }
 
 impl Metrics {
@@ -62,7 +59,7 @@ impl Metrics {
             restored: Gauge::default(),
             hosts_ahead: Counter::default(),
             connections: Gauge::default(),
-            not_after: Family::default(),
+            health: HealthMetrics::default(),
         };
         let m = &mut metrics;
         let registry = &mut m.registry;
@@ -104,8 +101,7 @@ impl Metrics {
         let ahead = "Times a host had a newer bundle than the PKI";
         registry.register("hosts_ahead", ahead, m.hosts_ahead.clone());
         registry.register("connections", "Open connections", m.connections.clone());
-        let expiry = "Unix time at which a certificate of the PKI itself ends";
-        registry.register("certificate_not_after_seconds", expiry, m.not_after.clone());
+        m.health = HealthMetrics::register(registry);
         metrics
     }
 

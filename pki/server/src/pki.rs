@@ -15,11 +15,13 @@ use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
+use crate::federation::web::WebCertificate;
+use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
 use crate::keeping::keeper::{Keeper, heal_state};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
-use crate::metrics::{Certificate, Metrics};
+use crate::metrics::Metrics;
 use crate::refused::Refused;
 use crate::replicas;
 use crate::rotation::step::Rotator;
@@ -32,8 +34,6 @@ use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
 pub(crate) const KEEP_S: i64 = 30 * 86_400;
-/// Clocks of hosts heard within this time have a say.
-const HEARD_LATELY_S: i64 = 600;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
 
@@ -118,6 +118,10 @@ pub struct Pki {
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
     pub(crate) keeper: Keeper,
+    /// Of the https_web endpoint, where this process serves one.
+    web_certificate: RwLock<Option<Arc<WebCertificate>>>,
+    /// When health was last looked at.
+    pub(crate) health_seen: Mutex<Option<i64>>,
     _running: File,
 }
 
@@ -163,12 +167,14 @@ impl Pki {
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
             keeper,
+            web_certificate: RwLock::default(),
+            health_seen: Mutex::default(),
             _running: running,
         };
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
         pki.refresh_replicas()?;
-        pki.export_expiry();
+        pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
         pki.tell();
         pki.keeper.keep(&pki.state, &pki.metrics, now);
@@ -187,7 +193,7 @@ impl Pki {
             self.forget_ended(now)?;
             self.record_good_time(now)?;
         }
-        Ok(())
+        Ok(self.look_after_health().map_err(StateError::from)?)
     }
 
     fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
@@ -223,7 +229,7 @@ impl Pki {
         if !is_stored || !signer.is_fresh(&trust, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
-            self.export_expiry();
+            self.show_health().map_err(StateError::from)?;
         }
         self.refresh_deny()?;
         self.refresh_replicas()?;
@@ -243,7 +249,8 @@ impl Pki {
 
     fn tell(&self) {
         let signer = self.signer();
-        let newest = Had { bundle: signer.bundle.sequence, deny: self.deny().sequence };
+        let newest =
+            Had { bundle: signer.bundle.sequence, deny: self.deny().sequence, federation: self.federation_revision() };
         let current = Current { newest, tainted: signer.tainted.clone() };
         self.current.send_if_modified(|known| {
             let is_news = *known != current;
@@ -252,8 +259,8 @@ impl Pki {
         });
     }
 
-    /// Conversations would go on for as long as the hosts run.
-    pub(crate) fn end_conversations(&self) {
+    /// Conversations would go on for as long as the hosts run, and what is done now and then for ever.
+    pub(crate) fn begin_to_stop(&self) {
         self.stopping.send_replace(true);
     }
 
@@ -368,7 +375,15 @@ impl Pki {
         Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
     }
 
-    pub(crate) fn now(&self) -> SystemTime {
+    pub(crate) fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
+        *self.web_certificate.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
+    }
+
+    pub(crate) fn web_certificate(&self) -> Option<Arc<WebCertificate>> {
+        self.web_certificate.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn now(&self) -> SystemTime {
         (self.clock)()
     }
 
@@ -399,18 +414,6 @@ impl Pki {
         let allowed = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(unix(self.now()));
         if allowed {
             _ = self.record(&[event]);
-        }
-    }
-
-    fn export_expiry(&self) {
-        let signer = self.signer();
-        let ends = [
-            ("root", signer.root_not_after),
-            ("intermediate", signer.intermediate.not_after),
-            ("endpoint", signer.endpoint_not_after),
-        ];
-        for (kind, end) in ends {
-            self.metrics.not_after.get_or_create(&Certificate { kind }).set(unix(end));
         }
     }
 }

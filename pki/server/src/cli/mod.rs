@@ -5,11 +5,13 @@ pub(crate) mod authority;
 pub(crate) mod backup;
 pub(crate) mod deny;
 mod etcd;
+pub(crate) mod federation;
 pub(crate) mod host;
 mod place;
 pub(crate) mod recovery;
 pub(crate) mod replica;
 pub(crate) mod role;
 mod show;
+pub(crate) mod upstream;
 
 pub(crate) use self::place::Place;

@@ -19,7 +19,7 @@ use crate::rotation::Trust;
 use crate::state_dir::{StateDir, kek_path, lock, prepare_dir};
 use crate::store::etcd::config::EtcdConfig;
 use crate::store::etcd::transfer::Transfer;
-use crate::store::{self, Database, DbError, intermediates, replicas};
+use crate::store::{self, Database, DbError, intermediates, replicas, servers};
 use crate::times::unix;
 
 pub(crate) type All = Vec<(String, Vec<u8>)>;
@@ -55,11 +55,17 @@ pub fn to_etcd(dir: &Path, mut config: EtcdConfig, now: SystemTime) -> anyhow::R
     config.replica = new_id()?[..8].to_owned();
     // No server runs, so nothing signs; each makes an intermediate of its own when it starts.
     intermediates::retire_all(&mut records, unix(now))?;
+    forget_servers(&mut records);
     let moved = fill(&Transfer::new(&config)?, &records)?;
     config.write(dir)?;
     put_aside(dir, "migrated", now)?;
     note(dir, now, "migrate", format!("{} records to etcd, sha256 {}", moved.records, moved.sha256))?;
     Ok(moved)
+}
+
+/// They have other names where the records go.
+fn forget_servers(records: &mut All) {
+    records.retain(|(key, _)| !key.starts_with(replicas::PREFIX) && !key.starts_with(servers::PREFIX));
 }
 
 /// Uploads, and reads back what arrived.
@@ -88,7 +94,7 @@ pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
     let mut records = etcd.records()?;
     ensure!(!records.is_empty(), "etcd holds no PKI; restore a backup into it first: `meshd-pki restore`");
     intermediates::retire_all(&mut records, unix(now))?;
-    records.retain(|(key, _)| !key.starts_with(replicas::PREFIX));
+    forget_servers(&mut records);
     let partial = dir.join("pki.partial");
     _ = fs::remove_file(&partial);
     store::write_copy(&partial, &records)?;
@@ -155,7 +161,7 @@ pub fn init_replica(dir: &Path, domain: &TrustDomain, mut config: EtcdConfig) ->
     let trust = records.iter().find(|(key, _)| key == "trust");
     let (_, trust) = trust.with_context(|| format!("etcd holds no PKI of {domain}; see `meshd-pki migrate`"))?;
     let trust: Trust = serde_json::from_slice(trust)?;
-    if let Some(root) = trust.active() {
+    for root in trust.roots.iter().filter(|root| !root.wrapped_key.is_empty()) {
         kek.unwrap(&root.id, &root.wrapped_key)?;
     }
     config.write(dir)?;
@@ -169,6 +175,7 @@ pub fn remove_replica(dir: &Path, id: &str, now: SystemTime) -> anyhow::Result<(
     ensure!(!running.iter().any(|one| one == id), "replica {id} runs; stop it first");
     let known = state.database.transaction(|records| -> Result<bool, DbError> {
         intermediates::retire(records, id, unix(now))?;
+        servers::forget(records, id)?;
         replicas::forget(records, id)
     })?;
     ensure!(known, "there is no replica {id}; see `meshd-pki replica list`");

@@ -12,13 +12,15 @@ use meshd_pki::commands::{TokenRequest, create_token};
 use meshd_pki::keeping::moving::{init_replica, to_etcd};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::pki::PkiError;
+use meshd_pki::state_dir::StateError;
 use meshd_pki::store::etcd::config::EtcdConfig;
+use meshd_pki::times::unix_ms;
 use meshd_pki::{Options, Pki, Refused, state_dir};
 use meshd_pki_api::v1;
 use rcgen::KeyPair;
 use tempfile::TempDir;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, until};
 
 pub(crate) const HOUR: u64 = 3600;
 pub(crate) const DAY: u64 = 24 * HOUR;
@@ -90,7 +92,16 @@ impl Desk {
     }
 
     pub(crate) fn open(&self, name: &str) -> Pki {
-        self.try_open(name).unwrap()
+        // A program that another test starts holds what this process has open until it runs.
+        let mut opened = None;
+        until("the directory is free", || {
+            opened = match self.try_open(name) {
+                Err(PkiError::State(StateError::Running { .. })) => None,
+                result => Some(result.unwrap()),
+            };
+            opened.is_some()
+        });
+        opened.unwrap()
     }
 
     pub(crate) fn token(&self, state: &str, host: &str) -> JoinToken {
@@ -105,6 +116,7 @@ pub(crate) fn enrol(pki: &Pki, token: &JoinToken) -> Result<v1::EnrollReply, Ref
     let request = v1::EnrollRequest {
         attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
         csr: request_over_a_new_key(),
+        host_time_unix_ms: unix_ms(pki.now()),
         ..v1::EnrollRequest::default()
     };
     pki.enrol(&request, "test")
@@ -129,7 +141,8 @@ pub(crate) fn renew_with(
 ) -> Result<(Vec<Vec<u8>>, u64), Refused> {
     let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
     let items = vec![v1::IssueItem { spiffe_id, csr: request_over_a_new_key() }];
-    let request = v1::IssueBatchRequest { items, bundle_sequence: sequence, ..v1::IssueBatchRequest::default() };
+    let host_time_unix_ms = unix_ms(pki.now());
+    let request = v1::IssueBatchRequest { items, bundle_sequence: sequence, host_time_unix_ms, ..Default::default() };
     let reply = pki.issue_batch(Some(&chain[0]), &request, "test")?;
     let sequence = reply.bundle.unwrap().sequence;
     match reply.results.into_iter().next().unwrap().outcome {
@@ -143,4 +156,12 @@ pub(crate) fn metric(pki: &Pki, name: &str) -> String {
     let page = pki.metrics.encode();
     let line = page.lines().find_map(|line| line.strip_prefix(&format!("meshd_pki_{name} ")));
     line.unwrap_or_else(|| panic!("no {name} in {page}")).to_owned()
+}
+
+/// The value of the series whose name and first labels are these.
+pub(crate) fn metric_like(pki: &Pki, start: &str) -> String {
+    let page = pki.metrics.encode();
+    let line = page.lines().find(|line| line.starts_with(&format!("meshd_pki_{start}")));
+    let value = line.and_then(|line| line.split(' ').next_back());
+    value.unwrap_or_else(|| panic!("no {start} in {page}")).to_owned()
 }

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod desk;
+mod edges;
 mod faults;
 mod moving;
 mod operators;
