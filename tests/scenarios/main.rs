@@ -27,6 +27,7 @@ mod ledger;
 mod loops;
 mod probe;
 mod raw;
+mod recovery;
 mod slow_readers;
 mod stop;
 mod strict;

@@ -8,6 +8,7 @@ const TRUST_DOMAIN: &str = "setting/trust_domain";
 const ADVERTISE: &str = "setting/advertise";
 const LAST_GOOD: &str = "setting/last_good_time";
 const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
+const RECOVERED_AT: &str = "setting/recovered_at";
 const RECOVERY_KEYS: &str = "setting/recovery_keys";
 
 pub(crate) fn set_trust_domain(records: &mut dyn Records, domain: &TrustDomain) -> Result<(), DbError> {
@@ -44,6 +45,15 @@ pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, Db
 
 pub(crate) fn set_recovery_statements(records: &mut dyn Records, all: &[String]) -> Result<(), DbError> {
     put(records, RECOVERY_STATEMENTS, &all)
+}
+
+/// When hosts were first told to trust this PKI instead of one that was lost.
+pub(crate) fn recovered_at(view: &mut dyn View) -> Result<Option<i64>, DbError> {
+    get(view, RECOVERED_AT)
+}
+
+pub(crate) fn set_recovered_at(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
+    put(records, RECOVERED_AT, &time)
 }
 
 /// SubjectPublicKeyInfo of each recovery key in base64, current first.
