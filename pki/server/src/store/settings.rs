@@ -7,6 +7,7 @@ use super::{DbError, Records, View, get, put};
 const TRUST_DOMAIN: &str = "setting/trust_domain";
 const ADVERTISE: &str = "setting/advertise";
 const LAST_GOOD: &str = "setting/last_good_time";
+const BACKED_UP: &str = "setting/backed_up";
 const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
 const RECOVERED_AT: &str = "setting/recovered_at";
 const RECOVERY_KEYS: &str = "setting/recovery_keys";
@@ -36,6 +37,17 @@ pub(crate) fn set_last_good(records: &mut dyn Records, time: i64) -> Result<(), 
 
 pub(crate) fn last_good(view: &mut dyn View) -> Result<Option<i64>, DbError> {
     get(view, LAST_GOOD)
+}
+
+/// The newest backup there was; each backup has its own name in it. So whoever lacks the name of one is from before it.
+pub(crate) fn backed_up(view: &mut dyn View) -> Result<Option<String>, DbError> {
+    get(view, BACKED_UP)
+}
+
+/// Never goes back, whatever the clock does.
+pub(crate) fn set_backed_up(records: &mut dyn Records, name: &str) -> Result<(), DbError> {
+    let newest = backed_up(records)?.filter(|known| known.as_str() > name);
+    put(records, BACKED_UP, &newest.as_deref().unwrap_or(name))
 }
 
 /// What the holders of recovery keys have said, oldest first: JWS of type `meshd-recovery+jws`.

@@ -72,14 +72,17 @@ async fn hosts_keep_what_they_have_until_all_know_the_new_pki_and_then_renew_wit
     lab.join("gone", &[]).await.unwrap();
     lab.as_operator(Command::HostBan(HostBan { host: "gone".to_owned(), reason: String::new() }));
     let denied = lab.denied();
+    let mut running = Vec::new();
     for (name, id) in [("api", &payments), ("web", &checkout)] {
         let mut host = lab.host(name);
         host.want(&[id]);
         host.until(|held| held.workloads.contains_key(id)).await;
         eventually("it knows who is denied", || host.denied.borrow().entries.len() == denied).await;
+        running.push(host);
     }
     lab.copy_list();
     lab.lose_pki().await;
+    drop(running);
     let adopted = lab.adopt(false).unwrap();
     assert_eq!((adopted.hosts, adopted.known, adopted.entries), (3, 0, 2));
     assert_eq!(lab.adopt(false).unwrap().known, 3, "a second time does no harm");

@@ -108,6 +108,7 @@ fn a_log_of_changes_that_lost_its_end_makes_the_pki_forget_no_authority() {
     stop(&mut desk);
     fs::write(&database, before).unwrap();
     fs::write(desk.dir.path().join("pki.db-wal"), &log[..log.len() * 9 / 10]).unwrap();
+    fs::remove_dir_all(desk.dir.path().join("backups")).unwrap();
     desk.open();
     assert_eq!((roots(&desk), desk.status().bundle_sequence), known);
     assert!(desk.pki().issue_batch(Some(&chain[0]), &desk.renewal("web"), "test").is_err(), "it ended days ago");
