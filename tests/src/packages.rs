@@ -42,6 +42,9 @@ pub const FOR_MACHINES: &[Package] = &[
 pub const FOR_CLIENTS: &[Package] =
     &[package("openssl", "openssl"), package("python3", "python3"), package("python3-venv", "python3")];
 
+/// What Kubernetes' API server stands on.
+pub const FOR_KUBERNETES: &[Package] = &[package("openssl", "openssl"), package("etcd-server", "etcd")];
+
 /// What unit and integration tests run besides our own programs.
 pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl"), package("prometheus", "promtool")];
 
@@ -98,7 +101,7 @@ fn keep_services_off(installed: &[&str]) {
     if !Path::new("/run/systemd/system").exists() {
         return;
     }
-    for service in ["haproxy", "prometheus"].into_iter().filter(|name| installed.contains(name)) {
+    for service in ["haproxy", "prometheus", "etcd"].into_iter().filter(|name| installed.contains(name)) {
         crate::command::try_run("systemctl", &["disable", "--now", &format!("{service}.service")]);
     }
 }
