@@ -68,7 +68,7 @@ const CLIENTS: Tier = Tier {
 const KUBERNETES: Tier = Tier {
     test: "kubernetes",
     name: "tests with Kubernetes' API server",
-    packages: &[packages::FOR_LABS, packages::FOR_KUBERNETES],
+    packages: &[packages::FOR_LABS, packages::FOR_TESTS],
     threads: 2,
     backends: &[("auto", &[])],
     preflight: || servers::kube_apiserver().map(drop),
