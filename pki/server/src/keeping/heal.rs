@@ -6,10 +6,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rusqlite::ErrorCode;
+use rusqlite::{ErrorCode, ffi};
 
 use super::backups::{Backup, Backups, stamp};
 use super::restored::Restored;
+use super::roster;
 use crate::state_dir::StateError;
 use crate::store::{Database, DbError, settings};
 use crate::times::unix;
@@ -56,6 +57,12 @@ pub(crate) fn check_file(path: &Path) -> Result<(), DbError> {
 fn is_damage(error: &DbError) -> bool {
     match error {
         DbError::Damaged { .. } | DbError::Record { .. } | DbError::Missing { .. } | DbError::Empty { .. } => true,
+        // A file shorter than it says it is, which is nothing that passes.
+        DbError::Sqlite(error)
+            if error.sqlite_error().is_some_and(|error| error.extended_code == ffi::SQLITE_IOERR_SHORT_READ) =>
+        {
+            true
+        }
         DbError::Sqlite(error) => !matches!(
             error.sqlite_error_code(),
             Some(
@@ -108,7 +115,8 @@ pub(crate) fn put_in_place(
     Ok(restored)
 }
 
-/// Also the side files: a log of changes would be applied to the backup.
+/// Also the side files: a log of changes would be applied to the backup. And the list of hosts, which may know some that
+/// the backup does not.
 fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
     let aside = dir.join(format!("damaged-{}", stamp(now)));
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&aside);
@@ -118,6 +126,11 @@ fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
         if path.exists() {
             fs::rename(&path, aside.join(name)).map_err(|source| StateError::Io { action: "move", path, source })?;
         }
+    }
+    let list = dir.join(roster::FILE);
+    if list.exists() {
+        let copied = fs::copy(&list, aside.join(roster::FILE));
+        copied.map_err(|source| StateError::Io { action: "copy", path: list, source })?;
     }
     Ok(aside)
 }
@@ -144,7 +157,10 @@ mod tests {
 
     fn records(dir: &Path) -> All {
         let database = Database::open(dir).unwrap();
-        database.read(|view| -> Result<All, DbError> { view.list("") }).unwrap()
+        let mut records = database.read(|view| -> Result<All, DbError> { view.list("") }).unwrap();
+        // A restore counts as newer than every backup.
+        records.retain(|(key, _)| key != "setting/backed_up");
+        records
     }
 
     /// A PKI of some pages with one backup, and its records.

@@ -141,8 +141,11 @@ async fn stand_still(desk: &Desk) {
     a.signal(Signal::SIGCONT);
     until("the one that stood still knows that it does not lead", || !a.leads());
     assert!(b.leads());
-    let (ok, said) = authority(desk, &stood, "prepare");
-    assert!(!ok && said.contains("leads and takes the steps"), "{said}");
+    until("it names the one that leads", || {
+        let (ok, said) = authority(desk, &stood, "prepare");
+        assert!(!ok, "{said}");
+        said.contains("leads and takes the steps")
+    });
     let (_, listed) = authority(desk, &stood, "list");
     assert_eq!(
         listed.lines().filter(|line| line.starts_with("root ")).count(),

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::SeqCst;
 
+use meshd_pki::adoption::{Adopt, adopt};
 use meshd_pki::keeping::command::{acknowledge, create, restore};
 use meshd_pki::{Options, Pki};
 use meshd_pki_api::v1;
@@ -91,6 +92,26 @@ fn a_damaged_database_comes_back_by_itself_and_hosts_renew_with_an_alarm_for_the
     let again = desk.status().bundle_sequence;
     desk.open();
     assert_eq!(desk.status().bundle_sequence, again, "it is published anew once");
+}
+
+#[test]
+fn hosts_enrolled_after_the_backup_come_back_by_the_list_that_was_put_aside() {
+    let mut desk = Desk::new();
+    desk.pass(60);
+    let chain = desk.enrol("late");
+    desk.pass(60);
+    stop(&mut desk);
+    spoil(&desk.dir.path().join("pki.db"));
+    desk.passed.fetch_add(5, SeqCst);
+    desk.open();
+    assert!(desk.renew("late", Some(&chain[0])).is_err(), "the backup knows it");
+    let aside = fs::read_dir(desk.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let aside = aside.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap();
+    let within = std::time::Duration::from_secs(HOUR);
+    let asked = Adopt { roster: &aside.join("hosts.json"), within, without_roots: false };
+    assert_eq!(adopt(desk.dir.path(), &asked, desk.now()).unwrap().hosts, 1);
+    desk.pki().refresh().unwrap();
+    chain_of(desk.renew("late", Some(&chain[0])).unwrap());
 }
 
 #[test]
