@@ -22,8 +22,13 @@ pub(crate) struct Had {
 
 impl Had {
     pub(crate) fn and(self, told: Had) -> Had {
-        // Of federation a host has what it was told last, older or not.
         Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation: told.federation }
+    }
+
+    /// Of federation each host has its own, that it was told last: in this reply, or before.
+    pub(crate) fn of_federation(self, reply: &v1::SyncReply, before: Had) -> Had {
+        let federation = reply.federation.as_ref().map_or(before.federation, |told| told.revision);
+        Had { federation, ..self }
     }
 }
 
@@ -85,7 +90,8 @@ impl Pki {
             tainted_roots: signer.tainted.clone(),
             pki_addresses: self.advertise.clone(),
             recovery: recovery.unwrap_or_default(),
-            federation: (federation.revision != had.federation).then_some(federation),
+            federation: federation.unless_known(had.federation),
+            federation_freshness: federation.freshness,
         })
     }
 
