@@ -32,7 +32,7 @@ fn a_denied_caller_is_cut_off_within_five_seconds_and_others_lose_no_request() -
     load.reaches("api-1", 100)?;
 
     let billing = mesh.spiffe_id("billing");
-    mesh.deny(&format!(r#"{{"identity": "{billing}"}}"#))?;
+    mesh.deny(&["--identity", &billing])?;
     until(PROMISED, "billing cut off", || cut(&mesh, "api-1", "inbound") >= 1.0)
         .with_context(|| mesh.daemon("api-1").log())?;
     ensure_refused(&mesh.curl("web", "billing", &["--max-time", "5", PAYMENTS])?)?;
@@ -63,7 +63,7 @@ fn connections_to_a_denied_server_are_cut_and_the_others_serve() -> Result<()> {
     let identities = status["identities"].as_array().context("no identities")?;
     let payments = identities.iter().find(|one| one["id"] == mesh.spiffe_id("payments").as_str());
     let serial = payments.and_then(|one| one["serial"].as_str()).context("no serial")?;
-    mesh.deny(&format!(r#"{{"serial": "{serial}"}}"#))?;
+    mesh.deny(&["--serial", serial])?;
     until(PROMISED, "the connections to api-2 cut", || cut(&mesh, "web", "outbound") >= 1.0)
         .with_context(|| mesh.daemon("web").log())?;
     let left = || open_to_payments(&mesh, "web").is_ok_and(|open| (open - (all - there)).abs() < 0.5);
@@ -83,7 +83,7 @@ fn connections_to_a_denied_server_are_cut_and_the_others_serve() -> Result<()> {
 #[test]
 fn a_host_that_restarts_while_the_pki_is_away_still_denies() -> Result<()> {
     let mut mesh = Mesh::start(Plan::shop_with_one_server())?;
-    mesh.deny(&format!(r#"{{"identity": "{}"}}"#, mesh.spiffe_id("billing")))?;
+    mesh.deny(&["--identity", &mesh.spiffe_id("billing")])?;
     let denied = || mesh.curl("web", "billing", &["--max-time", "5", PAYMENTS]).is_ok_and(|answer| !answer.success());
     until(PROMISED, "billing refused", denied)?;
     mesh.stop_pki()?;

@@ -85,19 +85,10 @@ impl Mesh {
         Ok(())
     }
 
-    /// Has the running PKI deny somebody: `whom` is an entry of its deny set, as JSON.
-    pub fn deny(&self, whom: &str) -> Result<()> {
-        // The record itself, whatever command writes it.
-        const WRITE: &str = "import json, sqlite3, sys, time\n\
-            now = time.time()\n\
-            entry = dict(json.loads(sys.argv[2]), until=int(now) + 86400)\n\
-            value = json.dumps({'sequence': int(now * 1000), 'entries': [entry]})\n\
-            database = sqlite3.connect(sys.argv[1], timeout=20)\n\
-            database.execute('INSERT OR REPLACE INTO record VALUES (?, ?)', ('deny', value))\n\
-            database.commit()";
-        let database = self.pki_directory().join("state/pki.db");
-        let program = Program::new("python3").args(["-c", WRITE]).arg(database).arg(whom);
-        self.pki_host().run(&program)?.expect_success("writing the deny set")?;
+    /// Has the running PKI deny somebody: `whom` is an option of `meshd-pki deny add`, with its value.
+    pub fn deny(&self, whom: &[&str]) -> Result<()> {
+        let program = self.pki_program(&["deny", "add"]).args(whom);
+        self.pki_host().run(&program)?.expect_success("meshd-pki deny add")?;
         Ok(())
     }
 

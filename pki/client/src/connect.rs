@@ -91,7 +91,10 @@ pub(crate) fn verified_tls(
     Ok(config)
 }
 
-fn tls_config(verifier: Arc<dyn ServerCertVerifier>, host: Option<&Svid>) -> Result<ClientConfig, ConnectError> {
+pub(crate) fn tls_config(
+    verifier: Arc<dyn ServerCertVerifier>,
+    host: Option<&Svid>,
+) -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -135,7 +138,7 @@ pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig
     Err(if is_distrusted { RenewError::Distrusted(reasons) } else { RenewError::Unreachable(reasons) })
 }
 
-async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
+pub(crate) async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
     let named = || address.to_owned();
     let tcp = TcpStream::connect(address).await.map_err(|source| ConnectError::Tcp { address: named(), source })?;
     let name = ServerName::try_from(SERVER_NAME).expect("a constant DNS name");
@@ -169,7 +172,7 @@ pub(crate) async fn call<T>(rpc: impl Future<Output = Result<tonic::Response<T>,
 
 /// One HTTP/2 connection as the service tonic's client wants.
 #[derive(Clone)]
-pub(crate) struct Channel(http2::SendRequest<Body>);
+pub struct Channel(pub(crate) http2::SendRequest<Body>);
 
 impl tower_service::Service<Request<Body>> for Channel {
     type Response = Response<Incoming>;

@@ -3,6 +3,7 @@
 //! - [`join`]: a join token becomes credentials; [`join_by`]: so does another [`Proof`].
 //! - [`Agent`]: last known good credentials from disk at once; renewal that can only ever improve them; a conversation
 //!   with the PKI that brings bundles and deny sets the moment they change.
+//! - [`operator`]: an operator's connection to the PKI.
 //! - [`Tokens`]: JWT-SVIDs, asked for when they are needed.
 //! - `fake` (feature `testing`): an authority in memory.
 //!
@@ -27,6 +28,7 @@ mod judge;
 mod key;
 mod link;
 mod metrics;
+pub mod operator;
 mod proof;
 mod recovery;
 mod reply;

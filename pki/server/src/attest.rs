@@ -10,12 +10,12 @@ use meshd_pki_api::v1;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::enrol::{banned, excerpt, host_identity};
+use crate::enrol::{check_standing, excerpt, host_identity};
 use crate::issue::offset_ms;
 use crate::pki::Pki;
 use crate::refused::Refused;
 use crate::store::View;
-use crate::store::hosts::{self, Host, HostState, NextKey, Sighting};
+use crate::store::hosts::{self, Host, NextKey, Sighting};
 use crate::times::{rfc3339, unix, unix_ms};
 
 /// A round trip, a slow one.
@@ -116,10 +116,9 @@ impl Pki {
 fn prove(view: &mut dyn View, request: &v1::AttestRequest, domain: &TrustDomain) -> Result<(Host, Vec<u8>), Refused> {
     let known = hosts::host(view, &request.host_id)?;
     let host = known.ok_or_else(|| not_enrolled(&request.host_id))?;
+    // First, for an evicted host has no key left to prove: it is told why.
+    check_standing(&host)?;
     let used = proven_key(&host, request, domain)?;
-    if host.state == HostState::Banned {
-        return Err(Refused::Forbidden(banned(&host.id)));
-    }
     Ok((host, used))
 }
 

@@ -78,7 +78,15 @@ impl Default for TokenRequest<'_> {
 }
 
 pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
-    let state = StateDir::open(dir)?;
+    create_token_in(&StateDir::open(dir)?, asked, now, None)
+}
+
+pub(crate) fn create_token_in(
+    state: &StateDir,
+    asked: &TokenRequest<'_>,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<JoinToken, CommandError> {
     SpiffeId::host(&state.trust_domain, asked.host)?;
     let allow = asked.allow.iter().map(|text| workload(&state.trust_domain, text)).collect::<Result<Vec<_>, _>>()?;
     if asked.ttl > LONGEST_TTL {
@@ -90,7 +98,7 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     random(&mut id)?;
     random(&mut secret)?;
-    let PkiPin { pki, bundle_digest, recovery_key_id } = pin_of(&state, asked.pki)?;
+    let PkiPin { pki, bundle_digest, recovery_key_id } = pin_of(state, asked.pki)?;
     let token = JoinToken {
         id: data_encoding::HEXLOWER.encode(&id),
         secret: Secret(secret),
@@ -118,6 +126,7 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         host: Some(row.host_id.clone()),
         token: Some(row.id.clone()),
         not_after: Some(rfc3339(row.expires_at)),
+        by,
         detail: Some(token_detail(&row)),
         ..Event::default()
     };
@@ -168,14 +177,23 @@ fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandE
 
 /// Permits a host an identity. True when that is new.
 pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<bool, CommandError> {
-    let state = StateDir::open(dir)?;
+    add_entry_in(&StateDir::open(dir)?, host, identity, now, None)
+}
+
+pub(crate) fn add_entry_in(
+    state: &StateDir,
+    host: &str,
+    identity: &str,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<bool, CommandError> {
     let id = workload(&state.trust_domain, identity)?;
     SpiffeId::host(&state.trust_domain, host)?;
     state.database.transaction(|records| -> Result<bool, CommandError> {
         refuse_unknown(records, host, unix(now))?;
         let new = hosts::permit(records, host, id.as_str(), unix(now))?;
         if new {
-            state.record(now, &[entry_event("entry_add", host, &id)])?;
+            state.record(now, &[entry_event("entry_add", host, &id, &by)])?;
         }
         Ok(new)
     })
@@ -183,21 +201,23 @@ pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Res
 
 /// Takes an identity away: it is not renewed any more, and ends with its certificate.
 pub fn remove_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<(), CommandError> {
-    let state = StateDir::open(dir)?;
+    remove_entry_in(&StateDir::open(dir)?, host, identity, now, None)
+}
+
+pub(crate) fn remove_entry_in(
+    state: &StateDir,
+    host: &str,
+    identity: &str,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<(), CommandError> {
     let id = workload(&state.trust_domain, identity)?;
     state.database.transaction(|records| -> Result<(), CommandError> {
         if !hosts::forbid(records, host, id.as_str())? {
             return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
         }
-        Ok(state.record(now, &[entry_event("entry_remove", host, &id)])?)
+        Ok(state.record(now, &[entry_event("entry_remove", host, &id, &by)])?)
     })
-}
-
-/// `(host, identity)` pairs, of one host or of all.
-pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, String)>, CommandError> {
-    let state = StateDir::open(dir)?;
-    let entries = state.database.read(hosts::entries)?.into_iter();
-    Ok(entries.filter(|one| host.is_none_or(|host| host == one.host)).map(|one| (one.host, one.spiffe_id)).collect())
 }
 
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
@@ -225,7 +245,7 @@ pub(crate) fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, Com
     Ok(id)
 }
 
-fn entry_event(event: &'static str, host: &str, id: &SpiffeId) -> Event {
+fn entry_event(event: &'static str, host: &str, id: &SpiffeId, by: &Option<String>) -> Event {
     let (host, identity) = (Some(host.to_owned()), Some(id.to_string()));
-    Event { event, result: "ok", host, identity, ..Event::default() }
+    Event { event, result: "ok", host, identity, by: by.clone(), ..Event::default() }
 }

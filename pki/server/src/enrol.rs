@@ -67,6 +67,7 @@ impl Pki {
                     Proof::Token(_) => None,
                     Proof::Attested(attested) => Some(format!("by {}", attested.way)),
                 },
+                ..Event::default()
             };
             hosts::note_issued(records, &host_id, vec![issued], unix(now))?;
             // Nobody new comes in without a trace: the line is on disk before the host exists.
@@ -100,6 +101,18 @@ impl Pki {
 
 pub(crate) fn banned(host: &str) -> String {
     format!("host `{host}` is banned from this mesh")
+}
+
+/// An enrolled host that may have something.
+pub(crate) fn check_standing(host: &Host) -> Result<(), Refused> {
+    match host.state {
+        HostState::Active => Ok(()),
+        HostState::Banned => Err(Refused::Forbidden(banned(&host.id))),
+        HostState::Evicted => Err(Refused::Unauthenticated(format!(
+            "host `{0}` was evicted; make a token with `meshd-pki token create --host {0}` and run `meshd join`",
+            host.id
+        ))),
+    }
 }
 
 /// What a request proves, as far as that can be said without the records.

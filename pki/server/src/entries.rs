@@ -28,14 +28,22 @@ pub struct EntryRequest<'a> {
 
 /// Makes an entry, or changes its terms.
 pub fn put_entry(dir: &Path, asked: &EntryRequest<'_>, now: SystemTime) -> Result<(), CommandError> {
-    let state = StateDir::open(dir)?;
+    put_entry_in(&StateDir::open(dir)?, asked, now, None)
+}
+
+pub(crate) fn put_entry_in(
+    state: &StateDir,
+    asked: &EntryRequest<'_>,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<(), CommandError> {
     let id = workload(&state.trust_domain, asked.identity)?;
     asked.selectors.iter().try_for_each(|selector| check_selector(selector))?;
     if asked.selectors.len() > 1 {
         return Err(CommandError::Selectors);
     }
     let terms = Terms { selectors: asked.selectors.to_vec(), ttl_s: asked.ttl.map(|ttl| ttl.as_secs().max(2)) };
-    let mut event = Event { event: "entry_add", result: "ok", identity: Some(id.to_string()), ..Event::default() };
+    let mut event = Event { event: "entry_add", result: "ok", identity: Some(id.to_string()), by, ..Event::default() };
     let mut detail = String::new();
     if let Parent::Labels(labels) = asked.parent {
         _ = write!(detail, "hosts with {}; ", grants::labels_text(&label_map(labels)?));
@@ -61,7 +69,16 @@ pub fn put_entry(dir: &Path, asked: &EntryRequest<'_>, now: SystemTime) -> Resul
 
 /// Takes an identity away from all hosts with exactly these labels named.
 pub fn remove_label_entry(dir: &Path, labels: &[Label], identity: &str, now: SystemTime) -> Result<(), CommandError> {
-    let state = StateDir::open(dir)?;
+    remove_label_entry_in(&StateDir::open(dir)?, labels, identity, now, None)
+}
+
+pub(crate) fn remove_label_entry_in(
+    state: &StateDir,
+    labels: &[Label],
+    identity: &str,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<(), CommandError> {
     let id = workload(&state.trust_domain, identity)?;
     let labels = label_map(labels)?;
     let parent = grants::labels_text(&labels);
@@ -70,16 +87,10 @@ pub fn remove_label_entry(dir: &Path, labels: &[Label], identity: &str, now: Sys
             return Err(CommandError::NoEntry { host: parent.clone(), identity: id.short().to_owned() });
         }
         let (identity, detail) = (Some(id.to_string()), Some(format!("hosts with {parent}")));
-        let event = Event { event: "entry_remove", result: "ok", identity, detail, ..Event::default() };
+        let by = by.clone();
+        let event = Event { event: "entry_remove", result: "ok", identity, detail, by, ..Event::default() };
         Ok(state.record(now, &[event])?)
     })
-}
-
-/// `(labels, identity)` pairs; labels as in `role=web,site=a`.
-pub fn list_label_entries(dir: &Path) -> Result<Vec<(String, String)>, CommandError> {
-    let state = StateDir::open(dir)?;
-    let entries = state.database.read(grants::label_entries)?.into_iter();
-    Ok(entries.map(|entry| (grants::labels_text(&entry.labels), entry.spiffe_id)).collect())
 }
 
 /// What hosts can attest: a unit by its name, a user by its number.

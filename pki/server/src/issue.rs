@@ -10,7 +10,7 @@ use x509_parser::prelude::FromDer;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::enrol::{banned, excerpt};
+use crate::enrol::{check_standing, excerpt};
 use crate::lifetimes::LEAF_BACKDATE;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
@@ -95,10 +95,15 @@ impl Pki {
         })?;
         let decide = |item| self.decide(&signer, &caller, &granted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
-        // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
-        if let Err(error) = self.note(&caller, request, &mut decided, unix_ms(now)) {
-            self.metrics.note_failures.inc();
-            tracing::error!(%error, host = %caller.host.id, "certificates were issued but are not on record");
+        match self.note(&caller, request, &mut decided, unix_ms(now)) {
+            // Shut out while these were signed: they are on record nowhere, so they must not leave.
+            Ok(Some(host)) => check_standing(&host)?,
+            Ok(None) => {}
+            // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
+            Err(error) => {
+                self.metrics.note_failures.inc();
+                tracing::error!(%error, host = %caller.host.id, "certificates were issued but are not on record");
+            }
         }
         let (results, events): (Vec<_>, Vec<_>) = decided.into_iter().map(|one| (one.result, one.event)).unzip();
         _ = self.record(&events);
@@ -112,14 +117,15 @@ impl Pki {
         })
     }
 
-    /// Notes what the host told, what it was given, and that it holds the key it connected with.
+    /// Notes what the host told, what it was given, and that it holds the key it connected with. Nothing of a host that
+    /// was shut out meanwhile. Returns the host as it is now.
     fn note(
         &self,
         caller: &Caller,
         request: &v1::IssueBatchRequest,
         decided: &mut [Decided],
         now_ms: u64,
-    ) -> Result<(), DbError> {
+    ) -> Result<Option<Host>, DbError> {
         let now = i64::try_from(now_ms / 1000).unwrap_or(i64::MAX);
         let sighting = Sighting {
             now,
@@ -131,15 +137,19 @@ impl Pki {
         let next = decided.iter_mut().find_map(|one| one.next_key.take());
         self.state.database.transaction(|records| {
             let Some(mut host) = hosts::host(records, &caller.host.id)? else {
-                return Ok(());
+                return Ok(None);
             };
+            if host.state != HostState::Active {
+                return Ok(Some(host));
+            }
             host.saw(&sighting);
             host.used_key(&caller.key_id);
             if next.is_some() {
                 host.next.clone_from(&next);
             }
             hosts::put_host(records, &host)?;
-            hosts::note_issued(records, &host.id, issued.clone(), now)
+            hosts::note_issued(records, &host.id, issued.clone(), now)?;
+            Ok(Some(host))
         })
     }
 
@@ -162,9 +172,7 @@ impl Pki {
         let Some(host) = hosts::host(view, name)? else {
             return unknown(format!("host `{name}` is not enrolled here; run `meshd-pki token create --host {name}`"));
         };
-        if host.state == HostState::Banned {
-            return Err(Refused::Forbidden(banned(name)));
-        }
+        check_standing(&host)?;
         // Whoever stole an earlier one would else renew it for ever.
         if unix(info.not_before + LEAF_BACKDATE) < host.enrolled_at {
             return unknown(format!(
@@ -192,7 +200,11 @@ impl Pki {
             remote: Some(remote.to_owned()),
             ..Event::default()
         };
-        let (id, csr) = match check_item(caller, granted, item) {
+        let checked = match self.denied(&item.spiffe_id) {
+            Some(message) => Err((v1::refusal::Code::NotPermitted, message)),
+            None => check_item(caller, granted, item),
+        };
+        let (id, csr) = match checked {
             Ok(checked) => checked,
             Err((code, message)) => {
                 self.metrics.items_refused.inc();

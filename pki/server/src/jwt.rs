@@ -63,6 +63,9 @@ impl Pki {
         if !permitted.iter().any(|allowed| allowed == id.as_str()) {
             return Err(Refused::Forbidden(not_permitted(&caller, &id, &permitted)));
         }
+        if let Some(message) = self.denied(id.as_str()) {
+            return Err(Refused::Forbidden(message));
+        }
         let asked = Duration::from_secs(request.ttl_s.into());
         let life = if asked.is_zero() { DEFAULT_LIFE } else { asked }.min(self.lifetimes.jwt);
         let unavailable = || Refused::Unavailable("the PKI has no key for JWTs now; see its log".to_owned());

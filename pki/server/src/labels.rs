@@ -54,6 +54,11 @@ pub(crate) fn label_map(labels: &[Label]) -> Result<BTreeMap<String, String>, La
     Ok(map)
 }
 
+/// As commands write them.
+pub(crate) fn texts(labels: &BTreeMap<String, String>) -> Vec<String> {
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,8 +5,10 @@
 //! - `store`: what is remembered, in records. `rotation`: roots and JWT keys come and go.
 //! - [`pki`]: the running PKI. For hosts it does [`enrol`], [`issue`], `attest`, `jwt`, `transitions` and `sync`.
 //! - [`clock`] and `start`: whether its clock may be believed.
+//! - [`admin`]: what operators do.
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
+pub mod admin;
 mod attest;
 mod attestors;
 pub mod audit;
@@ -29,6 +31,7 @@ pub mod labels;
 pub mod lifetimes;
 pub mod metrics;
 pub mod pki;
+pub mod recovery;
 mod refused;
 mod rotation;
 pub mod serve;

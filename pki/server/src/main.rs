@@ -8,12 +8,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use meshd_identity::TrustDomain;
-use meshd_pki::commands::{self, TokenRequest};
-use meshd_pki::entries::{self, EntryRequest, Parent};
 use meshd_pki::federation::web::{WebCertificate, serve_web};
 use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
@@ -21,23 +19,27 @@ use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
 use meshd_pki::upstream::watch::UpstreamFiles;
-use meshd_pki::{Options, Pki, state_dir, upstream};
+use meshd_pki::{Options, Pki, admin, commands, state_dir, upstream};
+use meshd_pki_api::admin as wire;
+use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use self::cli::Place;
+
 /// The PKI of the mesh: enrols hosts and issues their certificates.
 #[derive(Parser)]
 #[command(name = "meshd-pki", version)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Verb,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum Verb {
     /// Create a PKI: its root, and the offline recovery key.
     Init(Init),
     /// Serve hosts until SIGTERM.
@@ -50,6 +52,21 @@ enum Command {
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
+    /// Roots and intermediates: what there is, what each waits for.
+    #[command(subcommand)]
+    Authority(cli::authority::Authority),
+    /// Hosts: who they are, what they could be, and shutting one out.
+    #[command(subcommand)]
+    Host(cli::host::Host),
+    /// Who is refused although their certificates are still valid.
+    #[command(subcommand)]
+    Deny(cli::deny::Deny),
+    /// Which identities may use the Admin API.
+    #[command(subcommand)]
+    Role(cli::role::Role),
+    /// The offline recovery key: its successor, and trust in a PKI that takes the place of a lost one.
+    #[command(subcommand)]
+    Recovery(cli::recovery::Recovery),
     /// Print a certificate request for an offline root.
     Csr(cli::upstream::Csr),
     /// Use an intermediate that an authority outside signed.
@@ -105,6 +122,12 @@ struct Run {
     /// PEM file with its key.
     #[arg(long)]
     bundle_key: Option<PathBuf>,
+    /// Unix socket for the other commands; default: admin.sock in the state directory.
+    #[arg(long)]
+    admin_socket: Option<PathBuf>,
+    /// User, uid or group:NAME that may read through that socket. Root and the PKI's own user may do everything.
+    #[arg(long, num_args = 1..)]
+    admin_readers: Vec<String>,
     /// File that says which machine certificates and Kubernetes tokens make hosts; read again every 30 s.
     #[arg(long)]
     attestors: Option<PathBuf>,
@@ -124,8 +147,8 @@ enum Token {
 
 #[derive(Args)]
 struct TokenCreate {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     /// Id the host will have; with --max-uses, what the ids of the hosts begin with.
     #[arg(long)]
     host: String,
@@ -183,8 +206,8 @@ struct EntryAdd {
 #[derive(Args)]
 #[command(group(ArgGroup::new("parent").required(true).args(["host", "label"])))]
 struct EntryArgs {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     #[arg(long)]
     host: Option<String>,
     /// KEY=VALUE of the hosts meant (`token create --label`, --attestors); with several, hosts that have all of them.
@@ -196,12 +219,10 @@ struct EntryArgs {
 
 #[derive(Args)]
 struct EntryList {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     #[arg(long)]
     host: Option<String>,
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
 }
 
 #[derive(Args)]
@@ -223,17 +244,22 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     harden();
     let done = match cli.command {
-        Command::Init(args) => init(&args),
-        Command::Run(args) => run(args),
-        Command::Token(Token::Create(args)) => create_token(&args),
-        Command::Pin(args) => pin(&args),
-        Command::Entry(Entry::Add(args)) => add_entry(&args),
-        Command::Entry(Entry::List(args)) => list_entries(&args),
-        Command::Entry(Entry::Remove(args)) => remove_entry(&args),
-        Command::Csr(command) => command.run(),
-        Command::Import(command) => command.run(),
-        Command::Federation(command) => command.run(),
-        Command::Status(args) => return status(&args),
+        Verb::Init(args) => init(&args),
+        Verb::Run(args) => run(args),
+        Verb::Token(Token::Create(args)) => create_token(args),
+        Verb::Pin(args) => pin(&args),
+        Verb::Entry(Entry::Add(args)) => add_entry(args),
+        Verb::Entry(Entry::List(args)) => list_entries(args),
+        Verb::Entry(Entry::Remove(args)) => remove_entry(args),
+        Verb::Authority(command) => command.run(),
+        Verb::Host(command) => command.run(),
+        Verb::Deny(command) => command.run(),
+        Verb::Role(command) => command.run(),
+        Verb::Recovery(command) => command.run(),
+        Verb::Csr(command) => command.run(),
+        Verb::Import(command) => command.run(),
+        Verb::Federation(command) => command.run(),
+        Verb::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
 }
@@ -288,10 +314,15 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         attestors: args.attestors.clone(),
         ..Options::default()
     };
+    let readers = admin::Readers::parse(&args.admin_readers).map_err(|why| anyhow!("--admin-readers: {why}"))?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("--listen {}: cannot bind; is another meshd-pki running?", args.listen))?;
     let pki = Arc::new(Pki::open(&args.state, options)?);
+    let socket = args.admin_socket.unwrap_or_else(|| args.state.join(admin::SOCKET));
+    let operators =
+        admin::bind(&socket, &readers).with_context(|| format!("--admin-socket {}: cannot bind", socket.display()))?;
+    tokio::spawn(admin::serve_socket(pki.clone(), operators, readers));
     if let Some(address) = args.metrics {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
@@ -339,18 +370,18 @@ fn advertised(args: &Run) -> anyhow::Result<Vec<String>> {
     Ok(args.advertise.clone())
 }
 
-fn create_token(args: &TokenCreate) -> anyhow::Result<()> {
-    let request = TokenRequest {
-        host: &args.host,
-        allow: &args.allow,
-        pki: &args.pki,
-        ttl: args.ttl,
-        max_uses: args.max_uses,
-        from: &args.from,
-        labels: &args.label,
-    };
-    println!("{}", commands::create_token(&args.state, &request, SystemTime::now())?);
-    Ok(())
+fn create_token(args: TokenCreate) -> anyhow::Result<()> {
+    let TokenCreate { place, host, allow, pki, ttl, max_uses, from, label } = args;
+    let (from, labels) = (texts(&from), texts(&label));
+    place.run(Command::TokenCreate(wire::TokenCreate {
+        host,
+        allow,
+        pki,
+        ttl_s: ttl.as_secs(),
+        max_uses,
+        from,
+        labels,
+    }))
 }
 
 fn pin(args: &Pin) -> anyhow::Result<()> {
@@ -358,55 +389,26 @@ fn pin(args: &Pin) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn add_entry(args: &EntryAdd) -> anyhow::Result<()> {
-    let EntryAdd { entry, selector, ttl } = args;
-    let (dir, now) = (&entry.state, SystemTime::now());
-    if let (Some(host), [], None) = (&entry.host, &selector[..], ttl) {
-        let new = commands::add_entry(dir, host, &entry.identity, now)?;
-        let what = if new { "may now hold" } else { "already may hold" };
-        println!("host {host} {what} {}", entry.identity);
-        return Ok(());
-    }
-    let parent = entry.host.as_deref().map_or(Parent::Labels(&entry.label), Parent::Host);
-    entries::put_entry(dir, &EntryRequest { parent, identity: &entry.identity, selectors: selector, ttl: *ttl }, now)?;
-    let of = if selector.is_empty() { String::new() } else { format!(", {} only", selector.join(" ")) };
-    println!("{} may now hold {}{of}", entry.whom(), entry.identity);
-    Ok(())
+fn add_entry(args: EntryAdd) -> anyhow::Result<()> {
+    let EntryAdd { entry: EntryArgs { place, host, label, identity }, selector, ttl } = args;
+    let (host, labels) = (host.unwrap_or_default(), texts(&label));
+    let ttl_s = ttl.map(|ttl| ttl.as_secs());
+    place.run(Command::EntryAdd(wire::EntryAdd { host, identity, labels, selectors: selector, ttl_s }))
 }
 
-impl EntryArgs {
-    fn whom(&self) -> String {
-        let labels = || self.label.iter().map(Label::to_string).collect::<Vec<_>>().join(",");
-        self.host.as_ref().map_or_else(|| format!("hosts with {}", labels()), |host| format!("host {host}"))
-    }
+fn remove_entry(args: EntryArgs) -> anyhow::Result<()> {
+    let EntryArgs { place, host, label, identity } = args;
+    let (host, labels) = (host.unwrap_or_default(), texts(&label));
+    place.run(Command::EntryRemove(wire::EntryRemove { host, identity, labels }))
 }
 
-fn remove_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    let now = SystemTime::now();
-    match &args.host {
-        Some(host) => commands::remove_entry(&args.state, host, &args.identity, now)?,
-        None => entries::remove_label_entry(&args.state, &args.label, &args.identity, now)?,
-    }
-    println!("{} gets no new certificate for {}; the last one ends by itself", args.whom(), args.identity);
-    Ok(())
+fn list_entries(args: EntryList) -> anyhow::Result<()> {
+    let EntryList { place, host } = args;
+    place.run(Command::EntryList(wire::EntryList { host: host.unwrap_or_default() }))
 }
 
-fn list_entries(args: &EntryList) -> anyhow::Result<()> {
-    let mut entries = commands::list_entries(&args.state, args.host.as_deref())?;
-    if args.host.is_none() {
-        entries.extend(entries::list_label_entries(&args.state)?);
-    }
-    match args.output {
-        Output::Json => {
-            let objects = entries.iter().map(|(host, id)| serde_json::json!({"host": host, "identity": id}));
-            println!("{}", serde_json::to_string_pretty(&objects.collect::<Vec<_>>())?);
-        }
-        Output::Text => {
-            println!("{:<20} IDENTITY", "HOST");
-            entries.iter().for_each(|(host, id)| println!("{host:<20} {id}"));
-        }
-    }
-    Ok(())
+fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(T::to_string).collect()
 }
 
 /// Exit code 2 when something needs attention, so that a script sees it.

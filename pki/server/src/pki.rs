@@ -27,7 +27,7 @@ use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
-use crate::sync::Current;
+use crate::sync::{Current, Had};
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
@@ -47,6 +47,9 @@ pub struct Options {
     /// The operator vouches for the clock, whatever the PKI has on record.
     pub clock_is_right: bool,
 }
+
+const UNCONFIRMED: &str = "the PKI was off for long, or its clock is wrong: hosts confirm it with their reports, or \
+                           start meshd-pki with `--clock-is-right` if the clock is right now";
 
 pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
 
@@ -204,8 +207,13 @@ impl Pki {
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
         let now = self.start().not_before_last(self.now());
-        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
-        if !self.signer().is_fresh(&trust, now) {
+        let (trust, stored) = self.state.database.read(|view| -> Result<_, StateError> {
+            Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
+        })?;
+        let signer = self.signer();
+        // It is not the stored one any more when an operator has tainted it.
+        let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
+        if !is_stored || !signer.is_fresh(&trust, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.show_health().map_err(StateError::from)?;
@@ -216,12 +224,15 @@ impl Pki {
     }
 
     fn tell(&self) {
-        let current = Current {
-            bundle: self.signer().bundle.sequence,
-            deny: self.deny().sequence,
-            federation: self.federation_revision(),
-        };
-        self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
+        let signer = self.signer();
+        let newest =
+            Had { bundle: signer.bundle.sequence, deny: self.deny().sequence, federation: self.federation_revision() };
+        let current = Current { newest, tainted: signer.tainted.clone() };
+        self.current.send_if_modified(|known| {
+            let is_news = *known != current;
+            *known = current;
+            is_news
+        });
     }
 
     /// Conversations would go on for as long as the hosts run, and what is done now and then for ever.
@@ -287,6 +298,12 @@ impl Pki {
 
     fn start(&self) -> MutexGuard<'_, Start> {
         self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why what cannot be undone is not done by this clock now, if it is not.
+    pub(crate) fn clock_doubt(&self) -> Option<String> {
+        let unconfirmed = || (!self.start().is_confirmed()).then(|| UNCONFIRMED.to_owned());
+        self.distrust().map(|why| why.to_string()).or_else(unconfirmed)
     }
 
     /// Whether what cannot be undone may be done by this clock.

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use crate::admin::AdminService;
 use crate::federation::poll;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
@@ -140,6 +141,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
 }
 
 fn router(pki: Arc<Pki>) -> Router {
+    let admin = AdminService::server(pki.clone());
     let grpc = HostServer::new(HostService::new(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Router::new()
         .route("/.well-known/spiffe-bundle", get(spiffe_bundle))
@@ -147,6 +149,7 @@ fn router(pki: Arc<Pki>) -> Router {
         .route("/healthz", get(healthz))
         .with_state(pki)
         .route_service("/meshd.pki.v1.Host/{method}", grpc)
+        .route_service("/meshd.pki.admin.v1.Admin/{method}", admin)
 }
 
 /// Only what other trust domains need.

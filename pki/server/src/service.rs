@@ -173,7 +173,7 @@ impl Conversation {
                 // The host comes again, to whoever serves then.
                 _ = stopping.changed() => return,
                 Ok(()) = news.changed(), if had.is_some() => {
-                    let (known, told) = (had.unwrap_or_default(), *news.borrow_and_update());
+                    let (known, told) = (had.unwrap_or_default(), news.borrow_and_update().newest);
                     let host = self.host_name();
                     let act = move |pki: &Pki| pki.sync_news(&host, known);
                     let reply = run(self.pki.clone(), &self.permits, "sync_push", act).await;

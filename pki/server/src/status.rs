@@ -18,7 +18,7 @@ use crate::health::census::LeafState;
 use crate::issue::shorten;
 use crate::lifetimes::Lifetimes;
 use crate::state_dir::StateDir;
-use crate::store::hosts::{Host, HostState};
+use crate::store::hosts::Host;
 use crate::store::tokens::Token;
 use crate::store::{View, hosts, intermediates, servers, settings, tokens, trust};
 use crate::times::{rfc3339, unix};
@@ -214,11 +214,7 @@ fn authorities(view: &mut dyn View, now: i64) -> Result<Vec<AuthorityStatus>, Co
 fn host_status(view: &mut dyn View, host: Host) -> Result<HostStatus, CommandError> {
     let permitted = hosts::permitted(view, &host.id)?;
     Ok(HostStatus {
-        state: match host.state {
-            HostState::Active => "active",
-            HostState::Banned => "banned",
-        }
-        .to_owned(),
+        state: host.state.name().to_owned(),
         enrolled_at: rfc3339(host.enrolled_at),
         last_seen: rfc3339(host.last_seen),
         bundle_sequence: host.acked_sequence,

@@ -12,7 +12,8 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio::time::timeout;
 use tonic::{Code, Status};
 
-use crate::connect::{PkiClient, call, connect, verified_tls};
+use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
+use crate::error::RenewError;
 use crate::state::from_unix_ms;
 use crate::{Clock, Credentials, Svid, refusal_text};
 use cache::{Cache, Found};
@@ -137,8 +138,8 @@ fn away(identity: &SpiffeId, reason: String) -> TokenIssueError {
 
 #[derive(Debug, thiserror::Error)]
 enum Failed {
-    #[error("no PKI server could be used: {0}")]
-    Unreachable(String),
+    #[error(transparent)]
+    Unreachable(#[from] RenewError),
     #[error("the PKI refused: {}", refusal_text(.0))]
     Answered(Status),
 }
@@ -158,7 +159,8 @@ impl Line {
                 Err(_) => self.open = None,
             }
         }
-        let mut pki = connect_anywhere(held, clock).await?;
+        let tls = verified_tls(&held.bundle, Some(&held.host), held.host.issued_at, clock).map_err(RenewError::from)?;
+        let mut pki = connect_anywhere(&held.pki, &tls).await?;
         let reply = call(pki.issue_jwt(request)).await.map_err(Failed::Answered)?;
         self.open = Some(Open { host: held.host.clone(), pki });
         Ok(reply)
@@ -167,20 +169,4 @@ impl Line {
 
 fn is_answer(status: &Status) -> bool {
     matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument | Code::Unauthenticated)
-}
-
-async fn connect_anywhere(held: &Credentials, clock: &Clock) -> Result<PkiClient, Failed> {
-    let unreachable = |error: &dyn std::fmt::Display| Failed::Unreachable(error.to_string());
-    let tls = verified_tls(&held.bundle, Some(&held.host), held.host.issued_at, clock)
-        .map_err(|error| unreachable(&error))?;
-    let mut addresses = held.pki.clone();
-    fastrand::shuffle(&mut addresses);
-    let mut reasons = Vec::new();
-    for address in addresses {
-        match connect(&address, tls.clone()).await {
-            Ok(pki) => return Ok(pki),
-            Err(error) => reasons.push(error.to_string()),
-        }
-    }
-    Err(Failed::Unreachable(reasons.join("; ")))
 }

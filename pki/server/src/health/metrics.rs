@@ -186,7 +186,9 @@ impl HealthMetrics {
     }
 
     fn show_hosts(&self, health: &Health) {
-        for (state, name) in [(HostState::Active, "active"), (HostState::Banned, "banned")] {
+        for (state, name) in
+            [HostState::Active, HostState::Evicted, HostState::Banned].map(|state| (state, state.name()))
+        {
             let number = health.hosts.iter().filter(|host| host.state == state).count();
             self.hosts.get_or_create(&InState { state: name }).set(count(number));
         }

@@ -116,7 +116,7 @@ fn offer(decision: &mut Decision, root: Option<&str>, step: Step, mut gates: Vec
     }
 }
 
-fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     let mut gates = Vec::new();
     if trust.in_bundle().count() >= MOST_ROOTS {
         gates.push(Gate::TooManyRoots);
@@ -144,7 +144,7 @@ pub(crate) fn next_rotation(trust: &Trust, active: &Root, lifetimes: &Lifetimes)
     active.activated_at.unwrap_or(active.published_at) + seconds(every)
 }
 
-fn activate(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Step {
+pub(crate) fn activate(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Step {
     if root.tainted_at.is_some() {
         return Step::Remove { root: root.id.clone() };
     }
@@ -160,7 +160,7 @@ fn despite(trust: &Trust, world: &Surroundings<'_>) -> Option<Despite> {
     }
 }
 
-fn activate_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn activate_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     if root.tainted_at.is_some() || despite(trust, world).is_some() {
         return Vec::new();
     }
@@ -212,17 +212,17 @@ pub(crate) fn laggards(root: &Root, world: &Surroundings<'_>) -> Vec<String> {
     lagging.map(|host| host.id.clone()).collect()
 }
 
-fn live<'a>(world: &'a Surroundings<'_>) -> impl Iterator<Item = &'a Host> {
+pub(crate) fn live<'a>(world: &'a Surroundings<'_>) -> impl Iterator<Item = &'a Host> {
     let since = world.now - longest_leaf(world);
     world.hosts.iter().filter(move |host| host.state == HostState::Active && host.last_seen >= since)
 }
 
-fn longest_leaf(world: &Surroundings<'_>) -> i64 {
+pub(crate) fn longest_leaf(world: &Surroundings<'_>) -> i64 {
     let of_intermediates = world.intermediates.iter().map(|one| one.longest_leaf_s);
     of_intermediates.chain([seconds(world.lifetimes.leaf)]).max().unwrap_or_default()
 }
 
-fn old_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn old_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     let mut gates = remove_gates(root, world);
     if trust.speaker().is_some_and(|speaker| speaker.id == root.id) {
         gates.push(Gate::Speaks);

@@ -97,20 +97,37 @@ impl Rotator<'_> {
 
     /// Takes the step that is due, if any, and says what was done.
     pub(crate) fn advance(&self, records: &mut dyn Records) -> Result<Option<Event>, StateError> {
-        let (mut trust, decision) = self.outlook(records)?;
+        let (trust, decision) = self.outlook(records)?;
+        if let Some(step) = decision.step {
+            return self.commit(records, trust, |trust| self.take(trust, step)).map(Some);
+        }
+        match jwt_keys::next(&trust.jwt_keys, self.lifetimes, unix(self.now)) {
+            Some(step) if self.clock_is_good => {
+                self.commit(records, trust, |trust| self.take_jwt(trust, step)).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Takes a step that [`super::ask::judge`] allowed.
+    pub(crate) fn take_wished(&self, records: &mut dyn Records, step: Step) -> Result<Event, StateError> {
+        let trust = trust::trust(records)?;
+        self.commit(records, trust, |trust| self.take(trust, step))
+    }
+
+    fn commit(
+        &self,
+        records: &mut dyn Records,
+        mut trust: Trust,
+        act: impl FnOnce(&mut Trust) -> Result<Event, StateError>,
+    ) -> Result<Event, StateError> {
         let before = trust.clone();
-        let event = match decision.step {
-            Some(step) => self.take(&mut trust, step)?,
-            None => match jwt_keys::next(&trust.jwt_keys, self.lifetimes, unix(self.now)) {
-                Some(step) if self.clock_is_good => self.take_jwt(&mut trust, step)?,
-                _ => return Ok(None),
-            },
-        };
+        let event = act(&mut trust)?;
         if in_bundle(&before) != in_bundle(&trust) {
             self.publish(records, &mut trust)?;
         }
         trust::put_trust(records, &trust)?;
-        Ok(Some(event))
+        Ok(event)
     }
 
     /// Takes over an intermediate from outside. A root that is new waits as a prepared one of our own does.

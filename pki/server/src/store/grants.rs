@@ -1,11 +1,12 @@
 //! On which terms hosts may hold identities: by their own entries, and by those for all hosts with some labels.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::hosts::{self, Entry, entry_key};
+use super::hosts::{self, Entry, Host, entry_key};
 use super::{DbError, Records, View, get, list, put};
+use crate::labels::texts;
 
 /// Of an entry. One from before there was such a thing has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,24 +33,46 @@ impl LabelEntry {
     fn key(&self) -> String {
         format!("label-entry/{}/{}", labels_text(&self.labels), self.spiffe_id)
     }
+
+    fn means(&self, labels: &BTreeMap<String, String>) -> bool {
+        self.labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+    }
 }
 
 pub(crate) fn labels_text(labels: &BTreeMap<String, String>) -> String {
-    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+    texts(labels).join(",")
 }
 
 /// What a host may hold, and on which terms. Its own entry is closer than one by labels.
 pub(crate) fn granted(view: &mut dyn View, host: &str) -> Result<BTreeMap<String, Terms>, DbError> {
     let own: Vec<(String, Entry)> = list(view, &format!("entry/{host}/"))?;
     let labels = hosts::host(view, host)?.map(|host| host.labels).unwrap_or_default();
-    let mut all = BTreeMap::new();
-    if !labels.is_empty() {
-        let meant = |entry: &LabelEntry| entry.labels.iter().all(|(key, value)| labels.get(key) == Some(value));
-        let by_labels = label_entries(view)?.into_iter().filter(meant);
-        all.extend(by_labels.map(|entry| (entry.spiffe_id, entry.terms)));
-    }
+    let mut all = granted_to(view, &labels)?;
     all.extend(own.into_iter().map(|(_, entry)| (entry.spiffe_id, entry.terms)));
     Ok(all)
+}
+
+/// What every host with these labels may hold.
+pub(crate) fn granted_to(
+    view: &mut dyn View,
+    labels: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, Terms>, DbError> {
+    if labels.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let meant = label_entries(view)?.into_iter().filter(|entry| entry.means(labels));
+    Ok(meant.map(|entry| (entry.spiffe_id, entry.terms)).collect())
+}
+
+/// Hosts that may hold an identity, by whatever entry; some may not have joined yet.
+pub(crate) fn holders(view: &mut dyn View, spiffe_id: &str) -> Result<BTreeSet<String>, DbError> {
+    let own = hosts::entries(view)?.into_iter().filter(|entry| entry.spiffe_id == spiffe_id);
+    let mut holders: BTreeSet<String> = own.map(|entry| entry.host).collect();
+    let by_labels = label_entries(view)?.into_iter().filter(|entry| entry.spiffe_id == spiffe_id);
+    let by_labels: Vec<LabelEntry> = by_labels.collect();
+    let meant = |host: &Host| by_labels.iter().any(|entry| entry.means(&host.labels));
+    holders.extend(hosts::hosts(view)?.into_iter().filter(meant).map(|host| host.id));
+    Ok(holders)
 }
 
 pub(crate) fn label_entries(view: &mut dyn View) -> Result<Vec<LabelEntry>, DbError> {

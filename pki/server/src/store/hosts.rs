@@ -17,8 +17,20 @@ const LONGEST_ROOT_ID: usize = 64;
 #[serde(rename_all = "snake_case")]
 pub(crate) enum HostState {
     Active,
+    /// Its key counts no more; a new token makes it a host again.
+    Evicted,
     /// May hold nothing, until the operator lifts it.
     Banned,
+}
+
+impl HostState {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            HostState::Active => "active",
+            HostState::Evicted => "evicted",
+            HostState::Banned => "banned",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -82,6 +94,20 @@ impl Host {
             let possible = roots.iter().filter(|root| root.len() <= LONGEST_ROOT_ID);
             self.roots_in_use = possible.take(MOST_ROOTS_TOLD).cloned().collect();
         }
+    }
+
+    /// No key of it counts any more, not even when a ban is undone later: it needs a token.
+    pub(crate) fn evict(&mut self) {
+        self.state = HostState::Evicted;
+        self.next = None;
+        for key in [&mut self.key_current, &mut self.public_key, &mut self.enrolled_key] {
+            key.clear();
+        }
+    }
+
+    /// As it was before the ban.
+    pub(crate) fn unban(&mut self) {
+        self.state = if self.key_current.is_empty() { HostState::Evicted } else { HostState::Active };
     }
 
     /// It proved to hold this key; the one before is not its own any more.
@@ -170,4 +196,16 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     all.retain(|one| one.not_after > now - KEEP_ENDED_S);
     all.extend(new);
     put(records, &key, &all)
+}
+
+/// What a host was given, as far as it is on record.
+pub(crate) fn issued(view: &mut dyn View, host: &str) -> Result<Vec<Issued>, DbError> {
+    Ok(get(view, &format!("issued/{host}"))?.unwrap_or_default())
+}
+
+/// Certificates on record that have not ended, with their hosts.
+pub(crate) fn valid_issued(view: &mut dyn View, now: i64) -> Result<Vec<(String, Issued)>, DbError> {
+    let found: Vec<(String, Vec<Issued>)> = list(view, "issued/")?;
+    let of_hosts = found.into_iter().flat_map(|(host, all)| all.into_iter().map(move |one| (host.clone(), one)));
+    Ok(of_hosts.filter(|(_, one)| one.not_after > now).collect())
 }

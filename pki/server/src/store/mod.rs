@@ -9,6 +9,7 @@ pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
 pub(crate) mod leaves;
+pub(crate) mod roles;
 mod schema1;
 pub(crate) mod servers;
 pub(crate) mod settings;

@@ -42,6 +42,10 @@ pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, Db
     Ok(get(view, RECOVERY_STATEMENTS)?.unwrap_or_default())
 }
 
+pub(crate) fn set_recovery_statements(records: &mut dyn Records, all: &[String]) -> Result<(), DbError> {
+    put(records, RECOVERY_STATEMENTS, &all)
+}
+
 /// SubjectPublicKeyInfo of each recovery key in base64, current first.
 pub(crate) fn set_recovery_keys(records: &mut dyn Records, keys: &[Vec<u8>]) -> Result<(), DbError> {
     let keys: Vec<String> = keys.iter().map(|key| data_encoding::BASE64.encode(key)).collect();

@@ -40,6 +40,11 @@ fn one() -> u32 {
 }
 
 impl Token {
+    /// Whether it makes hosts of this name, not hosts whose names begin with it.
+    pub(crate) fn is_for(&self, host: &str) -> bool {
+        self.max_uses == 1 && self.host_id == host
+    }
+
     /// Whether it can still enrol a new host.
     fn is_open(&self, now: i64) -> bool {
         self.used.is_none() && self.uses < self.max_uses && self.expires_at > now
@@ -87,6 +92,27 @@ pub(crate) fn open(view: &mut dyn View, now: i64) -> Result<Vec<Token>, DbError>
     let mut open: Vec<Token> = all(view)?.into_iter().filter(|token| token.is_open(now)).collect();
     open.sort_by_key(|token| token.created_at);
     Ok(open)
+}
+
+/// Nobody can join with the host's tokens any more, not even with one that was used and may be repeated.
+pub(crate) fn end_those_of(records: &mut dyn Records, host: &str, now: i64) -> Result<(), DbError> {
+    for mut token in all(records)?.into_iter().filter(|token| token.is_for(host) && token.expires_at > now) {
+        token.expires_at = now;
+        put_token(records, &token)?;
+    }
+    Ok(())
+}
+
+/// Tokens for several hosts by which this one has come, that others may come by still.
+pub(crate) fn shared_by(view: &mut dyn View, host: &str, now: i64) -> Result<Vec<String>, DbError> {
+    let mut shared = Vec::new();
+    for token in open(view, now)?.into_iter().filter(|token| token.max_uses > 1) {
+        let seats: Vec<(String, Seat)> = list(view, &seats(&token.id))?;
+        if seats.iter().any(|(_, seat)| seat.host == host) {
+            shared.push(token.id);
+        }
+    }
+    Ok(shared)
 }
 
 /// Forgets tokens that ended before `before`.

@@ -10,6 +10,8 @@ use meshd_identity::statements::{BundleStatement, RecoveryStatement};
 use meshd_identity::{Bundle, SpiffeId, sha256};
 use meshd_pki::state_dir;
 use meshd_pki::status::Status;
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::{HostBan, HostEvict};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host as HostApi;
 use meshd_pki_client::Svid;
@@ -18,7 +20,7 @@ use rcgen::KeyPair;
 use tonic::{Request, Response, Status as Answer};
 
 use crate::impostors::{serve_as, wire_bundle};
-use crate::records::{copy, database, put_record, record, say, unix};
+use crate::records::{copy, put_record, record, say, unix};
 use crate::support::{Lab, domain, eventually, workload};
 
 const HOUR: u64 = 3600;
@@ -99,17 +101,14 @@ async fn a_pki_that_was_off_until_everything_had_ended_has_its_hosts_back() {
 
 #[tokio::test]
 async fn evicted_and_banned_hosts_stay_out() {
-    let mut lab = Lab::start().await;
+    let lab = Lab::start().await;
     for name in ["evicted", "banned"] {
         lab.join(name, &[]).await.unwrap();
     }
-    lab.stop().await;
-    assert_eq!(database(&lab.state()).execute("DELETE FROM record WHERE key = 'host/evicted'", []).unwrap(), 1);
-    let banned = record(&lab.state(), "host/banned").unwrap().replace(r#""state":"active""#, r#""state":"banned""#);
-    put_record(&lab.state(), "host/banned", &banned);
-    lab.run().await;
+    lab.command(Command::HostEvict(HostEvict { host: "evicted".to_owned(), reason: String::new() })).unwrap();
+    lab.command(Command::HostBan(HostBan { host: "banned".to_owned(), reason: String::new() })).unwrap();
     lab.pass(3 * DAY);
-    for (name, why) in [("evicted", "`evicted` is not enrolled"), ("banned", "`banned` is banned")] {
+    for (name, why) in [("evicted", "`evicted` was evicted"), ("banned", "`banned` is banned")] {
         let host = lab.host(name);
         eventually("it is told why", || host.metrics.last_error().is_some_and(|error| error.contains(why))).await;
         assert!(host.now().host.not_after < lab.now(), "{name} got a certificate");

@@ -8,8 +8,12 @@ use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
 use data_encoding::BASE64;
-use meshd_identity::statements::{Denied, DenySet, RecoveryStatement, Whom};
+use meshd_identity::statements::{DenySet, RecoveryStatement, Whom};
 use meshd_identity::{Bundle, SpiffeId, sha256};
+use meshd_pki::admin::run_on;
+use meshd_pki::status::Status;
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::{AuthorityTaint, DenyAdd, DenyWhom, deny_whom};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host as HostApi;
 use meshd_pki_client::fake::FakeCa;
@@ -20,6 +24,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status as Answer, Streaming};
 
+use crate::authority::alice;
 use crate::impostors::serve_as;
 use crate::records::{copy, put_record, record, say, unix};
 use crate::support::{Host, Lab, domain, eventually, workload};
@@ -33,10 +38,17 @@ fn acked(lab: &Lab, host: &str) -> u64 {
     host["acked_sequence"].as_u64().unwrap_or(0)
 }
 
-/// Denies an identity as the operator would; the sequence.
-fn deny(state: &Path, sequence: u64, id: &SpiffeId) {
-    let entries = vec![Denied { whom: Whom::Identity(id.clone()), until: 4_000_000_000 }];
-    put_record(state, "deny", &serde_json::json!({ "sequence": sequence, "entries": entries }).to_string());
+/// Whether a server runs or not.
+fn deny(lab: &Lab, id: &SpiffeId) {
+    let whom = Some(DenyWhom { whom: Some(deny_whom::Whom::Identity(id.to_string())) });
+    let command = Command::DenyAdd(DenyAdd { whom, reason: String::new() });
+    run_on(&lab.state(), &alice(), command, lab.now()).unwrap();
+}
+
+/// Anything from the PKI, an answer or a push.
+async fn hears(lab: &Lab, host: &Host) {
+    let since = unix(lab.now());
+    eventually("it hears from the PKI", || host.metrics.last_heard_unix().is_some_and(|heard| heard > since)).await;
 }
 
 fn denies(set: &DenySet, id: &SpiffeId) -> bool {
@@ -77,7 +89,7 @@ async fn a_deny_set_reaches_running_hosts_and_survives_restarts_and_older_snapsh
     copy(&lab.host_dir("web"), &lab.host_dir("snapshot"));
     let mut host = lab.host("web");
     eventually("the first report", || host.metrics.is_connected()).await;
-    deny(&lab.state(), 7, &evil);
+    deny(&lab, &evil);
     until_denied(&mut host, &evil).await;
     drop(host);
     fs::remove_dir_all(lab.host_dir("web")).unwrap();
@@ -97,8 +109,9 @@ async fn a_pki_restored_from_a_backup_learns_from_its_hosts_whom_it_denied() {
     lab.run().await;
     let mut host = lab.host("web");
     eventually("the first report", || host.metrics.is_connected()).await;
-    deny(&lab.state(), 7, &evil);
+    deny(&lab, &evil);
     until_denied(&mut host, &evil).await;
+    let sequence = host.denied.borrow().sequence;
     lab.stop().await;
     fs::remove_dir_all(lab.state()).unwrap();
     copy(&backup, &lab.state());
@@ -109,7 +122,7 @@ async fn a_pki_restored_from_a_backup_learns_from_its_hosts_whom_it_denied() {
     })
     .await;
     // What it then says is newer than what the host lent it.
-    host.denied.wait_for(|set| set.sequence > 7).await.unwrap();
+    host.denied.wait_for(|set| set.sequence > sequence).await.unwrap();
     assert!(denies(&host.denied.borrow(), &evil));
 }
 
@@ -118,15 +131,20 @@ async fn what_hangs_on_a_tainted_root_is_issued_anew_long_before_it_is_due() {
     let lab = Lab::start().await;
     let id = workload("payments");
     lab.join("web", &[&id]).await.unwrap();
-    let mut host = lab.host("web");
+    let surroundings = Surroundings { report_every: Duration::from_secs(1), ..lab.surroundings() };
+    let mut host = Host::run(Agent::open_in(&lab.host_dir("web"), surroundings).unwrap());
     host.want(&[&id]);
     let before = host.until(|held| held.workloads.contains_key(&id)).await;
-    let mut trust: serde_json::Value = serde_json::from_str(&record(&lab.state(), "trust").unwrap()).unwrap();
-    trust["roots"][0]["tainted_at"] = unix(lab.now()).into();
-    put_record(&lab.state(), "trust", &trust.to_string());
-    // The next root is prepared, which wakes the conversation: that is when the host hears.
-    lab.pass(1);
-    host.until(|held| held.bundle.roots.len() == 2).await;
+    let authorities = Status::read(&lab.state(), lab.now()).unwrap().authorities;
+    let root = authorities.into_iter().find(|one| one.kind == "root").unwrap().id;
+    lab.command(Command::AuthorityTaint(AuthorityTaint { id: root })).unwrap();
+    // The next root is prepared, and signs when the host has it; only then is there something better to be had.
+    let sequence = host.until(|held| held.bundle.roots.len() == 2).await.bundle.sequence;
+    eventually("the PKI knows that the host has it", || acked(&lab, "web") == sequence).await;
+    lab.pass(10);
+    // The first may be an answer from before.
+    hears(&lab, &host).await;
+    hears(&lab, &host).await;
     lab.pass(601);
     host.want(&[]);
     host.want(&[&id]);
@@ -186,7 +204,7 @@ async fn a_conversation_is_resumed_with_a_new_certificate_and_after_a_restart_of
     host.until(|held| held.host.serial != joined.host.serial).await;
     lab.stop().await;
     eventually("the host notices", || !host.metrics.is_connected()).await;
-    deny(&lab.state(), 7, &evil);
+    deny(&lab, &evil);
     lab.run().await;
     until_denied(&mut host, &evil).await;
 }

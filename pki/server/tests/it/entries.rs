@@ -5,6 +5,9 @@ use std::time::{Duration, SystemTime};
 use meshd_pki::commands::{TokenRequest, add_entry, create_token};
 use meshd_pki::entries::{EntryRequest, Parent, put_entry, remove_label_entry};
 use meshd_pki::labels::Label;
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::reply::Reply;
+use meshd_pki_api::admin::{EntryAdd, EntryList, EntryRemove, HostBlastRadius, HostShow, TokenCreate};
 use meshd_pki_client::join;
 
 use crate::support::{Lab, workload};
@@ -97,4 +100,64 @@ async fn selectors_no_host_can_attest_are_refused_when_they_are_made() {
     }
     assert!(put(&lab, Parent::Host("web"), &[UNIT, "unix:uid:7"], None).unwrap_err().contains("give one"));
     assert!(put(&lab, Parent::Host("wbe"), &[UNIT], None).unwrap_err().contains("neither enrolled"));
+}
+
+#[tokio::test]
+async fn operators_make_list_and_remove_entries_with_terms() {
+    let lab = Lab::start().await;
+    let asked = TokenCreate {
+        host: "web".to_owned(),
+        pki: vec![lab.address()],
+        ttl_s: 600,
+        max_uses: 2,
+        from: vec!["127.0.0.0/8".to_owned()],
+        labels: vec!["role=web".to_owned()],
+        ..TokenCreate::default()
+    };
+    let Reply::Token(token) = lab.command(Command::TokenCreate(asked.clone())).unwrap() else { panic!("no token") };
+    let id = join(&lab.host_dir("one"), &token.token.parse().unwrap(), None).await.unwrap().host_id;
+    join(&lab.host_dir("two"), &token.token.parse().unwrap(), Some("web-two")).await.unwrap();
+    let refusal = |command: Command| lab.command(command).unwrap_err().to_string();
+    let from = TokenCreate { from: vec!["10.1.0.0/33".to_owned()], ..asked.clone() };
+    assert!(refusal(Command::TokenCreate(from)).contains("`10.1.0.0/33` is no network"));
+    let labels = TokenCreate { labels: vec!["role".to_owned()], ..asked };
+    assert!(refusal(Command::TokenCreate(labels)).contains("`role` is no label"));
+
+    let identity = || "ns/shop/sa/checkout".to_owned();
+    let labels = || vec!["role=web".to_owned()];
+    let entry = EntryAdd { identity: identity(), labels: labels(), ttl_s: Some(600), ..EntryAdd::default() };
+    let entry = EntryAdd { selectors: vec![UNIT.to_owned()], ..entry };
+    lab.command(Command::EntryAdd(entry.clone())).unwrap();
+    let own = EntryAdd { host: id.clone(), identity: identity(), ..EntryAdd::default() };
+    lab.command(Command::EntryAdd(own)).unwrap();
+    let both = EntryAdd { host: id.clone(), ..entry.clone() };
+    assert!(refusal(Command::EntryAdd(both)).contains("not both"));
+    let neither = EntryAdd { labels: Vec::new(), ..entry };
+    assert!(refusal(Command::EntryAdd(neither)).contains("name one"));
+
+    let list = |host: &str| match lab.command(Command::EntryList(EntryList { host: host.to_owned() })).unwrap() {
+        Reply::Entries(entries) => entries.entries,
+        other => panic!("unexpected {other:?}"),
+    };
+    let (all, of_host) = (list(""), list(&id));
+    assert_eq!((all.len(), of_host.len(), of_host[0].host.as_str()), (2, 1, id.as_str()));
+    assert_eq!((&all[1].labels, &all[1].selectors, all[1].ttl_s), (&labels(), &vec![UNIT.to_owned()], Some(600)));
+
+    let Reply::Host(host) = lab.command(Command::HostShow(HostShow { host: "web-two".to_owned() })).unwrap() else {
+        panic!("no host")
+    };
+    assert_eq!(host.labels, ["role=web"]);
+    assert_eq!(host.summary.unwrap().identities, [identity()]);
+    let radius = lab.command(Command::HostBlastRadius(HostBlastRadius { host: "web-two".to_owned() })).unwrap();
+    let Reply::BlastRadius(radius) = radius else { panic!("no radius") };
+    let reach = radius.identities.iter().find(|one| one.identity == identity()).unwrap();
+    assert!(reach.permitted && reach.other_hosts == [id.as_str()], "{reach:?}");
+
+    let gone = EntryRemove { identity: identity(), labels: labels(), ..EntryRemove::default() };
+    lab.command(Command::EntryRemove(gone.clone())).unwrap();
+    assert!(refusal(Command::EntryRemove(gone)).contains("role=web"));
+    assert_eq!(list("").len(), 1);
+    let log = lab.audit_log();
+    let by = log.lines().filter(|line| line.contains("entry_") && line.contains("\"by\":\"root\""));
+    assert_eq!(by.count(), 3, "{log}");
 }

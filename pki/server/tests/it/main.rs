@@ -1,8 +1,10 @@
 //! The PKI as hosts meet it: a real server on loopback, the real client, real files.
 
 mod absence;
+mod admin_api;
 mod alerts;
 mod attestors;
+mod authority;
 mod cli;
 mod clocks;
 mod conversation;
@@ -16,6 +18,8 @@ mod join_tokens;
 mod operation;
 mod profile;
 mod records;
+mod recovery;
 mod renewal;
+mod shut_out;
 mod support;
 mod upstream;

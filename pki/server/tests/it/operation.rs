@@ -24,7 +24,7 @@ pub(crate) const DAY: u64 = 24 * HOUR;
 
 /// A PKI without a server, whose clock only the test moves.
 pub(crate) struct Desk {
-    dir: TempDir,
+    pub(crate) dir: TempDir,
     pki: Option<Pki>,
     start: SystemTime,
     passed: Arc<AtomicU64>,

@@ -1,4 +1,4 @@
-//! What no command does (yet): looks into the PKI's database, and changes it.
+//! What no command does: looks into the PKI's database, and changes it.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ pub(crate) fn unix(time: SystemTime) -> i64 {
     i64::try_from(time.duration_since(UNIX_EPOCH).unwrap().as_secs()).unwrap()
 }
 
-pub(crate) fn database(state: &Path) -> Connection {
+fn database(state: &Path) -> Connection {
     let database = Connection::open(state.join("pki.db")).unwrap();
     database.busy_timeout(Duration::from_secs(10)).unwrap();
     database

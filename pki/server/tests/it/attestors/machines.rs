@@ -8,6 +8,9 @@ use meshd_identity::signed::sign_bytes;
 use meshd_identity::statements::{machine_challenge, machine_message};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::{Options, Pki, Refused, state_dir};
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::reply::Reply;
+use meshd_pki_api::admin::{HostBan, HostEvict, HostUnban};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::enroll_request::Attestation;
 use meshd_pki_client::{MachineCertificate, Proof, join_by};
@@ -216,6 +219,30 @@ fn a_machine_comes_back_with_a_new_key_and_takes_no_host_over_that_came_by_a_tok
         error.contains("enrolled already, by a join token") && error.contains("token create --host m-b"),
         "{error}"
     );
+}
+
+#[test]
+fn a_banned_machine_stays_out_and_an_evicted_one_joins_again() {
+    let corporate = Corporate::new();
+    let desk = Desk::new(&corporate.pem);
+    let key = KeyPair::generate().unwrap();
+    let chain = vec![corporate.leaf("a", &key).der().to_vec()];
+    desk.enrol(&chain, &key).unwrap();
+    let done = |command| match desk.pki.command(&crate::authority::alice(), command).unwrap() {
+        Reply::Done(done) => done,
+        other => panic!("unexpected {other:?}"),
+    };
+    let host = || "m-a".to_owned();
+    let evicted = done(Command::HostEvict(HostEvict { host: host(), reason: String::new() }));
+    assert!(
+        evicted.follows[0].contains("joins by x509pop:") && evicted.follows[0].contains("host ban m-a"),
+        "{evicted:?}"
+    );
+    assert_eq!(desk.enrol(&chain, &key).unwrap().host_id, "m-a");
+    done(Command::HostBan(HostBan { host: host(), reason: String::new() }));
+    assert!(desk.refusal(&chain, &key).contains("`m-a` is banned"));
+    done(Command::HostUnban(HostUnban { host: host() }));
+    desk.enrol(&chain, &key).unwrap();
 }
 
 #[test]
