@@ -21,14 +21,11 @@ pub(crate) struct Had {
 }
 
 impl Had {
-    pub(crate) fn and(self, told: Had) -> Had {
-        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation: told.federation }
-    }
-
-    /// Of federation each host has its own, that it was told last: in this reply, or before.
-    pub(crate) fn of_federation(self, reply: &v1::SyncReply, before: Had) -> Had {
-        let federation = reply.federation.as_ref().map_or(before.federation, |told| told.revision);
-        Had { federation, ..self }
+    /// After this reply to whoever was told all there is.
+    pub(crate) fn and(self, told: Had, reply: &v1::SyncReply) -> Had {
+        // Of federation each host has its own, that it was told last.
+        let federation = reply.federation.as_ref().map_or(self.federation, |told| told.revision);
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation }
     }
 }
 
