@@ -36,6 +36,8 @@ impl Two {
             pki_host: "pki-of-others".to_owned(),
             hosts: vec![HostPlan { name: "api-1".to_owned(), workloads: vec![Workload::payments()] }],
             services: services.clone(),
+            // A tainted root is left within a quarter of it.
+            leaf_ttl: Some("40"),
             ..Plan::shop()
         };
         let lab = Arc::new(Lab::new(&[ours.host_names(), theirs.host_names()].concat())?);
