@@ -26,7 +26,7 @@ struct Two {
 }
 
 impl Two {
-    fn start() -> Result<Two> {
+    fn start(their_leaf_ttl: Option<&'static str>) -> Result<Two> {
         let services = vec![ServicePlan { hosts: vec!["api-1".to_owned()], ..ServicePlan::new("payments", 80) }];
         let clients = vec![Workload::client("checkout", 2003), Workload::client("billing", 2004)];
         let web = HostPlan { name: "web".to_owned(), workloads: clients };
@@ -36,8 +36,7 @@ impl Two {
             pki_host: "pki-of-others".to_owned(),
             hosts: vec![HostPlan { name: "api-1".to_owned(), workloads: vec![Workload::payments()] }],
             services: services.clone(),
-            // A tainted root is left within a quarter of it.
-            leaf_ttl: Some("40"),
+            leaf_ttl: their_leaf_ttl,
             ..Plan::shop()
         };
         let lab = Arc::new(Lab::new(&[ours.host_names(), theirs.host_names()].concat())?);
@@ -155,7 +154,8 @@ fn hundred_more(mesh: &Mesh) -> Result<()> {
 
 #[test]
 fn services_of_another_mesh_are_reached_while_both_sides_want_it_and_its_root_rotates() -> Result<()> {
-    let two = Two::start()?;
+    // A tainted root is left within a quarter of that.
+    let two = Two::start(Some("40"))?;
     let (ours, theirs) = (&two.ours, &two.theirs);
     ensure_refused(&ours.curl("web", "checkout", &["--max-time", "5", PAYMENTS])?)?;
     ensure!(ours.daemon("web").log().contains("that trust domain is not federated"), "{}", ours.daemon("web").log());
@@ -193,7 +193,7 @@ fn services_of_another_mesh_are_reached_while_both_sides_want_it_and_its_root_ro
 fn either_side_ends_the_federation_and_open_connections_with_it() -> Result<()> {
     /// From the operator's word to the last cut connection.
     const PROMISED: Duration = Duration::from_secs(5);
-    let two = Two::start()?;
+    let two = Two::start(None)?;
     let (ours, theirs) = (&two.ours, &two.theirs);
     two.federate()?;
     until(DEADLINE, "checkout to reach payments", || ask(ours).is_ok())?;
@@ -225,7 +225,7 @@ fn either_side_ends_the_federation_and_open_connections_with_it() -> Result<()> 
 
 #[test]
 fn a_host_that_restarts_while_its_pki_is_away_still_believes_the_other_mesh() -> Result<()> {
-    let mut two = Two::start()?;
+    let mut two = Two::start(None)?;
     two.federate()?;
     until(DEADLINE, "checkout to reach payments", || ask(&two.ours).is_ok())?;
     two.ours.stop_pki()?;
