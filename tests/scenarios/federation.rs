@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::lab::Lab;
-use meshd_tests::load::report;
+use meshd_tests::load::{LoadReport, report};
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::{self, HostPlan, Plan, ServicePlan, Workload};
+use meshd_tests::process::{Process, Program};
 use meshd_tests::wait::until;
 use serde_json::Value;
 
@@ -125,7 +126,7 @@ impl Two {
         self.their_roots().is_ok_and(|roots| !roots.iter().any(is_it))
     }
 
-    fn idle(&self) -> Result<meshd_tests::process::Process> {
+    fn idle(&self) -> Result<Process> {
         let idle = ["idle", "--target", "payments.shop.mesh:80", "--connections", "3"];
         self.ours.host("web").start_testkit(&self.ours.testkit("web", "checkout", &idle))
     }
@@ -183,7 +184,7 @@ fn services_of_another_mesh_are_reached_while_both_sides_want_it_and_its_root_ro
     two.web_holds_roots(1)?;
     hundred_more(theirs)?;
     load.stop()?;
-    let done: meshd_tests::load::LoadReport = report(&load.finish(DEADLINE)?)?;
+    let done: LoadReport = report(&load.finish(DEADLINE)?)?;
     ensure!(done.failed == 0 && done.ok > 300, "{done:?}");
     ensure!(pids == [ours.daemon("web").pid()?, theirs.daemon("api-1").pid()?], "a meshd was started anew");
     Ok(())
@@ -234,5 +235,35 @@ fn a_host_that_restarts_while_its_pki_is_away_still_believes_the_other_mesh() ->
         mesh.daemon(host).restart()?;
     }
     ask(&two.ours)?;
+    Ok(())
+}
+
+/// The `spiffe` crate as a program of a host would use it.
+fn workload_client(mesh: &Mesh, host: &str, name: &str, args: &[&str]) -> Result<String> {
+    let program = Program::new(mesh.host(host).binary("workload-client"));
+    let program = program.arg("--socket").arg(mesh.daemon(host).api_socket()).args(args);
+    let done = mesh.host(host).run(&mesh.in_unit(host, name, program))?;
+    done.expect_success(&format!("workload-client {} as {name}", args.join(" ")))
+}
+
+#[test]
+fn programs_with_dealings_get_the_bundle_of_the_other_mesh_and_verify_its_tokens() -> Result<()> {
+    let two = Two::start(None)?;
+    two.federate()?;
+    let bundles = |name: &str| -> Result<Value> {
+        let fetched: Value = serde_json::from_str(&workload_client(&two.ours, "web", name, &["fetch"])?)?;
+        Ok(fetched["bundles"].clone())
+    };
+    until(DEADLINE, "checkout to get both bundles", || bundles("checkout").is_ok_and(|count| count == 2))?;
+    ensure!(bundles("billing")? == 1, "billing has no dealings with them");
+
+    let token = workload_client(&two.theirs, "api-1", "payments", &["token", "--audience", "ledger"])?;
+    let token: Value = serde_json::from_str(&token)?;
+    let token = token["token"].as_str().context("no token")?;
+    let judged = |name: &str| workload_client(&two.ours, "web", name, &["judge", "--audience", "ledger", token]);
+    let said = judged("checkout")?;
+    ensure!(said == format!("valid: spiffe://{THEIRS}/ns/shop/sa/payments\n"), "{said}");
+    let said = judged("billing")?;
+    ensure!(said.starts_with("refused: "), "{said}");
     Ok(())
 }
