@@ -49,6 +49,11 @@ impl Error {
         matches!(self, Error::Refused(status) if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled))
     }
 
+    /// Whether etcd takes no changes now, from anybody or from this user: it is full, or a right is missing.
+    pub fn is_refusal_to_write(&self) -> bool {
+        matches!(self, Error::Refused(status) if matches!(status.code(), Code::ResourceExhausted | Code::PermissionDenied))
+    }
+
     /// For whoever follows etcd, when following cannot go on.
     pub fn gone(why: &str) -> Error {
         Error::Refused(Status::unavailable(why))

@@ -18,7 +18,7 @@ use crate::deny::SignedDeny;
 use crate::federation::web::WebCertificate;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
-use crate::keeping::keeper::{Keeper, heal_state};
+use crate::keeping::keeper::{Keeper, Moment, heal_state};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::Metrics;
@@ -177,7 +177,7 @@ impl Pki {
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
         pki.tell();
-        pki.keeper.keep(&pki.state, &pki.metrics, now);
+        pki.keeper.keep(&pki.state, &pki.metrics, pki.moment());
         Ok(pki)
     }
 
@@ -188,12 +188,16 @@ impl Pki {
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
-        self.keeper.keep(&self.state, &self.metrics, now);
+        self.keeper.keep(&self.state, &self.metrics, self.moment());
         if self.is_sure_of_clock() {
-            self.forget_ended(now)?;
             self.record_good_time(now)?;
+            self.forget_ended(now)?;
         }
         Ok(self.look_after_health().map_err(StateError::from)?)
+    }
+
+    fn moment(&self) -> Moment {
+        Moment { now: self.now(), boot: (self.boot_time)(), clock_is_right: self.is_sure_of_clock() }
     }
 
     fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
@@ -209,10 +213,9 @@ impl Pki {
     fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
         self.prune_deny()?;
         let before = unix(now) - KEEP_S;
-        self.state.database.lead(|records| -> Result<(), StateError> {
-            tokens::prune(records, before)?;
-            Ok(intermediates::prune(records, before)?)
-        })?;
+        // Each is as large as a transaction of etcd may be.
+        self.state.database.lead(|records| tokens::prune(records, before)).map_err(StateError::from)?;
+        self.state.database.lead(|records| intermediates::prune(records, before)).map_err(StateError::from)?;
         Ok(())
     }
 

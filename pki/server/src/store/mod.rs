@@ -22,6 +22,7 @@ pub(crate) mod trust;
 pub(crate) mod upstream;
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use meshd_identity::TrustDomain;
 use serde::Serialize;
@@ -266,7 +267,7 @@ pub(crate) fn write_copy(path: &Path, records: &[(String, Vec<u8>)]) -> Result<(
 }
 
 fn newest_records(dir: &Path) -> Option<Vec<(String, Vec<u8>)>> {
-    let backup = Backups::new(dir).newest_whole()?;
+    let backup = Backups::new(dir).newest_whole(SystemTime::now())?;
     let database = Database::open_file(&backup.path).ok()?;
     database.read(|view| view.list("")).ok()
 }

@@ -130,3 +130,29 @@ fn an_intermediate_from_outside_signs_on_every_server() {
     let status = Status::read(&desk.state("a"), desk.now()).unwrap();
     assert!(status.problems.is_empty(), "{:?}", status.problems);
 }
+
+#[test]
+fn much_that_ended_at_once_is_forgotten_in_parts() {
+    let desk = Desk::new();
+    let pki = desk.open("a");
+    // Three weeks of intermediates.
+    for _ in 0..80 {
+        desk.pass(6 * HOUR);
+        pki.maintain().unwrap();
+    }
+    for n in 0..60 {
+        desk.token("a", &format!("host-{n}"));
+    }
+    desk.pass(60 * DAY);
+    pki.refresh().unwrap();
+    for _ in 0..4 {
+        pki.maintain().unwrap();
+    }
+    let stored = |below: &str| {
+        desk.cluster.must(&["get", "--prefix", "--keys-only", &format!("/meshd/pki/prod.example.org/r/{below}")])
+    };
+    until("what ended is forgotten", || {
+        pki.maintain().unwrap();
+        stored("token/").trim().is_empty()
+    });
+}

@@ -111,6 +111,7 @@ fn an_etcd_that_is_full_costs_no_renewal() {
     until("etcd is full", || !desk.cluster.root(&["put", "/junk", &junk]).status.success());
     let chain = renew(&pki, "web", &chain).unwrap();
     assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    assert!(in_trouble(&pki));
     renew(&pki, "web", &chain).unwrap();
     desk.cluster.must(&["del", "/junk"]);
     let status = desk.cluster.must(&["endpoint", "status", "-w", "json"]);
@@ -120,6 +121,7 @@ fn an_etcd_that_is_full_costs_no_renewal() {
     desk.cluster.must(&["defrag"]);
     desk.cluster.must(&["alarm", "disarm"]);
     until("new hosts get in again", || enrol(&pki, &token).is_ok());
+    assert!(!in_trouble(&pki));
 }
 
 #[test]
@@ -136,6 +138,13 @@ fn an_etcd_that_was_wiped_is_not_believed_and_a_backup_brings_it_back() {
     drop(pki);
     let pki = desk.open("a");
     let chain = renew(&pki, "web", &chain).unwrap();
+    until("a server that starts now says that the records are lost", || {
+        pki.store_trouble().is_some_and(|trouble| trouble.contains("has lost"))
+    });
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    pki.maintain().unwrap();
+    assert_eq!(desk.cluster.must(&["get", "--prefix", "/meshd/pki/prod.example.org/r/"]), "", "no second PKI begins");
+    assert!(in_trouble(&pki) && metric(&pki, "leads") == "0");
     drop(pki);
     restore(&desk.state("a"), None, desk.now()).unwrap();
     let pki = desk.open("a");

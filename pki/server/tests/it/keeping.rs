@@ -69,6 +69,46 @@ fn backups_are_made_every_hour_and_after_each_step_of_an_authority() {
 }
 
 #[test]
+fn a_start_with_a_clock_that_is_ahead_neither_multiplies_backups_nor_is_restored_from() {
+    let mut desk = Desk::new();
+    desk.ahead.store(400 * DAY, SeqCst);
+    desk.open();
+    assert_eq!(backups(&desk).len(), 2);
+    desk.ahead.store(0, SeqCst);
+    desk.open();
+    for _ in 0..3 {
+        desk.pass(10);
+    }
+    assert_eq!(backups(&desk).len(), 2);
+    let chain = desk.enrol("web");
+    desk.pass(HOUR);
+    assert_eq!(backups(&desk).len(), 3);
+    stop(&mut desk);
+    spoil(&desk.dir.path().join("pki.db"));
+    desk.passed.fetch_add(5, SeqCst);
+    desk.open();
+    chain_of(renew_with(&desk, &chain[0], 0));
+}
+
+#[test]
+fn a_backup_that_failed_is_tried_again_after_minutes() {
+    let desk = Desk::new();
+    let place = desk.dir.path().join("backups");
+    fs::remove_dir_all(&place).unwrap();
+    fs::write(&place, "").unwrap();
+    desk.pass(HOUR + 1);
+    for _ in 0..3 {
+        desk.pass(10);
+    }
+    assert!(desk.metrics().contains("meshd_pki_backup_failures_total 1\n"), "{}", desk.metrics());
+    fs::remove_file(&place).unwrap();
+    desk.pass(240);
+    assert!(!place.exists());
+    desk.pass(30);
+    assert_eq!(backups(&desk).len(), 1);
+}
+
+#[test]
 fn a_damaged_database_comes_back_by_itself_and_hosts_renew_with_an_alarm_for_the_operator() {
     let mut desk = Desk::new();
     let chain = desk.enrol("web");

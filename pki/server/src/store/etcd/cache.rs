@@ -99,6 +99,8 @@ pub(super) struct State {
     pub(super) snapshot: Snapshot,
     /// Why nothing can be written now.
     pub(super) trouble: Option<String>,
+    /// Why etcd refused the last change, which it may not refuse the next time.
+    pub(super) refused: Option<String>,
     /// It was read from etcd at least once.
     pub(super) loaded: bool,
     /// The revision that made this process's leader key, and until when it may believe to lead.
@@ -133,4 +135,8 @@ impl Cache {
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         is_so(&state)
     }
+}
+
+pub(super) fn refusal(error: &meshd_etcd::Error) -> Option<String> {
+    error.is_refusal_to_write().then(|| error.to_string())
 }

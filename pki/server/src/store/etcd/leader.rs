@@ -9,7 +9,7 @@ use meshd_etcd::api::TxnRequest;
 use meshd_etcd::{Client, Error, absent, put};
 use tokio::time::sleep;
 
-use super::cache::{Cache, LEADER, LIVE};
+use super::cache::{Cache, LEADER, LIVE, refusal};
 
 pub(super) struct Candidate {
     pub(super) client: Arc<Client>,
@@ -25,6 +25,7 @@ impl Candidate {
         loop {
             if let Err(error) = self.hold_a_lease(life).await {
                 tracing::debug!(%error, "no lease in etcd");
+                self.cache.change(|state| state.refused = refusal(&error).or(state.refused.take()));
             }
             self.cache.change(|state| state.leads = None);
             sleep(life / 10).await;
@@ -76,7 +77,11 @@ impl Candidate {
             self.cache.change(|state| state.leads = Some((revision, good_until)));
             return Ok(());
         }
-        if self.cache.lock().snapshot.keys.get(LEADER).is_some() {
+        let state = self.cache.lock();
+        // Of an etcd that is not believed it is not known who leads.
+        let is_taken = state.trouble.is_some() || state.snapshot.keys.get(LEADER).is_some();
+        drop(state);
+        if is_taken {
             return Ok(());
         }
         let key = format!("{}{LEADER}", self.base);

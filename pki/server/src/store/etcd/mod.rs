@@ -22,7 +22,7 @@ use meshd_etcd::{Client, Error, Prefix, created_at, delete, get, none_changed_si
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use self::cache::{Cache, GONE, LEADER, LIVE, RECORDS, Snapshot, TIP};
+use self::cache::{Cache, GONE, LEADER, LIVE, RECORDS, Snapshot, TIP, refusal};
 use self::config::EtcdConfig;
 use self::leader::Candidate;
 use self::watcher::Watcher;
@@ -140,7 +140,7 @@ impl Engine for Etcd {
     }
 
     fn catch_up(&self) -> bool {
-        if self.trouble().is_some() {
+        if self.cache.lock().trouble.is_some() {
             return false;
         }
         let (client, tip) = (self.client.clone(), format!("{}{TIP}", self.base));
@@ -178,7 +178,8 @@ impl Engine for Etcd {
     }
 
     fn trouble(&self) -> Option<String> {
-        self.cache.lock().trouble.clone()
+        let state = self.cache.lock();
+        state.trouble.clone().or_else(|| state.refused.clone())
     }
 
     fn live_replicas(&self) -> Vec<String> {
@@ -346,13 +347,18 @@ impl Transaction for Open<'_> {
         if operations > MOST_OPERATIONS {
             return Err(DbError::TooLarge { operations });
         }
-        if let Some(trouble) = self.etcd.trouble() {
+        let trouble = self.etcd.cache.lock().trouble.clone();
+        if let Some(trouble) = trouble {
             return Err(DbError::Etcd(trouble));
         }
         let failure = vec![get(format!("{}{LEADER}", self.etcd.base))];
         let client = self.etcd.client.clone();
         let request = TxnRequest { compare, success, failure };
         let answer = self.etcd.block(async move { client.txn(request).await })?;
+        self.etcd.cache.change(|state| match &answer {
+            Ok(_) => state.refused = None,
+            Err(error) => state.refused = refusal(error).or(state.refused.take()),
+        });
         match answer {
             Ok(answer) if answer.succeeded => {
                 let revision = answer.header.map_or(0, |header| header.revision);
