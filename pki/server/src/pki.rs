@@ -1,6 +1,5 @@
 //! The running PKI, independent of how requests reach it.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -27,7 +26,7 @@ use crate::replicas;
 use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
-use crate::state_dir::{StateDir, StateError, lock};
+use crate::state_dir::{RunLock, StateDir, StateError, lock};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, unix, unix_ms};
@@ -122,7 +121,7 @@ pub struct Pki {
     web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
     pub(crate) health_seen: Mutex<Option<i64>>,
-    _running: File,
+    _running: RunLock,
 }
 
 impl Pki {
