@@ -220,9 +220,15 @@ impl Pki {
         self.distrust.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Seconds pass between looks, and a certificate of a wrong time lasts for a day.
+    fn jumped_just_now(&self) -> Option<Distrust> {
+        let guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.jumped(self.now(), (self.boot_time)(), self.lifetimes.skew)
+    }
+
     /// Hosts live on what they have: that is better than certificates of a wrong time.
     pub(crate) fn refuse_while_frozen(&self) -> Result<(), Refused> {
-        match self.distrust() {
+        match self.distrust().or_else(|| self.jumped_just_now()) {
             Some(why) => Err(Refused::Unavailable(format!("the PKI issues nothing now: {why}"))),
             None => Ok(()),
         }
