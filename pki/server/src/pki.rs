@@ -24,10 +24,8 @@ use crate::signer::{Signer, SignerError};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::Current;
-use crate::times::{Clock, unix, unix_ms};
+use crate::times::{Clock, seconds, unix, unix_ms};
 
-/// Records of certificates and tokens are kept this long after their end.
-const KEEP_S: i64 = 30 * 86_400;
 /// Clocks of hosts heard within this time have a say.
 const HEARD_LATELY_S: i64 = 600;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
@@ -162,7 +160,8 @@ impl Pki {
     /// What has ended by a wrong clock has not ended: only a good one may say so.
     fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
         self.prune_deny()?;
-        let before = unix(now) - KEEP_S;
+        // Tokens and intermediates stay on record as long as roots do.
+        let before = unix(now) - seconds(self.lifetimes.hold);
         self.state.database.transaction(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
