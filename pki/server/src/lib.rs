@@ -14,6 +14,7 @@ pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+mod failpoint;
 mod instances;
 pub mod issue;
 mod jwt;

@@ -14,6 +14,7 @@ use crate::attest::Nonces;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
+use crate::failpoint;
 use crate::instances::Instances;
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
@@ -331,12 +332,19 @@ fn rotate(
         if !due {
             return Ok(());
         }
-        let event = state.database.transaction(|records| rotator.advance(records))?;
+        let event = state.database.transaction(|records| {
+            let event = rotator.advance(records)?;
+            failpoint::reach(event.as_ref().map_or("", |event| event.event), "uncommitted");
+            Ok::<_, RotationError>(event)
+        })?;
         let Some(event) = event else { return Ok(()) };
+        let step = event.event;
+        failpoint::reach(step, "committed");
         tracing::info!(step = event.event, authority = event.authority, detail = event.detail, "rotation");
         if let Err(error) = state.record(now, &[event]) {
             tracing::error!(%error, "a rotation step was taken but is not in the audit log");
         }
+        failpoint::reach(step, "recorded");
     }
     Ok(())
 }
