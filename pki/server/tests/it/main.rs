@@ -7,4 +7,5 @@ mod impostors;
 mod operation;
 mod profile;
 mod renewal;
+mod rotations;
 mod support;
