@@ -47,7 +47,7 @@ fn a_pki_that_comes_and_goes_renews_everything_and_is_not_stormed() -> Result<()
     let mesh = Mesh::start(Plan { leaf_ttl: Some("30"), ..Plan::shop() })?;
     let load = Witness::start(&mesh)?;
     let pki = mesh.host("pki");
-    let rounds = scale(8, 60);
+    let rounds = scale(5, 60);
     for round in 0..rounds {
         // Now connections are refused, now packets vanish.
         let faults = if round % 2 == 0 {

@@ -19,7 +19,8 @@ const YEAR: i64 = 365 * 24 * HOUR;
 const SINCE_1970: i64 = 56 * YEAR;
 
 fn shop_and(host: &str) -> Plan {
-    let mut plan = Plan::shop();
+    // Renewed every half minute: a certificate of a wrong time would be in use at once.
+    let mut plan = Plan { leaf_ttl: Some("60"), ..Plan::shop() };
     plan.hosts.push(HostPlan { name: host.to_owned(), workloads: vec![Workload::client("checkout", 2003)] });
     plan
 }

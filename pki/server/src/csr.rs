@@ -86,5 +86,13 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             prop_assert!(Request::read(&bytes).is_err());
         }
+
+        #[test]
+        fn a_request_with_a_changed_byte_is_refused(at in any::<prop::sample::Index>(), by in 1..=u8::MAX) {
+            let mut request = csr(&KeyPair::generate().unwrap());
+            let at = at.index(request.len());
+            request[at] ^= by;
+            prop_assert!(Request::read(&request).is_err(), "byte {at} changed by {by}");
+        }
     }
 }

@@ -9,3 +9,4 @@ mod profile;
 mod renewal;
 mod rotations;
 mod support;
+mod verifiers;

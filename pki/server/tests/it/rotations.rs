@@ -179,7 +179,7 @@ impl Fleet {
 }
 
 /// As a server of the mesh verifies its clients.
-fn verifies(chain: &[Vec<u8>], roots: &[impl AsRef<[u8]>], now: SystemTime) -> Result<(), rustls::Error> {
+pub(crate) fn verifies(chain: &[Vec<u8>], roots: &[impl AsRef<[u8]>], now: SystemTime) -> Result<(), rustls::Error> {
     let mut store = RootCertStore::empty();
     for root in roots {
         store.add(CertificateDer::from(root.as_ref()))?;
