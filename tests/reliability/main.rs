@@ -39,15 +39,14 @@ fn asks_payments(mesh: &Mesh, host: &str, name: &str) -> Result<()> {
 
 /// The root that signs, and how many the bundle holds.
 fn roots(mesh: &Mesh) -> Result<(String, usize)> {
-    let status = mesh.pki_status()?;
+    roots_in(&mesh.pki_status()?)
+}
+
+fn roots_in(status: &serde_json::Value) -> Result<(String, usize)> {
     let all = status["authorities"].as_array().context("no authorities")?;
     let of = |state: &str| all.iter().filter(|one| one["kind"] == "root" && one["state"] == state).collect::<Vec<_>>();
     let active = of("active");
     ensure!(active.len() == 1, "{} active roots: {status}", active.len());
     let id = active[0]["id"].as_str().context("a root without id")?.to_owned();
     Ok((id, 1 + of("prepared").len() + of("old").len()))
-}
-
-fn sequence(mesh: &Mesh) -> Result<u64> {
-    mesh.pki_status()?["bundle_sequence"].as_u64().context("no sequence")
 }
