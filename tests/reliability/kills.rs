@@ -28,7 +28,9 @@ fn a_pki_that_is_killed_at_any_step_goes_on_from_there() -> Result<()> {
     let (before, mut last) = (roots(&mesh)?.0, 0);
     mesh.stop_pki()?;
     let points = scale(&["uncommitted", "committed"][..], &["uncommitted", "committed", "recorded"]);
-    for step in STEPS {
+    // A JWT key ends long after a root has come and gone.
+    let steps = scale(&STEPS[..6], &STEPS);
+    for step in steps {
         for point in points {
             mesh.spawn_pki(&[("MESHD_PKI_KILL_AT", &format!("{step}.{point}"))])?;
             let ended = mesh.pki()?.wait(DEADLINE).with_context(|| format!("{step}.{point} is never reached"))?;
@@ -40,7 +42,7 @@ fn a_pki_that_is_killed_at_any_step_goes_on_from_there() -> Result<()> {
     ensure!(roots(&mesh)?.0 != before, "no root was replaced, so nothing was shown");
     renewed_everywhere(&mesh)?;
     asks_payments(&mesh, "web", "checkout")?;
-    load.end(&mesh, &format!("PKI killed at {} points of its steps", STEPS.len() * points.len()))
+    load.end(&mesh, &format!("PKI killed at {} points of its steps", steps.len() * points.len()))
 }
 
 #[test]

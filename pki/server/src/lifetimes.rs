@@ -106,7 +106,7 @@ impl Lifetimes {
             leaf,
             endpoint: leaf,
             endpoint_every: (leaf / 3).max(least),
-            jwt_key: leaf * 12,
+            jwt_key: leaf * 6,
             jwt_key_every: leaf * 3,
             jwt_key_wait: leaf,
             jwt: (leaf / 2).max(least),
