@@ -1,7 +1,7 @@
 //! The composition root: the only place that knows all parts. Binds and checks everything first, so that
 //! a mistake ends the start with one clear error; then runs until told to stop.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use meshd_discovery::{SourceConfig, Watcher};
+use meshd_identity::SpiffeId;
 use meshd_pki_client::{Agent, Credentials};
 use meshd_sys::sockets::Mark;
 use meshd_sys::{inherit, memory};
@@ -28,6 +29,7 @@ use crate::only_one::OnlyOne;
 use crate::proxy::{self, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
+use crate::transport::denied::Denied;
 use crate::transport::tls::TlsState;
 use crate::workload_api;
 
@@ -58,12 +60,13 @@ mod certificates;
 mod intent;
 mod listeners;
 mod reload;
+mod self_check;
 
 pub use intent::wanted;
 
 use certificates::{Certificates, default_identity, wait_for_certificates};
 use listeners::{Captured, bind_dns, start_capture};
-use reload::{Reloader, load_enrolment};
+use reload::{Reloader, load_enrolment, withhold};
 
 /// A daemon that has everything it needs and serves already.
 pub struct App {
@@ -77,6 +80,8 @@ pub struct App {
     /// Keeps the captured raw addresses equal to the directory's.
     raw: JoinHandle<()>,
     reloading: JoinHandle<()>,
+    /// The PKI's, which enrolment in force agrees with.
+    selectors: BTreeMap<SpiffeId, Vec<String>>,
     /// Has it reload.
     hangup: Arc<Notify>,
     _only_one: OnlyOne,
@@ -90,13 +95,16 @@ impl App {
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
         let mut credentials = agent.watch();
         let renewals = agent.metrics();
-        let enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
+        let denied = Denied::follow(agent.denied());
+        let selectors = credentials.borrow().selectors.clone();
+        let mut enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
         let (identities, identities_receiver) = watch::channel(enrolment.identities());
         tokio::spawn(agent.run(identities_receiver));
         // First of all: until then strict ports of a host that has just booted are open. What is captured meanwhile
         // waits in the listeners' queues.
         let Captured { keeper, listeners, recovery } = start_capture(&config, &enrolment, inherited).await?;
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
+        withhold(&mut enrolment, &credentials.borrow());
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
         let watcher = Watcher::new(sources);
@@ -107,7 +115,7 @@ impl App {
         )?);
         let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
         let installed = credentials.borrow().clone();
-        let tls = start!(TlsState::build(&installed, default_identity.as_ref(), 0), "certificates")?;
+        let tls = start!(TlsState::build_denying(&installed, default_identity.as_ref(), 0, denied), "certificates")?;
         let access_log = match &config.proxy.access_log {
             Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
             None => AccessLog::off(),
@@ -144,6 +152,7 @@ impl App {
         vips.sync(&directory.borrow());
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         tokio::spawn(follow_ports(shared.clone()));
+        tokio::spawn(self_check::watch(shared.clone()));
         let workers =
             start!(proxy::start(&shared, listeners, &lifecycle, &certificates.generation()), "worker threads")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());
@@ -162,7 +171,8 @@ impl App {
             let path = config.api_socket();
             let socket = start!(workload_api::bind(&path), "{}", path.display())?;
             let (shared, credentials, enrolled) = (shared.clone(), credentials.clone(), identities.subscribe());
-            let sources = workload_api::Sources { shared, credentials, enrolled, tokens: None };
+            let tokens = Arc::new(workload_api::PkiTokens::new(credentials.clone()));
+            let sources = workload_api::Sources { shared, credentials, enrolled, tokens: Some(tokens) };
             tokio::spawn(workload_api::serve(socket, sources));
         }
         let reloader = Reloader {
@@ -177,6 +187,7 @@ impl App {
         let reloading = tokio::spawn(reloader.serve(reloads, hangup.clone()));
         Ok(App {
             config,
+            selectors,
             shared,
             conductor,
             workers,
@@ -198,6 +209,7 @@ impl App {
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "meshd ready");
         memory::forget_startup_code();
         let mut renewing = true;
+        self.follow_selectors();
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -209,6 +221,7 @@ impl App {
                 changed = self.credentials.changed(), if renewing => {
                     renewing = changed.is_ok();
                     if renewing {
+                        self.follow_selectors();
                         self.certificates.install(self.credentials.borrow_and_update().clone());
                     } else {
                         tracing::error!("certificates are not renewed any more; restart meshd before they expire");
@@ -218,6 +231,15 @@ impl App {
         }
         self.drain(terminate).await;
         Ok(())
+    }
+
+    /// Whose identities are is the PKI's to say, too: what it says now is compared with enrol.d again.
+    fn follow_selectors(&mut self) {
+        let selectors = &self.credentials.borrow().selectors;
+        if self.selectors != *selectors {
+            self.selectors.clone_from(selectors);
+            self.hangup.notify_one();
+        }
     }
 
     async fn drain(self, mut again: tokio::signal::unix::Signal) {

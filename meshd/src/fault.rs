@@ -52,7 +52,7 @@ faults! {
     IdentityMismatch "identity_mismatch" Peer true "The peer proved another identity than the endpoint's."
     CertExpired     "cert_expired"     Peer true  "A certificate is past its NotAfter."
     Denied          "denied"           Us   false "Authorization refused the caller."
-    Banned          "banned"           Us   false "The caller is on the deny list."
+    Banned          "banned"           Us   true  "A certificate is on the deny list, the caller's or the peer's."
     UnknownTarget   "unknown_target"   Peer false "The target is no service of that host."
     Misdirected     "misdirected"      Peer true  "The target belongs to another identity than the connection's."
     Loop            "loop"             Us   true  "The connection would come back to this daemon."

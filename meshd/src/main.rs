@@ -11,6 +11,7 @@ use meshd::config::Config;
 use crate::cli::bypass::{Switch, bypass};
 use crate::cli::enrol::{EnrolArgs, UnenrolArgs};
 use crate::cli::intercept::Intercept;
+use crate::cli::join::JoinArgs;
 use crate::cli::probe::{ConnectArgs, ProbeArgs};
 use crate::cli::{Output, enrol, inspect, intercept, join, ledger, probe, run};
 
@@ -27,15 +28,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make this host a member of the mesh, with a one-use token from `meshd-pki token create`.
-    Join {
-        /// File with the token; `-` reads standard input. Never on the command line: it is a secret.
-        #[arg(long, value_name = "PATH|-")]
-        token_file: PathBuf,
-        /// The host's id; default is the one the token was made for.
-        #[arg(long)]
-        host: Option<String>,
-    },
+    /// Make this host a member of the mesh: with a token from `meshd-pki token create`, or by what the machine has already.
+    Join(JoinArgs),
     /// Run the daemon in the foreground.
     Run,
     /// What the daemon holds and knows: identities, services, sources.
@@ -95,7 +89,7 @@ fn main() -> ExitCode {
 
 fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
-        Command::Join { token_file, host } => join::join(&load(&cli.config)?, token_file, host.as_deref()),
+        Command::Join(args) => join::join(&load(&cli.config)?, args),
         Command::Run => run::run(&load(&cli.config)?, &cli.config),
         Command::Status { output } => inspect::status(&load(&cli.config)?, *output),
         Command::Edges { output } => inspect::edges(&load(&cli.config)?, *output),

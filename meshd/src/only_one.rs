@@ -45,8 +45,7 @@ impl OnlyOne {
     /// root starts another one.
     pub fn here(run_dir: &Path, state_dir: &Path) -> Result<OnlyOne, OnlyOneError> {
         let lock = lock_directory(run_dir)?;
-        let service = std::fs::metadata(state_dir).map_or(0, |found| found.uid());
-        if let Some(listener) = lock_namespace(NAME, service)? {
+        if let Some(listener) = lock_namespace(NAME, owner_of(state_dir))? {
             let listener = tokio::net::UnixListener::from_std(listener).map_err(OnlyOneError::Socket)?;
             // Accepting and closing keeps its queue empty: credentials are all that anybody wants of it.
             tokio::spawn(async move { while listener.accept().await.is_ok() {} });
@@ -57,8 +56,12 @@ impl OnlyOne {
 
 /// The process of the meshd of this host, also when it hangs. Whoever owns `state_dir` is meshd's user.
 pub fn running(state_dir: &Path) -> Option<i32> {
-    let service = std::fs::metadata(state_dir).map_or(0, |found| found.uid());
+    let service = owner_of(state_dir);
     holder(NAME).filter(|holder| holder.is_meshd(service)).map(|holder| holder.pid)
+}
+
+fn owner_of(state_dir: &Path) -> u32 {
+    std::fs::metadata(state_dir).map_or(0, |found| found.uid())
 }
 
 fn lock_directory(run_dir: &Path) -> Result<File, OnlyOneError> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
 use meshd_tests::process::{Finished, Program};
@@ -51,5 +51,43 @@ fn its_stream_follows_renewals() -> Result<()> {
     let serials = || watching.stdout().lines().map(str::to_owned).collect::<BTreeSet<_>>().len();
     until(DEADLINE, "three certificates", || serials() >= 3)?;
     ensure!(watching.stderr().is_empty(), "{}", watching.stderr());
+    Ok(())
+}
+
+#[test]
+fn its_tokens_are_good_for_their_audience_only() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let program = script(&mesh, "web", "checkout.service", "fetch_token.py", include_str!("fetch_token.py"))?;
+    let program = program.arg(mesh.daemon("web").api_socket()).args(["ledger", "payroll"]);
+    let said = mesh.host("web").run(&program)?.expect_success("PyPI's spiffe with tokens")?;
+    let (id, other) = said.split_once('\n').context("one line only")?;
+    ensure!(id == mesh.spiffe_id("checkout"), "{said}");
+    ensure!(other.contains("for `ledger`, not for `payroll`"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn its_stream_of_token_keys_follows_the_pkis() -> Result<()> {
+    let mut mesh = Mesh::start(Plan { leaf_ttl: Some("15"), ..Plan::shop_with_one_server() })?;
+    let program = script(&mesh, "web", "checkout.service", "watch_jwt.py", include_str!("watch_jwt.py"))?;
+    let watching = mesh.host("web").spawn(&program.arg(mesh.daemon("web").api_socket()))?;
+    let told = |text: &str| watching.stdout().lines().last() == Some(text);
+    until(DEADLINE, "the one key there is", || told("1"))?;
+    mesh.stop_pki()?;
+    age_the_key_of_tokens(&mesh)?;
+    mesh.start_pki()?;
+    until(DEADLINE, "its successor beside it", || told("2"))?;
+    ensure!(watching.stderr().is_empty(), "{}", watching.stderr());
+    Ok(())
+}
+
+/// As if the PKI had published it a month ago: it is due for a successor.
+fn age_the_key_of_tokens(mesh: &Mesh) -> Result<()> {
+    let age = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); \
+               db.execute(\"UPDATE record SET value = json_set(value, '$.jwt_keys[0].published_at', 1) WHERE key = 'trust'\"); \
+               db.commit(); print(db.total_changes)";
+    let database = mesh.pki_directory().join("state/pki.db");
+    let changed = mesh.pki_host().run(&Program::new("python3").args(["-c", age]).arg(database))?;
+    ensure!(changed.expect_success("changing the database")?.trim() == "1");
     Ok(())
 }

@@ -30,7 +30,7 @@ fn roots_are_replaced_under_load_and_no_connection_notices() -> Result<()> {
     first.iter().try_for_each(|host| mesh.join(host))?;
     mesh.start_hosts(&first)?;
     let load = Witness::start(&mesh)?;
-    let pki = mesh.pki()?.pid();
+    let pki = mesh.pki_process()?.pid();
 
     until(DEADLINE, "a root to be prepared", || roots(&mesh).is_ok_and(|(_, count)| count > 1))?;
     mesh.daemon("depot").stand_still()?;
@@ -57,7 +57,7 @@ fn roots_are_replaced_under_load_and_no_connection_notices() -> Result<()> {
         asks_payments(&mesh, host, "checkout")?;
     }
     ensure!(most <= 4, "{most} roots in the bundle");
-    ensure!(mesh.pki()?.is_running() && mesh.pki()?.pid() == pki, "the PKI is not the process it was");
+    ensure!(mesh.pki_process()?.is_running() && mesh.pki_process()?.pid() == pki, "the PKI is not the process it was");
     figure(&format!("{wanted} rotations of the root, at most {most} roots in the bundle"));
     load.end(&mesh, &format!("{wanted} rotations of the root"))
 }

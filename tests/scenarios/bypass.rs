@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
+use nix::sys::signal::Signal;
 
 use crate::{DEADLINE, ask};
 
@@ -72,5 +73,22 @@ fn a_bypass_works_without_the_daemon() -> Result<()> {
     api.kill()?;
     bypass(&mesh, &["off"])?;
     ensure!(!is_open(&mesh)?, "still open");
+    Ok(())
+}
+
+#[test]
+fn a_bypass_works_while_the_daemon_hangs() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let api = mesh.daemon("api-1");
+    api.stand_still()?;
+    ensure!(!is_open(&mesh)?, "a strict port was opened by a daemon that hangs");
+    bypass(&mesh, &["on"])?;
+    ensure!(is_open(&mesh)?, "still closed");
+    let status = api.run(&["status"])?;
+    ensure!(!status.success() && status.stderr.contains("hangs"), "not told: {status:?}");
+    api.signal(Signal::SIGCONT)?;
+    bypass(&mesh, &["off"])?;
+    ensure!(!is_open(&mesh)?, "still open");
+    ask(&mesh)?;
     Ok(())
 }

@@ -269,6 +269,8 @@ fn a_revert_tells_that_a_hung_meshd_still_captures_raw_addresses() -> Result<()>
     let daemon = mesh.daemon("web");
     let pid = daemon.pid()?;
     daemon.stand_still()?;
+    let told = daemon.run(&["bypass", "on"])?;
+    ensure!(told.exit_code() == Some(1) && told.stderr.contains(&format!("kill -KILL {pid}")), "{told:?}");
     let told = daemon.run(&["intercept", "revert"])?;
     ensure!(told.exit_code() == Some(1) && told.stderr.contains(&format!("kill -KILL {pid}")), "{told:?}");
     ensure!(raw_rules(&mesh).is_some(), "nothing is held, so nothing is shown");

@@ -98,6 +98,40 @@ fn a_stream_follows_renewals_and_enrolment_and_ends_with_it() -> Result<()> {
 }
 
 #[test]
+fn a_token_is_good_for_its_audience_and_is_had_again_while_the_pki_is_away() -> Result<()> {
+    let mut mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let token = |mesh: &Mesh, audience: &str| -> Result<serde_json::Value> {
+        let said = as_unit(mesh, "checkout", &["token", "--audience", audience])?;
+        Ok(serde_json::from_str(&said.expect_success(&format!("a token for {audience}"))?)?)
+    };
+    let ledger = token(&mesh, "ledger")?;
+    ensure!(ledger["id"] == *mesh.spiffe_id("checkout"), "{ledger}");
+    let text = ledger["token"].as_str().context("no token")?;
+    // Whoever it is that judges it: billing, too.
+    for (audience, expected) in [("ledger", "valid: "), ("payroll", "refused: ")] {
+        let judged = as_unit(&mesh, "billing", &["judge", "--audience", audience, text])?.expect_success("judge")?;
+        ensure!(judged.starts_with(expected), "{audience}: {judged}");
+    }
+    mesh.stop_pki()?;
+    ensure!(token(&mesh, "ledger")? == ledger, "the token was not kept");
+    let none = as_unit(&mesh, "checkout", &["token", "--audience", "payroll"])?;
+    ensure!(!none.success() && none.stderr.contains("no token of") && none.stderr.contains("cannot reach"), "{none:?}");
+    mesh.start_pki()?;
+    until(DEADLINE, "a token for another audience", || token(&mesh, "payroll").is_ok())
+}
+
+#[test]
+fn tokens_of_an_identity_the_pki_took_away_are_refused() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    mesh.pki(&["entry", "remove", "--host", "web", "ns/shop/sa/checkout"])?;
+    let answer = called(&mesh, "checkout", &["fetch-jwt-svid"])?;
+    ensure!(answer == NOBODY, "{answer}");
+    let log = mesh.daemon("web").log();
+    ensure!(log.contains("meshd-pki entry add --host web ns/shop/sa/checkout"), "{log}");
+    Ok(())
+}
+
+#[test]
 fn a_connection_in_other_hands_than_those_that_made_it_is_worth_nothing() -> Result<()> {
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     let host = mesh.host("web");

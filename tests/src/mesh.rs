@@ -80,6 +80,10 @@ impl Mesh {
         let rehearsal = self.plan.rehearse.into_iter().flat_map(|leaf| ["--rehearse", leaf]);
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(leaf).args(rehearsal);
         program = program.args(["--metrics", &SocketAddr::from(PKI_METRICS).to_string()]);
+        if !environment.is_empty() {
+            // A clock behind the one at `init` would be distrusted.
+            program = program.args(["--clock-is-right"]);
+        }
         for (name, value) in environment {
             program = program.env(name, value);
         }
@@ -94,11 +98,11 @@ impl Mesh {
 
     /// SIGKILL, and the end of it.
     pub fn kill_pki(&mut self) -> Result<()> {
-        self.pki()?.kill()
+        self.pki_process()?.kill()
     }
 
     /// The server of the PKI, running or ended.
-    pub fn pki(&mut self) -> Result<&mut Process> {
+    pub fn pki_process(&mut self) -> Result<&mut Process> {
         self.pki.as_mut().context("the PKI was never started")
     }
 
@@ -117,6 +121,13 @@ impl Mesh {
         self.pki_directory().join("state")
     }
 
+    /// Has the running PKI deny somebody: `whom` is an option of `meshd-pki deny add`, with its value.
+    pub fn deny(&self, whom: &[&str]) -> Result<()> {
+        let program = self.pki_program(&["deny", "add"]).args(whom);
+        self.pki_host().run(&program)?.expect_success("meshd-pki deny add")?;
+        Ok(())
+    }
+
     /// A one-use token for a host, allowing the identities of its workloads.
     pub fn token(&self, host: &HostPlan) -> Result<String> {
         let address = self.pki_address();
@@ -131,6 +142,13 @@ impl Mesh {
     pub fn token_of(&self, host: &str) -> Result<String> {
         let planned = self.plan.hosts.iter().find(|planned| planned.name == host);
         self.token(planned.with_context(|| format!("no host {host} is planned"))?)
+    }
+
+    /// A verb of meshd-pki as its operator runs it, beside the running server.
+    pub fn pki(&self, verb: &[&str]) -> Result<String> {
+        let words = verb.iter().position(|word| word.starts_with('-')).unwrap_or(verb.len());
+        let program = self.pki_program(&verb[..words]).args(&verb[words..]);
+        self.pki_host().run(&program)?.expect_success(&format!("meshd-pki {}", verb.join(" ")))
     }
 
     pub fn join_all(&self) -> Result<()> {
@@ -240,17 +258,17 @@ impl Mesh {
         Ok(())
     }
 
-    fn pki_address(&self) -> String {
+    pub fn pki_address(&self) -> String {
         let host = self.pki_host();
         let address = if self.plan.ipv6_only { IpAddr::V6(host.address6()) } else { IpAddr::V4(host.address()) };
         SocketAddr::new(address, PKI_PORT).to_string()
     }
 
-    fn pki_host(&self) -> Host {
+    pub fn pki_host(&self) -> Host {
         self.lab.host(&self.plan.pki_host)
     }
 
-    fn pki_directory(&self) -> PathBuf {
+    pub fn pki_directory(&self) -> PathBuf {
         self.pki_host().directory().join("meshd-pki")
     }
 

@@ -74,16 +74,17 @@ const CLIENTS: Tier = Tier {
 };
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API
-/// has nothing to do with capture: once is enough.
+/// and the deny set have nothing to do with capture: once is enough.
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
-    ("nft-redirect", &["tun::", "workload_api::"]),
-    ("iptables-nft", &["tun::", "workload_api::", NAMED_REMOVER, HUNG_RAW]),
+    ("nft-redirect", &["tun::", "workload_api::", "deny::"]),
+    ("iptables-nft", &["tun::", "workload_api::", "deny::", NAMED_REMOVER, HUNG_RAW]),
     (
         "iptables-legacy",
         &[
             "tun::",
             "workload_api::",
+            "deny::",
             NAMED_REMOVER,
             HUNG_RAW,
             "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
@@ -94,6 +95,7 @@ const BACKENDS: [(&str, &[&str]); 5] = [
         "tun",
         &[
             "workload_api::",
+            "deny::",
             "strict::",
             "ledger::",
             "raw::",

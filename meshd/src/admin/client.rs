@@ -1,6 +1,7 @@
 //! The CLI's side of the admin socket.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -10,10 +11,15 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
+/// Rules are put in force within a second, a probe's outcome within two; beyond this a daemon hangs.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
+
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     #[error("cannot reach meshd at {path}: {source}; is it running (`systemctl status meshd`), and are you root?")]
     Connect { path: PathBuf, source: std::io::Error },
+    #[error("meshd at {path} does not answer: it hangs; see its log, or end it")]
+    Silent { path: PathBuf },
     #[error("meshd answered {0} to {1}; CLI and daemon may be of different versions, restart the daemon")]
     Status(hyper::StatusCode, String),
     #[error("{0}")]
@@ -35,6 +41,11 @@ pub async fn order(socket: &Path, what: &str, details: &impl Serialize) -> Resul
 }
 
 async fn ask(socket: &Path, method: Method, what: &str, body: Bytes) -> Result<Bytes, AdminError> {
+    let answer = tokio::time::timeout(DAEMON_TIMEOUT, exchange(socket, method, what, body)).await;
+    answer.unwrap_or_else(|_| Err(AdminError::Silent { path: socket.into() }))
+}
+
+async fn exchange(socket: &Path, method: Method, what: &str, body: Bytes) -> Result<Bytes, AdminError> {
     let connect = |source| AdminError::Connect { path: socket.into(), source };
     let stream = UnixStream::connect(socket).await.map_err(connect)?;
     let (mut send, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
@@ -65,4 +76,21 @@ struct Refusal {
 
 fn broken(error: impl std::fmt::Display) -> AdminError {
     AdminError::Answer(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_daemon_that_hangs_is_told_from_one_that_is_not_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("admin.sock");
+        let told = fetch::<()>(&socket, "/status").await.unwrap_err();
+        assert!(matches!(told, AdminError::Connect { .. }), "{told}");
+        // It is there, and takes the connection; nobody ever reads.
+        let _hung = tokio::net::UnixListener::bind(&socket).unwrap();
+        let told = fetch::<()>(&socket, "/status").await.unwrap_err();
+        assert!(matches!(told, AdminError::Silent { .. }), "{told}");
+    }
 }

@@ -8,10 +8,9 @@ use super::show::{duration, section};
 use crate::capture::flows::{Effect, LiveFlow, classify};
 use crate::capture::plan::reduced;
 use crate::capture::timer::{BootClock, Timer};
-use crate::capture::{
-    Bypass, CaptureState, Chosen, Facts, Held, KeeperView, Live, PassedOver, Reverted, Wanted, unix_now,
-};
+use crate::capture::{Bypass, CaptureState, Chosen, Facts, Held, KeeperView, Live, PassedOver, Reverted, Wanted};
 use crate::enrol::PortMemory;
+use crate::unix_time::unix_now;
 
 /// `meshd intercept plan`.
 #[derive(Debug, Serialize)]
@@ -60,7 +59,7 @@ impl InterceptPlan {
         flows.sort_by_key(|planned| (urgency(&planned.effect), planned.flow.server, planned.flow.client));
         InterceptPlan {
             confirmed: state.is_confirmed(&hash),
-            held: state.held.clone().filter(|held| held.hash == hash),
+            held: state.held_as(&hash).cloned(),
             plan: hash,
             backend: chosen.backend.kind().label(),
             passed_over: chosen.passed_over.clone(),
@@ -164,7 +163,7 @@ impl InterceptStatus {
         };
         InterceptStatus {
             confirmed: plan.as_ref().is_some_and(|hash| state.is_confirmed(hash)),
-            held: state.held.clone().filter(|held| plan.as_ref() == Some(&held.hash)),
+            held: plan.as_ref().and_then(|hash| state.held_as(hash)).cloned(),
             plan,
             backend: state.applied.as_ref().map(|applied| applied.backend.label()),
             in_force: state.applied.is_some(),

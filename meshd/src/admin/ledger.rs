@@ -14,6 +14,7 @@ use super::view::View;
 use crate::capture::{Book, KeeperHandle, PlainCaller, PortRecord};
 use crate::enrol::{Delivery, Enrolment, Mode};
 use crate::telemetry::Exposition;
+use crate::unix_time::unix_seconds;
 
 /// Times are Unix seconds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,8 +34,7 @@ pub struct PortView {
     /// The services behind it; usually one.
     pub services: Vec<String>,
     pub unit: String,
-    /// `strict` or `permissive`.
-    pub mode: String,
+    pub mode: Mode,
     /// Since when callers of a permissive port are counted; null if nobody counts.
     pub observed_since: Option<u64>,
     /// How long of the time since then nobody counted.
@@ -64,31 +64,44 @@ pub struct CallerView {
 pub(super) fn routes(view: Arc<View>, keeper: KeeperHandle) -> Router {
     let answer = |State((view, keeper)): State<(Arc<View>, KeeperHandle)>| async move {
         keeper.count().await;
-        Json(view.ledger())
+        Json(view.ledger(Callers::Listed))
     };
     Router::new().route("/ledger", get(answer)).with_state((view, keeper))
 }
 
+/// There may be ten thousand.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Callers {
+    Listed,
+    LeftOut,
+}
+
 impl LedgerView {
-    pub(super) fn of(book: &Book, enrolment: &Enrolment) -> LedgerView {
+    /// `book`: None where nobody counts.
+    pub(super) fn of(book: Option<&Book>, enrolment: &Enrolment, callers: Callers) -> LedgerView {
         let mut ports: Vec<PortView> = Vec::new();
         for delivery in enrolment.deliveries() {
             match ports.iter_mut().find(|known| known.port == delivery.deliver.port()) {
                 Some(known) => known.add(delivery),
-                None => ports.push(PortView::of(delivery, book)),
+                None => ports.push(PortView::of(delivery, book, callers)),
             }
         }
         ports.sort_by_key(|port| port.port);
-        LedgerView { counted_at: book.entered, ports, dropped_callers: book.dropped }
+        LedgerView {
+            counted_at: book.and_then(|book| book.entered),
+            ports,
+            dropped_callers: book.map_or(0, |book| book.dropped),
+        }
     }
 
     pub(super) fn metrics(&self) -> Vec<Exposition> {
-        let of_mode = |mode: &'static str| self.ports.iter().filter(move |port| port.mode == mode);
-        let plaintext = of_mode("permissive").filter(|port| port.observed_since.is_some()).map(|port| {
+        let of_mode = |mode: Mode| self.ports.iter().filter(move |port| port.mode == mode);
+        let plaintext = of_mode(Mode::Permissive).filter(|port| port.observed_since.is_some()).map(|port| {
             let labels = vec![("port", port.port.to_string().into()), ("service", port.services.join(",").into())];
             (labels, port.plaintext_connections as f64)
         });
-        let refused = of_mode("strict").map(|port| (vec![("port", port.port.to_string().into())], port.refused as f64));
+        let refused =
+            of_mode(Mode::Strict).map(|port| (vec![("port", port.port.to_string().into())], port.refused as f64));
         vec![
             Exposition::counter(
                 "meshd_plaintext_connections",
@@ -110,22 +123,22 @@ impl LedgerView {
 }
 
 impl PortView {
-    fn of(delivery: &Delivery, book: &Book) -> PortView {
+    fn of(delivery: &Delivery, book: Option<&Book>, listed: Callers) -> PortView {
         let port = delivery.deliver.port();
-        let record = book.ports.get(&port);
+        let record = book.and_then(|book| book.ports.get(&port));
         let count = |field: fn(&PortRecord) -> u64| record.map_or(0, field);
         let mut view = PortView {
             port,
             services: Vec::new(),
             unit: delivery.owner.unit.to_string(),
-            mode: "permissive".into(),
+            mode: Mode::Permissive,
             observed_since: record.map(|record| record.observed_since),
             unobserved_s: count(|record| record.unobserved_s),
             clean_for_s: count(|record| record.clean_s),
             last_plaintext: record.and_then(|record| record.last_seen),
             plaintext_connections: count(|record| record.connections),
-            refused: book.refused.get(&port).map_or(0, |refused| refused.connections),
-            callers: record.map(callers).unwrap_or_default(),
+            refused: book.and_then(|book| book.refused.get(&port)).map_or(0, |refused| refused.connections),
+            callers: record.filter(|_| listed == Callers::Listed).map(callers).unwrap_or_default(),
         };
         view.add(delivery);
         view
@@ -135,13 +148,13 @@ impl PortView {
         self.services.push(delivery.service.to_string());
         // A port that is strict for one service is strict.
         if delivery.mode == Mode::Strict {
-            self.mode = "strict".into();
+            self.mode = Mode::Strict;
         }
     }
 
     /// Whether nobody has called in clear for that long, as far as was observed; a strict port cannot be called so.
     pub fn is_clean_for(&self, wanted: Duration) -> bool {
-        self.mode == "strict" || (self.observed_since.is_some() && self.clean_for_s >= wanted.as_secs())
+        self.mode == Mode::Strict || (self.observed_since.is_some() && self.clean_for_s >= wanted.as_secs())
     }
 }
 
@@ -163,16 +176,16 @@ fn callers(record: &PortRecord) -> Vec<CallerView> {
 
 /// The ledger as two tables; `user` gives the name of a uid.
 pub fn ledger(view: &LedgerView, now: SystemTime, user: impl Fn(u32) -> Option<String>) -> String {
-    let now = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = unix_seconds(now);
     let ago = |time: u64| format!("{} ago", span(now.saturating_sub(time)));
     let ports = view.ports.iter().map(|port| {
-        let strict = port.mode == "strict";
+        let strict = port.mode == Mode::Strict;
         let unless_strict = |text: String| if strict { "-".to_owned() } else { text };
         vec![
             port.port.to_string(),
             port.services.join(","),
             port.unit.clone(),
-            port.mode.clone(),
+            port.mode.label().to_owned(),
             unless_strict(port.plaintext_connections.to_string()),
             unless_strict(port.last_plaintext.map_or_else(|| "never".into(), ago)),
             unless_strict(port.observed_since.map_or_else(|| "not counted".into(), |_| span(port.clean_for_s))),
@@ -227,7 +240,7 @@ fn span(seconds: u64) -> String {
 mod tests {
     use super::*;
 
-    fn port(port: u16, mode: &str, observed_since: Option<u64>, clean_for_s: u64) -> PortView {
+    fn port(port: u16, mode: Mode, observed_since: Option<u64>, clean_for_s: u64) -> PortView {
         let caller = |address: Option<&str>, uid| CallerView {
             address: address.and_then(|address| address.parse().ok()),
             uid,
@@ -239,7 +252,7 @@ mod tests {
             port,
             services: vec!["smtp.shop".into()],
             unit: "smtp.service".into(),
-            mode: mode.into(),
+            mode,
             observed_since,
             unobserved_s: 0,
             clean_for_s,
@@ -253,17 +266,17 @@ mod tests {
     #[test]
     fn only_observed_time_makes_a_permissive_port_clean() {
         let week = Duration::from_secs(7 * 86_400);
-        assert!(port(25, "permissive", Some(0), week.as_secs()).is_clean_for(week));
-        assert!(!port(25, "permissive", Some(0), week.as_secs() - 1).is_clean_for(week));
-        assert!(!port(25, "permissive", None, 0).is_clean_for(Duration::ZERO));
-        assert!(port(25, "strict", None, 0).is_clean_for(week));
+        assert!(port(25, Mode::Permissive, Some(0), week.as_secs()).is_clean_for(week));
+        assert!(!port(25, Mode::Permissive, Some(0), week.as_secs() - 1).is_clean_for(week));
+        assert!(!port(25, Mode::Permissive, None, 0).is_clean_for(Duration::ZERO));
+        assert!(port(25, Mode::Strict, None, 0).is_clean_for(week));
     }
 
     #[test]
     fn callers_are_shown_by_address_or_user() {
         let view = LedgerView {
             counted_at: Some(1200),
-            ports: vec![port(25, "permissive", Some(600), 140), port(80, "strict", None, 0)],
+            ports: vec![port(25, Mode::Permissive, Some(600), 140), port(80, Mode::Strict, None, 0)],
             dropped_callers: 1,
         };
         let page = ledger(&view, SystemTime::UNIX_EPOCH + Duration::from_secs(1200), |uid| {

@@ -4,6 +4,7 @@ mod client;
 mod control;
 mod intercept;
 mod ledger;
+mod pki;
 mod probe;
 mod server;
 mod show;

@@ -31,7 +31,12 @@ pub fn status(status: &StatusView) -> String {
         page += &section("enrolled ports", &["PORT", "OWNER"], ports);
     }
     let serves = status.serves.iter().map(|row| {
-        vec![format!("{}:{}", row.service, row.port), row.unit.clone(), row.deliver.clone(), row.mode.clone()]
+        vec![
+            format!("{}:{}", row.service, row.port),
+            row.unit.clone(),
+            row.deliver.clone(),
+            row.mode.label().to_owned(),
+        ]
     });
     page += &section("serves", &["SERVICE", "UNIT", "DELIVERS TO", "MODE"], serves.collect());
     let services = status.services.iter().map(|service| {
@@ -47,7 +52,8 @@ pub fn status(status: &StatusView) -> String {
         }
     }
     page += &capture(&status.capture);
-    page += &format!("PKI: {} certificates renewed, {} attempts failed\n", status.renewals_ok, status.renewals_failed);
+    page += &status.pki.show();
+    page += &format!("  {} renewals, {} attempts failed\n", status.renewals_ok, status.renewals_failed);
     page
 }
 

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::ledger::LedgerView;
+use super::ledger::{Callers, LedgerView};
+use super::pki::PkiView;
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
@@ -51,6 +52,8 @@ pub struct StatusView {
     pub capture: KeeperView,
     pub renewals_ok: u64,
     pub renewals_failed: u64,
+    #[serde(default)]
+    pub pki: PkiView,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -82,7 +85,7 @@ pub struct DeliveryView {
     pub port: u16,
     pub unit: String,
     pub deliver: String,
-    pub mode: String,
+    pub mode: Mode,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -131,8 +134,10 @@ impl View {
         &self.shared.telemetry
     }
 
-    pub(super) fn ledger(&self) -> LedgerView {
-        LedgerView::of(&self.keeper.ledger.load(), &self.shared.enrolment.load())
+    pub(super) fn ledger(&self, callers: Callers) -> LedgerView {
+        // What another backend counted is not how things are.
+        let book = self.keeper.backend.can().ledger.then(|| self.keeper.ledger.load());
+        LedgerView::of(book.as_deref().map(|book| &**book), &self.shared.enrolment.load(), callers)
     }
 
     pub(super) fn shared(&self) -> &Shared {
@@ -168,6 +173,7 @@ impl View {
             capture: self.capture(),
             renewals_ok: self.renewals.refreshes_ok(),
             renewals_failed: self.renewals.refreshes_failed(),
+            pki: PkiView::of(&self.renewals, &credentials, &self.shared),
         }
     }
 
@@ -214,10 +220,7 @@ impl View {
             port: delivery.port,
             unit: delivery.owner.unit.to_string(),
             deliver: delivery.deliver.to_string(),
-            mode: match delivery.mode {
-                Mode::Strict => "strict".into(),
-                Mode::Permissive => "permissive".into(),
-            },
+            mode: delivery.mode,
         };
         enrolment.deliveries().iter().map(row).collect()
     }
@@ -311,7 +314,8 @@ impl View {
                 per_source(&|health| health.last_ok.map_or(0.0, unix)),
             ),
         ];
-        metrics.extend(self.ledger().metrics());
+        metrics.extend(PkiView::of(&self.renewals, &credentials, &self.shared).metrics());
+        metrics.extend(self.ledger(Callers::LeftOut).metrics());
         metrics.extend(capture_metrics(&self.capture()));
         metrics.extend(self.recovery.metrics());
         metrics

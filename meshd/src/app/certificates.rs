@@ -48,7 +48,8 @@ impl Certificates {
         }
         let generation = *self.generation.borrow() + 1;
         let default = default_identity(&self.config, &self.config_path, &credentials).ok().flatten();
-        match TlsState::build(&credentials, default.as_ref(), generation) {
+        let denied = self.shared.tls.load().denied().clone();
+        match TlsState::build_denying(&credentials, default.as_ref(), generation, denied) {
             Ok(tls) => {
                 self.shared.tls.store(Arc::new(tls));
                 self.generation.send_replace(generation);

@@ -16,7 +16,7 @@ pub(super) fn planned(config: &Config, enrolment: &Enrolment) -> Result<Wanted, 
 /// What the configuration and the enrolled workloads ask of the kernel.
 pub fn wanted(config: &Config, enrolment: &Enrolment) -> Wanted {
     let enrolled: BTreeSet<Caller> = enrolment.workloads().iter().map(|workload| caller(&workload.selector)).collect();
-    let of_mode = |mode| enrolment.deliveries().iter().filter(move |delivery| delivery.mode == mode);
+    let of_mode = |mode| enrolment.claimed_deliveries().filter(move |delivery| delivery.mode == mode);
     Wanted {
         strict: of_mode(Mode::Strict).map(|delivery| strict_port(delivery)).collect(),
         raw_callers: match config.capture.raw.is_empty() {

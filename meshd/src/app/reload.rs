@@ -88,7 +88,16 @@ impl Reloader {
 }
 
 pub(super) fn load_enrolment(config: &Config, credentials: &Credentials) -> Result<Enrolment, enrol::EnrolError> {
-    enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.reserved())
+    let mut enrolment = enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.reserved())?;
+    withhold(&mut enrolment, credentials);
+    Ok(enrolment)
+}
+
+/// What the PKI gives to other processes is given to nobody.
+pub(super) fn withhold(enrolment: &mut Enrolment, credentials: &Credentials) {
+    for message in enrolment.withhold(&credentials.host_id, &credentials.selectors) {
+        tracing::error!("{message}");
+    }
 }
 
 fn another_plan(asked: &str, found: &str) -> String {

@@ -94,9 +94,9 @@ pub fn classify(wanted: &Wanted, facts: &Facts, lifeline: &Lifeline, flow: &Live
     }
     let port = flow.server.port();
     if flow.inbound
-        && let Some(strict) = wanted.strict.iter().find(|strict| strict.port == port)
+        && let Some(effect) = at_strict_port(wanted, facts, flow)
     {
-        return at_strict_port(wanted, facts, strict, flow);
+        return effect;
     }
     if flow.inbound && wanted.permissive.contains(&port) && !is_meshd(wanted, flow) {
         return Effect::Counted;
@@ -156,7 +156,16 @@ fn is_meshd(wanted: &Wanted, flow: &LiveFlow) -> bool {
     flow.caller.as_ref().is_some_and(|process| process.uid == wanted.daemon_uid)
 }
 
-fn at_strict_port(wanted: &Wanted, facts: &Facts, strict: &StrictPort, flow: &LiveFlow) -> Effect {
+/// None where the port is not strict. Who may call it for one delivery may call it.
+fn at_strict_port(wanted: &Wanted, facts: &Facts, flow: &LiveFlow) -> Option<Effect> {
+    let of_port = wanted.strict.iter().filter(|strict| strict.port == flow.server.port());
+    let mut effects = of_port.map(|strict| at_strict_delivery(wanted, facts, strict, flow));
+    let first = effects.next()?;
+    let lets_in = |effect: &Effect| matches!(effect, Effect::Excluded(_));
+    if lets_in(&first) { Some(first) } else { Some(effects.find(lets_in).unwrap_or(first)) }
+}
+
+fn at_strict_delivery(wanted: &Wanted, facts: &Facts, strict: &StrictPort, flow: &LiveFlow) -> Effect {
     let port = strict.port;
     if is_meshd(wanted, flow) {
         return Effect::Excluded("comes through the mesh".into());
@@ -277,6 +286,28 @@ mod tests {
             assert_eq!(matches!(effect, Effect::WouldBreak(_)), breaks, "{flow:?}: {effect:?}");
             assert!(matches!(effect, Effect::WouldBreak(_) | Effect::Excluded(_)), "{effect:?}");
         }
+    }
+
+    #[test]
+    fn who_may_call_a_strict_port_for_one_of_its_deliveries_may_call_it() {
+        let mut plan = plan();
+        plan.strict.insert(StrictPort {
+            port: 8080,
+            owner: Caller::Uid(5),
+            local: [Caller::Uid(5)].into(),
+            plaintext_from: ["10.8.0.0/24".parse().unwrap()].into(),
+        });
+        let breaks = |flow: &LiveFlow| {
+            matches!(classify(&plan, &Facts::default(), &Lifeline::default(), flow), Effect::WouldBreak(_))
+        };
+        for client in ["10.8.0.9:4", "10.9.0.9:4"] {
+            assert!(!breaks(&inbound(client, 8080, None)), "{client}");
+        }
+        for uid in [5, 997] {
+            assert!(!breaks(&inbound("127.0.0.1:4", 8080, Some((uid, "some.service")))), "{uid}");
+        }
+        assert!(breaks(&inbound("10.7.0.9:4", 8080, None)));
+        assert!(breaks(&inbound("127.0.0.1:4", 8080, Some((6, "some.service")))));
     }
 
     #[test]

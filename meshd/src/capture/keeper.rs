@@ -18,7 +18,7 @@ use super::pace::Pace;
 use super::plan::resolve;
 use super::state::{Applied, CaptureState};
 use super::state_file::{Locked, Stamp, StateFile};
-use super::timer::BootClock;
+use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
 use meshd_sys::kernel_events::KernelEvents;
@@ -42,7 +42,7 @@ pub struct Keeper {
     intent: Option<Wanted>,
     /// What is in the kernel; None when nothing is.
     in_force: Option<(Wanted, Facts)>,
-    raw_addresses: BTreeSet<SocketAddr>,
+    raw_addresses: Arc<BTreeSet<SocketAddr>>,
     ledger: Ledger,
     events: KernelEvents,
     /// Rules or routes may have changed since they were looked at.
@@ -85,7 +85,7 @@ impl Keeper {
             stamp: None,
             intent: None,
             in_force: None,
-            raw_addresses: BTreeSet::new(),
+            raw_addresses: Arc::default(),
             ledger,
             events,
             suspicious: false,
@@ -117,7 +117,7 @@ impl Keeper {
                 }
                 Ok(Command::Follow(answer)) => drop(answer.send(self.follow())),
                 Ok(Command::RawAddresses(addresses, answer)) => {
-                    self.raw_addresses = addresses;
+                    self.raw_addresses = addresses.into();
                     self.tick(Instant::now());
                     let _ = answer.send(());
                 }
@@ -144,7 +144,7 @@ impl Keeper {
     }
 
     fn facts_for(&self, wanted: &Wanted) -> Facts {
-        Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted, &self.file.port_memory()) }
+        Facts { raw_addresses: self.raw_addresses.clone(), ..Facts::find(wanted, self.file.port_memory()) }
     }
 
     /// `lift`: what of the operators' decisions is over.
@@ -288,14 +288,16 @@ impl Keeper {
     fn tick(&mut self, now: Instant) {
         let Some(intent) = self.intent.clone() else { return };
         if self.stamp != self.file.stamp()
+            && self.pace.due_for_news(now)
             && let Err(error) = self.follow()
         {
+            self.pace.looked(now, true);
             self.tell_failure(now, "what operators decided is not in force", &error);
         }
         self.hear();
         self.suspicious |= !self.backend.notified();
         let moved = self.in_force.as_ref().is_some_and(|(wanted, facts)| *facts != self.facts_for(wanted));
-        if moved || self.suspicious && self.pace.due(now) {
+        if moved && self.pace.due_for_news(now) || self.suspicious && self.pace.due(now) {
             self.look(now, &intent);
         }
         if let Some((wanted, _)) = &self.in_force {
@@ -312,7 +314,6 @@ impl Keeper {
     }
 
     fn look(&mut self, now: Instant, intent: &Wanted) {
-        self.pace.looked(now);
         let settled = self.file.lock().and_then(|mut locked| {
             let settled = self.settle(&mut locked, intent, Look::InTheKernel)?;
             if settled != Settled::WasInForce {
@@ -321,6 +322,7 @@ impl Keeper {
             }
             Ok(settled)
         });
+        self.pace.looked(now, settled.is_err());
         match settled {
             Ok(Settled::WasInForce | Settled::Removed) => (self.suspicious, self.told) = (false, None),
             Ok(Settled::PutInForce) => {}
@@ -358,15 +360,14 @@ impl Keeper {
 
     /// Its process may have been killed; an unconfirmed plan must not stay for that.
     fn stand_in_for_the_timer(&mut self, now: Instant) {
-        let clock = BootClock::now();
-        let overdue = |state: &CaptureState| {
-            state.timer.as_ref().is_some_and(|timer| timer.overdue(&clock).is_some_and(|late| late > TIMER_GRACE))
-        };
-        if !overdue(&self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).1) {
+        let overdue = |timer: &Timer| timer.overdue(&BootClock::now()).is_some_and(|late| late > TIMER_GRACE);
+        let known = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.1.timer.as_ref().is_some_and(overdue) {
             return;
         }
+        drop(known);
         let expired = self.file.lock().and_then(|mut locked| {
-            locked.state.give_up_unconfirmed(&clock);
+            locked.state.give_up_unconfirmed(&BootClock::now());
             locked.save()
         });
         if let Err(error) = expired.and_then(|()| self.follow()) {

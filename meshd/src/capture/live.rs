@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 use meshd_sys::sock_dump::{SocketState, TcpSocket, tcp_sockets};
@@ -11,6 +10,7 @@ use super::flows::{Danger, Lifeline, LiveFlow, Session, live_flows};
 use super::tool::CaptureError;
 use super::wanted::Wanted;
 use crate::enrol::{CgroupUnits, Enrolment, Mode, UnitLookup};
+use crate::{host, tool};
 
 /// The port everybody tries first, and where sshd may be started tomorrow.
 const SSH: u16 = 22;
@@ -112,10 +112,10 @@ fn inodes_of(programs: &[&str]) -> HashSet<u32> {
 
 /// systemd itself holds a socket unit's listener, so only systemd knows that it is ssh's.
 fn socket_units() -> Vec<u16> {
-    if !Path::new("/run/systemd/system").is_dir() {
+    if !host::systemd_runs() {
         return Vec::new();
     }
-    let shown = Command::new("systemctl").args(["show", "--property=Listen"]).args(SSH_SOCKET_UNITS).output();
+    let shown = tool::output("systemctl", &[&["show", "--property=Listen"][..], &SSH_SOCKET_UNITS].concat(), "");
     shown.map(|output| listen_ports(&String::from_utf8_lossy(&output.stdout))).unwrap_or_default()
 }
 

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use super::backend::BackendKind;
 use super::nft;
 use super::plan::resolve;
-use super::state::{Applied, CaptureState, Held, unix_now};
+use super::state::{Applied, CaptureState, Held};
 use super::state_file::{Locked, StateFile};
 use super::timer::{BootClock, Timer};
 use super::tool::CaptureError;
 use super::wanted::{Facts, Wanted};
+use crate::unix_time::unix_now;
 
 /// The table of a daemon that was killed goes when its holder has noticed.
 const LETTING_GO: Duration = Duration::from_secs(1);
@@ -79,7 +80,7 @@ fn settle(locked: &mut Locked) -> Result<(), CaptureError> {
             }
             // Raw addresses are captured only while a daemon runs, and it does that itself.
             let ours = Wanted { raw_callers: BTreeSet::new(), ..target.clone() };
-            backend.open().apply(&ours, &Facts::find(&ours, &locked.port_memory()))?;
+            backend.open().apply(&ours, &Facts::find(&ours, locked.port_memory()))?;
             locked.state.applied = Some(Applied { backend: *backend, wanted: target });
             Ok(())
         }
@@ -104,7 +105,7 @@ pub fn confirm(state_dir: &Path) -> Result<Confirmed, CaptureError> {
         return Err(CaptureError::NotConfirmable("no plan is in force; run `meshd intercept apply` first".into()));
     };
     let hash = plan.hash();
-    if let Some(Held { why, .. }) = state.held.as_ref().filter(|held| held.hash == hash) {
+    if let Some(Held { why, .. }) = state.held_as(&hash) {
         return Err(CaptureError::NotConfirmable(format!(
             "plan {hash} is not in force any more ({why}); run `meshd intercept apply` again"
         )));

@@ -3,8 +3,9 @@
 //! `wanted` says what is to be so, as plain data; a `backend` renders it for one of the kernel's mechanisms and
 //! applies it; `keeper` is the thread that keeps the kernel equal to what is wanted; `flow` tells workers whom a
 //! captured connection was for. `plan` decides what is in force out of what is configured and what operators did
-//! (`state`), `manual` is what they do, `timer` takes an unconfirmed plan back, `flows` says what a plan would touch. Rules outlive the daemon on purpose: without it, virtual IPs are refused at once
-//! and strict ports stay closed; `meshd intercept revert` removes everything.
+//! (`state`), `manual` is what they do, `timer` takes an unconfirmed plan back, `flows` says what a plan would touch.
+//! Rules outlive the daemon on purpose: without it, virtual IPs are refused at once and strict ports stay closed;
+//! `meshd intercept revert` removes everything.
 
 mod backend;
 mod flow;
@@ -42,9 +43,10 @@ pub use keeper::{Keeper, KeeperHandle, KeeperView};
 pub use ledger::{Book, PlainCaller, PortRecord, PublishedBook, Tally};
 pub use live::{Live, lifeline, look, own_session, refuse_lockout};
 pub use owner::{OwnerReader, OwnerRecord, RecordedOwner};
-pub use state::{Applied, Bypass, CaptureState, Held, Reverted, unix_now};
+pub use state::{Applied, Bypass, CaptureState, Held, Reverted};
 pub use state_file::StateFile;
 pub use tool::CaptureError;
+pub(crate) use transparent::table_beside;
 pub use tun::Flows as TunFlows;
 pub use wanted::{Caller, Facts, StrictPort, Wanted};
 
@@ -93,7 +95,7 @@ impl CaptureConfig {
         if matches!(self.table, 0 | 253..=255) {
             return Some(("capture.table", "this is one of the host's own routing tables; choose another number"));
         }
-        if self.table == u32::MAX || matches!(transparent::table_beside(self.table), 253..=255) {
+        if self.table == u32::MAX || matches!(table_beside(self.table), 253..=255) {
             return Some((
                 "capture.table",
                 "the number after it is used, too, and must be free; choose another number",

@@ -15,6 +15,8 @@ const FIGHTING: Duration = Duration::from_secs(30);
 pub(super) struct Pace {
     looked: Option<Instant>,
     heals: VecDeque<Heal>,
+    /// The last try to put things right did not.
+    failing: bool,
 }
 
 /// Rules or routes that were put back.
@@ -26,14 +28,20 @@ struct Heal {
 }
 
 impl Pace {
+    /// What rules depend on has moved: to be followed at once, unless that just failed.
+    pub(super) fn due_for_news(&self, now: Instant) -> bool {
+        !self.failing || self.due(now)
+    }
+
     /// Whether it is time to look again.
     pub(super) fn due(&self, now: Instant) -> bool {
         let interval = if self.fighting(now) { FIGHTING } else { USUAL };
         self.looked.is_none_or(|looked| now.duration_since(looked) >= interval)
     }
 
-    pub(super) fn looked(&mut self, now: Instant) {
+    pub(super) fn looked(&mut self, now: Instant, failed: bool) {
         self.looked = Some(now);
+        self.failing = failed;
     }
 
     pub(super) fn healed(&mut self, now: Instant, by: Option<String>) {
@@ -67,8 +75,20 @@ mod tests {
     fn a_burst_of_changes_is_looked_at_once_a_second() {
         let (mut pace, start) = (Pace::default(), Instant::now());
         assert!(pace.due(start));
-        pace.looked(start);
+        pace.looked(start, false);
         assert!(!pace.due(start + Duration::from_millis(500)) && pace.due(start + USUAL));
+    }
+
+    #[test]
+    fn news_are_followed_at_once_but_a_failure_is_not_repeated_at_every_tick() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        let tick = Duration::from_millis(500);
+        pace.looked(start, false);
+        assert!(pace.due_for_news(start + tick));
+        pace.looked(start + tick, true);
+        assert!(!pace.due_for_news(start + 2 * tick) && pace.due_for_news(start + 3 * tick));
+        pace.looked(start + 3 * tick, false);
+        assert!(pace.due_for_news(start + 4 * tick));
     }
 
     #[test]
@@ -77,7 +97,7 @@ mod tests {
         let second = |number: u64| start + Duration::from_secs(number);
         for heal in 0..=FIGHT as u64 {
             assert!(pace.due(second(heal)) && !pace.fighting(second(heal)), "{heal}");
-            pace.looked(second(heal));
+            pace.looked(second(heal), false);
             pace.healed(second(heal), (heal == 3).then(|| "firewalld (pid 712)".to_owned()));
         }
         assert!(pace.fighting(second(7)) && !pace.due(second(7)));

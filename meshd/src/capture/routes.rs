@@ -132,9 +132,9 @@ fn render_families(families: [Family; 2]) -> String {
     lines.collect()
 }
 
-/// A host booted with ipv6.disable=1 has no IPv6 routing to set up.
+/// Whether there is routing of this family to set up.
 pub(super) fn present(option: &str) -> bool {
-    option == "-4" || std::path::Path::new("/proc/net/if_inet6").exists()
+    option == "-4" || crate::host::has_ipv6()
 }
 
 pub(super) fn ip(option: &str, command: &str) -> Result<String, CaptureError> {

@@ -1,13 +1,13 @@
 //! What was done to this host's kernel, and what operators decided about it; `state_file` keeps it on disk.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use super::backend::BackendKind;
 use super::timer::{BootClock, Timer};
 use super::wanted::{Caller, Wanted};
+use crate::unix_time::unix_now;
 
 pub(super) const SCHEMA: u32 = 1;
 /// Plans that do not arm a revert timer again: enough for going back and forth during a rollout.
@@ -131,7 +131,11 @@ impl CaptureState {
 
     /// Whether this plan was given up because nobody confirmed it.
     pub fn holds(&self, hash: &str) -> bool {
-        self.held.as_ref().is_some_and(|held| held.hash == hash)
+        self.held_as(hash).is_some()
+    }
+
+    pub fn held_as(&self, hash: &str) -> Option<&Held> {
+        self.held.as_ref().filter(|held| held.hash == hash)
     }
 
     /// Remembers a plan as one that locks nobody out.
@@ -170,10 +174,6 @@ impl CaptureState {
 
 pub(super) fn own_uid() -> u32 {
     nix::unistd::getuid().as_raw()
-}
-
-pub fn unix_now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

@@ -3,9 +3,9 @@
 //! The daemon and the command line both write it, so every change happens under a lock, and whoever touches the
 //! kernel holds that lock too: the file says what may be in force, and nobody puts back what another has taken away.
 
-use std::fs::{File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::state::{CaptureState, SCHEMA, own_uid};
 use super::tool::CaptureError;
+use crate::durable;
 use crate::enrol::PortMemory;
 
 /// Thousands of strict ports; more is none of ours.
@@ -25,6 +26,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(10);
 #[derive(Clone, Debug)]
 pub struct StateFile {
     path: PathBuf,
+    /// Whose the enrolled ports are is kept beside.
+    port_memory: PortMemory,
 }
 
 /// Tells one version of the file from another, at the price of a stat.
@@ -32,12 +35,11 @@ pub(super) type Stamp = (u64, i64, i64);
 
 impl StateFile {
     pub fn new(state_dir: &Path) -> StateFile {
-        StateFile { path: state_dir.join("capture/state.json") }
+        StateFile { path: state_dir.join("capture/state.json"), port_memory: PortMemory::new(state_dir) }
     }
 
-    /// Whose the enrolled ports are is kept beside.
-    pub(super) fn port_memory(&self) -> PortMemory {
-        PortMemory::new(self.path.parent().and_then(Path::parent).unwrap_or(Path::new(".")))
+    pub(super) fn port_memory(&self) -> &PortMemory {
+        &self.port_memory
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -144,22 +146,8 @@ impl StateFile {
     }
 
     fn write(&self, state: &CaptureState) -> Result<(), CaptureError> {
-        self.replace(&serde_json::to_vec_pretty(state).unwrap_or_default()).map_err(self.failed("cannot write"))
-    }
-
-    /// By rename: a crash leaves the old one or the new one, never half, and who may rename need not own it.
-    fn replace(&self, text: &[u8]) -> io::Result<()> {
-        let temporary = self.path.with_extension("tmp");
-        match std::fs::remove_file(&temporary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&temporary)?;
-        // Whatever the umask says: the other of root and daemon must be able to read it.
-        file.set_permissions(Permissions::from_mode(0o644))?;
-        file.write_all(text)?;
-        file.sync_data()?;
-        std::fs::rename(&temporary, &self.path)
+        durable::replace(&self.path, serde_json::to_vec_pretty(state).unwrap_or_default())
+            .map_err(self.failed("cannot write"))
     }
 
     fn failed(&self, what: &str) -> impl FnOnce(io::Error) -> CaptureError {
@@ -176,7 +164,7 @@ pub struct Locked {
 }
 
 impl Locked {
-    pub(super) fn port_memory(&self) -> PortMemory {
+    pub(super) fn port_memory(&self) -> &PortMemory {
         self.file.port_memory()
     }
 
@@ -213,17 +201,6 @@ mod tests {
         locked.save().unwrap();
         assert_ne!(file.stamp(), first);
         assert_eq!(file.read().unwrap().bypass.everybody, Some(7));
-    }
-
-    #[test]
-    fn a_leftover_of_another_users_crash_does_not_stop_a_save() {
-        let (_directory, file) = state_file();
-        file.lock().unwrap().save().unwrap();
-        let temporary = file.path.with_extension("tmp");
-        std::fs::write(&temporary, "half").unwrap();
-        std::fs::set_permissions(&temporary, Permissions::from_mode(0o400)).unwrap();
-        file.lock().unwrap().save().unwrap();
-        assert!(!temporary.exists());
     }
 
     #[test]

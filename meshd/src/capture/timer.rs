@@ -11,7 +11,8 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::state::unix_now;
+use crate::unix_time::unix_now;
+use crate::{host, tool};
 
 /// What the process says once nothing can take it along any more.
 pub const ARMED: &str = "armed";
@@ -37,11 +38,15 @@ pub struct BootClock {
 
 impl BootClock {
     pub fn now() -> BootClock {
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         // Every kernel since 2.6.39 has this clock.
         let since_boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-        BootClock { boot_id: boot_id.trim().to_owned(), since_boot }
+        BootClock { boot_id: boot_id(), since_boot }
     }
+}
+
+/// Empty only without /proc; what was written down by another boot is judged as carefully then.
+pub(super) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 impl Timer {
@@ -74,12 +79,13 @@ pub fn start(program: &Path, config: &Path, hash: &str, after: Duration) -> io::
 
 /// systemd may run this machine and yet know nothing of a network namespace somebody typed the command in.
 fn systemd_runs_this_host() -> bool {
-    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
-    Path::new("/run/systemd/system").is_dir() && namespace("1") == namespace("self")
+    host::systemd_runs() && host::in_namespace_of_process_1() == Some(true)
 }
 
 fn with_systemd(program: &Path, config: &Path, hash: &str, after: Duration) -> io::Result<()> {
-    let output = Command::new("systemd-run").args(systemd_run(program, config, hash, after)).output()?;
+    let arguments = systemd_run(program, config, hash, after);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let output = tool::output("systemd-run", &arguments, "")?;
     if output.status.success() {
         return Ok(());
     }

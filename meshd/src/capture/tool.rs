@@ -1,15 +1,8 @@
 //! Runs the tools that speak to the kernel: `nft`, `ip`, `iptables-restore`.
 
-use std::io::Write;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::io::ErrorKind;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-/// Far beyond what any of them takes, the lock of iptables (5 s) included.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::tool;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
@@ -27,9 +20,6 @@ pub enum CaptureError {
     State { what: String, source: std::io::Error },
 }
 
-/// Debian keeps them in /usr/sbin, which an unprivileged user's PATH may lack.
-pub(super) const TOOL_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
-
 /// A tool, and what to tell an operator who lacks it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tool {
@@ -41,48 +31,22 @@ pub(super) struct Tool {
 pub(super) const NFT: Tool = Tool { name: "nft", package: "nftables", needs: "nf_tables" };
 pub(super) const IP: Tool = Tool { name: "ip", package: "iproute2", needs: "policy routing" };
 
-/// Ends a tool that hangs: whoever waits for it holds the lock that a revert needs.
-struct Watched(#[expect(dead_code, reason = "dropping it tells the watcher that the tool has ended")] Sender<()>);
-
-impl Watched {
-    fn over(child: &Child) -> Watched {
-        let (running, ended) = channel::<()>();
-        let pid = Pid::from_raw(child.id() as i32);
-        std::thread::spawn(move || {
-            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                // It has not been waited for yet, so the number is still its own.
-                let _ = kill(pid, Signal::SIGKILL);
-            }
-        });
-        Watched(running)
-    }
-}
-
 impl Tool {
     /// What it printed; an error carries what it complained about.
     pub(super) fn run(&self, arguments: &[impl AsRef<str>], input: &str) -> Result<String, CaptureError> {
         let missing = |source| CaptureError::Missing { tool: self.name.into(), package: self.package, source };
         let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
-        let mut child = Command::new(self.name)
-            .args(&arguments)
-            .env("PATH", TOOL_PATH)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(missing)?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A tool that ends early reports why on stderr; the broken pipe itself says nothing.
-            let _ = stdin.write_all(input.as_bytes());
-        }
-        let watched = Watched::over(&child);
-        let output = child.wait_with_output().map_err(missing)?;
-        drop(watched);
+        let failed = |stderr| {
+            let command = format!("{} {}", self.name, arguments.join(" "));
+            CaptureError::Failed { command, stderr, needs: self.needs }
+        };
+        let output = tool::output(self.name, &arguments, input).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut => failed(error.to_string()),
+            _ => missing(error),
+        })?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        let command = format!("{} {}", self.name, arguments.join(" "));
-        Err(CaptureError::Failed { command, stderr, needs: self.needs })
+        Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use data_encoding::HEXLOWER;
@@ -149,7 +150,7 @@ pub struct Facts {
     /// Whose the ports are that stand for a caller.
     pub port_owners: BTreeMap<u16, PortOwner>,
     /// Raw addresses of services whose capture is asked for.
-    pub raw_addresses: BTreeSet<SocketAddr>,
+    pub raw_addresses: Arc<BTreeSet<SocketAddr>>,
 }
 
 impl Facts {

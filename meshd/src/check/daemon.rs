@@ -87,7 +87,10 @@ fn judge_rules(
     };
     let applied = match applied {
         Ok(Some(applied)) => applied,
-        Ok(None) => return gone("none were ever applied on this host"),
+        Ok(None) => {
+            let remedy = "start meshd; after a revert, `meshd intercept apply`";
+            return Finding::failed(check, "none are applied", remedy);
+        }
         Err(error) => return Finding::failed(check, error.to_string(), ""),
     };
     match routed {
@@ -106,7 +109,7 @@ pub(super) fn decisions(config: &Config) -> Vec<Finding> {
     // A record that cannot be read is told above.
     let Ok(state) = StateFile::new(&config.state_dir).read() else { return Vec::new() };
     let plan = state.intent.as_ref().map(Wanted::hash).unwrap_or_default();
-    let capture = if let Some(held) = state.held.as_ref().filter(|held| held.hash == plan) {
+    let capture = if let Some(held) = state.held_as(&plan) {
         let detail = format!("the configured plan is held back: {}", held.why);
         let remedy = "change enrol.d, or run `meshd intercept apply` and then `meshd intercept confirm`";
         Finding::failed(as_configured, detail, remedy)

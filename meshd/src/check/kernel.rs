@@ -65,7 +65,7 @@ impl KernelFacts {
             tun: OpenOptions::new().read(true).write(true).open("/dev/net/tun").map(drop).map_err(|e| e.to_string()),
             cgroup2,
             policy_routing: look("ip", &["rule", "show"]).is_some(),
-            ipv6: std::path::Path::new("/proc/net/if_inet6").exists(),
+            ipv6: crate::host::has_ipv6(),
         }
     }
 }

@@ -7,13 +7,27 @@ use serde::Deserialize;
 
 use super::finding::Finding;
 use super::ruleset::Chain;
+use crate::capture::{CaptureConfig, table_beside};
 
 /// Which bits of the mark are ours, and what ours look like.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OurMark {
-    pub values: [u32; 2],
+    /// The last: on captured connections to raw addresses, where there are any.
+    pub values: [Option<u32>; 3],
     pub mask: u32,
     pub tables: [u32; 2],
+}
+
+impl OurMark {
+    pub(super) fn of(config: &CaptureConfig) -> OurMark {
+        let wanted = config.bare(0);
+        let raw = (!config.raw.is_empty()).then(|| wanted.raw_mark());
+        OurMark {
+            values: [Some(wanted.mark), Some(wanted.answer_mark()), raw],
+            mask: wanted.mark_mask,
+            tables: [wanted.table, table_beside(wanted.table)],
+        }
+    }
 }
 
 /// What a rule of somebody else does with marks.
@@ -49,7 +63,7 @@ impl MarkUse {
     /// It takes our packets for its own.
     fn mistakes(&self, ours: OurMark) -> bool {
         match self.act {
-            Act::Tests { value, mask } => mask != 0 && ours.values.iter().any(|own| own & mask == value),
+            Act::Tests { value, mask } => mask != 0 && ours.values.iter().flatten().any(|own| own & mask == value),
             Act::Writes { .. } => false,
         }
     }
@@ -237,7 +251,8 @@ mod tests {
     use super::super::ruleset::{from_iptables, from_nft};
     use super::*;
 
-    const OURS: OurMark = OurMark { values: [0x004d_0000, 0x004c_0000], mask: 0x00ff_0000, tables: [7471, 7472] };
+    const OURS: OurMark =
+        OurMark { values: [Some(0x004d_0000), Some(0x004c_0000), None], mask: 0x00ff_0000, tables: [7471, 7472] };
 
     fn acts(rule: &str) -> Vec<Act> {
         in_rule(rule, "x").into_iter().map(|used| used.act).collect()
@@ -284,6 +299,22 @@ mod tests {
     fn a_rule_that_takes_our_packets_for_its_own_is_a_failure() {
         let text = "*mangle\n:PREROUTING ACCEPT\n-A PREROUTING -m mark --mark 0x40000/0x40000 -j ACCEPT\n";
         assert_eq!(judge(&in_chains(&from_iptables(text)), OURS).verdict, Verdict::Failed);
+    }
+
+    #[test]
+    fn the_mark_of_captured_raw_connections_is_ours_where_there_are_any() {
+        let plain = CaptureConfig::default();
+        let raw = CaptureConfig { raw: ["payments.shop".parse().unwrap()].into(), ..CaptureConfig::default() };
+        let verdict = |config: &CaptureConfig| {
+            let ours = OurMark::of(config);
+            let value = config.bare(0).raw_mark();
+            let text = format!(
+                "*mangle\n:PREROUTING ACCEPT\n-A PREROUTING -m mark --mark {value:#x}/{0:#x} -j ACCEPT\n",
+                ours.mask
+            );
+            judge(&in_chains(&from_iptables(&text)), ours).verdict
+        };
+        assert_eq!((verdict(&plain), verdict(&raw)), (Verdict::Warning, Verdict::Failed));
     }
 
     #[test]

@@ -118,12 +118,7 @@ fn strict(enrolment: &Enrolment) -> BTreeSet<u16> {
 }
 
 fn marks(config: &Config, rules: &rules::RuleFacts) -> Finding {
-    let wanted = config.capture.bare(config.proxy.capture_port);
-    let ours = OurMark {
-        values: [wanted.mark, wanted.answer_mark()],
-        mask: wanted.mark_mask,
-        tables: [wanted.table, wanted.table + 1],
-    };
+    let ours = OurMark::of(&config.capture);
     let listed = ["-4", "-6"].into_iter().filter_map(|family| tools::look("ip", &["-j", family, "rule", "show"]));
     let mut uses = marks::in_chains(&rules.chains);
     uses.extend(listed.flat_map(|json| marks::in_policy_rules(&json, ours)));

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::finding::Finding;
 use super::tools::look;
 use crate::capture::CaptureConfig;
+use crate::dns::{ResolvConf, resolved_runs};
 
 /// A route this wide is for everything (a default, or a VPN's half of the Internet); our rule comes before it.
 const WIDE: u8 = 4;
@@ -57,8 +58,7 @@ impl NetworkFacts {
                 std::fs::read_link("/etc/resolv.conf").ok(),
                 std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
             ),
-            // The socket of its varlink interface.
-            resolved_runs: std::path::Path::new("/run/systemd/resolve/io.systemd.Resolve").exists(),
+            resolved_runs: resolved_runs(),
         }
     }
 }
@@ -114,19 +114,19 @@ fn network(text: &str) -> Option<IpNet> {
 fn names(facts: &NetworkFacts) -> Finding {
     let check = "names can be resolved";
     let (link, text) = &facts.resolv_conf;
-    let servers: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("nameserver")).map(str::trim).collect();
-    let by_resolved = link.as_ref().is_some_and(|link| link.to_string_lossy().contains("systemd/resolve"));
-    if by_resolved && !facts.resolved_runs {
+    let file = ResolvConf::parse(text);
+    let is_resolveds = link.as_ref().is_some_and(|link| link.to_string_lossy().contains("systemd/resolve"));
+    if (is_resolveds || file.asks_resolved()) && !facts.resolved_runs {
         return Finding::warning(
             check,
-            "/etc/resolv.conf is systemd-resolved's, which does not run",
+            "/etc/resolv.conf leads to systemd-resolved, which does not run",
             "systemctl enable --now systemd-resolved, or give the host a resolv.conf of its own",
         );
     }
-    match servers[..] {
+    match file.servers[..] {
         [] => Finding::warning(check, "/etc/resolv.conf names no server", "add a `nameserver` line"),
-        _ if facts.resolved_runs => Finding::ok(check, format!("systemd-resolved, {}", servers.join(", "))),
-        _ => Finding::ok(check, format!("by {}", servers.join(", "))),
+        _ if file.asks_resolved() => Finding::ok(check, "by systemd-resolved"),
+        _ => Finding::ok(check, format!("by {}", file.servers.join(", "))),
     }
 }
 
@@ -186,5 +186,17 @@ mod tests {
         assert_eq!(names(&facts).verdict, Verdict::Ok);
         facts.resolv_conf.1.clear();
         assert_eq!(names(&facts).verdict, Verdict::Warning);
+    }
+
+    #[test]
+    fn a_file_that_names_resolved_is_judged_by_whether_resolved_runs_link_or_not() {
+        let mut facts = facts("[]", "[]");
+        facts.resolv_conf.1 = "# by hand\nnameserver\t127.0.0.53\noptions edns0\n".into();
+        assert_eq!(names(&facts).verdict, Verdict::Warning);
+        facts.resolved_runs = true;
+        assert_eq!((names(&facts).verdict, names(&facts).detail.as_str()), (Verdict::Ok, "by systemd-resolved"));
+        // It runs, and nobody asks it.
+        facts.resolv_conf.1 = "nameserver 10.0.0.1\n".into();
+        assert_eq!(names(&facts).detail, "by 10.0.0.1");
     }
 }

@@ -1,10 +1,10 @@
 //! The programs meshd runs, and systemd.
 
-use std::io::{self, Write};
-use std::process::{Command, Output, Stdio};
+use std::io;
 
 use super::finding::Finding;
 use crate::capture::BackendKind;
+use crate::{host, tool};
 
 /// RHEL 9, Ubuntu 22.04 and Debian 12 have newer ones.
 const SYSTEMD_MIN: u32 = 249;
@@ -30,29 +30,12 @@ pub(super) fn try_look(program: &str, arguments: &[&str]) -> Look {
 }
 
 pub(super) fn try_look_with_input(program: &str, arguments: &[&str], input: &str) -> Look {
-    match run(program, arguments, input) {
+    match tool::output(program, arguments, input) {
         Ok(output) if output.status.success() => Look::Said(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(output) => Look::Complained(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Look::Missing,
         Err(error) => Look::Complained(error.to_string()),
     }
-}
-
-fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Output> {
-    let mut child = Command::new(program)
-        .args(arguments)
-        // Debian keeps them in /usr/sbin, which a user's PATH may lack.
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A program that ends early says why on stderr; the broken pipe itself says nothing.
-        let _ = stdin.write_all(input.as_bytes());
-    }
-    child.wait_with_output()
 }
 
 pub(super) struct ToolFacts {
@@ -71,8 +54,7 @@ impl ToolFacts {
             ip: try_look("ip", &["-V"]),
             iptables: try_look("iptables", &["--version"]),
             systemctl: try_look("systemctl", &["--version"]),
-            // sd_booted(3).
-            systemd_runs: std::path::Path::new("/run/systemd/system").is_dir(),
+            systemd_runs: host::systemd_runs(),
         }
     }
 }

@@ -2,13 +2,13 @@
 
 use std::process::ExitCode;
 
-use anyhow::ensure;
 use clap::ValueEnum;
 use meshd::admin::AdminError;
-use meshd::capture::{StateFile, manual};
+use meshd::capture::{Caller, StateFile, manual};
 use meshd::config::Config;
+use meshd::enrol::Selector;
 
-use super::intercept::follow;
+use super::intercept::{ensure_raw_is_let_go, follow};
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Switch {
@@ -17,23 +17,26 @@ pub(crate) enum Switch {
 }
 
 pub(crate) fn bypass(config: &Config, switch: Switch, unit: Option<&str>) -> anyhow::Result<ExitCode> {
-    if let Some(unit) = unit {
-        ensure!(
-            ["uid:", "port:"].iter().any(|kind| unit.starts_with(kind)) || unit.contains('.'),
-            "`{unit}` names no unit; write it with its kind, like `{unit}.service`, or `uid:1001`"
-        );
-    }
+    // The way out is kept by the word the plan has for it.
+    let unit = unit.map(|unit| unit.parse::<Selector>().map(|selector| selector.to_string())).transpose()?;
+    let unit = unit.as_deref();
     manual::switch_bypass(&config.state_dir, unit, switch == Switch::On)?;
-    match follow(config) {
-        Err(AdminError::Connect { .. }) => manual::settle_without_daemon(&config.state_dir)?,
-        followed => followed?,
-    }
-    let state = StateFile::new(&config.state_dir).read()?;
-    let concerned = |unit: &str| {
-        state.intent.as_ref().is_some_and(|plan| {
-            plan.strict.iter().map(|strict| &strict.owner).chain(&plan.raw_callers).any(|caller| caller.label() == unit)
-        })
+    let followed = match follow(config) {
+        Ok(()) => true,
+        Err(error @ AdminError::Refused(_)) => return Err(error.into()),
+        // It is not there, or hangs.
+        Err(_) => {
+            manual::settle_without_daemon(&config.state_dir)?;
+            false
+        }
     };
+    let state = StateFile::new(&config.state_dir).read()?;
+    let is_meant = |caller: &Caller| unit.is_none_or(|unit| caller.label() == unit);
+    let calls_raw = state.intent.as_ref().is_some_and(|plan| plan.raw_callers.iter().any(is_meant));
+    if !followed && switch == Switch::On && calls_raw {
+        ensure_raw_is_let_go(config, "Strict ports take plaintext")?;
+    }
+    let is_server = || state.intent.as_ref().is_some_and(|plan| plan.strict.iter().any(|port| is_meant(&port.owner)));
     match (switch, unit) {
         (Switch::On, None) => {
             println!("meshd is out of the way: strict ports take plaintext, raw addresses go direct.");
@@ -42,7 +45,7 @@ pub(crate) fn bypass(config: &Config, switch: Switch, unit: Option<&str>) -> any
             println!(
                 "meshd is out of the way of {unit}: its strict ports take plaintext, its raw addresses go direct."
             );
-            if !concerned(unit) {
+            if !calls_raw && !is_server() {
                 println!("Note: the plan in force has neither a strict port nor raw capture of {unit}.");
             }
         }

@@ -16,7 +16,6 @@ use serde::Serialize;
 
 pub(crate) use self::args::{EnrolArgs, UnenrolArgs};
 use self::args::{entry, selector};
-use super::intercept::DAEMON_TIMEOUT;
 use super::{Output, on_runtime, trust_domain};
 
 /// How long the PKI's answer for a new identity is waited for.
@@ -40,32 +39,27 @@ impl Files<'_> {
         Ok(enrol::load(&self.config.enrol_dir, &self.trust_domain, &self.config.reserved())?)
     }
 
+    /// What the files would say with this one in place.
+    fn as_if(&self, file: &CliFile) -> anyhow::Result<Enrolment> {
+        let Files { config, trust_domain } = self;
+        enrol::load_as_if(&config.enrol_dir, (file.path(), &file.text()), trust_domain, &config.reserved())
+            .context("nothing was changed")
+    }
+
     /// Replaces the file by what it shall say; the daemon's word decides whether it stays.
     fn change(&self, file: &CliFile) -> anyhow::Result<(Enrolment, Reloaded)> {
-        let text = file.text();
-        let then = enrol::load_as_if(
-            &self.config.enrol_dir,
-            (file.path(), &text),
-            &self.trust_domain,
-            &self.config.reserved(),
-        )
-        .context("nothing was changed")?;
+        let then = self.as_if(file)?;
         file.write()?;
         let socket = self.config.admin_socket();
-        let answer = on_runtime(async {
-            Ok(tokio::time::timeout(DAEMON_TIMEOUT, admin::order(&socket, "/reload", &())).await)
-        })?;
-        let Ok(answer) = answer else {
-            bail!(
-                "the file is written, but the daemon has not answered: whether it is in force is unknown (`meshd status`)"
-            );
-        };
-        match answer {
+        match on_runtime(async { Ok(admin::order(&socket, "/reload", &()).await) })? {
             Ok(_) => Ok((then, Reloaded::Now)),
             Err(AdminError::Connect { source, .. })
                 if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
             {
                 Ok((then, Reloaded::AtStart))
+            }
+            Err(error @ AdminError::Silent { .. }) => {
+                bail!("the file is written, but whether it is in force is not known (`meshd status`): {error}")
             }
             Err(error) => {
                 file.restore()?;
@@ -134,11 +128,8 @@ pub(crate) fn unenrol(config: &Config, args: &UnenrolArgs) -> anyhow::Result<Exi
 /// Who holds the port, before it is written down: a conflict is the operator's to solve first.
 fn port_owners(files: &Files<'_>, file: &CliFile, selector: &Selector) -> anyhow::Result<PortOwners> {
     let Selector::Port(port) = selector else { return Ok(PortOwners::default()) };
-    let text = file.text();
-    let config = files.config;
-    let then = enrol::load_as_if(&config.enrol_dir, (file.path(), &text), &files.trust_domain, &config.reserved())
-        .context("nothing was changed")?;
-    let owners = PortOwners::look(&then, &PortMemory::new(&config.state_dir)).context("cannot see who listens")?;
+    let memory = PortMemory::new(&files.config.state_dir);
+    let owners = PortOwners::look(&files.as_if(file)?, &memory).context("cannot see who listens")?;
     if owners.of(*port).is_conflict() {
         bail!("port {port}: {}; nothing was changed", owners.of(*port));
     }

@@ -18,9 +18,6 @@ use meshd::only_one;
 
 use super::{Output, on_runtime, run, time, trust_domain};
 
-/// A daemon that does not answer within this time is treated as one that is not there.
-pub(super) const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
-
 #[derive(Subcommand)]
 pub(crate) enum Intercept {
     /// Show the rules that would be in force, and the connections of this host they would change.
@@ -169,11 +166,11 @@ fn revert(path: &Path) -> anyhow::Result<()> {
     dns::integrate::remove(&config.dns, &config.state_dir)?;
     removed?;
     told?;
-    ensure_all_is_let_go(&config)
+    ensure_raw_is_let_go(&config, "All other rules and routes are removed")
 }
 
-/// What a daemon that hangs still holds is told, not passed over.
-fn ensure_all_is_let_go(config: &Config) -> anyhow::Result<()> {
+/// What a daemon that hangs still holds is told, not passed over; so is `otherwise`, what was done nonetheless.
+pub(super) fn ensure_raw_is_let_go(config: &Config, otherwise: &str) -> anyhow::Result<()> {
     if !manual::raw_is_held() {
         return Ok(());
     }
@@ -183,22 +180,15 @@ fn ensure_all_is_let_go(config: &Config) -> anyhow::Result<()> {
     };
     bail!(
         "connections to raw addresses are still captured: table inet meshd_raw is held by {who}, and goes when that \
-         ends; {remedy}. All other rules and routes are removed"
+         ends; {remedy}. {otherwise}"
     )
 }
 
 /// Has a running daemon do at once what the state on disk says.
 pub(super) fn follow(config: &Config) -> Result<(), AdminError> {
     let socket = config.admin_socket();
-    let ordered = on_runtime(async {
-        let order = admin::order(&socket, "/intercept/follow", &());
-        Ok(tokio::time::timeout(DAEMON_TIMEOUT, order).await)
-    });
-    match ordered {
-        Ok(Ok(answer)) => answer.map(drop),
-        Ok(Err(_)) => Err(AdminError::Answer("none came in time".into())),
-        Err(error) => Err(AdminError::Answer(error.to_string())),
-    }
+    let ordered = on_runtime(async { Ok(admin::order(&socket, "/intercept/follow", &()).await) });
+    ordered.unwrap_or_else(|error| Err(AdminError::Answer(error.to_string()))).map(drop)
 }
 
 /// The revert timer itself.

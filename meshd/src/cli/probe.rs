@@ -20,7 +20,7 @@ use clap::Args;
 use hyper::Uri;
 use meshd::admin::{self, OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 use meshd::config::Config;
-use meshd::enrol::find_cgroups;
+use meshd::enrol::{Selector, find_cgroups};
 use meshd::fault::Fault;
 use nix::unistd::{Uid, User};
 use serde::Serialize;
@@ -55,12 +55,12 @@ impl FromStr for Probed {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Probed, String> {
-        match text.strip_prefix("uid:") {
-            Some(uid) => uid.parse().map(Probed::Uid).map_err(|_| format!("`{uid}` is no uid; write like uid:1001")),
-            None if text.starts_with("port:") => Err("name the unit that listens there, or uid:<its user>".to_owned()),
-            None if text.contains('*') => Err("name one unit that runs, not a pattern".to_owned()),
-            None if text.contains('.') => Ok(Probed::Unit(text.to_owned())),
-            None => Err(format!("`{text}` names no unit; write it with its kind, like `{text}.service`")),
+        match text.parse() {
+            Ok(Selector::Unit(unit)) => Ok(Probed::Unit(unit.to_string())),
+            Ok(Selector::Uid(uid)) => Ok(Probed::Uid(uid)),
+            Ok(Selector::Port(_)) => Err("name the unit that listens there, or uid:<its user>".to_owned()),
+            Ok(Selector::Scope(_)) => Err("name one unit that runs, not a pattern".to_owned()),
+            Err(error) => Err(error.to_string()),
         }
     }
 }

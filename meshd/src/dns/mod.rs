@@ -26,6 +26,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 pub use config::{DnsConfig, Integration};
+pub(crate) use integrate::resolved_runs;
+pub(crate) use resolv_conf::ResolvConf;
 pub use vips::{Vip, Vips, VipsError};
 pub use zone::{Zone, ZoneError};
 

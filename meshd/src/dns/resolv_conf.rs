@@ -13,16 +13,16 @@ const RESOLVED_STUBS: [Ipv4Addr; 2] = [Ipv4Addr::new(127, 0, 0, 53), Ipv4Addr::n
 
 /// What matters of a host's file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct ResolvConf {
+pub(crate) struct ResolvConf {
     /// As written, in order; link-local ones name their link: `fe80::1%eth0`.
-    pub(super) servers: Vec<String>,
+    pub(crate) servers: Vec<String>,
     /// `search`, `domain`, `sortlist` and `options` lines.
-    pub(super) settings: Vec<String>,
+    pub(crate) settings: Vec<String>,
 }
 
 impl ResolvConf {
     /// Lenient as glibc is: what it does not know it skips.
-    pub(super) fn parse(text: &str) -> ResolvConf {
+    pub(crate) fn parse(text: &str) -> ResolvConf {
         let mut found = ResolvConf::default();
         for line in text.lines().filter(|line| !line.starts_with(['#', ';'])) {
             let mut words = line.split_whitespace();
@@ -36,7 +36,7 @@ impl ResolvConf {
     }
 
     /// Whether lookups of this host go through systemd-resolved.
-    pub(super) fn asks_resolved(&self) -> bool {
+    pub(crate) fn asks_resolved(&self) -> bool {
         self.servers.iter().any(|server| server.parse().is_ok_and(is_resolved_stub))
     }
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use std::{fs, io};
 
 use arc_swap::ArcSwap;
@@ -17,6 +17,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use meshd_discovery::{Directory, ServiceName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
+
+use crate::durable;
+use crate::unix_time::unix_now;
 
 const SCHEMA: u32 = 1;
 /// Addresses of a service that is gone are not given to another within this time.
@@ -317,23 +320,10 @@ fn load(path: &Path, range: &Range) -> Result<Table, VipsError> {
     Ok(table)
 }
 
-/// The old file or the new one, never half of it, also when the power goes.
 fn write(path: &Path, document: &Document) -> Result<(), VipsError> {
-    let temporary = path.with_extension("json.tmp");
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let attempt = || {
-        let mut file = fs::File::create(&temporary)?;
-        serde_json::to_writer_pretty(&mut file, document)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        fs::File::open(dir)?.sync_all()
-    };
-    attempt().map_err(|source| VipsError::File { doing: "write", path: path.into(), source })
-}
-
-/// 0 for a clock before 1970, which only makes addresses rest longer.
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    let written = serde_json::to_vec_pretty(document).map_err(io::Error::from);
+    let written = written.and_then(|text| durable::replace(path, text));
+    written.map_err(|source| VipsError::File { doing: "write", path: path.into(), source })
 }
 
 #[cfg(test)]

@@ -1,8 +1,7 @@
 //! `enrol.d/90-cli.toml`: the one file `meshd enrol` and `meshd unenrol` write, whole.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use toml::Spanned;
@@ -11,10 +10,9 @@ use super::entry::{EnrolFile, WorkloadEntry};
 use super::files::EnrolError;
 use super::{Enrolment, Selector};
 use crate::config::{ConfigError, parse_toml};
+use crate::durable;
 
 const NAME: &str = "90-cli.toml";
-/// No file of enrol.d while it is being written: those end in `.toml`.
-const TEMPORARY: &str = "90-cli.toml.new";
 
 const HEADER: &str = "\
 # Written by `meshd enrol` and `meshd unenrol`, whole, each time: changes and comments made by hand are lost.
@@ -112,17 +110,7 @@ impl CliFile {
     }
 
     fn put(&self, text: &str) -> Result<(), CliFileError> {
-        let temporary = self.path.with_file_name(TEMPORARY);
-        let put = || {
-            let mut file = File::create(&temporary)?;
-            // The daemon is not root, and there is nothing secret in it.
-            file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &self.path)?;
-            self.path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
-        };
-        put().map_err(|source| self.failed("write", source))
+        durable::replace(&self.path, text).map_err(|source| self.failed("write", source))
     }
 
     fn failed(&self, action: &'static str, source: io::Error) -> CliFileError {

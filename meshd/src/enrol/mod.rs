@@ -9,6 +9,7 @@ mod port_memory;
 mod ports;
 mod selector;
 mod walk_budget;
+mod withheld;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
@@ -67,6 +68,15 @@ pub enum Mode {
     Permissive,
 }
 
+impl Mode {
+    pub fn label(self) -> &'static str {
+        match self {
+            Mode::Strict => "strict",
+            Mode::Permissive => "permissive",
+        }
+    }
+}
+
 /// How the application learns the address of the host that calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -97,6 +107,10 @@ pub struct Enrolment {
     by_port: HashMap<u16, Arc<Workload>>,
     deliveries: Vec<Arc<Delivery>>,
     by_target: HashMap<(ServiceName, u16), Arc<Delivery>>,
+    /// Claimed here, and given by the PKI to other processes.
+    withheld: BTreeSet<SpiffeId>,
+    /// What those serve: nobody reaches it through the mesh, and strict ports of it stay closed.
+    withheld_deliveries: Vec<Arc<Delivery>>,
 }
 
 impl Enrolment {
@@ -108,8 +122,15 @@ impl Enrolment {
         &self.deliveries
     }
 
+    /// Everything enrol.d says is served here, agreed on or not.
+    pub fn claimed_deliveries(&self) -> impl Iterator<Item = &Arc<Delivery>> {
+        self.deliveries.iter().chain(&self.withheld_deliveries)
+    }
+
     pub fn identities(&self) -> BTreeSet<SpiffeId> {
-        self.workloads.iter().map(|workload| workload.identity.clone()).collect()
+        let claimed = self.workloads.iter().map(|workload| &workload.identity);
+        // Those withheld, too: the PKI tells with each answer whose they are.
+        claimed.chain(&self.withheld).cloned().collect()
     }
 
     /// The workload of a process: its unit decides; its uid only where no unit is enrolled for it.

@@ -6,10 +6,13 @@ use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 use super::PortOwner;
+use crate::durable;
 
 const SCHEMA: u32 = 1;
 /// One for each port, with a long name each.
@@ -19,6 +22,8 @@ const MAX_SIZE: u64 = 16 << 20;
 #[derive(Clone, Debug)]
 pub struct PortMemory {
     path: PathBuf,
+    /// That it cannot be read is said once, until it can: it is read twice a second.
+    failing: Arc<AtomicBool>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -29,11 +34,25 @@ struct Document {
 
 impl PortMemory {
     pub fn new(state_dir: &Path) -> PortMemory {
-        PortMemory { path: state_dir.join("port-owners.json") }
+        PortMemory { path: state_dir.join("port-owners.json"), failing: Arc::default() }
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// None when it cannot be read, which is logged.
+    pub(super) fn known(&self) -> Option<BTreeMap<u16, PortOwner>> {
+        let read = self.read();
+        if let (true, Err(error)) = (self.is_new_failure(read.is_err()), &read) {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "cannot read whose the enrolled ports are: they are nobody's until it can be");
+        }
+        read.ok()
+    }
+
+    fn is_new_failure(&self, fails: bool) -> bool {
+        !self.failing.swap(fails, Ordering::Relaxed) && fails
     }
 
     /// Nothing when there is no file.
@@ -53,12 +72,9 @@ impl PortMemory {
         document.owners.into_iter().map(|(port, owner)| Ok((port, parse(owner)?))).collect()
     }
 
-    /// By rename: a crash leaves the old one or the new one, never half.
     pub fn write(&self, owners: &BTreeMap<u16, PortOwner>) -> io::Result<()> {
         let owners = owners.iter().map(|(port, owner)| (*port, owner.to_string())).collect();
-        let temporary = self.path.with_extension("tmp");
-        std::fs::write(&temporary, serde_json::to_vec_pretty(&Document { schema: SCHEMA, owners })?)?;
-        std::fs::rename(&temporary, &self.path)
+        durable::replace(&self.path, serde_json::to_vec_pretty(&Document { schema: SCHEMA, owners })?)
     }
 }
 
@@ -86,5 +102,12 @@ mod tests {
             std::fs::write(memory.path(), broken).unwrap();
             assert!(memory.read().is_err(), "{broken}");
         }
+    }
+
+    #[test]
+    fn a_memory_that_cannot_be_read_is_told_once_until_it_can_be() {
+        let memory = PortMemory::new(Path::new("/nowhere"));
+        let told = [true, true, false, true].map(|fails| memory.clone().is_new_failure(fails));
+        assert_eq!(told, [true, false, false, true]);
     }
 }

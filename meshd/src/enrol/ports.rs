@@ -155,14 +155,8 @@ pub fn find_port_owners(ports: &BTreeSet<u16>, memory: &PortMemory) -> BTreeMap<
     if ports.is_empty() {
         return BTreeMap::new();
     }
-    let mut known = match memory.read() {
-        Ok(known) => known,
-        Err(error) => {
-            // Whoever took a port must not profit from it: nobody's, until somebody looks.
-            tracing::warn!(path = %memory.path().display(), %error, "cannot read whose the enrolled ports are");
-            return BTreeMap::new();
-        }
-    };
+    // Whoever took a port must not profit from it: nobody's, until somebody looks.
+    let Some(mut known) = memory.known() else { return BTreeMap::new() };
     known.retain(|port, _| ports.contains(port));
     if known.len() < ports.len()
         && let Ok(listeners) = listeners()

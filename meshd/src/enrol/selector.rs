@@ -1,6 +1,7 @@
 //! What tells a workload's processes from all others of the host.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,6 +42,23 @@ impl Selector {
             0 => Err(SelectorError("port 0 cannot be listened on; give 1..65535".to_owned())),
             port => Ok(Selector::Port(port)),
         }
+    }
+}
+
+/// As it is displayed.
+impl FromStr for Selector {
+    type Err = SelectorError;
+
+    fn from_str(text: &str) -> Result<Selector, SelectorError> {
+        if let Some(uid) = text.strip_prefix("uid:") {
+            let no_uid = |_| SelectorError(format!("`{uid}` is no uid; write like uid:1001"));
+            return uid.parse().map(Selector::Uid).map_err(no_uid);
+        }
+        if let Some(port) = text.strip_prefix("port:") {
+            let no_port = |_| SelectorError(format!("`{port}` is no port; write like port:5432"));
+            return Selector::port(port.parse().map_err(no_port)?);
+        }
+        Selector::unit(text)
     }
 }
 
@@ -128,6 +146,16 @@ mod tests {
             assert!(!pattern.matches("session-2.scope") && pattern.matches("sea-2.scope"), "{text}");
         }
         assert!(ScopePattern::parse("session-*.scope").unwrap().matches("session-2.scope"));
+    }
+
+    #[test]
+    fn what_is_displayed_is_understood() {
+        for text in ["web.service", "docker-3f*.scope", "uid:1001", "port:5432"] {
+            assert_eq!(text.parse::<Selector>().unwrap().to_string(), text);
+        }
+        for wrong in ["web", "uid:foo", "uid:", "uid:-1", "port:0", "port:70000", "port:web.service"] {
+            assert!(wrong.parse::<Selector>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

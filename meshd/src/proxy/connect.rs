@@ -44,7 +44,7 @@ pub(super) enum Upstream {
     Mesh {
         send: SendStream<Bytes>,
         receive: RecvStream,
-        _slot: Slot,
+        slot: Slot,
     },
     Plain(TcpStream),
 }
@@ -231,7 +231,7 @@ async fn answered(
     match outcome {
         Outcome::Answer(Ok(response)) if response.status() == http::StatusCode::OK => {
             early.chunks.drain(..sent);
-            Ok(Upstream::Mesh { send, receive: response.into_body(), _slot: slot })
+            Ok(Upstream::Mesh { send, receive: response.into_body(), slot })
         }
         // A refusal is a promise that nothing was delivered.
         Outcome::Answer(Ok(response)) => Err(wire::refusal(response.status().as_u16(), response.headers()).into()),
@@ -255,6 +255,9 @@ enum Outcome {
 fn broken(slot: &Slot, error: &h2::Error, bytes_sent: bool) -> Failure {
     // Once the connection itself is gone, its last GOAWAY is reported for streams that were under way, too.
     let told_off = error.is_go_away() && error.is_remote() && !slot.ended();
+    if slot.banned() {
+        return Failure { fault: Fault::Banned, delivered: bytes_sent };
+    }
     let untouched = told_off || error.reason() == Some(h2::Reason::REFUSED_STREAM);
     slot.retire();
     let fault = if untouched { Fault::Drain } else { Fault::ConnectRefused };

@@ -1,5 +1,6 @@
 //! Mesh to local application: the whole story of a connection and of each stream on it.
 
+use std::cell::Cell;
 use std::net::{SocketAddr, TcpStream as StdStream};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -28,13 +29,14 @@ use crate::telemetry::{Direction, Tls};
 use crate::transport::dial::tls_fault;
 use crate::transport::mesh::{self, Server};
 use crate::transport::secure_io::SecureIo;
-use crate::transport::tls::{TlsState, peer_certificate};
+use crate::transport::tls::{PeerCertificate, TlsState};
 use crate::transport::wire::{self, HANDSHAKE_DEADLINE, Target, WireVersion};
 
 /// A peer's connection, its certificate verified.
 struct Peer {
     server: Server,
     facts: Rc<PeerFacts>,
+    certificate: PeerCertificate,
     expires: SystemTime,
 }
 
@@ -48,6 +50,8 @@ struct PeerFacts {
     /// The peer chose by SNI which identity it wanted to see.
     chosen: bool,
     version: WireVersion,
+    /// It came onto the deny list while the connection was open.
+    banned: Cell<bool>,
 }
 
 /// One peer connection, from handshake to its last stream.
@@ -85,6 +89,7 @@ fn refuse_peer(env: &Env, address: SocketAddr, refusal: &Refusal) {
     if env.may_log(&address.ip().to_string()) {
         let remedy = match refusal.fault {
             Fault::CertExpired => "; look at `meshd check` on that host, and at both clocks",
+            Fault::Banned => "; `meshd-pki deny list` says why",
             Fault::IdentityMismatch => "; that host belongs to another trust domain",
             Fault::TlsHandshake => "; a host of another mesh, or something that is no meshd, dials this port",
             _ => "",
@@ -102,20 +107,23 @@ async fn handshake(tls: &TlsState, socket: StdStream, address: SocketAddr) -> Re
     let stream = accepting.await.map_err(|error| Refusal::of(tls_fault(&error), error))?;
     let (socket, session) = stream.into_inner();
     let version = WireVersion::from_alpn(session.alpn_protocol()).ok_or_else(|| broken("no common wire version"))?;
-    let certificate = peer_certificate(session.peer_certificates()).ok_or_else(|| broken("no SVID"))?;
+    let certificate = tls.peer(session.peer_certificates()).ok_or_else(|| broken("no SVID"))?;
     let (presented, chosen) = tls.presented(session.server_name()).ok_or_else(|| broken("no such identity here"))?;
-    let facts = PeerFacts { id: certificate.id, address, dialled, presented: presented.clone(), chosen, version };
-    let own = tls.identity(presented).map_or(SystemTime::UNIX_EPOCH, |identity| identity.not_after);
+    let (id, presented, banned) = (certificate.id.clone(), presented.clone(), Cell::new(false));
+    let facts = PeerFacts { id, address, dialled, presented, chosen, version, banned };
+    let own = tls.identity(&facts.presented).map_or(SystemTime::UNIX_EPOCH, |identity| identity.not_after);
     let server = mesh::server(SecureIo::new(socket, session.into()))
         .await
         .map_err(|error| Refusal::of(Fault::TlsHandshake, error))?;
-    Ok(Peer { server, facts: Rc::new(facts), expires: own.min(certificate.not_after) })
+    let expires = own.min(certificate.not_after);
+    Ok(Peer { server, facts: Rc::new(facts), certificate, expires })
 }
 
 /// Accepts streams until the connection ends; told to go elsewhere at drain, rotation or expiry.
 async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
     let mut lifecycle = env.lifecycle.clone();
     let mut rotated = env.tls_generation.clone();
+    let mut denied = tls.denied().clone();
     let lifetime = peer.expires.duration_since(SystemTime::now()).unwrap_or_default();
     let mut farewell = false;
     let expiry = tokio::time::sleep_until(Instant::now() + lifetime);
@@ -130,6 +138,10 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
         };
         tokio::select! {
             biased;
+            // First: a peer that keeps us busy is cut all the same.
+            () = denied.changed() => if denied.denies(&peer.certificate.marks) {
+                return cut(&env, &peer);
+            },
             incoming = peer.server.accept() => match incoming {
                 Some(Ok((request, respond))) => spawn_stream(&env, &peer.facts, request, respond),
                 Some(Err(error)) => {
@@ -144,6 +156,14 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
             }
         }
     }
+}
+
+/// Everything on the connection ends with it, at once: it is not served to its end for somebody who is denied.
+fn cut(env: &Env, peer: &Peer) {
+    peer.facts.banned.set(true);
+    env.shared.telemetry.handshakes.cut[Direction::Inbound as usize].fetch_add(1, Ordering::Relaxed);
+    let (address, peer) = (peer.facts.address, &peer.facts.id);
+    tracing::warn!(%address, %peer, "closed a connection: the peer is on the deny list");
 }
 
 fn spawn_stream(env: &Rc<Env>, facts: &Rc<PeerFacts>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
@@ -179,7 +199,7 @@ async fn stream(
             Err(fault)
         }
     };
-    report.finish(outcome);
+    report.finish(outcome.map_err(|fault| if peer.banned.get() { Fault::Banned } else { fault }));
 }
 
 /// None: not a CONNECT, or not one of this wire version.

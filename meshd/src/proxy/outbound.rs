@@ -129,7 +129,10 @@ async fn serve(
     let already_read = std::mem::take(&mut connected.early);
     report.count_up(already_read.length);
     match &mut connected.upstream {
-        Upstream::Mesh { send, receive, .. } => serve::opaque(app, send, receive, already_read.chunks, &watch).await,
+        Upstream::Mesh { send, receive, slot } => {
+            let served = serve::opaque(app, send, receive, already_read.chunks, &watch).await;
+            served.map_err(|fault| if slot.banned() { Fault::Banned } else { fault })
+        }
         Upstream::Plain(far) => Box::pin(serve::plain(app, far, already_read.chunks, &watch)).await,
     }
 }

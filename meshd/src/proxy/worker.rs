@@ -183,6 +183,7 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
         spawn_accept(&env, listener, peer)?;
     }
     let mut lifecycle = env.lifecycle.clone();
+    let mut denied = env.shared.tls.load().denied().clone();
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
         tokio::select! {
@@ -192,6 +193,10 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
                 None => return Ok(()),
             },
             _ = sweep.tick() => env.sweep(),
+            () = denied.changed() => {
+                let cut = env.pool.cut(&denied);
+                env.shared.telemetry.handshakes.cut[Direction::Outbound as usize].fetch_add(cut, Ordering::Relaxed);
+            }
             () = lifecycle.reached(Stage::Stopped) => return Ok(()),
         }
     }

@@ -85,6 +85,8 @@ fn data_plane(telemetry: &Telemetry) -> Vec<Exposition> {
     metrics.push(refused(telemetry));
     metrics.push(unknown(telemetry));
     metrics.push(handshakes(telemetry));
+    metrics.push(cut(telemetry));
+    metrics.extend(telemetry.self_handshakes.metrics());
     metrics.push(dns_queries(telemetry));
     metrics.extend(telemetry.workload_api.metrics());
     let single = |value: u64| vec![(Labels::new(), value as f64)];
@@ -230,6 +232,15 @@ fn handshakes(telemetry: &Telemetry) -> Exposition {
     })
     .collect();
     Exposition::counter("meshd_handshakes", "Mutual TLS handshakes with other hosts", series)
+}
+
+fn cut(telemetry: &Telemetry) -> Exposition {
+    let series = [Direction::Inbound, Direction::Outbound].map(|direction| {
+        let count = telemetry.handshakes.cut[direction as usize].load(Ordering::Relaxed);
+        (vec![("direction", direction.label().into())], count as f64)
+    });
+    let help = "Open connections with other hosts ended because the peer came onto the deny list";
+    Exposition::counter("meshd_connections_cut", help, series.into())
 }
 
 fn dns_queries(telemetry: &Telemetry) -> Exposition {

@@ -7,6 +7,7 @@ mod edges;
 mod exposition;
 mod probes;
 mod process;
+mod self_handshakes;
 mod unknown;
 mod workload_api;
 
@@ -21,6 +22,7 @@ pub use dns::{DnsCounters, DnsOutcome};
 pub use edges::{Direction, Edge, EdgeKey, EdgeRow, Edges, Tls};
 pub use exposition::{Exposition, encode};
 pub use probes::Probes;
+pub use self_handshakes::SelfHandshakes;
 pub use unknown::UnknownOwners;
 pub use workload_api::WorkloadApiCounters;
 
@@ -49,6 +51,7 @@ pub struct Telemetry {
     /// Connections an operator makes to see how they fare.
     pub probes: Probes,
     pub handshakes: HandshakeCounters,
+    pub self_handshakes: SelfHandshakes,
     pub dns: DnsCounters,
     pub workload_api: WorkloadApiCounters,
     /// A panic ends one connection; the operator must see that it happened.
@@ -68,6 +71,7 @@ impl Telemetry {
             unknown: UnknownOwners::default(),
             probes: Probes::default(),
             handshakes: HandshakeCounters::default(),
+            self_handshakes: SelfHandshakes::default(),
             dns: DnsCounters::default(),
             workload_api: WorkloadApiCounters::default(),
             panics: AtomicU64::new(0),
@@ -99,4 +103,6 @@ pub struct HandshakeCounters {
     pub accept_limited: AtomicU64,
     pub dialled: AtomicU64,
     pub dial_failed: AtomicU64,
+    /// Open connections ended because the peer came onto the deny list, by direction.
+    pub cut: [AtomicU64; 2],
 }

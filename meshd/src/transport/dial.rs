@@ -18,7 +18,7 @@ use tokio_rustls::TlsConnector;
 
 use super::mesh::{self, ClientDriver, MeshError};
 use super::secure_io::SecureIo;
-use super::tls::{TlsState, peer_certificate};
+use super::tls::{PeerCertificate, TlsState};
 use super::wire::{ALPN_HBONE, ALPN_MESHD, WireVersion};
 use crate::fault::Fault;
 use crate::telemetry::Telemetry;
@@ -65,6 +65,7 @@ pub struct Opened {
     pub io: SecureIo,
     /// The earlier NotAfter of both certificates: no new streams after it.
     pub expires: SystemTime,
+    pub peer: PeerCertificate,
 }
 
 impl Dialer {
@@ -130,7 +131,7 @@ impl Dialer {
         }
         let config = client_config(tls, key).ok_or(Fault::Internal)?;
         let socket = self.tcp(key.address).await?;
-        let (io, peer_expires) = timeout(self.connect_timeout, handshake(config, key, socket))
+        let (io, peer) = timeout(self.connect_timeout, handshake(tls, config, key, socket))
             .await
             .map_err(|_| Fault::ConnectTimeout)??;
         let (send, mut driver) = mesh::client(io.clone()).await.map_err(|error| mesh_fault(&error))?;
@@ -138,7 +139,7 @@ impl Dialer {
             .await
             .map_err(|_| Fault::ConnectTimeout)?
             .map_err(|error| mesh_fault(&error))?;
-        Ok(Opened { send, driver, io, expires: own.min(peer_expires) })
+        Ok(Opened { send, driver, io, expires: own.min(peer.not_after), peer })
     }
 }
 
@@ -170,17 +171,22 @@ fn client_config(tls: &TlsState, key: &PoolKey) -> Option<ClientConfig> {
     }
 }
 
-async fn handshake(config: ClientConfig, key: &PoolKey, socket: TcpStream) -> Result<(SecureIo, SystemTime), Fault> {
+async fn handshake(
+    state: &TlsState,
+    config: ClientConfig,
+    key: &PoolKey,
+    socket: TcpStream,
+) -> Result<(SecureIo, PeerCertificate), Fault> {
     let name = ServerName::try_from(server_name(&key.expected)).map_err(|_| Fault::Internal)?;
     let stream = TlsConnector::from(Arc::new(config)).connect(name, socket).await.map_err(|error| tls_fault(&error))?;
     let (socket, tls) = stream.into_inner();
     let agreed = WireVersion::from_alpn(tls.alpn_protocol());
-    let peer = peer_certificate(tls.peer_certificates()).ok_or(Fault::TlsHandshake)?;
+    let peer = state.peer(tls.peer_certificates()).ok_or(Fault::TlsHandshake)?;
     // The transport is what the endpoint record says, never what a dial happened to get.
     if agreed != Some(key.version) {
         return Err(Fault::TlsHandshake);
     }
-    Ok((SecureIo::new(socket, tls.into()), peer.not_after))
+    Ok((SecureIo::new(socket, tls.into()), peer))
 }
 
 /// Which fault a broken handshake is, ours or as told by the peer's alert.
@@ -189,9 +195,11 @@ pub fn tls_fault(error: &io::Error) -> Fault {
         Some(rustls::Error::InvalidCertificate(reason)) => match reason {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Fault::CertExpired,
             CertificateError::NotValidForName => Fault::IdentityMismatch,
+            CertificateError::Revoked => Fault::Banned,
             _ => Fault::TlsHandshake,
         },
         Some(rustls::Error::AlertReceived(AlertDescription::CertificateExpired)) => Fault::CertExpired,
+        Some(rustls::Error::AlertReceived(AlertDescription::CertificateRevoked)) => Fault::Banned,
         _ => Fault::TlsHandshake,
     }
 }

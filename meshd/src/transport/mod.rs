@@ -5,9 +5,11 @@
 //! application's bytes.
 
 pub mod chunk;
+pub mod denied;
 pub mod dial;
 pub mod mesh;
 pub mod pool;
 pub mod secure_io;
+pub mod self_check;
 pub mod tls;
 pub mod wire;

@@ -1,14 +1,17 @@
 //! Connections to peers, shared by the streams of one worker. The key holds the source identity,
 //! because a connection proves one: streams of two workloads never share it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use meshd_identity::denial::Marks;
+use tokio::task::AbortHandle;
 
+use super::denied::Denied;
 use super::dial::{Dialer, Opened, PoolKey};
 use super::tls::TlsState;
 use super::wire::STREAMS;
@@ -41,6 +44,10 @@ pub struct Link {
     expires: SystemTime,
     heard: Rc<Cell<Instant>>,
     used: Cell<Instant>,
+    peer: Marks,
+    driver: OnceCell<AbortHandle>,
+    /// Cut because the peer is on the deny list.
+    banned: Cell<bool>,
     /// Set when the peer let a stream time out: no new streams until it is heard again.
     suspected: Cell<Option<Instant>>,
 }
@@ -72,6 +79,11 @@ impl Slot {
         self.0.ended.get()
     }
 
+    /// The peer came onto the deny list while the connection was open.
+    pub fn banned(&self) -> bool {
+        self.0.banned.get()
+    }
+
     /// The peer let a stream time out.
     pub fn suspect(&self, now: Instant) {
         self.0.suspected.set(Some(now));
@@ -92,6 +104,16 @@ impl Link {
             && self.streams.get() < STREAMS.min(self.send.current_max_send_streams() as u32)
             && self.suspected.get().is_none_or(|since| self.heard.get() > since)
             && self.expires > SystemTime::now()
+    }
+
+    /// Ends the connection with everything on it.
+    fn cut(&self) {
+        self.banned.set(true);
+        self.retired.set(true);
+        self.ended.set(true);
+        if let Some(driver) = self.driver.get() {
+            driver.abort();
+        }
     }
 
     /// Nothing will ever use it again.
@@ -120,6 +142,8 @@ impl Pool {
             return Err(fault);
         }
         match dialer.mesh(tls, key).await {
+            // Denied between its handshake and now.
+            Ok(opened) if tls.denied().denies(&opened.peer.marks) => Err(Fault::Banned),
             Ok(opened) => Ok(self.adopt(key, opened, tls.generation)),
             Err(fault) => {
                 *last_failure = Some((Instant::now(), fault));
@@ -145,12 +169,15 @@ impl Pool {
             heard: opened.io.heard(),
             used: Cell::new(now),
             suspected: Cell::new(None),
+            peer: opened.peer.marks,
+            driver: OnceCell::new(),
+            banned: Cell::new(false),
         });
         let slot = Slot::take(&link);
         self.links.borrow_mut().entry(key.clone()).or_default().push(link.clone());
         let address = key.address;
         let driven = Rc::downgrade(&link);
-        tokio::task::spawn_local(async move {
+        let driver = tokio::task::spawn_local(async move {
             let watched = driven.clone();
             let busy = move || watched.upgrade().is_some_and(|link| link.streams.get() > 0);
             if let Err(error) = opened.driver.run(busy).await {
@@ -161,6 +188,7 @@ impl Pool {
                 link.ended.set(true);
             }
         });
+        _ = link.driver.set(driver.abort_handle());
         slot
     }
 
@@ -172,6 +200,18 @@ impl Pool {
         });
         let links = self.links.borrow();
         self.gates.borrow_mut().retain(|key, gate| links.contains_key(key) || Rc::strong_count(gate) > 1);
+    }
+
+    /// Ends connections to peers that are denied now; how many.
+    pub fn cut(&self, denied: &Denied) -> u64 {
+        let mut cut = 0;
+        for link in self.links.borrow().values().flatten() {
+            if !link.banned.get() && denied.denies(&link.peer) {
+                link.cut();
+                cut += 1;
+            }
+        }
+        cut
     }
 
     /// Open connections and their streams.

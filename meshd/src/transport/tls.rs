@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use meshd_identity::denial::Marks;
 use meshd_identity::{SpiffeId, TrustDomain, inspect_svid, server_name};
 use meshd_pki_client::{Credentials, Judgement, ServerJudge, Svid};
 use rustls::client::danger::HandshakeSignatureValid;
@@ -22,6 +23,7 @@ use rustls::{
     SignatureScheme,
 };
 
+use super::denied::Denied;
 use super::wire::{ALPN_HBONE, ALPN_MESHD};
 
 /// Everything handshakes need, of one generation of certificates.
@@ -31,8 +33,17 @@ pub struct TlsState {
     keys: HashMap<SpiffeId, Identity>,
     by_sni: HashMap<String, SpiffeId>,
     default_identity: Option<SpiffeId>,
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     provider: Arc<CryptoProvider>,
+}
+
+/// Whom we believe.
+#[derive(Debug)]
+struct Trust {
+    anchors: Arc<RootCertStore>,
+    /// The same as certificates.
+    roots: Vec<Vec<u8>>,
+    denied: Denied,
 }
 
 /// A certificate ready to sign with.
@@ -55,12 +66,24 @@ pub enum TlsError {
 pub struct PeerCertificate {
     pub id: SpiffeId,
     pub not_after: SystemTime,
+    pub marks: Marks,
 }
 
 impl TlsState {
+    /// Denies nobody.
     pub fn build(credentials: &Credentials, default: Option<&SpiffeId>, generation: u64) -> Result<TlsState, TlsError> {
+        TlsState::build_denying(credentials, default, generation, Denied::nobody())
+    }
+
+    pub fn build_denying(
+        credentials: &Credentials,
+        default: Option<&SpiffeId>,
+        generation: u64,
+        denied: Denied,
+    ) -> Result<TlsState, TlsError> {
         let provider = Arc::new(provider());
-        let roots = Arc::new(roots(credentials)?);
+        let anchors = Arc::new(roots(credentials)?);
+        let trust = Arc::new(Trust { anchors, roots: credentials.bundle.roots.clone(), denied });
         let mut keys = HashMap::new();
         for (id, svid) in &credentials.workloads {
             let key = Arc::new(certified_key(svid, &provider)?);
@@ -72,8 +95,13 @@ impl TlsState {
             keys: by_sni.iter().map(|(sni, id)| (sni.clone(), keys[id].key.clone())).collect(),
             default: default_identity.as_ref().map(|id| keys[id].key.clone()),
         };
-        let server = server_config(&credentials.trust_domain, &roots, &provider, resolver)?;
-        Ok(TlsState { generation, server: Arc::new(server), keys, by_sni, default_identity, roots, provider })
+        let server = server_config(&credentials.trust_domain, &trust, &provider, resolver)?;
+        Ok(TlsState { generation, server: Arc::new(server), keys, by_sni, default_identity, trust, provider })
+    }
+
+    /// Whom we can be.
+    pub fn identities(&self) -> impl Iterator<Item = &SpiffeId> {
+        self.keys.keys()
     }
 
     pub fn identity(&self, id: &SpiffeId) -> Option<&Identity> {
@@ -88,10 +116,21 @@ impl TlsState {
         }
     }
 
+    /// The peer of a finished handshake.
+    pub fn peer(&self, chain: Option<&[CertificateDer<'_>]>) -> Option<PeerCertificate> {
+        let chain = chain?;
+        let info = inspect_svid(chain.first()?).ok()?;
+        Some(PeerCertificate { id: info.id, not_after: info.not_after, marks: self.trust.marks(chain)? })
+    }
+
+    pub fn denied(&self) -> &Denied {
+        &self.trust.denied
+    }
+
     /// To dial as `source` and accept nobody but `expected`. None: we hold no certificate for `source`.
     pub fn client(&self, source: &SpiffeId, expected: &SpiffeId, alpn: &[u8]) -> Option<ClientConfig> {
         let identity = self.keys.get(source)?;
-        let judgement = exactly(expected.clone(), self.roots.clone(), &self.provider);
+        let judgement = exactly(expected.clone(), self.trust.clone(), &self.provider);
         let verifier = ServerJudge::new(self.provider.clone(), judgement);
         let mut config = ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -106,10 +145,21 @@ impl TlsState {
     }
 }
 
-/// The peer of a finished handshake.
-pub fn peer_certificate(chain: Option<&[CertificateDer<'_>]>) -> Option<PeerCertificate> {
-    let info = inspect_svid(chain?.first()?).ok()?;
-    Some(PeerCertificate { id: info.id, not_after: info.not_after })
+impl Trust {
+    fn marks(&self, chain: &[CertificateDer<'_>]) -> Option<Marks> {
+        let chain: Vec<&[u8]> = chain.iter().map(AsRef::as_ref).collect();
+        Marks::read(&chain, self.roots.iter().map(Vec::as_slice))
+    }
+
+    /// Refuses a peer that is on the deny list, although its chain verifies.
+    fn refuse_denied(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>]) -> Result<(), Error> {
+        let chain: Vec<CertificateDer<'_>> = std::iter::once(leaf).chain(rest).cloned().collect();
+        let marks = self.marks(&chain).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        match self.denied.denies(&marks) {
+            true => Err(Error::InvalidCertificate(CertificateError::Revoked)),
+            false => Ok(()),
+        }
+    }
 }
 
 /// AES-GCM only, as ztunnel; hybrid post-quantum key exchange preferred.
@@ -138,15 +188,15 @@ fn certified_key(svid: &Svid, provider: &CryptoProvider) -> Result<CertifiedKey,
 
 fn server_config(
     trust_domain: &TrustDomain,
-    roots: &Arc<RootCertStore>,
+    trust: &Arc<Trust>,
     provider: &Arc<CryptoProvider>,
     resolver: SniResolver,
 ) -> Result<ServerConfig, TlsError> {
     let unusable = |error: &dyn fmt::Display| TlsError::Roots(error.to_string());
-    let chain = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+    let chain = WebPkiClientVerifier::builder_with_provider(trust.anchors.clone(), provider.clone())
         .build()
         .map_err(|error| unusable(&error))?;
-    let verifier = MeshClient { chain, trust_domain: trust_domain.clone() };
+    let verifier = MeshClient { chain, trust_domain: trust_domain.clone(), trust: trust.clone() };
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| unusable(&error))?
@@ -176,11 +226,12 @@ impl ResolvesServerCert for SniResolver {
 }
 
 /// Believes a server that chains to our roots and proves exactly the identity the endpoint record names.
-fn exactly(expected: SpiffeId, roots: Arc<RootCertStore>, provider: &Arc<CryptoProvider>) -> impl Judgement + 'static {
+fn exactly(expected: SpiffeId, trust: Arc<Trust>, provider: &Arc<CryptoProvider>) -> impl Judgement + 'static {
     let algorithms = provider.signature_verification_algorithms.all;
     move |leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime| {
         let certificate = ParsedCertificate::try_from(leaf)?;
-        verify_server_cert_signed_by_trust_anchor(&certificate, &roots, rest, now, algorithms)?;
+        verify_server_cert_signed_by_trust_anchor(&certificate, &trust.anchors, rest, now, algorithms)?;
+        trust.refuse_denied(leaf, rest)?;
         let info = inspect_svid(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
         match info.id == expected {
             true => Ok(()),
@@ -194,6 +245,7 @@ fn exactly(expected: SpiffeId, roots: Arc<RootCertStore>, provider: &Arc<CryptoP
 struct MeshClient {
     chain: Arc<dyn ClientCertVerifier>,
     trust_domain: TrustDomain,
+    trust: Arc<Trust>,
 }
 
 impl ClientCertVerifier for MeshClient {
@@ -209,6 +261,7 @@ impl ClientCertVerifier for MeshClient {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        self.trust.refuse_denied(end_entity, intermediates)?;
         let info = inspect_svid(end_entity).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
         if *info.id.trust_domain() != self.trust_domain {
             return Err(Error::InvalidCertificate(CertificateError::NotValidForName));

@@ -13,8 +13,16 @@ use serde_json::Map;
 pub type Issued = Pin<Box<dyn Future<Output = Result<String, IssueError>> + Send>>;
 
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct IssueError(pub String);
+pub enum IssueError {
+    /// The PKI does not permit this host the identity.
+    #[error("{0}")]
+    Refused(String),
+    /// The audience.
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    Away(String),
+}
 
 /// Where tokens and what verifies them come from.
 pub trait JwtSource: Send + Sync {

@@ -15,6 +15,7 @@ mod secrets;
 mod serve;
 mod session;
 mod spiffe;
+mod tokens;
 mod x509;
 
 use std::collections::BTreeSet;
@@ -29,6 +30,7 @@ use crate::proxy::Shared;
 
 pub use jwt::{IssueError, Issued, JwtSource, Verified};
 pub use serve::{bind, serve};
+pub use tokens::PkiTokens;
 
 /// `[workload_api]` of meshd.toml.
 #[derive(Clone, Debug, Deserialize)]

@@ -38,9 +38,7 @@ impl Session {
         let credentials = self.sources.credentials.borrow().clone();
         let svid = x509::svid(&credentials, &identity, SystemTime::now()).inspect_err(|refused| {
             if let (Refused::NoIdentity, Some(words)) = (refused, credentials.refused.get(&identity)) {
-                self.complain(identity.as_str(), || {
-                    tracing::warn!(%identity, "the PKI refuses an identity asked for at the Workload API: {words}");
-                });
+                self.refused_by_pki(&identity, words);
             }
         });
         Ok(Holding { svid: svid?.clone(), credentials })
@@ -82,6 +80,12 @@ impl Session {
         let (out, answers) = mpsc::channel(1);
         tokio::spawn(follow(self.clone(), changes, first, answer, out, slot));
         Ok(ReceiverStream::new(answers))
+    }
+
+    pub(super) fn refused_by_pki(&self, identity: &SpiffeId, words: &str) {
+        self.complain(identity.as_str(), || {
+            tracing::warn!(%identity, "the PKI refuses an identity asked for at the Workload API: {words}");
+        });
     }
 
     fn complain(&self, about: &str, complain: impl FnOnce()) {

@@ -10,14 +10,14 @@ use meshd_workload_api::spiffe::{
 };
 use tonic::{Request, Response, Status, async_trait};
 
-use super::jwt::{self, JwtSource};
+use super::jwt::{self, IssueError, JwtSource};
 use super::refused::Refused;
 use super::session::{Answers, Session};
 use super::x509;
 
 /// Audiences in one request, and the length of each: they go into the token and to the PKI.
 const AUDIENCES: usize = 16;
-const AUDIENCE_BYTES: usize = 1024;
+const AUDIENCE_BYTES: usize = 512;
 
 /// The API as one connection sees it.
 pub(super) struct Spiffe(pub(super) Arc<Session>);
@@ -87,7 +87,14 @@ impl SpiffeWorkloadApi for Spiffe {
 impl Spiffe {
     async fn token(&self, identity: &SpiffeId, audience: Vec<String>) -> Result<String, Refused> {
         let issued = tokens(&self.0)?.issue(identity.clone(), audience).await;
-        issued.map_err(|why| Refused::NotYet(why.to_string()))
+        issued.map_err(|why| match why {
+            IssueError::Refused(words) => {
+                self.0.refused_by_pki(identity, &words);
+                Refused::NoIdentity
+            }
+            IssueError::Invalid(words) => Refused::Invalid(words),
+            IssueError::Away(words) => Refused::NotYet(words),
+        })
     }
 }
 
@@ -102,7 +109,7 @@ fn check_audience(audience: &[String]) -> Result<(), Refused> {
         [] => invalid("a token needs an audience"),
         _ if audience.len() > AUDIENCES => invalid("a token has at most 16 audiences"),
         _ if audience.iter().any(|audience| audience.is_empty() || audience.len() > AUDIENCE_BYTES) => {
-            invalid("an audience has 1 to 1024 bytes")
+            invalid("an audience has 1 to 512 bytes")
         }
         _ => Ok(()),
     }

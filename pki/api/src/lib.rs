@@ -1,9 +1,14 @@
-//! The wire API between hosts and the PKI, generated from `proto/meshd/pki/v1/pki.proto`.
+//! The wire APIs of the PKI: with hosts (`proto/meshd/pki/v1`) and with operators (`proto/meshd/pki/admin/v1`).
 
 pub mod v1 {
     // Generated code follows its own style.
     #![allow(clippy::all, unreachable_pub, unused_qualifications)]
     tonic::include_proto!("meshd.pki.v1");
+}
+
+pub mod admin {
+    #![allow(clippy::all, unreachable_pub, unused_qualifications)]
+    tonic::include_proto!("meshd.pki.admin.v1");
 }
 
 /// The most identities one `IssueBatch` may carry.

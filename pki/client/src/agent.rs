@@ -1,25 +1,31 @@
 //! Keeps the credentials of a host fresh.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::SpiffeId;
+use meshd_identity::statements::DenySet;
 use meshd_pki_api::{MAX_BATCH, v1};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
-use crate::connect::{ConnectError, PkiClient, call, connect, verified_tls};
-use crate::inventory::inventory;
+use crate::Credentials;
+use crate::come_back::{Absent, refused};
+use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
+use crate::deny::Denials;
+use crate::error::RenewError;
+use crate::inventory::{inventory, is_rooted};
 use crate::key::NewKey;
+use crate::link::{Facts, Heard, Link};
 use crate::metrics::RenewalMetrics;
-use crate::reply::{ReplyError, problem, read_bundle, read_svid};
-use crate::schedule::{due, next_wake, refusal_delay, remaining, retry_delay};
+use crate::recovery::{RecoveryError, leads_to};
+use crate::reply::{newer_bundle, problem, read_bundle, read_svid};
+use crate::schedule::{Circumstances, due, next_wake, refusal_delay, remaining, retry_delay};
 use crate::state::{State, from_unix_ms, unix_ms};
-use crate::store::{MACHINE_ID, Store, StoreError};
-use crate::{Credentials, refusal_text};
-
-type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
+use crate::store::{Store, StoreError};
+use crate::surroundings::{Surroundings, Timeline};
 
 /// The longest back-off. A retry time further away means that the clock was set back.
 const LONGEST_RETRY: Duration = Duration::from_secs(300);
@@ -30,54 +36,34 @@ pub struct Agent {
     state: State,
     publish: watch::Sender<Arc<Credentials>>,
     metrics: Arc<RenewalMetrics>,
-    clock: Clock,
-    /// Identities the PKI refused, with the time to ask again.
-    waiting: BTreeMap<SpiffeId, SystemTime>,
+    surroundings: Surroundings,
+    timeline: Timeline,
+    told: Circumstances,
+    denials: Denials,
+    /// The PKI knows an older deny set than this host.
+    lend_denials: bool,
+    /// The conversation with the PKI failed for a reason that does not pass by itself.
+    adrift: Option<Adrift>,
     retry: Retry,
     /// In use but not yet on disk.
     unsaved: bool,
 }
 
-/// What an [`Agent`] reads from its surroundings.
-#[derive(Clone)]
-pub struct Surroundings {
-    pub clock: Clock,
-    pub machine_id_file: PathBuf,
-}
+/// Reports that wait while the agent is busy renewing.
+const HEARD_QUEUE: usize = 8;
 
-impl Default for Surroundings {
-    fn default() -> Surroundings {
-        Surroundings { clock: Arc::new(SystemTime::now), machine_id_file: MACHINE_ID.into() }
-    }
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Adrift {
+    /// What answers does not verify by the bundle held here.
+    Distrusts,
+    /// The PKI does not accept this host's certificate.
+    Unknown,
 }
 
 #[derive(Default)]
 struct Retry {
     not_before: Option<SystemTime>,
     delay: Duration,
-}
-
-#[derive(Debug, thiserror::Error)]
-enum RenewError {
-    #[error("no PKI server could be used: {0}")]
-    Unreachable(String),
-    #[error("the PKI refused: {0}")]
-    Refused(String),
-    #[error(transparent)]
-    Reply(#[from] ReplyError),
-    #[error(
-        "this host's certificate has ended, the PKI will not know it; make a token with `meshd-pki token create \
-         --host {0}` and run `meshd join` again"
-    )]
-    HostExpired(String),
-    #[error(
-        "new certificates are due for renewal on arrival: this clock is {0} s ahead of the PKI's; check NTP on both"
-    )]
-    Clock(i64),
-    #[error("cannot make a key: {0}")]
-    Key(#[from] rcgen::Error),
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
 }
 
 impl Agent {
@@ -89,14 +75,19 @@ impl Agent {
     pub fn open_in(dir: &Path, surroundings: Surroundings) -> Result<Agent, StoreError> {
         let mut store = Store::new(dir, &surroundings.machine_id_file);
         let state = store.load()?;
+        let denials = Denials::open(dir, &state.credentials.trust_domain);
         let (publish, _) = watch::channel(Arc::new(state.credentials.clone()));
         Ok(Agent {
             store,
             state,
             publish,
             metrics: Arc::default(),
-            clock: surroundings.clock,
-            waiting: BTreeMap::new(),
+            timeline: Timeline::from(&surroundings),
+            surroundings,
+            told: Circumstances::default(),
+            denials,
+            lend_denials: false,
+            adrift: None,
             retry: Retry::default(),
             unsaved: false,
         })
@@ -106,6 +97,11 @@ impl Agent {
         self.publish.subscribe()
     }
 
+    /// Whom to refuse although their certificates are valid.
+    pub fn denied(&self) -> watch::Receiver<Arc<DenySet>> {
+        self.denials.watch()
+    }
+
     pub fn metrics(&self) -> Arc<RenewalMetrics> {
         self.metrics.clone()
     }
@@ -113,11 +109,24 @@ impl Agent {
     /// Renews what is held and asks for what is newly wanted, for ever. A failure never takes anything away.
     pub async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SpiffeId>>) {
         let mut known = wanted.borrow_and_update().clone();
+        let facts = watch::Sender::new(self.facts());
+        let (say, mut heard) = mpsc::channel(HEARD_QUEUE);
+        // Ends with the agent.
+        let mut link = JoinSet::new();
+        link.spawn(Link::new(self.surroundings.clone(), facts.subscribe(), say).hold());
         loop {
             self.step(&known).await;
+            self.tell(&facts);
             let wake = self.sleep_time(&known);
             tokio::select! {
                 () = tokio::time::sleep(wake) => {}
+                Some(heard) = heard.recv() => {
+                    match heard {
+                        Heard::Reply(reply) => self.hear(*reply),
+                        Heard::Lost(error) => self.lost(&error),
+                    }
+                    self.tell(&facts);
+                }
                 Ok(()) = wanted.changed() => {
                     let now_wanted = wanted.borrow_and_update().clone();
                     if !now_wanted.is_subset(&known) {
@@ -134,25 +143,42 @@ impl Agent {
         if self.unsaved {
             self.save();
         }
-        let now = (self.clock)();
-        let mut asked = due(&self.state.credentials, wanted, &self.waiting, now);
-        asked.truncate(MAX_BATCH);
-        if asked.is_empty() || !self.retry.is_open(now) {
+        let now = self.now();
+        let asked = due(&self.state.credentials, wanted, &self.told, now);
+        if (asked.is_empty() && self.adrift.is_none()) || !self.retry.is_open(now) {
             return;
         }
-        let renewed = match self.renew(&asked, now).await {
-            Ok(()) => self.still_due(&asked, wanted),
-            Err(error) => Err(error),
-        };
-        match renewed {
+        match self.renew(wanted).await {
             Ok(()) => self.retry = Retry::default(),
             Err(error) => self.failed(&error, &asked),
         }
     }
 
-    /// With clocks far apart a new certificate can look old on arrival; asking again at once would never end.
-    fn still_due(&self, asked: &[SpiffeId], wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
-        let due = due(&self.state.credentials, wanted, &self.waiting, (self.clock)());
+    async fn renew(&mut self, wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
+        let held = &self.state.credentials;
+        if held.host.not_after <= self.now() || !is_rooted(&held.host, &held.bundle) {
+            self.come_back(false).await?;
+        } else if let Some(why) = self.adrift {
+            self.come_back(why == Adrift::Unknown).await?;
+        }
+        match self.issue_due(wanted).await {
+            // Roots were replaced, or our certificate is not good any more for a reason we cannot see.
+            Err(RenewError::Distrusted(_)) => self.come_back(false).await?,
+            Err(RenewError::Unknown(_)) => self.come_back(true).await?,
+            other => return other,
+        }
+        self.issue_due(wanted).await
+    }
+
+    async fn issue_due(&mut self, wanted: &BTreeSet<SpiffeId>) -> Result<(), RenewError> {
+        let mut asked = due(&self.state.credentials, wanted, &self.told, self.now());
+        asked.truncate(MAX_BATCH);
+        if asked.is_empty() {
+            return Ok(());
+        }
+        self.issue(&asked).await?;
+        // With clocks far apart a new certificate can look old on arrival; asking again at once would never end.
+        let due = due(&self.state.credentials, wanted, &self.told, self.now());
         match due.iter().any(|id| asked.contains(id)) {
             true => Err(RenewError::Clock(self.metrics.clock_offset_ms() / 1000)),
             false => Ok(()),
@@ -160,7 +186,7 @@ impl Agent {
     }
 
     fn failed(&mut self, error: &RenewError, asked: &[SpiffeId]) {
-        let now = (self.clock)();
+        let now = self.now();
         let left = remaining(&self.state.credentials, asked, now);
         self.retry.failed(now, left, fastrand::f64());
         let again = self.retry.delay.as_secs();
@@ -169,19 +195,28 @@ impl Agent {
     }
 
     fn sleep_time(&self, wanted: &BTreeSet<SpiffeId>) -> Duration {
-        let now = (self.clock)();
-        let anything_due = !due(&self.state.credentials, wanted, &self.waiting, now).is_empty();
-        let wake = next_wake(&self.state.credentials, wanted, &self.waiting, now);
+        let now = self.now();
+        let anything_due = !due(&self.state.credentials, wanted, &self.told, now).is_empty();
+        let wake = next_wake(&self.state.credentials, wanted, &self.told, now);
         // A millisecond past the moment itself, so that it has come when we look.
         let wake = wake + Duration::from_millis(1);
         if anything_due { self.retry.wait(now).min(wake) } else { wake }
     }
 
-    async fn renew(&mut self, asked: &[SpiffeId], now: SystemTime) -> Result<(), RenewError> {
-        let held = &self.state.credentials;
-        if held.host.not_after <= now {
-            return Err(RenewError::HostExpired(held.host_id.clone()));
+    /// A host that was away catches up and proves who it is by the key it enrolled with.
+    async fn come_back(&mut self, is_unknown: bool) -> Result<(), RenewError> {
+        let (clock, now) = (&self.surroundings.clock, self.now());
+        let next = Absent { state: &self.state, is_unknown, now, clock }.come_back().await?;
+        self.adrift = None;
+        if next.credentials.host.serial != self.state.credentials.host.serial {
+            self.metrics.readmitted();
         }
+        self.adopt(next);
+        Ok(())
+    }
+
+    async fn issue(&mut self, asked: &[SpiffeId]) -> Result<(), RenewError> {
+        let held = &self.state.credentials;
         let keys: Vec<NewKey> = asked.iter().map(|_| NewKey::generate()).collect::<Result<_, _>>()?;
         let mut items = Vec::new();
         for (id, key) in asked.iter().zip(&keys) {
@@ -189,44 +224,38 @@ impl Agent {
         }
         let request = v1::IssueBatchRequest {
             items,
-            host_time_unix_ms: unix_ms(now),
+            host_time_unix_ms: unix_ms((self.surroundings.clock)()),
             bundle_sequence: held.bundle.sequence,
             inventory: Some(inventory(held)),
         };
         let mut pki = self.connect_anywhere().await?;
-        let reply =
-            call(pki.issue_batch(request)).await.map_err(|status| RenewError::Refused(refusal_text(&status)))?;
+        let reply = call(pki.issue_batch(request)).await.map_err(|status| refused(&status))?;
         self.install(reply, asked, &keys)
     }
 
     async fn connect_anywhere(&self) -> Result<PkiClient, RenewError> {
         let held = &self.state.credentials;
-        let tls = verified_tls(&held.bundle, Some(&held.host), self.state.pki_time)?;
-        let mut addresses = held.pki.clone();
-        fastrand::shuffle(&mut addresses);
-        let mut reasons = Vec::new();
-        for address in addresses {
-            match connect(&address, tls.clone()).await {
-                Ok(pki) => return Ok(pki),
-                Err(error) => reasons.push(error.to_string()),
-            }
-        }
-        Err(RenewError::Unreachable(reasons.join("; ")))
+        let tls = verified_tls(&held.bundle, Some(&held.host), self.state.pki_time, &self.surroundings.clock)?;
+        connect_anywhere(&held.pki, &tls).await
     }
 
     /// Takes over a whole reply or nothing of it.
     fn install(&mut self, reply: v1::IssueBatchReply, asked: &[SpiffeId], keys: &[NewKey]) -> Result<(), RenewError> {
-        let now = (self.clock)();
+        let now = self.now();
         let pki_time = from_unix_ms(reply.server_time_unix_ms);
         let mut next = self.state.clone();
         let held = &mut next.credentials;
-        held.bundle = read_bundle(reply.bundle, &held.trust_domain, held.bundle.sequence)?;
+        held.bundle = newer_bundle(reply.bundle, &held.bundle)?;
         if reply.results.len() != asked.len() {
             return Err(problem(format!("{} results for {} questions", reply.results.len(), asked.len())).into());
         }
-        let mut waiting = self.waiting.clone();
+        let mut waiting = self.told.waiting.clone();
         for ((id, key), result) in asked.iter().zip(keys).zip(reply.results) {
             waiting.remove(id);
+            match result.selectors.is_empty() {
+                true => drop(held.selectors.remove(id)),
+                false => drop(held.selectors.insert(id.clone(), result.selectors)),
+            }
             match result.outcome {
                 Some(v1::issue_result::Outcome::Svid(svid)) => {
                     let svid = Arc::new(read_svid(svid, id, key, &held.bundle, pki_time)?);
@@ -247,12 +276,97 @@ impl Agent {
             held.pki = reply.pki_addresses;
         }
         next.pki_time = pki_time;
+        self.taint(reply.tainted_roots, now);
+        self.told.waiting = waiting;
+        self.adopt(next);
+        self.metrics.succeeded(unix_ms((self.surroundings.clock)()), unix_ms(pki_time));
+        Ok(())
+    }
+
+    /// The PKI answers a report, or tells what is new.
+    fn hear(&mut self, reply: v1::SyncReply) {
+        let (now, wall) = (self.now(), (self.surroundings.clock)());
+        let pki_time = from_unix_ms(reply.server_time_unix_ms);
+        self.metrics.heard(unix_ms(wall), unix_ms(pki_time));
+        self.adrift = None;
+        self.lend_denials = reply.want_deny_set;
+        self.taint(reply.tainted_roots, now);
+        let mut next = self.state.clone();
+        next.pki_time = pki_time;
+        let mut changed = false;
+        if let Some(bundle) = reply.bundle {
+            let held = &mut next.credentials;
+            match read_bundle(Some(bundle), &held.trust_domain, held.bundle.sequence) {
+                Ok(bundle) => {
+                    changed |= bundle != held.bundle;
+                    held.bundle = bundle;
+                }
+                Err(error) => tracing::error!(%error, "the PKI pushed a bundle that is not taken over"),
+            }
+        }
+        if !reply.pki_addresses.is_empty() && reply.pki_addresses != next.credentials.pki {
+            next.credentials.pki = reply.pki_addresses;
+            changed = true;
+        }
+        match hear_recovery(&mut next, &reply.recovery, unix_ms(now)) {
+            Ok(taken_over) => changed |= taken_over,
+            Err(error) => tracing::warn!(%error, "a recovery statement is not taken over"),
+        }
+        if !reply.deny_set.is_empty()
+            && let Err(error) = self.denials.accept(&reply.deny_set, &next.credentials.bundle)
+        {
+            tracing::error!(%error, "the PKI pushed a deny set that is not taken over");
+        }
+        match changed {
+            true => self.adopt(next),
+            false => self.state.pki_time = pki_time,
+        }
+    }
+
+    fn lost(&mut self, error: &RenewError) {
+        self.metrics.lost();
+        self.adrift = match error {
+            RenewError::Distrusted(_) => Some(Adrift::Distrusts),
+            RenewError::Unknown(_) => Some(Adrift::Unknown),
+            _ => return,
+        };
+    }
+
+    fn taint(&mut self, roots: Vec<String>, now: SystemTime) {
+        let since = |root: &String| self.told.tainted.get(root).copied().unwrap_or(now);
+        self.told.tainted = roots.into_iter().map(|root| (root.clone(), since(&root))).collect();
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            credentials: self.publish.borrow().clone(),
+            pki_time_ms: unix_ms(self.state.pki_time),
+            deny_sequence: self.denials.sequence(),
+            deny_set: if self.lend_denials { self.denials.jws().to_owned() } else { String::new() },
+        }
+    }
+
+    /// Has the conversation report at once what is new here.
+    fn tell(&self, facts: &watch::Sender<Facts>) {
+        let new = self.facts();
+        facts.send_if_modified(|known| {
+            let same = Arc::ptr_eq(&known.credentials, &new.credentials)
+                && (known.deny_sequence, &known.deny_set) == (new.deny_sequence, &new.deny_set);
+            *known = new;
+            !same
+        });
+    }
+
+    /// Everything at once, on disk and for whoever uses it.
+    fn adopt(&mut self, next: State) {
         self.state = next;
-        self.waiting = waiting;
+        self.timeline = Timeline::from(&self.surroundings);
         self.save();
         self.publish.send_replace(Arc::new(self.state.credentials.clone()));
-        self.metrics.succeeded(unix_ms(now), unix_ms(pki_time));
-        Ok(())
+    }
+
+    fn now(&self) -> SystemTime {
+        self.timeline.now(&self.surroundings)
     }
 
     /// A full disk must not stop renewal: the new credentials are used, and written as soon as that works.
@@ -266,6 +380,21 @@ impl Agent {
             }
         }
     }
+}
+
+/// Takes over the newest statement of a recovery key, if it is new; whether it was. A bundle it leads to comes by
+/// signatures when it is needed: who can talk to the PKI has it already.
+fn hear_recovery(state: &mut State, jws: &str, now_ms: u64) -> Result<bool, RecoveryError> {
+    let held = &state.credentials;
+    if jws.is_empty() {
+        return Ok(false);
+    }
+    let Some(statement) = state.recovery.read(jws, &held.trust_domain)? else { return Ok(false) };
+    if leads_to(&statement, &held.bundle, now_ms).is_some() {
+        return Ok(false);
+    }
+    state.recovery.hear(jws, &statement)?;
+    Ok(true)
 }
 
 impl Retry {

@@ -23,12 +23,16 @@ use tonic::Status;
 use tonic::body::Body;
 
 use crate::Svid;
+use crate::error::RenewError;
+use crate::surroundings::{Clock, TlsTime};
 use crate::verify::{any_server, pki_server};
 
 /// TCP, TLS and the HTTP/2 preface together.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// A full batch signs and syncs in well under a second; the rest is for a queue at the PKI.
 const RPC_DEADLINE: Duration = Duration::from_secs(20);
+/// A PKI that vanished without a word is noticed within twice this time.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// The PKI does not select by name; the constant keeps the host's own names out of the ClientHello.
 const SERVER_NAME: &str = "pki.id.mesh.internal";
 
@@ -49,6 +53,11 @@ pub(crate) enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether one side does not believe the other's certificate: what the host trusts may be out of date.
+    pub(crate) fn is_distrust(&self) -> bool {
+        matches!(self, ConnectError::Tls { .. }) && !self.may_pass()
+    }
+
     /// Whether the same address may work in a moment. A certificate that does not verify will not.
     pub(crate) fn may_pass(&self) -> bool {
         match self {
@@ -74,12 +83,18 @@ pub(crate) fn verified_tls(
     bundle: &Bundle,
     host: Option<&Svid>,
     last_pki_time: SystemTime,
+    clock: &Clock,
 ) -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    tls_config(pki_server(provider, bundle, last_pki_time)?, host)
+    let mut config = tls_config(pki_server(provider, bundle, last_pki_time)?, host)?;
+    config.time_provider = Arc::new(TlsTime(clock.clone()));
+    Ok(config)
 }
 
-fn tls_config(verifier: Arc<dyn ServerCertVerifier>, host: Option<&Svid>) -> Result<ClientConfig, ConnectError> {
+pub(crate) fn tls_config(
+    verifier: Arc<dyn ServerCertVerifier>,
+    host: Option<&Svid>,
+) -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -104,7 +119,26 @@ pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiCl
     Ok(HostClient::with_origin(channel, origin).max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
-async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
+/// The first of several servers that proves to be the PKI, in an order drawn anew each time.
+pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig) -> Result<PkiClient, RenewError> {
+    let mut addresses = addresses.to_vec();
+    fastrand::shuffle(&mut addresses);
+    let mut reasons = Vec::new();
+    let mut is_distrusted = false;
+    for address in addresses {
+        match connect(&address, config.clone()).await {
+            Ok(pki) => return Ok(pki),
+            Err(error) => {
+                is_distrusted |= error.is_distrust();
+                reasons.push(error.to_string());
+            }
+        }
+    }
+    let reasons = reasons.join("; ");
+    Err(if is_distrusted { RenewError::Distrusted(reasons) } else { RenewError::Unreachable(reasons) })
+}
+
+pub(crate) async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
     let named = || address.to_owned();
     let tcp = TcpStream::connect(address).await.map_err(|source| ConnectError::Tcp { address: named(), source })?;
     let name = ServerName::try_from(SERVER_NAME).expect("a constant DNS name");
@@ -114,6 +148,8 @@ async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, Conne
         .map_err(|source| ConnectError::Tls { address: named(), source })?;
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
         .handshake(TokioIo::new(tls))
         .await
         .map_err(|source| ConnectError::Http { address: named(), source })?;
@@ -136,7 +172,7 @@ pub(crate) async fn call<T>(rpc: impl Future<Output = Result<tonic::Response<T>,
 
 /// One HTTP/2 connection as the service tonic's client wants.
 #[derive(Clone)]
-pub(crate) struct Channel(http2::SendRequest<Body>);
+pub struct Channel(pub(crate) http2::SendRequest<Body>);
 
 impl tower_service::Service<Request<Body>> for Channel {
     type Response = Response<Incoming>;

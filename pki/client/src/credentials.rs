@@ -32,6 +32,8 @@ pub struct Credentials {
     pub workloads: BTreeMap<SpiffeId, Arc<Svid>>,
     /// Identities the PKI does not permit this host, with its words.
     pub refused: BTreeMap<SpiffeId, String>,
+    /// What the processes of an identity are known by, where the PKI says so.
+    pub selectors: BTreeMap<SpiffeId, Vec<String>>,
     /// `host:port` of the PKI servers.
     pub pki: Vec<String>,
 }

@@ -84,6 +84,7 @@ impl FakeCa {
             host: self.svid(&host),
             workloads: ids.iter().map(|id| (id.clone(), self.svid(id))).collect(),
             refused: BTreeMap::new(),
+            selectors: BTreeMap::new(),
             pki: vec!["127.0.0.1:15012".to_owned()],
         }
     }
@@ -94,6 +95,8 @@ fn authority_params(trust_domain: &TrustDomain, kind: &str, constraints: BasicCo
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
     params.distinguished_name.push(DnType::CommonName, format!("fake {kind} {:016x}", fastrand::u64(..)));
+    let id = format!("{:032x}", fastrand::u128(..));
+    params.distinguished_name.push(DnType::CustomDnType(vec![2, 5, 4, 5]), id);
     params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))];
     params.is_ca = IsCa::Ca(constraints);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

@@ -1,4 +1,4 @@
-//! A join token becomes credentials.
+//! Whoever proves to be invited gets credentials.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,16 +6,19 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use data_encoding::BASE64;
-use meshd_identity::{Bundle, IdError, JoinToken, SpiffeId, TrustDomain, sha256};
+use meshd_identity::{Bundle, IdError, JoinToken, PkiPin, SpiffeId, TrustDomain, sha256};
 use meshd_pki_api::v1;
 use tonic::{Code, Status};
 
 use crate::connect::{ConnectError, call, connect, unverified_tls, verified_tls};
 use crate::key::NewKey;
+use crate::proof::Proof;
+use crate::recovery::Pins;
 use crate::reply::{problem, read_bundle, read_svid};
 use crate::schedule::retry_delay;
 use crate::state::{State, from_unix_ms, unix_ms};
-use crate::store::{MACHINE_ID, Store, StoreError};
+use crate::store::{Store, StoreError};
+use crate::surroundings::{Clock, Surroundings};
 use crate::{Credentials, refusal_text};
 
 /// The key of an enrolment under way. Kept so that a second try proves to be the same host: the token is bound to
@@ -38,8 +41,8 @@ pub enum JoinError {
     #[error("the PKI at {address} refused this host: {message}")]
     Refused { address: String, message: String },
     #[error(
-        "the PKI at {address} has other recovery keys than the join token names; do not join this PKI before you \
-         know why, then make a new token with `meshd-pki token create`"
+        "the PKI at {address} has other recovery keys than are pinned; do not join this PKI before you \
+         know why, then make a new token with `meshd-pki token create`, or pin it anew"
     )]
     RecoveryKey { address: String },
     #[error("cannot make a key: {0}")]
@@ -48,25 +51,41 @@ pub enum JoinError {
     Store(#[from] StoreError),
 }
 
-/// Enrols this host and writes its identity to `dir`. Safe to repeat with the same token until it worked.
+/// Enrols this host by a join token; see [`join_by`].
 pub async fn join(dir: &Path, token: &JoinToken, host_id: Option<&str>) -> Result<Credentials, JoinError> {
+    join_by(dir, &token.pin(), &Proof::JoinToken(token.clone()), host_id).await
+}
+
+/// Enrols this host and writes its identity to `dir`. Safe to repeat with the same proof until it worked.
+pub async fn join_by(dir: &Path, pin: &PkiPin, proof: &Proof, host_id: Option<&str>) -> Result<Credentials, JoinError> {
+    join_in(dir, pin, proof, host_id, &Surroundings::default()).await
+}
+
+/// [`join_by`] with other clocks than the machine's.
+pub async fn join_in(
+    dir: &Path,
+    pin: &PkiPin,
+    proof: &Proof,
+    host_id: Option<&str>,
+    surroundings: &Surroundings,
+) -> Result<Credentials, JoinError> {
     if let Some(host_id) = host_id {
         // Checked before the token is spent; the trust domain does not matter here.
         SpiffeId::host(&"check".parse().expect("a constant name"), host_id)?;
     }
-    let mut store = Store::new(dir, Path::new(MACHINE_ID));
-    refuse_if_joined(&mut store)?;
-    let key = pending_key(&store, token)?;
-    let state = enrol_anywhere(token, host_id, &key).await?;
+    let mut store = Store::new(dir, &surroundings.machine_id_file);
+    refuse_if_joined(&mut store, (surroundings.clock)())?;
+    let key = pending_key(&store, &proof.id())?;
+    let state = enrol_anywhere(pin, proof, host_id, &key, &surroundings.clock).await?;
     store.save(&state)?;
     store.remove(PENDING_KEY)?;
     Ok(state.credentials)
 }
 
 /// A host whose certificate has ended may join again in place; anything else would throw away what works.
-fn refuse_if_joined(store: &mut Store) -> Result<(), JoinError> {
+fn refuse_if_joined(store: &mut Store, now: SystemTime) -> Result<(), JoinError> {
     match store.load() {
-        Ok(state) if state.credentials.host.not_after > SystemTime::now() => {
+        Ok(state) if state.credentials.host.not_after > now => {
             Err(JoinError::AlreadyJoined { host_id: state.credentials.host_id, dir: store.dir().to_owned() })
         }
         Ok(_) | Err(StoreError::NotJoined { .. }) => Ok(()),
@@ -74,17 +93,17 @@ fn refuse_if_joined(store: &mut Store) -> Result<(), JoinError> {
     }
 }
 
-fn pending_key(store: &Store, token: &JoinToken) -> Result<NewKey, JoinError> {
+fn pending_key(store: &Store, proof: &str) -> Result<NewKey, JoinError> {
     if let Ok(text) = std::fs::read_to_string(store.dir().join(PENDING_KEY))
         && let Some((id, key)) = text.trim().split_once(' ')
-        && id == token.id
+        && id == proof
         && let Ok(key) = BASE64.decode(key.as_bytes())
         && let Ok(key) = NewKey::from_pkcs8(&key)
     {
         return Ok(key);
     }
     let key = NewKey::generate()?;
-    store.write(PENDING_KEY, format!("{} {}\n", token.id, BASE64.encode(&key.pkcs8())).as_bytes())?;
+    store.write(PENDING_KEY, format!("{proof} {}\n", BASE64.encode(&key.pkcs8())).as_bytes())?;
     Ok(key)
 }
 
@@ -98,8 +117,14 @@ enum Failed {
     Everywhere(JoinError),
 }
 
-async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) -> Result<State, JoinError> {
-    let mut addresses = token.pki.clone();
+async fn enrol_anywhere(
+    pin: &PkiPin,
+    proof: &Proof,
+    host_id: Option<&str>,
+    key: &NewKey,
+    clock: &Clock,
+) -> Result<State, JoinError> {
+    let mut addresses = pin.pki.clone();
     fastrand::shuffle(&mut addresses);
     let mut delay = Duration::ZERO;
     let mut attempts = BTreeMap::new();
@@ -110,7 +135,7 @@ async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) 
         }
         let mut again = Vec::new();
         for address in addresses {
-            match enrol_at(&address, token, host_id, key).await {
+            match enrol_at(&address, pin, proof, host_id, key, clock).await {
                 Ok(state) => return Ok(state),
                 Err(Failed::Everywhere(error)) => return Err(error),
                 Err(Failed::Here(reason)) => _ = attempts.insert(address, reason),
@@ -126,35 +151,43 @@ async fn enrol_anywhere(token: &JoinToken, host_id: Option<&str>, key: &NewKey) 
     Err(JoinError::Unreachable { attempts })
 }
 
-async fn enrol_at(address: &str, token: &JoinToken, host_id: Option<&str>, key: &NewKey) -> Result<State, Failed> {
-    let bundle = fetch_pinned_bundle(address, token).await?;
-    let tls = verified_tls(&bundle, None, SystemTime::UNIX_EPOCH).map_err(here)?;
+async fn enrol_at(
+    address: &str,
+    pin: &PkiPin,
+    proof: &Proof,
+    host_id: Option<&str>,
+    key: &NewKey,
+    clock: &Clock,
+) -> Result<State, Failed> {
+    let bundle = fetch_pinned_bundle(address, pin).await?;
+    let tls = verified_tls(&bundle, None, SystemTime::UNIX_EPOCH, clock).map_err(here)?;
     let mut pki = connect(address, tls).await.map_err(unconnected)?;
-    let join_token = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
+    let csr = key.request().map_err(|error| Failed::Everywhere(error.into()))?;
+    let attestation = proof.attestation(&mut pki, &bundle.trust_domain, &csr).await;
     let request = v1::EnrollRequest {
-        attestation: Some(v1::enroll_request::Attestation::JoinToken(join_token)),
+        attestation: Some(attestation.map_err(|status| refused(address, &status))?),
         host_id: host_id.unwrap_or_default().to_owned(),
-        csr: key.request().map_err(|error| Failed::Everywhere(error.into()))?,
-        host_time_unix_ms: unix_ms(SystemTime::now()),
+        csr,
+        host_time_unix_ms: unix_ms(clock()),
     };
     let reply = call(pki.enroll(request)).await.map_err(|status| refused(address, &status))?;
-    let known = reply.recovery_keys.iter().any(|key| sha256(key) == token.recovery_key_id);
+    let known = reply.recovery_keys.iter().any(|key| sha256(key) == pin.recovery_key_id);
     if !known || reply.recovery_keys.len() > 2 {
         return Err(Failed::Everywhere(JoinError::RecoveryKey { address: address.to_owned() }));
     }
-    read_enrolment(reply, token, host_id, key, &bundle.trust_domain).map_err(here)
+    read_enrolment(reply, pin, host_id, key, &bundle.trust_domain).map_err(here)
 }
 
 /// Asks a server we cannot yet authenticate for the bundle the token pins. Nothing secret is sent; whatever comes
 /// back either has the right digest or is not used.
-async fn fetch_pinned_bundle(address: &str, token: &JoinToken) -> Result<Bundle, Failed> {
+async fn fetch_pinned_bundle(address: &str, pin: &PkiPin) -> Result<Bundle, Failed> {
     let mut pki = connect(address, unverified_tls().map_err(here)?).await.map_err(unconnected)?;
-    let request = v1::BundleRequest { sha256: token.bundle_digest.to_vec() };
+    let request = v1::BundleRequest { sha256: pin.bundle_digest.to_vec() };
     let reply = call(pki.bundle(request)).await.map_err(|status| unanswered(&status))?;
     let bundle = reply.bundle.unwrap_or_default();
-    if sha256(&bundle.jwks) != token.bundle_digest {
+    if sha256(&bundle.jwks) != pin.bundle_digest {
         return Err(Failed::Here(
-            "its bundle is not the one the join token pins (SHA-256 differs): this is another PKI, or somebody \
+            "its bundle is not the one that is pinned (SHA-256 differs): this is another PKI, or somebody \
              sits in between"
                 .to_owned(),
         ));
@@ -165,7 +198,7 @@ async fn fetch_pinned_bundle(address: &str, token: &JoinToken) -> Result<Bundle,
 
 fn read_enrolment(
     reply: v1::EnrollReply,
-    token: &JoinToken,
+    pin: &PkiPin,
     asked: Option<&str>,
     key: &NewKey,
     domain: &TrustDomain,
@@ -185,9 +218,11 @@ fn read_enrolment(
         host: Arc::new(host),
         workloads: BTreeMap::new(),
         refused: BTreeMap::new(),
-        pki: if reply.pki_addresses.is_empty() { token.pki.clone() } else { reply.pki_addresses },
+        selectors: BTreeMap::new(),
+        pki: if reply.pki_addresses.is_empty() { pin.pki.clone() } else { reply.pki_addresses },
     };
-    Ok(State { credentials, recovery_keys: reply.recovery_keys, pki_time })
+    let recovery = Pins::new(reply.recovery_keys);
+    Ok(State { credentials, recovery, enrolled_key: Some(key.pkcs8()), pki_time })
 }
 
 fn here(error: impl std::fmt::Display) -> Failed {

@@ -38,6 +38,22 @@ pub(crate) fn read_bundle(
     Ok(read)
 }
 
+/// The bundle that a certificate came with, or the one held when that is newer: a PKI restored from a backup hands out an
+/// older one until it makes the next, and renewals are not to wait for that. Whether the certificate verifies is then
+/// judged by what is held.
+pub(crate) fn newer_bundle(bundle: Option<v1::TrustBundle>, held: &Bundle) -> Result<Bundle, ReplyError> {
+    let read = read_bundle(bundle, &held.trust_domain, 0)?;
+    if read.sequence >= held.sequence {
+        return Ok(read);
+    }
+    tracing::warn!(
+        theirs = read.sequence,
+        held = held.sequence,
+        "the PKI has an older bundle than this host, which it keeps"
+    );
+    Ok(held.clone())
+}
+
 /// Reads one issued certificate: for the identity asked, over our key, under the bundle it came with.
 pub(crate) fn read_svid(
     svid: v1::Svid,
@@ -80,6 +96,17 @@ mod tests {
         let foreign = FakeCa::new("other".parse::<TrustDomain>().unwrap()).bundle();
         assert!(read_bundle(wire(&foreign), &domain(), 0).unwrap_err().to_string().contains("`other`"));
         assert!(read_bundle(None, &domain(), 0).is_err());
+    }
+
+    #[test]
+    fn what_an_older_bundle_comes_with_is_judged_by_the_newer_one_held() {
+        let bundle = FakeCa::new(domain()).bundle();
+        let mut held = FakeCa::new(domain()).bundle();
+        assert_eq!(newer_bundle(wire(&bundle), &held).unwrap(), bundle, "as new as what is held");
+        held.sequence = 2;
+        assert_eq!(newer_bundle(wire(&bundle), &held).unwrap(), held);
+        let foreign = FakeCa::new("other".parse::<TrustDomain>().unwrap()).bundle();
+        assert!(newer_bundle(wire(&foreign), &held).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
+use crate::inventory::{is_rooted, root_of};
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -21,6 +22,9 @@ const RETRY_CAP_URGENT: Duration = Duration::from_secs(60);
 /// A retry must never cost a relevant part of what is left of a certificate's life.
 const RETRY_SHARE_OF_REMAINING: f64 = 0.02;
 
+/// Certificates under a tainted root are replaced within this time, or a quarter of what is left of them.
+const TAINT_SPLAY: Duration = Duration::from_secs(600);
+
 /// When to renew a certificate: drawn once for each, from who holds it and its serial, so that a fleet enrolled
 /// in one minute does not come back in one minute, and a restart does not draw again.
 pub(crate) fn renew_at(host_id: &str, svid: &Svid) -> SystemTime {
@@ -29,9 +33,13 @@ pub(crate) fn renew_at(host_id: &str, svid: &Svid) -> SystemTime {
 }
 
 fn renewal_share(host_id: &str, serial: &str) -> f64 {
+    EARLIEST + (LATEST - EARLIEST) * draw(host_id, serial)
+}
+
+/// Uniform in 0..1, the same for the same certificate.
+fn draw(host_id: &str, serial: &str) -> f64 {
     let hash = sha256(format!("{host_id}\0{serial}").as_bytes());
-    let draw = u64::from_be_bytes(hash[..8].try_into().expect("a hash has 32 bytes"));
-    EARLIEST + (LATEST - EARLIEST) * (draw as f64 / u64::MAX as f64)
+    u64::from_be_bytes(hash[..8].try_into().expect("a hash has 32 bytes")) as f64 / u64::MAX as f64
 }
 
 /// Decorrelated jitter: the next delay is drawn between the base and three times the previous one. `chance` is
@@ -51,21 +59,44 @@ pub(crate) fn refusal_delay(chance: f64) -> Duration {
     Duration::from_secs(30) + Duration::from_secs(30).mul_f64(chance.clamp(0.0, 1.0))
 }
 
-/// Which identities to ask for now. `waiting` holds those the PKI refused, with the time to ask again.
+/// What the PKI has told that moves renewals.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Circumstances {
+    /// Identities the PKI refused, with the time to ask again.
+    pub(crate) waiting: BTreeMap<SpiffeId, SystemTime>,
+    /// Roots whose key may be known to others, and since when this host knows.
+    pub(crate) tainted: BTreeMap<String, SystemTime>,
+}
+
+impl Circumstances {
+    /// When a certificate is to be replaced: by the calendar, or soon when it hangs on a tainted root.
+    fn renew_at(&self, host_id: &str, svid: &Svid) -> SystemTime {
+        let planned = renew_at(host_id, svid);
+        let since = root_of(svid).and_then(|root| self.tainted.get(&root).copied());
+        let Some(since) = since else { return planned };
+        // A PKI whose next root does not sign yet issues under the tainted one again: then it is asked again.
+        let since = since.max(svid.issued_at);
+        let left = svid.not_after.duration_since(since).unwrap_or_default();
+        let splay = (left / 4).min(TAINT_SPLAY).mul_f64(draw(host_id, &svid.serial));
+        planned.min(since + splay)
+    }
+}
+
+/// Which identities to ask for now.
 pub(crate) fn due(
     held: &Credentials,
     wanted: &BTreeSet<SpiffeId>,
-    waiting: &BTreeMap<SpiffeId, SystemTime>,
+    told: &Circumstances,
     now: SystemTime,
 ) -> Vec<SpiffeId> {
-    let is_due = |svid: &Svid| renew_at(&held.host_id, svid) <= now;
+    let is_due = |svid: &Svid| told.renew_at(&held.host_id, svid) <= now || !is_rooted(svid, &held.bundle);
     let mut due = Vec::new();
     if is_due(&held.host) {
         due.push(held.host.id.clone());
     }
     // The host's own identity is renewed above whether or not somebody lists it.
     for id in wanted.iter().filter(|id| **id != held.host.id) {
-        let may_ask = waiting.get(id).is_none_or(|until| *until <= now);
+        let may_ask = told.waiting.get(id).is_none_or(|until| *until <= now);
         if may_ask && held.workloads.get(id).is_none_or(|svid| is_due(svid)) {
             due.push(id.clone());
         }
@@ -77,11 +108,11 @@ pub(crate) fn due(
 pub(crate) fn next_wake(
     held: &Credentials,
     wanted: &BTreeSet<SpiffeId>,
-    waiting: &BTreeMap<SpiffeId, SystemTime>,
+    told: &Circumstances,
     now: SystemTime,
 ) -> Duration {
     let renewals = wanted.iter().filter_map(|id| held.workloads.get(id)).chain([&held.host]);
-    let times = renewals.map(|svid| renew_at(&held.host_id, svid)).chain(waiting.values().copied());
+    let times = renewals.map(|svid| told.renew_at(&held.host_id, svid)).chain(told.waiting.values().copied());
     times.filter_map(|at| at.duration_since(now).ok()).min().unwrap_or(TICK).min(TICK)
 }
 
@@ -117,9 +148,9 @@ mod tests {
         let wanted = BTreeSet::from([id.clone()]);
         let issued = held.host.issued_at;
         let life = held.host.not_after.duration_since(issued).unwrap();
-        assert_eq!(due(&held, &wanted, &BTreeMap::new(), issued + life.mul_f64(0.29)), vec![]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), issued + life.mul_f64(0.29)), vec![]);
         let later = issued + life.mul_f64(0.46);
-        assert_eq!(due(&held, &wanted, &BTreeMap::new(), later), vec![held.host.id.clone(), id]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), later), vec![held.host.id.clone(), id]);
     }
 
     #[test]
@@ -128,10 +159,38 @@ mod tests {
         let now = held.host.issued_at;
         let id = workload("new");
         let wanted = BTreeSet::from([id.clone()]);
-        assert_eq!(due(&held, &wanted, &BTreeMap::new(), now), vec![id.clone()]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), now), vec![id.clone()]);
         let waiting = BTreeMap::from([(id.clone(), now + Duration::from_secs(40))]);
+        let waiting = Circumstances { waiting, ..Circumstances::default() };
         assert_eq!(due(&held, &wanted, &waiting, now), vec![]);
         assert_eq!(due(&held, &wanted, &waiting, now + Duration::from_secs(40)), vec![id]);
+    }
+
+    #[test]
+    fn what_hangs_on_a_tainted_root_is_replaced_soon_and_again_while_it_still_does() {
+        let held = FakeCa::new(domain()).credentials("web", &[]);
+        let root = root_of(&held.host).unwrap();
+        let since = held.host.issued_at + Duration::from_secs(3600);
+        let told = Circumstances { tainted: BTreeMap::from([(root, since)]), ..Circumstances::default() };
+        let at = told.renew_at("web", &held.host);
+        assert!(at >= since && at <= since + TAINT_SPLAY, "{at:?}");
+        assert_eq!(due(&held, &BTreeSet::new(), &told, at), vec![held.host.id.clone()]);
+        let issued_at = since + Duration::from_secs(60);
+        let replaced = Svid { issued_at, ..Svid::clone(&held.host) };
+        let again = told.renew_at("web", &replaced);
+        assert!(again >= issued_at && again <= issued_at + TAINT_SPLAY, "{again:?}");
+        let other =
+            Circumstances { tainted: BTreeMap::from([("other".to_owned(), since)]), ..Circumstances::default() };
+        assert_eq!(other.renew_at("web", &held.host), renew_at("web", &held.host));
+    }
+
+    #[test]
+    fn a_chain_to_a_root_that_left_the_bundle_is_due_at_once() {
+        let (ca, other) = (FakeCa::new(domain()), FakeCa::new(domain()));
+        let mut held = ca.credentials("web", &[]);
+        held.bundle = other.bundle();
+        let now = held.host.issued_at;
+        assert_eq!(due(&held, &BTreeSet::new(), &Circumstances::default(), now), vec![held.host.id.clone()]);
     }
 
     #[test]
@@ -139,15 +198,15 @@ mod tests {
         let id = workload("gone");
         let held = FakeCa::new(domain()).credentials("web", from_ref(&id));
         let end = held.host.not_after;
-        assert_eq!(due(&held, &BTreeSet::new(), &BTreeMap::new(), end), vec![held.host.id.clone()]);
+        assert_eq!(due(&held, &BTreeSet::new(), &Circumstances::default(), end), vec![held.host.id.clone()]);
     }
 
     #[test]
     fn the_hosts_own_identity_is_asked_for_once_however_often_it_is_wanted() {
         let held = FakeCa::new(domain()).credentials("web", &[]);
         let wanted = BTreeSet::from([held.host.id.clone()]);
-        assert_eq!(due(&held, &wanted, &BTreeMap::new(), held.host.issued_at), vec![]);
-        assert_eq!(due(&held, &wanted, &BTreeMap::new(), held.host.not_after), vec![held.host.id.clone()]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), held.host.issued_at), vec![]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), held.host.not_after), vec![held.host.id.clone()]);
     }
 
     #[test]
@@ -189,7 +248,7 @@ mod tests {
         fn sleep_never_exceeds_a_tick(offset in 0_u64..200_000) {
             let held = FakeCa::new(domain()).credentials("web", &[]);
             let now = held.host.issued_at + Duration::from_secs(offset);
-            prop_assert!(next_wake(&held, &BTreeSet::new(), &BTreeMap::new(), now) <= TICK);
+            prop_assert!(next_wake(&held, &BTreeSet::new(), &Circumstances::default(), now) <= TICK);
         }
     }
 

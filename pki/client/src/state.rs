@@ -11,13 +11,16 @@ use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use crate::recovery::Pins;
 use crate::{Credentials, Svid};
 
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) credentials: Credentials,
-    /// SubjectPublicKeyInfo of each; two while one succeeds the other.
-    pub(crate) recovery_keys: Vec<Vec<u8>>,
+    pub(crate) recovery: Pins,
+    /// PKCS#8 of the key this host enrolled with. Kept for good: with it the host comes back from any snapshot. `None`
+    /// in states written before there was such a thing.
+    pub(crate) enrolled_key: Option<Vec<u8>>,
     /// The PKI's clock in its last reply.
     pub(crate) pki_time: SystemTime,
 }
@@ -28,11 +31,17 @@ struct Document {
     host_id: String,
     bundle: String,
     recovery_keys: Vec<String>,
+    #[serde(default)]
+    recovery_heard_at: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    enrolled_key: Option<String>,
     pki: Vec<String>,
     pki_time_unix_ms: u64,
     host: SvidDocument,
     workloads: Vec<SvidDocument>,
     refused: BTreeMap<SpiffeId, String>,
+    #[serde(default)]
+    selectors: BTreeMap<SpiffeId, Vec<String>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -49,12 +58,15 @@ impl State {
             trust_domain: held.trust_domain.clone(),
             host_id: held.host_id.clone(),
             bundle: String::from_utf8(held.bundle.to_jwks()).expect("JSON is text"),
-            recovery_keys: self.recovery_keys.iter().map(|key| BASE64.encode(key)).collect(),
+            recovery_keys: self.recovery.keys.iter().map(|key| BASE64.encode(key)).collect(),
+            recovery_heard_at: self.recovery.heard_at,
+            enrolled_key: self.enrolled_key.as_ref().map(|key| BASE64.encode(key)),
             pki: held.pki.clone(),
             pki_time_unix_ms: unix_ms(self.pki_time),
             host: svid_document(&held.host),
             workloads: held.workloads.values().map(|svid| svid_document(svid)).collect(),
             refused: held.refused.clone(),
+            selectors: held.selectors.clone(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
     }
@@ -70,10 +82,16 @@ impl State {
             host: svid(&document.host)?,
             workloads: workloads.collect::<Result<_, String>>()?,
             refused: document.refused,
+            selectors: document.selectors,
             pki: document.pki,
         };
-        let recovery_keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;
-        Ok(State { credentials, recovery_keys, pki_time: from_unix_ms(document.pki_time_unix_ms) })
+        let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;
+        Ok(State {
+            credentials,
+            recovery: Pins { keys, heard_at: document.recovery_heard_at },
+            enrolled_key: document.enrolled_key.as_deref().map(decode).transpose()?,
+            pki_time: from_unix_ms(document.pki_time_unix_ms),
+        })
     }
 }
 
@@ -139,7 +157,12 @@ pub(crate) mod tests {
         let id = SpiffeId::workload(&domain, "shop", "payments").unwrap();
         let mut credentials = FakeCa::new(&domain).credentials(host_id, &[id]);
         credentials.refused.insert(SpiffeId::workload(&domain, "shop", "other").unwrap(), "not permitted".to_owned());
-        State { credentials, recovery_keys: vec![vec![1, 2, 3], vec![4]], pki_time: from_unix_ms(1_700_000_000_123) }
+        State {
+            credentials,
+            recovery: Pins { keys: vec![vec![1, 2, 3], vec![4]], heard_at: 5 },
+            enrolled_key: Some(vec![6, 7]),
+            pki_time: from_unix_ms(1_700_000_000_123),
+        }
     }
 
     #[test]
@@ -147,9 +170,19 @@ pub(crate) mod tests {
         let state = sample("web");
         let read = State::from_json(&state.to_json()).unwrap();
         assert_eq!(read.to_json(), state.to_json());
-        assert_eq!(read.recovery_keys, state.recovery_keys);
+        assert_eq!((&read.recovery, &read.enrolled_key), (&state.recovery, &state.enrolled_key));
         let (a, b) = (&read.credentials.host, &state.credentials.host);
         assert_eq!((a.not_after, &a.serial, a.key.secret_der()), (b.not_after, &b.serial, b.key.secret_der()));
+    }
+
+    #[test]
+    fn a_state_from_before_enrolled_keys_is_read() {
+        let mut json: serde_json::Value = serde_json::from_slice(&sample("web").to_json()).unwrap();
+        for field in ["enrolled_key", "recovery_heard_at"] {
+            json.as_object_mut().unwrap().remove(field).unwrap();
+        }
+        let read = State::from_json(json.to_string().as_bytes()).unwrap();
+        assert_eq!((read.enrolled_key, read.recovery.heard_at), (None, 0));
     }
 
     #[test]

@@ -180,6 +180,16 @@ pub fn jwks_of_jwt_keys(keys: &[JwtKey]) -> Vec<u8> {
     serde_json::to_vec(&serde_json::json!({ "keys": keys })).expect("strings always serialise")
 }
 
+/// What tokens verify with, of a JWK Set that is no SPIFFE bundle. Keys of other kinds, and keys without an id, are left
+/// out.
+pub fn keys_of_jwks(json: &[u8]) -> Result<Vec<JwtKey>, BundleError> {
+    if json.len() > MAX_BUNDLE_BYTES {
+        return Err(BundleError::TooLarge(json.len()));
+    }
+    let document: Document = serde_json::from_slice(json).map_err(|e| BundleError::Json(e.to_string()))?;
+    Ok(document.keys.iter().filter_map(jwt_key).collect())
+}
+
 fn jwt_key(key: &Key) -> Option<JwtKey> {
     let parameters = match (key.kty.as_str(), &key.crv, &key.x, &key.y, &key.n, &key.e) {
         ("EC", Some(curve), Some(x), Some(y), _, _) => {

@@ -4,9 +4,13 @@
 //! - [`inspect_svid`]: what a leaf certificate claims, and whether it may claim it.
 //! - [`Bundle`]: the roots and JWT keys of one trust domain, as a SPIFFE bundle (JWKS).
 //! - [`JoinToken`]: what an operator carries to a new host.
+//! - [`jwt`]: tokens that others sign.
 //! - [`signed`] and [`statements`]: what the PKI says under a signature, and how to verify it.
+//! - [`denial`]: whom to refuse although their certificates are valid.
 
 mod bundle;
+pub mod denial;
+pub mod jwt;
 pub mod signed;
 mod spiffe_id;
 pub mod statements;
@@ -14,8 +18,10 @@ mod svid;
 mod token;
 mod trust_domain;
 
-pub use bundle::{Bundle, BundleError, JwtKey, KeyParameters, MAX_BUNDLE_BYTES, jwks_of_jwt_keys, sha256};
+pub use bundle::{
+    Bundle, BundleError, JwtKey, KeyParameters, MAX_BUNDLE_BYTES, jwks_of_jwt_keys, keys_of_jwks, sha256,
+};
 pub use spiffe_id::{IdError, SYSTEM_NAMESPACE, SpiffeId, server_name};
 pub use svid::{SvidError, SvidInfo, inspect_svid};
-pub use token::{JoinToken, Secret, TokenError};
+pub use token::{JoinToken, PkiPin, Secret, TokenError};
 pub use trust_domain::{TrustDomain, TrustDomainError};

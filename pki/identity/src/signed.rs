@@ -10,7 +10,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
-const ALGORITHM: &str = "ES256";
+pub const ALGORITHM: &str = "ES256";
 /// A deny set of 10,000 entries stays below this.
 const MAX_BYTES: usize = 4 * 1024 * 1024;
 
@@ -69,11 +69,14 @@ pub fn sign_bytes(pkcs8: &[u8], message: &[u8]) -> Result<Vec<u8>, SignedError> 
 }
 
 pub fn sign<S: Statement>(pkcs8: &[u8], statement: &S) -> Result<String, SignedError> {
-    let header = Header { alg: ALGORITHM.to_owned(), typ: S::TYPE.to_owned() };
+    compact(pkcs8, &Header { alg: ALGORITHM.to_owned(), typ: S::TYPE.to_owned() }, statement)
+}
+
+/// A JWS in compact form over any header and payload.
+pub fn compact(pkcs8: &[u8], header: &impl Serialize, payload: &impl Serialize) -> Result<String, SignedError> {
     let text = |bytes: &[u8]| BASE64_URL_SAFE_NO_PAD.encode(bytes);
     let json = |value: Result<Vec<u8>, serde_json::Error>| value.map_err(|_| SignedError::Form("it is no JSON"));
-    let signed =
-        format!("{}.{}", text(&json(serde_json::to_vec(&header))?), text(&json(serde_json::to_vec(statement))?));
+    let signed = format!("{}.{}", text(&json(serde_json::to_vec(header))?), text(&json(serde_json::to_vec(payload))?));
     let signature = sign_bytes(pkcs8, signed.as_bytes())?;
     Ok(format!("{signed}.{}", text(&signature)))
 }

@@ -151,6 +151,11 @@ fn has_scheme(text: &str) -> bool {
     text.contains("://")
 }
 
+/// Whether this is the path of some workload's SPIFFE ID, without its first slash (SPIFFE-ID.md 2.2).
+pub(crate) fn is_path(path: &str) -> bool {
+    path.len() <= MAX_LENGTH && path.split('/').all(|segment| check_segment("segment", segment).is_ok())
+}
+
 /// `ns/<namespace>/sa/<name>` and nothing else: four segments, the two labels in place.
 fn split_path(path: &str) -> Option<(&str, &str)> {
     let mut segments = path.split('/');

@@ -84,3 +84,14 @@ pub fn attestation_message(domain: &TrustDomain, host_id: &str, nonce: &[u8], cs
     let head = format!("meshd-pki attest v1\0{domain}\0{host_id}\0");
     [head.as_bytes(), nonce, &sha256(csr)].concat()
 }
+
+/// What a machine signs with the key of its certificate to become a host.
+pub fn machine_message(domain: &TrustDomain, nonce: &[u8], csr: &[u8]) -> Vec<u8> {
+    let head = format!("meshd-pki x509pop v1\0{domain}\0");
+    [head.as_bytes(), nonce, &sha256(csr)].concat()
+}
+
+/// What the nonce of a machine certificate is asked for.
+pub fn machine_challenge(leaf: &[u8]) -> String {
+    data_encoding::HEXLOWER.encode(&sha256(leaf))
+}

@@ -4,6 +4,7 @@ use std::str::FromStr;
 use data_encoding::BASE64URL_NOPAD;
 
 const VERSION: &str = "mjt1";
+const PIN_VERSION: &str = "mpp1";
 const MAX_LENGTH: usize = 4096;
 const MAX_ADDRESSES: usize = 16;
 
@@ -36,6 +37,8 @@ impl fmt::Debug for Secret {
 pub enum TokenError {
     #[error("this is not a join token (it must start with `mjt1.`); make one with `meshd-pki token create`")]
     NotAToken,
+    #[error("this is not a pin of a PKI (`mpp1.` and three more parts); make one with `meshd-pki pin`")]
+    NotAPin,
     #[error("the join token has {0} parts, 6 are expected; it was probably cut when copied, copy it again whole")]
     Parts(usize),
     #[error("the {0} in the join token is damaged; copy the token again whole, or make a new one")]
@@ -46,20 +49,77 @@ pub enum TokenError {
     AddressCount(usize),
 }
 
+/// Where the PKI is and how to recognise it, without any right: what a host needs that proves in another way who it is.
+/// Not secret; whoever can change it decides which PKI the host believes. Text form: `mpp1.<pki addresses>.<bundle
+/// SHA-256>.<recovery key SHA-256>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PkiPin {
+    pub pki: Vec<String>,
+    pub bundle_digest: [u8; 32],
+    pub recovery_key_id: [u8; 32],
+}
+
 impl JoinToken {
+    pub fn pin(&self) -> PkiPin {
+        let JoinToken { pki, bundle_digest, recovery_key_id, .. } = self.clone();
+        PkiPin { pki, bundle_digest, recovery_key_id }
+    }
+
     /// Checks what a written token must satisfy, so that a bad address is found where the token is made.
     pub fn check(&self) -> Result<(), TokenError> {
         if self.id.is_empty() || !self.id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             return Err(TokenError::Damaged("id"));
         }
-        if self.pki.is_empty() || self.pki.len() > MAX_ADDRESSES {
-            return Err(TokenError::AddressCount(self.pki.len()));
-        }
-        match self.pki.iter().find(|address| !is_address(address)) {
-            Some(bad) => Err(TokenError::Address(bad.escape_debug().to_string())),
-            None => Ok(()),
-        }
+        check_addresses(&self.pki)
     }
+}
+
+impl PkiPin {
+    pub fn check(&self) -> Result<(), TokenError> {
+        check_addresses(&self.pki)
+    }
+}
+
+impl FromStr for PkiPin {
+    type Err = TokenError;
+
+    fn from_str(text: &str) -> Result<PkiPin, TokenError> {
+        let text = text.trim();
+        let parts: Vec<&str> = text.split('.').collect();
+        let [PIN_VERSION, addresses, digest, key_id] = parts[..] else {
+            return Err(TokenError::NotAPin);
+        };
+        let pki = read_addresses(addresses)?;
+        let (bundle_digest, recovery_key_id) =
+            (decode_32(digest, "bundle digest")?, decode_32(key_id, "recovery key id")?);
+        let pin = PkiPin { pki, bundle_digest, recovery_key_id };
+        pin.check()?;
+        Ok(pin)
+    }
+}
+
+impl fmt::Display for PkiPin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |bytes: &[u8]| BASE64URL_NOPAD.encode(bytes);
+        let addresses = text(self.pki.join(",").as_bytes());
+        write!(f, "{PIN_VERSION}.{addresses}.{}.{}", text(&self.bundle_digest), text(&self.recovery_key_id))
+    }
+}
+
+fn check_addresses(pki: &[String]) -> Result<(), TokenError> {
+    if pki.is_empty() || pki.len() > MAX_ADDRESSES {
+        return Err(TokenError::AddressCount(pki.len()));
+    }
+    match pki.iter().find(|address| !is_address(address)) {
+        Some(bad) => Err(TokenError::Address(bad.escape_debug().to_string())),
+        None => Ok(()),
+    }
+}
+
+fn read_addresses(text: &str) -> Result<Vec<String>, TokenError> {
+    let addresses = String::from_utf8(decode(text, "address list")?);
+    let addresses = addresses.map_err(|_| TokenError::Damaged("address list"))?;
+    Ok(addresses.split(',').map(str::to_owned).collect())
 }
 
 impl FromStr for JoinToken {
@@ -74,12 +134,10 @@ impl FromStr for JoinToken {
         let [_, id, secret, addresses, digest, key_id] = parts[..] else {
             return Err(TokenError::Parts(parts.len()));
         };
-        let addresses = decode(addresses, "address list")?;
-        let addresses = String::from_utf8(addresses).map_err(|_| TokenError::Damaged("address list"))?;
         let token = JoinToken {
             id: id.to_owned(),
             secret: Secret(decode_32(secret, "secret")?),
-            pki: addresses.split(',').map(str::to_owned).collect(),
+            pki: read_addresses(addresses)?,
             bundle_digest: decode_32(digest, "bundle digest")?,
             recovery_key_id: decode_32(key_id, "recovery key id")?,
         };
@@ -137,6 +195,17 @@ mod tests {
     #[test]
     fn a_file_with_a_newline_is_read() {
         assert_eq!(format!("  {}\n", token()).parse::<JoinToken>().unwrap(), token());
+    }
+
+    #[test]
+    fn the_pin_of_a_token_has_nothing_secret_and_is_read_again() {
+        let pin = token().pin();
+        let text = format!("{pin}\n");
+        assert_eq!(text.parse::<PkiPin>().unwrap(), pin);
+        assert!(!text.contains(&BASE64URL_NOPAD.encode(&token().secret.0)));
+        for bad in ["", "mpp1", &token().to_string(), &text.replace("mpp1", "mpp2"), &text[..text.len() - 9]] {
+            assert!(bad.parse::<PkiPin>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -10,12 +10,12 @@ use meshd_pki_api::v1;
 
 use crate::audit::Event;
 use crate::csr::Request;
-use crate::enrol::{banned, excerpt, host_identity};
+use crate::enrol::{check_standing, excerpt, host_identity};
 use crate::issue::offset_ms;
-use crate::pki::{Pki, trust_bundle};
+use crate::pki::Pki;
 use crate::refused::Refused;
-use crate::store::hosts::{self, Host, HostState, Issued, NextKey, Sighting};
-use crate::store::settings;
+use crate::store::View;
+use crate::store::hosts::{self, Host, NextKey, Sighting};
 use crate::times::{rfc3339, unix, unix_ms};
 
 /// A round trip, a slow one.
@@ -37,7 +37,7 @@ impl Nonces {
         [&time, code.as_ref()].concat()
     }
 
-    fn check(&self, host: &str, nonce: &[u8], now: SystemTime) -> bool {
+    pub(crate) fn check(&self, host: &str, nonce: &[u8], now: SystemTime) -> bool {
         let Some((time, code)) = nonce.split_first_chunk::<TIME_BYTES>() else {
             return false;
         };
@@ -71,22 +71,19 @@ impl Pki {
 
     fn attest_by_key(&self, request: &v1::AttestRequest, remote: &str) -> Result<v1::EnrollReply, Refused> {
         self.refuse_while_frozen()?;
-        let csr = Request::read(&request.csr).map_err(Refused::Invalid)?;
         let now = self.now();
         let id = host_identity(&self.trust_domain, &request.host_id)?;
         if !self.nonces.check(&request.host_id, &request.nonce, now) {
             let text = "the nonce is not from this PKI or older than a minute; ask for another";
             return Err(Refused::Unauthenticated(text.to_owned()));
         }
+        // Without a lock at first: strangers may knock as often as they like.
+        self.state.database.read(|view| prove(view, request, &self.trust_domain))?;
+        let csr = Request::read(&request.csr).map_err(Refused::Invalid)?;
         let signer = self.signer();
-        let svid = self.state.database.transaction(|records| -> Result<_, Refused> {
-            let known = hosts::host(records, &request.host_id)?;
-            let mut host = known.ok_or_else(|| not_enrolled(&request.host_id))?;
-            let used = proven_key(&host, request, &self.trust_domain)?;
-            if host.state == HostState::Banned {
-                return Err(Refused::Forbidden(banned(&host.id)));
-            }
-            let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
+        let (svid, event) = self.state.database.transaction(|records| -> Result<_, Refused> {
+            let (mut host, used) = prove(records, request, &self.trust_domain)?;
+            let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             host.used_key(&used);
             host.next = Some(NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
             host.saw(&Sighting {
@@ -96,39 +93,33 @@ impl Pki {
                 roots_in_use: None,
             });
             hosts::put_host(records, &host)?;
-            let issued = Issued {
-                serial: leaf.serial.clone(),
-                spiffe_id: id.to_string(),
-                authority: signer.intermediate.id.clone(),
-                issued_at: unix(now),
-                not_after: unix(leaf.not_after),
-            };
-            hosts::note_issued(records, &host.id, vec![issued], unix(now))?;
             let event = Event {
                 event: "attest",
                 result: "ok",
-                host: Some(host.id),
+                host: Some(host.id.clone()),
                 identity: Some(id.to_string()),
-                serial: Some(leaf.serial),
-                authority: Some(signer.intermediate.id.clone()),
-                not_after: Some(rfc3339(unix(leaf.not_after))),
+                serial: Some(issued.serial.clone()),
+                authority: Some(issued.authority.clone()),
+                not_after: Some(rfc3339(issued.not_after)),
                 remote: Some(remote.to_owned()),
                 ..Event::default()
             };
-            _ = self.record(&[event]);
-            let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
-            Ok(v1::Svid { spiffe_id: id.to_string(), chain })
+            hosts::note_issued(records, &host.id, vec![issued], unix(now))?;
+            Ok((svid, event))
         })?;
-        self.metrics.issued.inc();
-        Ok(v1::EnrollReply {
-            host_id: request.host_id.clone(),
-            svid: Some(svid),
-            bundle: Some(trust_bundle(&signer)),
-            server_time_unix_ms: self.now_ms(),
-            recovery_keys: self.state.database.read(settings::recovery_keys)?,
-            pki_addresses: self.advertise.clone(),
-        })
+        _ = self.record(&[event]);
+        self.enrolled(request.host_id.clone(), svid, &signer)
     }
+}
+
+/// The host, and the key that it proved to hold.
+fn prove(view: &mut dyn View, request: &v1::AttestRequest, domain: &TrustDomain) -> Result<(Host, Vec<u8>), Refused> {
+    let known = hosts::host(view, &request.host_id)?;
+    let host = known.ok_or_else(|| not_enrolled(&request.host_id))?;
+    // First, for an evicted host has no key left to prove: it is told why.
+    check_standing(&host)?;
+    let used = proven_key(&host, request, domain)?;
+    Ok((host, used))
 }
 
 fn not_enrolled(host: &str) -> Refused {
@@ -138,12 +129,13 @@ fn not_enrolled(host: &str) -> Refused {
     ))
 }
 
-/// The key, by its SHA-256, that signed: the one enrolled, or the one that was issued last and never seen since.
+/// The key, by its SHA-256, to know the host by: the current one, or the one that was issued last and never seen since.
 fn proven_key(host: &Host, request: &v1::AttestRequest, domain: &TrustDomain) -> Result<Vec<u8>, Refused> {
     let message = attestation_message(domain, &request.host_id, &request.nonce, &request.csr);
     let signed_with =
         |spki: &[u8]| VerifyingKey::from_spki(spki).is_some_and(|key| key.verify(&message, &request.signature));
-    if signed_with(&host.public_key) {
+    // A snapshot has the enrolled key; it is not the current one, which stays what the host is known by meanwhile.
+    if signed_with(&host.public_key) || signed_with(&host.enrolled_key) {
         return Ok(host.key_current.clone());
     }
     match &host.next {

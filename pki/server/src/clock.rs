@@ -10,6 +10,8 @@ pub(crate) const QUORUM: usize = 5;
 /// Why nothing that depends on time is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Distrust {
+    /// It was later than this already when the PKI last ran.
+    Behind { seconds: i64 },
     /// Wall clock and boot time went different ways between two looks.
     Jumped { seconds: i64 },
     /// The median of the hosts' clocks.
@@ -19,6 +21,11 @@ pub enum Distrust {
 impl std::fmt::Display for Distrust {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Distrust::Behind { seconds } => write!(
+                f,
+                "the clock of this machine is {seconds} s behind the time at which the PKI last ran; check NTP, or start \
+                 meshd-pki with `--clock-is-right` if the clock is right now"
+            ),
             Distrust::Jumped { seconds } => write!(
                 f,
                 "the clock of this machine jumped by {seconds} s while the PKI ran; check NTP, then restart meshd-pki"
@@ -41,6 +48,11 @@ pub(crate) struct ClockGuard {
 }
 
 impl ClockGuard {
+    /// The next look is the first.
+    pub(crate) fn forget(&mut self) {
+        *self = ClockGuard::default();
+    }
+
     /// `boot` is the time since boot, which no administrator sets; `offsets_ms` are of hosts heard lately.
     pub(crate) fn look(
         &mut self,

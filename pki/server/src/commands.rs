@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::{IdError, JoinToken, Secret, SpiffeId, TokenError, TrustDomain, sha256};
+use ipnet::IpNet;
+use meshd_identity::{IdError, JoinToken, PkiPin, Secret, SpiffeId, TokenError, TrustDomain, sha256};
 
 use crate::audit::Event;
 use crate::keys::{KeyError, random};
+use crate::labels::{Label, LabelError, label_map};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::tokens::{self, Token};
 use crate::store::{DbError, View, hosts, settings};
@@ -14,6 +16,9 @@ use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
 const LONGEST_TTL: Duration = Duration::from_secs(7 * 86_400);
+
+/// More hosts than one mesh has.
+const MOST_USES: u32 = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -31,6 +36,14 @@ pub enum CommandError {
     Reserved(SpiffeId),
     #[error("a token may live at most 7 days; choose a shorter --ttl")]
     Ttl,
+    #[error("a token serves 1 to {MOST_USES} hosts; choose another --max-uses")]
+    Uses,
+    #[error("`{0}` is no selector that hosts can attest; write systemd:unit:NAME.service or unix:uid:NUMBER")]
+    Selector(String),
+    #[error("a process is claimed by its unit or by its user; give one selector")]
+    Selectors,
+    #[error(transparent)]
+    Label(#[from] LabelError),
     #[error("{0}")]
     Token(#[from] TokenError),
     #[error(
@@ -43,31 +56,55 @@ pub enum CommandError {
     NoEntry { host: String, identity: String },
 }
 
+#[derive(Debug, Clone)]
 pub struct TokenRequest<'a> {
     pub host: &'a str,
     pub allow: &'a [String],
     pub pki: &'a [String],
     pub ttl: Duration,
+    /// With more than one, `host` is what the ids of the hosts begin with.
+    pub max_uses: u32,
+    /// Where it may be used; empty is everywhere.
+    pub from: &'a [IpNet],
+    /// Of the hosts it makes.
+    pub labels: &'a [Label],
+}
+
+impl Default for TokenRequest<'_> {
+    fn default() -> Self {
+        let ttl = Duration::from_secs(3600);
+        TokenRequest { host: "", allow: &[], pki: &[], ttl, max_uses: 1, from: &[], labels: &[] }
+    }
 }
 
 pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
-    let state = StateDir::open(dir)?;
+    create_token_in(&StateDir::open(dir)?, asked, now, None)
+}
+
+pub(crate) fn create_token_in(
+    state: &StateDir,
+    asked: &TokenRequest<'_>,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<JoinToken, CommandError> {
     SpiffeId::host(&state.trust_domain, asked.host)?;
     let allow = asked.allow.iter().map(|text| workload(&state.trust_domain, text)).collect::<Result<Vec<_>, _>>()?;
     if asked.ttl > LONGEST_TTL {
         return Err(CommandError::Ttl);
     }
+    if !(1..=MOST_USES).contains(&asked.max_uses) {
+        return Err(CommandError::Uses);
+    }
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     random(&mut id)?;
     random(&mut secret)?;
-    let recovery = state.database.read(settings::recovery_keys)?;
-    let incomplete = || StateError::Incomplete { dir: dir.to_owned(), what: "its recovery key" };
+    let PkiPin { pki, bundle_digest, recovery_key_id } = pin_of(state, asked.pki)?;
     let token = JoinToken {
         id: data_encoding::HEXLOWER.encode(&id),
         secret: Secret(secret),
-        pki: addresses(&state, asked.pki)?,
-        bundle_digest: state.latest_bundle()?.digest(),
-        recovery_key_id: sha256(recovery.first().ok_or_else(incomplete)?),
+        pki,
+        bundle_digest,
+        recovery_key_id,
     };
     token.check()?;
     let row = Token {
@@ -78,6 +115,10 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         created_at: unix(now),
         expires_at: unix(now + asked.ttl),
         used: None,
+        max_uses: asked.max_uses,
+        uses: 0,
+        from: asked.from.to_vec(),
+        labels: label_map(asked.labels)?,
     };
     let event = Event {
         event: "token_create",
@@ -85,7 +126,8 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         host: Some(row.host_id.clone()),
         token: Some(row.id.clone()),
         not_after: Some(rfc3339(row.expires_at)),
-        detail: Some(format!("allow: {}", row.allow.join(" "))),
+        by,
+        detail: Some(token_detail(&row)),
         ..Event::default()
     };
     state.database.transaction(|records| -> Result<(), CommandError> {
@@ -93,6 +135,35 @@ pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Re
         Ok(state.record(now, std::slice::from_ref(&event))?)
     })?;
     Ok(token)
+}
+
+/// Where this PKI is and how to recognise it, for hosts that prove in another way than by a token who they are.
+pub fn pin(dir: &Path, pki: &[String]) -> Result<PkiPin, CommandError> {
+    pin_of(&StateDir::open(dir)?, pki)
+}
+
+fn pin_of(state: &StateDir, pki: &[String]) -> Result<PkiPin, CommandError> {
+    let recovery = state.database.read(settings::recovery_keys)?;
+    let recovery = recovery.first().ok_or_else(|| state.incomplete("its recovery key"))?;
+    let pin = PkiPin {
+        pki: addresses(state, pki)?,
+        bundle_digest: state.latest_bundle()?.digest(),
+        recovery_key_id: sha256(recovery),
+    };
+    pin.check()?;
+    Ok(pin)
+}
+
+fn token_detail(token: &Token) -> String {
+    let mut detail = format!("allow: {}", token.allow.join(" "));
+    if token.max_uses > 1 {
+        detail.push_str(&format!("; for {} hosts", token.max_uses));
+    }
+    if !token.from.is_empty() {
+        let from: Vec<String> = token.from.iter().map(IpNet::to_string).collect();
+        detail.push_str(&format!("; from {}", from.join(" ")));
+    }
+    detail
 }
 
 /// What was asked for, else what the server was last told to advertise.
@@ -106,14 +177,23 @@ fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandE
 
 /// Permits a host an identity. True when that is new.
 pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<bool, CommandError> {
-    let state = StateDir::open(dir)?;
+    add_entry_in(&StateDir::open(dir)?, host, identity, now, None)
+}
+
+pub(crate) fn add_entry_in(
+    state: &StateDir,
+    host: &str,
+    identity: &str,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<bool, CommandError> {
     let id = workload(&state.trust_domain, identity)?;
     SpiffeId::host(&state.trust_domain, host)?;
     state.database.transaction(|records| -> Result<bool, CommandError> {
         refuse_unknown(records, host, unix(now))?;
         let new = hosts::permit(records, host, id.as_str(), unix(now))?;
         if new {
-            state.record(now, &[entry_event("entry_add", host, &id)])?;
+            state.record(now, &[entry_event("entry_add", host, &id, &by)])?;
         }
         Ok(new)
     })
@@ -121,27 +201,30 @@ pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Res
 
 /// Takes an identity away: it is not renewed any more, and ends with its certificate.
 pub fn remove_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<(), CommandError> {
-    let state = StateDir::open(dir)?;
+    remove_entry_in(&StateDir::open(dir)?, host, identity, now, None)
+}
+
+pub(crate) fn remove_entry_in(
+    state: &StateDir,
+    host: &str,
+    identity: &str,
+    now: SystemTime,
+    by: Option<String>,
+) -> Result<(), CommandError> {
     let id = workload(&state.trust_domain, identity)?;
     state.database.transaction(|records| -> Result<(), CommandError> {
         if !hosts::forbid(records, host, id.as_str())? {
             return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
         }
-        Ok(state.record(now, &[entry_event("entry_remove", host, &id)])?)
+        Ok(state.record(now, &[entry_event("entry_remove", host, &id, &by)])?)
     })
 }
 
-/// `(host, identity)` pairs, of one host or of all.
-pub fn list_entries(dir: &Path, host: Option<&str>) -> Result<Vec<(String, String)>, CommandError> {
-    let state = StateDir::open(dir)?;
-    let entries = state.database.read(hosts::entries)?.into_iter();
-    Ok(entries.filter(|one| host.is_none_or(|host| host == one.host)).map(|one| (one.host, one.spiffe_id)).collect())
-}
-
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
-fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
+pub(crate) fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), CommandError> {
     let enrolled = hosts::hosts(view)?.into_iter().map(|row| row.id);
-    let invited = tokens::open(view, now)?.into_iter().map(|token| token.host_id);
+    let invited = tokens::open(view, now)?.into_iter().filter(|token| token.max_uses == 1);
+    let invited = invited.map(|token| token.host_id);
     let known: std::collections::BTreeSet<String> = enrolled.chain(invited).collect();
     if known.contains(host) {
         return Ok(());
@@ -151,7 +234,7 @@ fn refuse_unknown(view: &mut dyn View, host: &str, now: i64) -> Result<(), Comma
     Err(CommandError::UnknownHost { host: host.to_owned(), known })
 }
 
-fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
+pub(crate) fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> {
     let id = SpiffeId::parse_in(domain, text)?;
     if id.trust_domain() != domain {
         return Err(CommandError::Foreign(id, domain.clone()));
@@ -162,7 +245,7 @@ fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, CommandError> 
     Ok(id)
 }
 
-fn entry_event(event: &'static str, host: &str, id: &SpiffeId) -> Event {
+fn entry_event(event: &'static str, host: &str, id: &SpiffeId, by: &Option<String>) -> Event {
     let (host, identity) = (Some(host.to_owned()), Some(id.to_string()));
-    Event { event, result: "ok", host, identity, ..Event::default() }
+    Event { event, result: "ok", host, identity, by: by.clone(), ..Event::default() }
 }

@@ -3,17 +3,17 @@
 //! A database restored from a backup knows an older set than the hosts. So the highest sequence is kept apart from the
 //! database; while the set is below it, hosts are asked for theirs, and its own signature on it convinces the PKI.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use meshd_identity::signed::{self, VerifyingKey};
-use meshd_identity::statements::DenySet;
+use meshd_identity::statements::{DenySet, Whom};
 
 use crate::audit::Event;
 use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
-use crate::rotation::step::RotationError;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
 use crate::store::trust;
@@ -28,7 +28,9 @@ pub(crate) struct SignedDeny {
     /// The PKI knows that there was a newer one.
     pub(crate) is_behind: bool,
     /// The root that was active when it was signed: whoever joins later may know only later ones.
-    pub(crate) signer: String,
+    signer: String,
+    /// SPIFFE IDs that nobody is to have now.
+    identities: BTreeSet<String>,
 }
 
 /// The highest sequence of a deny set there ever was, outside the database and its backups.
@@ -37,6 +39,10 @@ pub(crate) struct Floor(PathBuf);
 impl Floor {
     pub(crate) fn new(state: &StateDir) -> Floor {
         Floor(state.dir().join("deny.floor"))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 
     pub(crate) fn get(&self) -> u64 {
@@ -72,10 +78,21 @@ impl Pki {
         let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),
-            _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(RotationError::from)?,
+            _ => signed::sign(&key, &set.to_set(&self.trust_domain)).map_err(StateError::from)?,
         };
-        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer });
+        let identities = set.entries.iter().filter_map(|one| match &one.whom {
+            Whom::Identity(id) => Some(id.to_string()),
+            Whom::Serial(_) | Whom::Authority(_) => None,
+        });
+        let identities = identities.collect();
+        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities });
         Ok(())
+    }
+
+    /// Why nobody gets this identity now, if it is denied.
+    pub(crate) fn denied(&self, spiffe_id: &str) -> Option<String> {
+        let is_denied = self.deny().identities.contains(spiffe_id);
+        is_denied.then(|| format!("{spiffe_id} is denied in this mesh; see `meshd-pki deny list` on the PKI"))
     }
 
     /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.

@@ -1,5 +1,8 @@
 //! Certificates for an enrolled host and its workloads.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use meshd_identity::{SpiffeId, inspect_svid, sha256};
 use meshd_pki_api::{MAX_BATCH, v1};
 use x509_parser::certificate::X509Certificate;
@@ -7,11 +10,12 @@ use x509_parser::prelude::FromDer;
 
 use crate::audit::Event;
 use crate::csr::Request;
+use crate::enrol::{check_standing, excerpt};
 use crate::lifetimes::LEAF_BACKDATE;
-use crate::enrol::{banned, excerpt};
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::signer::Signer;
+use crate::store::grants::{self, Terms};
 use crate::store::hosts::{self, Host, HostState, Issued, NextKey, Sighting};
 use crate::store::{DbError, View};
 use crate::times::{rfc3339, unix, unix_ms};
@@ -45,18 +49,28 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::IssueBatchReply, Refused> {
         let result = self.issue_for_caller(certificate, request, remote);
-        if let Err(refused) = &result {
-            let identity = certificate.and_then(|der| inspect_svid(der).ok()).map(|info| info.id.to_string());
-            self.record_refusal(Event {
-                event: "issue",
-                result: "refused",
-                identity,
-                remote: Some(remote.to_owned()),
-                detail: Some(refused.to_string()),
-                ..Event::default()
-            });
-        }
+        self.record_outcome("issue", certificate, &result, remote);
         result
+    }
+
+    /// Writes that a caller was refused, if it was.
+    pub(crate) fn record_outcome<T>(
+        &self,
+        event: &'static str,
+        certificate: Option<&[u8]>,
+        result: &Result<T, Refused>,
+        remote: &str,
+    ) {
+        let Err(refused) = result else { return };
+        let identity = certificate.and_then(|der| inspect_svid(der).ok()).map(|info| info.id.to_string());
+        self.record_refusal(Event {
+            event,
+            result: "refused",
+            identity,
+            remote: Some(remote.to_owned()),
+            detail: Some(refused.to_string()),
+            ..Event::default()
+        });
     }
 
     fn issue_for_caller(
@@ -72,17 +86,22 @@ impl Pki {
         self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let (caller, permitted) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, granted) = self.state.database.read(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
-            let permitted = hosts::permitted(view, &caller.host.id)?;
-            Ok((caller, permitted))
+            let granted = grants::granted(view, &caller.host.id)?;
+            Ok((caller, granted))
         })?;
-        let decide = |item| self.decide(&signer, &caller, &permitted, item, remote);
+        let decide = |item| self.decide(&signer, &caller, &granted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
-        // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
-        if let Err(error) = self.note(&caller, request, &mut decided, unix_ms(now)) {
-            self.metrics.note_failures.inc();
-            tracing::error!(%error, host = %caller.host.id, "certificates were issued but are not on record");
+        match self.note(&caller, request, &mut decided, unix_ms(now)) {
+            // Shut out while these were signed: they are on record nowhere, so they must not leave.
+            Ok(Some(host)) => check_standing(&host)?,
+            Ok(None) => {}
+            // Renewals go on when disk or database refuse to write: the alarm is raised, the fleet keeps working.
+            Err(error) => {
+                self.metrics.note_failures.inc();
+                tracing::error!(%error, host = %caller.host.id, "certificates were issued but are not on record");
+            }
         }
         let (results, events): (Vec<_>, Vec<_>) = decided.into_iter().map(|one| (one.result, one.event)).unzip();
         _ = self.record(&events);
@@ -95,14 +114,15 @@ impl Pki {
         })
     }
 
-    /// Notes what the host told, what it was given, and that it holds the key it connected with.
+    /// Notes what the host told, what it was given, and that it holds the key it connected with. Nothing of a host that
+    /// was shut out meanwhile. Returns the host as it is now.
     fn note(
         &self,
         caller: &Caller,
         request: &v1::IssueBatchRequest,
         decided: &mut [Decided],
         now_ms: u64,
-    ) -> Result<(), DbError> {
+    ) -> Result<Option<Host>, DbError> {
         let now = i64::try_from(now_ms / 1000).unwrap_or(i64::MAX);
         let sighting = Sighting {
             now,
@@ -114,15 +134,19 @@ impl Pki {
         let next = decided.iter_mut().find_map(|one| one.next_key.take());
         self.state.database.transaction(|records| {
             let Some(mut host) = hosts::host(records, &caller.host.id)? else {
-                return Ok(());
+                return Ok(None);
             };
+            if host.state != HostState::Active {
+                return Ok(Some(host));
+            }
             host.saw(&sighting);
             host.used_key(&caller.key_id);
             if next.is_some() {
                 host.next.clone_from(&next);
             }
             hosts::put_host(records, &host)?;
-            hosts::note_issued(records, &host.id, issued.clone(), now)
+            hosts::note_issued(records, &host.id, issued.clone(), now)?;
+            Ok(Some(host))
         })
     }
 
@@ -145,9 +169,7 @@ impl Pki {
         let Some(host) = hosts::host(view, name)? else {
             return unknown(format!("host `{name}` is not enrolled here; run `meshd-pki token create --host {name}`"));
         };
-        if host.state == HostState::Banned {
-            return Err(Refused::Forbidden(banned(name)));
-        }
+        check_standing(&host)?;
         // Whoever stole an earlier one would else renew it for ever.
         if unix(info.not_before + LEAF_BACKDATE) < host.enrolled_at {
             return unknown(format!(
@@ -163,7 +185,7 @@ impl Pki {
         &self,
         signer: &Signer,
         caller: &Caller,
-        permitted: &[String],
+        granted: &BTreeMap<String, Terms>,
         item: &v1::IssueItem,
         remote: &str,
     ) -> Result<Decided, Refused> {
@@ -175,39 +197,37 @@ impl Pki {
             remote: Some(remote.to_owned()),
             ..Event::default()
         };
-        let (id, csr) = match check_item(caller, permitted, item) {
+        let checked = match self.denied(&item.spiffe_id) {
+            Some(message) => Err((v1::refusal::Code::NotPermitted, message)),
+            None => check_item(caller, granted, item),
+        };
+        let (id, csr) = match checked {
             Ok(checked) => checked,
             Err((code, message)) => {
                 self.metrics.items_refused.inc();
                 let refusal = v1::Refusal { code: code.into(), message: message.clone() };
                 let outcome = Some(v1::issue_result::Outcome::Refusal(refusal));
-                let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
+                let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome, selectors: vec![] };
                 let event = Event { result: "refused", detail: Some(message), ..event };
                 return Ok(Decided { result, event, issued: None, next_key: None });
             }
         };
         let now = self.now();
-        let leaf = signer.intermediate.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
-        let issued = Issued {
-            serial: leaf.serial.clone(),
-            spiffe_id: id.to_string(),
-            authority: signer.intermediate.id.clone(),
-            issued_at: unix(now),
-            not_after: unix(leaf.not_after),
-        };
+        let terms = granted.get(id.as_str()).cloned().unwrap_or_default();
+        let life = terms.ttl_s.map_or(self.lifetimes.leaf, |ttl| self.lifetimes.leaf.min(Duration::from_secs(ttl)));
+        let (svid, issued) = signer.issue(&id, &csr.public_key, life, now)?;
         let is_host = id == caller.id;
         let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
         let event = Event {
-            serial: Some(leaf.serial),
-            authority: Some(signer.intermediate.id.clone()),
-            not_after: Some(rfc3339(unix(leaf.not_after))),
+            serial: Some(issued.serial.clone()),
+            authority: Some(issued.authority.clone()),
+            not_after: Some(rfc3339(issued.not_after)),
             ..event
         };
-        let chain = vec![leaf.certificate, signer.intermediate.certificate.clone()];
-        let svid = v1::Svid { spiffe_id: id.to_string(), chain };
         let outcome = Some(v1::issue_result::Outcome::Svid(svid));
-        let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome };
+        let (spiffe_id, selectors) = (item.spiffe_id.clone(), terms.selectors);
+        let result = v1::IssueResult { spiffe_id, outcome, selectors };
         Ok(Decided { result, event, issued: Some(issued), next_key })
     }
 }
@@ -221,11 +241,16 @@ pub(crate) fn offset_ms(host_ms: u64, pki_ms: u64) -> i64 {
 type ItemRefusal = (v1::refusal::Code, String);
 
 /// An item that may be signed: the host itself, or an identity the PKI permits it.
-fn check_item(caller: &Caller, permitted: &[String], item: &v1::IssueItem) -> Result<(SpiffeId, Request), ItemRefusal> {
+fn check_item(
+    caller: &Caller,
+    granted: &BTreeMap<String, Terms>,
+    item: &v1::IssueItem,
+) -> Result<(SpiffeId, Request), ItemRefusal> {
     let invalid = |text: String| (v1::refusal::Code::Invalid, text);
     let id = parse_id(&item.spiffe_id).map_err(invalid)?;
-    if id != caller.id && !permitted.iter().any(|allowed| allowed == id.as_str()) {
-        return Err((v1::refusal::Code::NotPermitted, not_permitted(caller, &id, permitted)));
+    if id != caller.id && !granted.contains_key(id.as_str()) {
+        let permitted: Vec<String> = granted.keys().cloned().collect();
+        return Err((v1::refusal::Code::NotPermitted, not_permitted(caller, &id, &permitted)));
     }
     let csr = Request::read(&item.csr).map_err(invalid)?;
     Ok((id, csr))

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use base64::prelude::{BASE64_URL_SAFE_NO_PAD, Engine};
 use meshd_identity::{SpiffeId, signed};
 use meshd_pki_api::v1;
 use serde::Serialize;
@@ -12,7 +11,7 @@ use crate::issue::{not_permitted, parse_id};
 use crate::pki::Pki;
 use crate::refused::Refused;
 use crate::store::{hosts, trust};
-use crate::times::{rfc3339, unix};
+use crate::times::{rfc3339, seconds, unix};
 
 /// Long enough for a call chain, short enough to be no credential worth stealing.
 const DEFAULT_LIFE: Duration = Duration::from_secs(15 * 60);
@@ -41,6 +40,17 @@ impl Pki {
         request: &v1::IssueJwtRequest,
         remote: &str,
     ) -> Result<v1::IssueJwtReply, Refused> {
+        let result = self.issue_jwt_for_caller(certificate, request, remote);
+        self.record_outcome("issue_jwt", certificate, &result, remote);
+        result
+    }
+
+    fn issue_jwt_for_caller(
+        &self,
+        certificate: Option<&[u8]>,
+        request: &v1::IssueJwtRequest,
+        remote: &str,
+    ) -> Result<v1::IssueJwtReply, Refused> {
         self.refuse_while_frozen()?;
         check_audience(&request.audience)?;
         let now = unix(self.now());
@@ -53,18 +63,24 @@ impl Pki {
         if !permitted.iter().any(|allowed| allowed == id.as_str()) {
             return Err(Refused::Forbidden(not_permitted(&caller, &id, &permitted)));
         }
+        if let Some(message) = self.denied(id.as_str()) {
+            return Err(Refused::Forbidden(message));
+        }
         let asked = Duration::from_secs(request.ttl_s.into());
         let life = if asked.is_zero() { DEFAULT_LIFE } else { asked }.min(self.lifetimes.jwt);
         let unavailable = || Refused::Unavailable("the PKI has no key for JWTs now; see its log".to_owned());
         let key = trust.jwt_signer(now).ok_or_else(unavailable)?;
-        let exp = (now + i64::try_from(life.as_secs()).unwrap_or(i64::MAX)).min(key.not_after);
+        let exp = (now + seconds(life)).min(key.not_after);
         let claims = Claims { sub: id.as_str(), aud: &request.audience, exp, iat: now };
         let pkcs8 = self.kek.unwrap(&key.kid, &key.wrapped_key).map_err(|error| {
             tracing::error!(%error, "the key of JWTs");
             unavailable()
         })?;
-        let token =
-            compact(&Header { alg: "ES256", kid: &key.kid, typ: "JWT" }, &claims, &pkcs8).ok_or_else(unavailable)?;
+        let header = Header { alg: signed::ALGORITHM, kid: &key.kid, typ: "JWT" };
+        let token = signed::compact(&pkcs8, &header, &claims).map_err(|error| {
+            tracing::error!(%error, "a JWT cannot be signed");
+            unavailable()
+        })?;
         _ = self.record(&[Event {
             event: "issue_jwt",
             result: "ok",
@@ -87,11 +103,4 @@ fn check_audience(audience: &[String]) -> Result<(), Refused> {
         return Err(Refused::Invalid(text));
     }
     Ok(())
-}
-
-fn compact(header: &Header<'_>, claims: &Claims<'_>, pkcs8: &[u8]) -> Option<String> {
-    let text = |bytes: Vec<u8>| BASE64_URL_SAFE_NO_PAD.encode(bytes);
-    let signed = format!("{}.{}", text(serde_json::to_vec(header).ok()?), text(serde_json::to_vec(claims).ok()?));
-    let signature = signed::sign_bytes(pkcs8, signed.as_bytes()).ok()?;
-    Some(format!("{signed}.{}", text(signature)))
 }

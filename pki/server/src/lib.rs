@@ -3,30 +3,39 @@
 //! - [`state_dir`]: the directory that is the PKI: database, wrapping key, audit log.
 //! - [`authority`]: certificate profiles. [`lifetimes`]: how long everything lives.
 //! - `store`: what is remembered, in records. `rotation`: roots and JWT keys come and go.
-//! - [`pki`]: the running PKI; [`enrol`] and [`issue`] are the two things it does for hosts.
+//! - [`pki`]: the running PKI. For hosts it does [`enrol`], [`issue`], `attest`, `jwt`, `transitions` and `sync`.
+//! - [`clock`] and `start`: whether its clock may be believed.
+//! - [`admin`]: what operators do.
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
+pub mod admin;
 mod attest;
+mod attestors;
 pub mod audit;
 pub mod authority;
-mod clock;
+pub mod clock;
 pub mod commands;
 mod csr;
 mod deny;
 pub mod enrol;
+pub mod entries;
 mod failpoint;
 mod instances;
 pub mod issue;
+mod join_token;
 mod jwt;
 mod keys;
+pub mod labels;
 pub mod lifetimes;
 pub mod metrics;
 pub mod pki;
+pub mod recovery;
 mod refused;
 mod rotation;
 pub mod serve;
 mod service;
 mod signer;
+mod start;
 pub mod state_dir;
 pub mod status;
 mod store;

@@ -1,36 +1,44 @@
 //! The command line of the PKI.
 
+mod cli;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use anyhow::{Context, anyhow};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use meshd_identity::TrustDomain;
-use meshd_pki::commands::{self, TokenRequest};
+use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
 use meshd_pki::{Options, Pki, state_dir};
+use meshd_pki::{admin, commands};
+use meshd_pki_api::admin as wire;
+use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use self::cli::Place;
+
 /// The PKI of the mesh: enrols hosts and issues their certificates.
 #[derive(Parser)]
 #[command(name = "meshd-pki", version)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Verb,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum Verb {
     /// Create a PKI: its root, and the offline recovery key.
     Init(Init),
     /// Serve hosts until SIGTERM.
@@ -38,9 +46,26 @@ enum Command {
     /// Join tokens.
     #[command(subcommand)]
     Token(Token),
+    /// Print where the PKI is and how to recognise it, for hosts that join by certificate or Kubernetes token. No secret.
+    Pin(Pin),
     /// Which host may hold which identity.
     #[command(subcommand)]
     Entry(Entry),
+    /// Roots and intermediates: what there is, what each waits for.
+    #[command(subcommand)]
+    Authority(cli::authority::Authority),
+    /// Hosts: who they are, what they could be, and shutting one out.
+    #[command(subcommand)]
+    Host(cli::host::Host),
+    /// Who is refused although their certificates are still valid.
+    #[command(subcommand)]
+    Deny(cli::deny::Deny),
+    /// Which identities may use the Admin API.
+    #[command(subcommand)]
+    Role(cli::role::Role),
+    /// The offline recovery key: its successor, and trust in a PKI that takes the place of a lost one.
+    #[command(subcommand)]
+    Recovery(cli::recovery::Recovery),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
 }
@@ -71,25 +96,37 @@ struct Run {
     /// Serve Prometheus metrics here, in clear: use loopback.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// Unix socket for the other commands; default: admin.sock in the state directory.
+    #[arg(long)]
+    admin_socket: Option<PathBuf>,
+    /// User, uid or group:NAME that may read through that socket. Root and the PKI's own user may do everything.
+    #[arg(long, num_args = 1..)]
+    admin_readers: Vec<String>,
+    /// File that says which machine certificates and Kubernetes tokens make hosts; read again every 30 s.
+    #[arg(long)]
+    attestors: Option<PathBuf>,
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
     /// Live in minutes what takes years: everything as short as this life of a leaf allows. For tests.
     #[arg(long, hide = true, conflicts_with = "leaf_ttl", value_parser = parse_duration)]
     rehearse: Option<Duration>,
+    /// Believe this machine's clock, whatever the PKI has on record. For once, after a clock was wrong for long.
+    #[arg(long)]
+    clock_is_right: bool,
 }
 
 #[derive(Subcommand)]
 enum Token {
-    /// Print a token that lets one host join once.
+    /// Print a token that lets one host join once, or several (--max-uses).
     Create(TokenCreate),
 }
 
 #[derive(Args)]
 struct TokenCreate {
-    #[arg(long)]
-    state: PathBuf,
-    /// Id the host will have.
+    #[command(flatten)]
+    place: Place,
+    /// Id the host will have; with --max-uses, what the ids of the hosts begin with.
     #[arg(long)]
     host: String,
     /// Identity the host may hold, as ns/<namespace>/sa/<name>. May be repeated.
@@ -101,36 +138,68 @@ struct TokenCreate {
     /// How long the token can be used.
     #[arg(long, default_value = "1h", value_parser = parse_duration)]
     ttl: Duration,
+    /// Let several hosts join, each once: --host is then what their ids begin with, as in web-3f9a2c11d0.
+    #[arg(long, default_value_t = 1)]
+    max_uses: u32,
+    /// Network the token can be used from, as in 10.1.0.0/16. May be repeated.
+    #[arg(long, num_args = 1..)]
+    from: Vec<IpNet>,
+    /// KEY=VALUE the hosts are known by to entries (`entry add --label`). May be repeated.
+    #[arg(long, num_args = 1..)]
+    label: Vec<Label>,
+}
+
+#[derive(Args)]
+struct Pin {
+    #[arg(long)]
+    state: PathBuf,
+    /// HOST:PORT of the PKI as hosts see it; default: what `run --advertise` said. May be repeated.
+    #[arg(long, num_args = 1..)]
+    pki: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Entry {
-    /// Permit a host an identity.
-    Add(EntryArgs),
+    /// Permit a host, or all hosts with some labels, an identity; again to change the terms.
+    Add(EntryAdd),
     /// Show what is permitted.
     List(EntryList),
-    /// Take an identity away from a host.
+    /// Take an identity away from a host, or from all hosts with some labels.
     Remove(EntryArgs),
 }
 
 #[derive(Args)]
+struct EntryAdd {
+    #[command(flatten)]
+    entry: EntryArgs,
+    /// Which processes of the host: systemd:unit:NAME.service or unix:uid:NUMBER. Without one the host decides.
+    #[arg(long)]
+    selector: Vec<String>,
+    /// Life of the certificates, if shorter than that of others.
+    #[arg(long, value_parser = parse_duration)]
+    ttl: Option<Duration>,
+}
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("parent").required(true).args(["host", "label"])))]
 struct EntryArgs {
+    #[command(flatten)]
+    place: Place,
     #[arg(long)]
-    state: PathBuf,
+    host: Option<String>,
+    /// KEY=VALUE of the hosts meant (`token create --label`, --attestors); with several, hosts that have all of them.
     #[arg(long)]
-    host: String,
+    label: Vec<Label>,
     /// ns/<namespace>/sa/<name>
     identity: String,
 }
 
 #[derive(Args)]
 struct EntryList {
-    #[arg(long)]
-    state: PathBuf,
+    #[command(flatten)]
+    place: Place,
     #[arg(long)]
     host: Option<String>,
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
 }
 
 #[derive(Args)]
@@ -152,13 +221,19 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     harden();
     let done = match cli.command {
-        Command::Init(args) => init(&args),
-        Command::Run(args) => run(args),
-        Command::Token(Token::Create(args)) => create_token(&args),
-        Command::Entry(Entry::Add(args)) => add_entry(&args),
-        Command::Entry(Entry::List(args)) => list_entries(&args),
-        Command::Entry(Entry::Remove(args)) => remove_entry(&args),
-        Command::Status(args) => return status(&args),
+        Verb::Init(args) => init(&args),
+        Verb::Run(args) => run(args),
+        Verb::Token(Token::Create(args)) => create_token(args),
+        Verb::Pin(args) => pin(&args),
+        Verb::Entry(Entry::Add(args)) => add_entry(args),
+        Verb::Entry(Entry::List(args)) => list_entries(args),
+        Verb::Entry(Entry::Remove(args)) => remove_entry(args),
+        Verb::Authority(command) => command.run(),
+        Verb::Host(command) => command.run(),
+        Verb::Deny(command) => command.run(),
+        Verb::Role(command) => command.run(),
+        Verb::Recovery(command) => command.run(),
+        Verb::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
 }
@@ -211,12 +286,19 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
             .rehearse
             .map_or(Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() }, Lifetimes::rehearsal),
         advertise: advertised(&args)?,
+        clock_is_right: args.clock_is_right,
+        attestors: args.attestors.clone(),
         ..Options::default()
     };
+    let readers = admin::Readers::parse(&args.admin_readers).map_err(|why| anyhow!("--admin-readers: {why}"))?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("--listen {}: cannot bind; is another meshd-pki running?", args.listen))?;
     let pki = Arc::new(Pki::open(&args.state, options)?);
+    let socket = args.admin_socket.unwrap_or_else(|| args.state.join(admin::SOCKET));
+    let operators =
+        admin::bind(&socket, &readers).with_context(|| format!("--admin-socket {}: cannot bind", socket.display()))?;
+    tokio::spawn(admin::serve_socket(pki.clone(), operators, readers));
     if let Some(address) = args.metrics {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
@@ -247,38 +329,45 @@ fn advertised(args: &Run) -> anyhow::Result<Vec<String>> {
     Ok(args.advertise.clone())
 }
 
-fn create_token(args: &TokenCreate) -> anyhow::Result<()> {
-    let request = TokenRequest { host: &args.host, allow: &args.allow, pki: &args.pki, ttl: args.ttl };
-    println!("{}", commands::create_token(&args.state, &request, SystemTime::now())?);
+fn create_token(args: TokenCreate) -> anyhow::Result<()> {
+    let TokenCreate { place, host, allow, pki, ttl, max_uses, from, label } = args;
+    let (from, labels) = (texts(&from), texts(&label));
+    place.run(Command::TokenCreate(wire::TokenCreate {
+        host,
+        allow,
+        pki,
+        ttl_s: ttl.as_secs(),
+        max_uses,
+        from,
+        labels,
+    }))
+}
+
+fn pin(args: &Pin) -> anyhow::Result<()> {
+    println!("{}", commands::pin(&args.state, &args.pki)?);
     Ok(())
 }
 
-fn add_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    let new = commands::add_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    let what = if new { "may now hold" } else { "already may hold" };
-    println!("host {} {what} {}", args.host, args.identity);
-    Ok(())
+fn add_entry(args: EntryAdd) -> anyhow::Result<()> {
+    let EntryAdd { entry: EntryArgs { place, host, label, identity }, selector, ttl } = args;
+    let (host, labels) = (host.unwrap_or_default(), texts(&label));
+    let ttl_s = ttl.map(|ttl| ttl.as_secs());
+    place.run(Command::EntryAdd(wire::EntryAdd { host, identity, labels, selectors: selector, ttl_s }))
 }
 
-fn remove_entry(args: &EntryArgs) -> anyhow::Result<()> {
-    commands::remove_entry(&args.state, &args.host, &args.identity, SystemTime::now())?;
-    println!("host {} gets no new certificate for {}; the last one ends by itself", args.host, args.identity);
-    Ok(())
+fn remove_entry(args: EntryArgs) -> anyhow::Result<()> {
+    let EntryArgs { place, host, label, identity } = args;
+    let (host, labels) = (host.unwrap_or_default(), texts(&label));
+    place.run(Command::EntryRemove(wire::EntryRemove { host, identity, labels }))
 }
 
-fn list_entries(args: &EntryList) -> anyhow::Result<()> {
-    let entries = commands::list_entries(&args.state, args.host.as_deref())?;
-    match args.output {
-        Output::Json => {
-            let objects = entries.iter().map(|(host, id)| serde_json::json!({"host": host, "identity": id}));
-            println!("{}", serde_json::to_string_pretty(&objects.collect::<Vec<_>>())?);
-        }
-        Output::Text => {
-            println!("{:<20} IDENTITY", "HOST");
-            entries.iter().for_each(|(host, id)| println!("{host:<20} {id}"));
-        }
-    }
-    Ok(())
+fn list_entries(args: EntryList) -> anyhow::Result<()> {
+    let EntryList { place, host } = args;
+    place.run(Command::EntryList(wire::EntryList { host: host.unwrap_or_default() }))
+}
+
+fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(T::to_string).collect()
 }
 
 /// Exit code 2 when something needs attention, so that a script sees it.

@@ -26,6 +26,7 @@ pub struct Metrics {
     pub(crate) maintenance_failures: Counter,
     pub(crate) note_failures: Counter,
     pub(crate) clones_seen: Counter,
+    pub(crate) attestors_bad: Gauge,
     pub(crate) clock_distrusted: Gauge,
     pub(crate) tls_failures: Counter,
     pub(crate) connections: Gauge,
@@ -43,6 +44,7 @@ impl Metrics {
             maintenance_failures: Counter::default(),
             note_failures: Counter::default(),
             clones_seen: Counter::default(),
+            attestors_bad: Gauge::default(),
             clock_distrusted: Gauge::default(),
             tls_failures: Counter::default(),
             connections: Gauge::default(),
@@ -65,6 +67,11 @@ impl Metrics {
             m.note_failures.clone(),
         );
         registry.register("clones_seen", "Times two machines used one host's key", m.clones_seen.clone());
+        registry.register(
+            "attestors_bad",
+            "Attestors whose file, authority or keys are bad; the last good ones stay",
+            m.attestors_bad.clone(),
+        );
         registry.register(
             "clock_distrusted",
             "1 while nothing is issued or rotated because this machine's clock may be wrong",

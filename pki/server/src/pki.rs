@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +11,7 @@ use meshd_pki_api::v1;
 use tokio::sync::watch;
 
 use crate::attest::Nonces;
+use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
@@ -20,11 +21,12 @@ use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::{Certificate, Metrics};
 use crate::refused::Refused;
-use crate::rotation::step::{RotationError, Rotator};
+use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
+use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
-use crate::store::{bundles, hosts, intermediates, settings, tokens, trust};
-use crate::sync::Current;
+use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
+use crate::sync::{Current, Had};
 use crate::times::{Clock, seconds, unix, unix_ms};
 
 /// Clocks of hosts heard within this time have a say.
@@ -36,10 +38,17 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// `HOST:PORT` hosts are told to use; empty leaves them with those of their token.
     pub advertise: Vec<String>,
+    /// File that says by what else than tokens hosts come in.
+    pub attestors: Option<PathBuf>,
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
+    /// The operator vouches for the clock, whatever the PKI has on record.
+    pub clock_is_right: bool,
 }
+
+const UNCONFIRMED: &str = "the PKI was off for long, or its clock is wrong: hosts confirm it with their reports, or \
+                           start meshd-pki with `--clock-is-right` if the clock is right now";
 
 pub type BootTime = Arc<dyn Fn() -> Duration + Send + Sync>;
 
@@ -48,8 +57,10 @@ impl Default for Options {
         Options {
             lifetimes: Lifetimes::default(),
             advertise: Vec::new(),
+            attestors: None,
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
+            clock_is_right: false,
         }
     }
 }
@@ -77,8 +88,6 @@ pub enum PkiError {
     State(#[from] StateError),
     #[error(transparent)]
     Signer(#[from] SignerError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
 }
 
 pub struct Pki {
@@ -89,12 +98,16 @@ pub struct Pki {
     clock: Clock,
     boot_time: BootTime,
     clock_guard: Mutex<ClockGuard>,
+    start: Mutex<Start>,
     distrust: RwLock<Option<Distrust>>,
     instances: Mutex<Instances>,
     pub(crate) nonces: Nonces,
+    pub(crate) attestors: Attestors,
     deny: RwLock<Arc<SignedDeny>>,
     /// Wakes whoever waits for news.
     current: watch::Sender<Current>,
+    /// The server is told to stop.
+    stopping: watch::Sender<bool>,
     pub(crate) kek: Kek,
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
@@ -116,9 +129,9 @@ impl Pki {
                 .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
         }
         let now = (options.clock)();
-        // Before anything is signed: a PKI that was off for long may have no root left that verifies.
-        rotate(&state, &kek, &options.lifetimes, true, now)?;
-        let signer = Signer::load(&state, &kek, &options.lifetimes, now)?;
+        let start = begin(&state, &kek, &options, now)?;
+        let signer =
+            Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
         let pki = Pki {
             trust_domain: state.trust_domain.clone(),
             metrics: Metrics::new(),
@@ -127,11 +140,14 @@ impl Pki {
             clock: options.clock,
             boot_time: options.boot_time,
             clock_guard: Mutex::default(),
+            start: Mutex::new(start),
             distrust: RwLock::default(),
             instances: Mutex::default(),
             nonces: Nonces::new(&kek.derived("attestation nonces")),
+            attestors: Attestors::new(options.attestors),
             deny: RwLock::default(),
             current: watch::Sender::default(),
+            stopping: watch::Sender::default(),
             kek,
             state,
             signer: RwLock::new(Arc::new(signer)),
@@ -141,6 +157,7 @@ impl Pki {
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
         pki.export_expiry();
+        pki.read_attestors()?;
         pki.tell();
         Ok(pki)
     }
@@ -150,10 +167,20 @@ impl Pki {
     pub fn maintain(&self) -> Result<(), PkiError> {
         let now = self.now();
         self.look_at_clocks()?;
-        rotate(&self.state, &self.kek, &self.lifetimes, self.distrust().is_none(), now)?;
+        rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
-        if self.distrust().is_none() {
+        if self.is_sure_of_clock() {
             self.forget_ended(now)?;
+            self.record_good_time(now)?;
+        }
+        Ok(())
+    }
+
+    fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
+        let due = self.start().record(unix(now));
+        if let Some(time) = due {
+            let record = |records: &mut dyn Records| settings::set_last_good(records, time).map_err(StateError::from);
+            self.state.database.transaction(record)?;
         }
         Ok(())
     }
@@ -173,10 +200,15 @@ impl Pki {
     /// Takes over what was changed, by [`Pki::maintain`], the command line or another replica, and wakes whoever
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
-        let now = self.now();
-        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
-        if !self.signer().is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+        let now = self.start().not_before_last(self.now());
+        let (trust, stored) = self.state.database.read(|view| -> Result<_, StateError> {
+            Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
+        })?;
+        let signer = self.signer();
+        // It is not the stored one any more when an operator has tainted it.
+        let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
+        if !is_stored || !signer.is_fresh(&trust, now) {
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.export_expiry();
         }
@@ -186,8 +218,23 @@ impl Pki {
     }
 
     fn tell(&self) {
-        let current = Current { bundle: self.signer().bundle.sequence, deny: self.deny().sequence };
-        self.current.send_if_modified(|known| std::mem::replace(known, current) != current);
+        let signer = self.signer();
+        let newest = Had { bundle: signer.bundle.sequence, deny: self.deny().sequence };
+        let current = Current { newest, tainted: signer.tainted.clone() };
+        self.current.send_if_modified(|known| {
+            let is_news = *known != current;
+            *known = current;
+            is_news
+        });
+    }
+
+    /// Conversations would go on for as long as the hosts run.
+    pub(crate) fn end_conversations(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
     }
 
     pub(crate) fn news(&self) -> watch::Receiver<Current> {
@@ -196,13 +243,27 @@ impl Pki {
 
     fn look_at_clocks(&self) -> Result<(), PkiError> {
         let now = self.now();
-        let since = unix(now) - HEARD_LATELY_S;
+        let lately = unix(now) - HEARD_LATELY_S..=unix(now);
         let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
         let offsets: Vec<i64> =
-            hosts.iter().filter(|host| host.last_seen >= since).map(|host| host.clock_offset_ms).collect();
+            hosts.iter().filter(|host| lately.contains(&host.last_seen)).map(|host| host.clock_offset_ms).collect();
+        let boot = (self.boot_time)();
+        let was_sure = self.start().is_confirmed();
+        let standing = self.start().judge(unix(now), boot, &hosts, &self.lifetimes);
         let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = guard.look(now, (self.boot_time)(), &offsets, self.lifetimes.skew);
+        if matches!(self.distrust(), Some(Distrust::Behind { .. })) {
+            // The step that puts it right is no jump.
+            guard.forget();
+        }
+        let jumped = guard.look(now, boot, &offsets, self.lifetimes.skew);
         drop(guard);
+        let found = match standing {
+            Standing::Behind { seconds } => Some(Distrust::Behind { seconds }),
+            Standing::Unconfirmed | Standing::Confirmed => jumped,
+        };
+        if standing == Standing::Confirmed && !was_sure {
+            tracing::info!("the clock is confirmed; rotation goes on");
+        }
         let mut distrust = self.distrust.write().unwrap_or_else(PoisonError::into_inner);
         if *distrust != found {
             match &found {
@@ -232,6 +293,21 @@ impl Pki {
             Some(why) => Err(Refused::Unavailable(format!("the PKI issues nothing now: {why}"))),
             None => Ok(()),
         }
+    }
+
+    fn start(&self) -> MutexGuard<'_, Start> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why what cannot be undone is not done by this clock now, if it is not.
+    pub(crate) fn clock_doubt(&self) -> Option<String> {
+        let unconfirmed = || (!self.start().is_confirmed()).then(|| UNCONFIRMED.to_owned());
+        self.distrust().map(|why| why.to_string()).or_else(unconfirmed)
+    }
+
+    /// Whether what cannot be undone may be done by this clock.
+    pub(crate) fn is_sure_of_clock(&self) -> bool {
+        self.distrust().is_none() && self.start().is_confirmed()
     }
 
     pub(crate) fn instances(&self) -> MutexGuard<'_, Instances> {
@@ -317,6 +393,34 @@ pub(crate) fn trust_bundle(signer: &Signer) -> v1::TrustBundle {
     signer.wire.clone()
 }
 
+/// Judges the clock, and does what has to be before anything is signed: a PKI that was off for long may have no root
+/// left that verifies.
+fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Result<Start, PkiError> {
+    let (last_good, hosts) = state
+        .database
+        .read(|view| -> Result<_, StateError> { Ok((settings::last_good(view)?, hosts::hosts(view)?)) })?;
+    let (boot, lifetimes) = ((options.boot_time)(), &options.lifetimes);
+    let mut start = Start::new(last_good, boot, &hosts);
+    if options.clock_is_right {
+        start.confirm();
+    }
+    let standing = start.judge(unix(now), boot, &hosts, lifetimes);
+    match standing {
+        Standing::Behind { .. } => return Ok(start),
+        Standing::Unconfirmed => tracing::warn!(
+            "the PKI was off for long, or the clock is wrong: rotation waits until hosts confirm the clock, or for {} s",
+            lifetimes.leaf.as_secs()
+        ),
+        Standing::Confirmed => rotate(state, kek, lifetimes, true, now)?,
+    }
+    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
+    let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
+    if !done.is_empty() {
+        state.record(now, &done)?;
+    }
+    Ok(start)
+}
+
 /// Takes every step that is due, one transaction each.
 fn rotate(
     state: &StateDir,
@@ -335,7 +439,7 @@ fn rotate(
         let event = state.database.transaction(|records| {
             let event = rotator.advance(records)?;
             failpoint::reach(event.as_ref().map_or("", |event| event.event), "uncommitted");
-            Ok::<_, RotationError>(event)
+            Ok::<_, StateError>(event)
         })?;
         let Some(event) = event else { return Ok(()) };
         let step = event.event;

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use crate::admin::AdminService;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
@@ -39,8 +40,10 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     let router = router(pki.clone());
     let graceful = GracefulShutdown::new();
     let mut maintenance = JoinSet::new();
-    maintenance.spawn(every(pki.lifetimes.look_every(), pki.clone(), Pki::maintain));
-    maintenance.spawn(every(REFRESH_EVERY, pki.clone(), Pki::refresh));
+    maintenance.spawn(every(pki.lifetimes.look_every(), "rotation", pki.clone(), Pki::maintain));
+    maintenance.spawn(every(REFRESH_EVERY, "taking over what changed", pki.clone(), Pki::refresh));
+    maintenance.spawn(every(REFRESH_EVERY, "reading how hosts may attest", pki.clone(), Pki::read_attestors));
+    maintenance.spawn(pki.clone().follow_clusters());
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {
@@ -61,6 +64,7 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     }
     drop(listener);
     maintenance.shutdown().await;
+    pki.end_conversations();
     if timeout(DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
     }
@@ -73,7 +77,7 @@ pub async fn serve_metrics(pki: Arc<Pki>, listener: TcpListener) -> std::io::Res
     axum::serve(listener, router).await
 }
 
-async fn every(period: Duration, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiError>) {
+async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiError>) {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -83,11 +87,11 @@ async fn every(period: Duration, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiE
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 pki.metrics.maintenance_failures.inc();
-                tracing::error!(%error, "rotation failed; what is active stays in use");
+                tracing::error!(%error, "{what} failed; what is active stays in use");
             }
             Err(error) => {
                 pki.metrics.maintenance_failures.inc();
-                tracing::error!(%error, "rotation panicked");
+                tracing::error!(%error, "{what} panicked; what is active stays in use");
             }
         }
     }
@@ -130,6 +134,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
 }
 
 fn router(pki: Arc<Pki>) -> Router {
+    let admin = AdminService::server(pki.clone());
     let grpc = HostServer::new(HostService::new(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Router::new()
         .route("/.well-known/spiffe-bundle", get(spiffe_bundle))
@@ -137,6 +142,7 @@ fn router(pki: Arc<Pki>) -> Router {
         .route("/healthz", get(healthz))
         .with_state(pki)
         .route_service("/meshd.pki.v1.Host/{method}", grpc)
+        .route_service("/meshd.pki.admin.v1.Admin/{method}", admin)
 }
 
 async fn spiffe_bundle(State(pki): State<Arc<Pki>>) -> Response {

@@ -150,7 +150,10 @@ struct Conversation {
 
 impl Conversation {
     async fn hold(mut self) {
-        let mut news = self.pki.news();
+        let (mut news, mut stopping) = (self.pki.news(), self.pki.stopping());
+        if *stopping.borrow_and_update() {
+            return;
+        }
         // What the host has, as far as it said; nothing is pushed before its first report.
         let mut had: Option<Had> = None;
         loop {
@@ -162,9 +165,14 @@ impl Conversation {
                     }
                     Ok(None) | Err(_) => return,
                 },
+                // The host comes again, to whoever serves then.
+                _ = stopping.changed() => return,
                 Ok(()) = news.changed(), if had.is_some() => {
-                    let had = had.unwrap_or_default();
-                    run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(had)).await
+                    let (known, told) = (had.unwrap_or_default(), news.borrow_and_update().newest);
+                    let reply = run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(known)).await;
+                    // What was told is not told again with the next change.
+                    had = Some(if reply.is_ok() { known.and(told) } else { known });
+                    reply
                 }
             };
             let is_over = reply.is_err();

@@ -1,11 +1,11 @@
 //! What signs now: one intermediate, and the server certificate minted from it.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
 use meshd_pki_api::v1;
-use rcgen::KeyPair;
+use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
@@ -15,14 +15,14 @@ use crate::authority::{Authority, AuthorityError};
 use crate::failpoint;
 use crate::keys::Kek;
 use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
-use crate::rotation::decide::seconds;
 use crate::rotation::step::bundle_of;
 use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
+use crate::store::hosts::Issued;
 use crate::store::intermediates::{self, Intermediate};
 use crate::store::{Records, trust};
 use crate::sync::tainted;
-use crate::times::{from_unix, rfc3339, unix};
+use crate::times::{Clock, TlsTime, from_unix, rfc3339, seconds, unix};
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
 /// never of different times.
@@ -114,6 +114,34 @@ impl Signer {
             replace_intermediate_at: replacement_time(&row, lifetimes),
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
+    }
+
+    /// A leaf as hosts get it, and its place in the records.
+    pub(crate) fn issue(
+        &self,
+        id: &SpiffeId,
+        key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<(v1::Svid, Issued), AuthorityError> {
+        let leaf = self.intermediate.issue(id, key, life, now)?;
+        let chain = vec![leaf.certificate, self.intermediate.certificate.clone()];
+        let issued = Issued {
+            serial: leaf.serial,
+            spiffe_id: id.to_string(),
+            authority: self.intermediate.id.clone(),
+            issued_at: unix(now),
+            not_after: unix(leaf.not_after),
+        };
+        Ok((v1::Svid { spiffe_id: id.to_string(), chain }, issued))
+    }
+
+    /// Certificates of callers are judged by the PKI's clock, as everything else here.
+    pub(crate) fn judging_by(mut self, clock: &Clock) -> Signer {
+        let mut tls = ServerConfig::clone(&self.tls);
+        tls.time_provider = Arc::new(TlsTime(clock.clone()));
+        self.tls = Arc::new(tls);
+        self
     }
 
     pub(crate) fn is_fresh(&self, trust: &Trust, now: SystemTime) -> bool {

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use meshd_identity::signed::SignedError;
 use meshd_identity::{Bundle, BundleError, TrustDomain, sha256};
 use rcgen::{KeyPair, PublicKeyData};
 
@@ -13,7 +14,7 @@ use crate::audit::{Audit, Event};
 use crate::authority::AuthorityError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::step::{RotationError, Rotator, bundle_of};
+use crate::rotation::step::{Rotator, bundle_of};
 use crate::store::{Database, DbError, settings, trust};
 use crate::times::unix;
 
@@ -42,8 +43,8 @@ pub enum StateError {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    #[error(transparent)]
-    Rotation(#[from] RotationError),
+    #[error("cannot sign what hosts are told: {0}")]
+    Sign(#[from] SignedError),
     #[error("cannot make the recovery key: {0}")]
     Recovery(#[from] rcgen::Error),
 }
@@ -112,6 +113,7 @@ fn fill(
         let (root, bundle) = rotator.found(records)?;
         digest = bundle.digest();
         settings::set_recovery_keys(records, &[recovery.to_vec()])?;
+        settings::set_last_good(records, unix(now))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
         append(&audit, now, &[Event { event: "init", result: "ok", authority: Some(root.id), ..Event::default() }])
     })?;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::commands::CommandError;
 use crate::issue::shorten;
 use crate::state_dir::StateDir;
-use crate::store::hosts::{Host, HostState};
+use crate::store::hosts::Host;
 use crate::store::tokens::Token;
 use crate::store::{View, hosts, intermediates, settings, tokens, trust};
 use crate::times::{rfc3339, unix};
@@ -171,11 +171,7 @@ fn authorities(view: &mut dyn View, now: i64) -> Result<Vec<AuthorityStatus>, Co
 fn host_status(view: &mut dyn View, host: Host) -> Result<HostStatus, CommandError> {
     let permitted = hosts::permitted(view, &host.id)?;
     Ok(HostStatus {
-        state: match host.state {
-            HostState::Active => "active",
-            HostState::Banned => "banned",
-        }
-        .to_owned(),
+        state: host.state.name().to_owned(),
         enrolled_at: rfc3339(host.enrolled_at),
         last_seen: rfc3339(host.last_seen),
         bundle_sequence: host.acked_sequence,
@@ -190,7 +186,10 @@ fn token_status(token: Token) -> TokenStatus {
     TokenStatus {
         identities: token.allow.iter().map(|id| shorten(id).to_owned()).collect(),
         id: token.id,
-        host: token.host_id,
+        host: match token.max_uses {
+            1 => token.host_id,
+            most => format!("{}-* ({} of {most})", token.host_id, token.uses),
+        },
         created_at: rfc3339(token.created_at),
         expires_at: rfc3339(token.expires_at),
     }

@@ -7,7 +7,7 @@ use crate::enrol::excerpt;
 use crate::issue::offset_ms;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
-use crate::rotation::Trust;
+use crate::rotation::{Root, RootState, Trust};
 use crate::store::hosts::{self, Sighting};
 use crate::store::settings;
 use crate::times::{unix, unix_ms};
@@ -19,8 +19,18 @@ pub(crate) struct Had {
     pub(crate) deny: u64,
 }
 
+impl Had {
+    pub(crate) fn and(self, told: Had) -> Had {
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny) }
+    }
+}
+
 /// What there is; changes wake every conversation.
-pub(crate) type Current = Had;
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Current {
+    pub(crate) newest: Had,
+    pub(crate) tainted: Vec<String>,
+}
 
 impl Pki {
     /// Judges the host anew, notes its report, and answers. The certificate may have ended and the host may have been
@@ -92,7 +102,9 @@ impl Pki {
     }
 }
 
-/// Roots whose key may be known to others, that somebody may still depend on.
+/// Roots whose key may be known to others, that somebody may still depend on. Not the one that signs: whoever replaced
+/// its certificates now would get others under it.
 pub(crate) fn tainted(trust: &Trust) -> Vec<String> {
-    trust.roots.iter().filter(|root| root.tainted_at.is_some()).map(|root| root.id.clone()).collect()
+    let given_up = |root: &&Root| root.tainted_at.is_some() && root.state != RootState::Active;
+    trust.roots.iter().filter(given_up).map(|root| root.id.clone()).collect()
 }

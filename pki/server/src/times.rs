@@ -1,12 +1,31 @@
 //! Times as the database, the log and people want them.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustls::pki_types::UnixTime;
+use rustls::time_provider::TimeProvider;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
+
+/// The same clock for TLS.
+pub(crate) struct TlsTime(pub(crate) Clock);
+
+impl TimeProvider for TlsTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        let since = (self.0)().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        Some(UnixTime::since_unix_epoch(since))
+    }
+}
+
+impl fmt::Debug for TlsTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsTime").finish_non_exhaustive()
+    }
+}
 
 pub fn unix(time: SystemTime) -> i64 {
     let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -33,6 +52,10 @@ pub fn from_unix(seconds: i64) -> SystemTime {
 pub fn rfc3339(seconds: i64) -> String {
     let time = OffsetDateTime::from_unix_timestamp(seconds).ok();
     time.and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| seconds.to_string())
+}
+
+pub fn parse_rfc3339(text: &str) -> Option<i64> {
+    OffsetDateTime::parse(text, &Rfc3339).ok().map(OffsetDateTime::unix_timestamp)
 }
 
 /// Reads `90`, `90s`, `30m`, `12h`, `2d`; a bare number is seconds.

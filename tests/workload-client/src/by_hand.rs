@@ -1,6 +1,7 @@
 //! Calls that well-behaved clients do not make, and connections in the wrong hands.
 
 use std::future::Future;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::os::unix::process::CommandExt;
@@ -8,6 +9,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use http::{Request, Response, Uri};
@@ -20,11 +22,14 @@ use meshd_workload_api::spiffe::spiffe_workload_api_client::SpiffeWorkloadApiCli
 use meshd_workload_api::spiffe::{
     JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509BundlesRequest, X509svidRequest,
 };
+use socket2::SockRef;
 use tokio::net::UnixStream;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::metadata::MetadataValue;
 
+/// An idle service speaks at once.
+const FIRST_WORD: Duration = Duration::from_secs(10);
 /// Streams per connection: fewer than the API allows.
 const PER_CONNECTION: usize = 100;
 
@@ -138,7 +143,13 @@ pub(crate) fn leave(socket: &Path, program: &[String]) -> Result<()> {
 
 fn command(socket: &Path, program: &[String]) -> Result<Command> {
     let (name, args) = program.split_first().context("no program")?;
-    let connection = OwnedFd::from(StdStream::connect(socket)?);
+    let connection = StdStream::connect(socket)?;
+    // Who connects is looked at when the connection is accepted, which is when the service speaks: not before that may
+    // it change hands.
+    connection.set_read_timeout(Some(FIRST_WORD))?;
+    SockRef::from(&connection).peek(&mut [MaybeUninit::uninit()]).context("the service says nothing")?;
+    connection.set_read_timeout(None)?;
+    let connection = OwnedFd::from(connection);
     let mut command = Command::new(name);
     command.args(args).stdin(Stdio::from(connection));
     Ok(command)

@@ -52,3 +52,11 @@ pub(crate) async fn token(socket: &Path, audience: &str) -> Result<()> {
     println!("{}", json!({ "token": token, "id": valid.spiffe_id().to_string() }));
     Ok(())
 }
+
+pub(crate) async fn judge(socket: &Path, audience: &str, token: &str) -> Result<()> {
+    match client(socket).await?.validate_jwt_token(audience, token).await {
+        Ok(svid) => println!("valid: {}", svid.spiffe_id()),
+        Err(error) => println!("refused: {error}"),
+    }
+    Ok(())
+}

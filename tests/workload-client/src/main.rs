@@ -26,6 +26,12 @@ enum Command {
         #[arg(long)]
         audience: String,
     },
+    /// What the API says of a token.
+    Judge {
+        #[arg(long)]
+        audience: String,
+        token: String,
+    },
     /// The code and message of one call, and nothing of the answer.
     Call {
         method: by_hand::Method,
@@ -55,6 +61,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Fetch => by_others::fetch(&socket).await,
         Command::Watch => by_others::watch(&socket).await,
         Command::Token { audience } => by_others::token(&socket, &audience).await,
+        Command::Judge { audience, token } => by_others::judge(&socket, &audience, &token).await,
         Command::Call { method, no_header } => by_hand::call(&socket, method, !no_header).await,
         Command::Hold { streams } => by_hand::hold(&socket, streams).await,
         Command::Become { program } => by_hand::become_program(&socket, &program),

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::super::wanted::{Facts, StrictPort, Wanted};
+use super::super::wanted::{Facts, Wanted};
 use super::plain::{self, Life};
 use super::table::{Chain, Table};
 use super::variant::Family;
@@ -94,8 +94,8 @@ fn local_callers(wanted: &Wanted, facts: &Facts) -> Vec<String> {
         let port = strict.port;
         let callers = strict.local.iter().flat_map(|caller| facts.present(caller));
         rules.extend(callers.map(|caller| format!("-p tcp --dport {port} {} -j RETURN", local_caller(caller))));
-        rules.push(refuse(strict));
     }
+    rules.extend(refuse(wanted));
     rules
 }
 
@@ -107,19 +107,21 @@ fn strangers(family: Family, wanted: &Wanted) -> Vec<String> {
             let port = strict.port;
             format!("-p tcp --dport {port} -s {net} -j RETURN")
         }));
-        rules.push(refuse(strict));
     }
+    rules.extend(refuse(wanted));
     rules
 }
 
-fn refuse(strict: &StrictPort) -> String {
-    format!("-p tcp --dport {} -j REJECT --reject-with tcp-reset", strict.port)
+/// After everybody who may: a port may be strict for several deliveries, each with callers of its own.
+fn refuse(wanted: &Wanted) -> impl Iterator<Item = String> {
+    let ports: BTreeSet<u16> = wanted.strict.iter().map(|strict| strict.port).collect();
+    ports.into_iter().map(|port| format!("-p tcp --dport {port} -j REJECT --reject-with tcp-reset"))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::wanted::Caller;
     use super::super::super::wanted::tests::wanted;
+    use super::super::super::wanted::{Caller, StrictPort};
     use super::super::saved::Ours;
     use super::super::table::{PREFIX, SCRATCH_PREFIX};
     use super::*;
@@ -187,6 +189,25 @@ COMMIT
         assert!(v4.contains("-s 10.9.0.0/24 -j RETURN") && !v4.contains("fd00::"), "{v4}");
         assert!(v6.contains("-s fd00::/64 -j RETURN") && !v6.contains("10.9.0.0"), "{v6}");
         assert!(!v4.contains("off.service"), "{v4}");
+    }
+
+    #[test]
+    fn a_port_that_is_strict_for_two_deliveries_lets_the_callers_of_both_in() {
+        let of = |uid, net: &str| StrictPort {
+            port: 8080,
+            owner: Caller::Uid(uid),
+            local: [Caller::Uid(uid)].into(),
+            plaintext_from: [net.parse().unwrap()].into(),
+        };
+        let wanted = Wanted { strict: [of(7, "10.7.0.0/16"), of(8, "10.8.0.0/16")].into(), ..wanted() };
+        for rules in [local_callers(&wanted, &Facts::default()), strangers(Family::V4, &wanted)] {
+            let refused = rules.iter().position(|rule| rule.contains("-j REJECT"));
+            assert_eq!(refused, Some(rules.len() - 1), "{rules:#?}");
+            assert_eq!(
+                rules.iter().filter(|rule| rule.contains("--dport 8080") && rule.ends_with("RETURN")).count(),
+                2
+            );
+        }
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub(super) fn chains(family: Family, wanted: &Wanted, facts: &Facts, can: Abilit
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::super::wanted::Caller;
     use super::super::super::wanted::tests::wanted;
     use super::*;
@@ -54,7 +56,7 @@ mod tests {
         let cgroup = Cgroup { nft_path: format!("unified/{path}"), path, level: 2, id: 7 };
         let facts = Facts {
             cgroups: [("web.service".to_owned(), cgroup)].into(),
-            raw_addresses: ["10.96.3.7:80", "[fd00::3]:80"].map(|address| address.parse().unwrap()).into(),
+            raw_addresses: Arc::new(["10.96.3.7:80", "[fd00::3]:80"].map(|address| address.parse().unwrap()).into()),
             ..Facts::default()
         };
         let callers = [Caller::Uid(1000), Caller::Unit("web.service".into()), Caller::Unit("off.service".into())];

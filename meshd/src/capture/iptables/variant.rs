@@ -19,10 +19,9 @@ pub(super) enum Family {
 }
 
 impl Family {
-    /// A host booted with ipv6.disable=1 has no IPv6 to keep rules for.
+    /// Those there are rules to keep for.
     pub(super) fn present() -> impl Iterator<Item = Family> {
-        let has_v6 = std::path::Path::new("/proc/net/if_inet6").exists();
-        std::iter::once(Family::V4).chain(has_v6.then_some(Family::V6))
+        std::iter::once(Family::V4).chain(crate::host::has_ipv6().then_some(Family::V6))
     }
 }
 

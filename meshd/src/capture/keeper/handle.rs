@@ -119,7 +119,8 @@ impl KeeperHandle {
     }
 
     pub fn view(&self) -> KeeperView {
-        let (plan, state) = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = self.shared.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let (plan, state) = &*known;
         KeeperView {
             backend: self.backend,
             passed_over: self.passed_over.to_vec(),
@@ -129,7 +130,7 @@ impl KeeperHandle {
             held: plan.as_ref().is_some_and(|hash| state.holds(hash)),
             reverted: state.reverted.is_some(),
             bypass: state.bypass.labels().into_iter().map(str::to_owned).collect(),
-            plan,
+            plan: plan.clone(),
         }
     }
 

@@ -32,7 +32,7 @@ impl Keeper {
                 why = reverted.why,
                 "rules stay removed until `meshd intercept apply`"
             );
-        } else if let Some(held) = state.held.as_ref().filter(|held| held.hash == intent.hash()) {
+        } else if let Some(held) = state.held_as(&intent.hash()) {
             let instead = if state.last_confirmed.is_some() { "the last confirmed plan" } else { "only virtual IPs" };
             tracing::error!(
                 plan = held.hash,

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::tally::{PlainCaller, Tally};
+use crate::unix_time::unix_seconds;
 
 const SCHEMA: u32 = 1;
 /// Callers remembered in all. The kernel's sets hold fewer, so one that is counted now is never forgotten.
@@ -113,7 +114,7 @@ impl Book {
 
     /// Adds what the kernel counted since it was last asked.
     pub(super) fn enter(&mut self, tally: &Tally, boot: &str, now: SystemTime) {
-        let now = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let now = unix_seconds(now);
         // A clock that was set back must not make anything look observed.
         let elapsed = self.entered.map_or(0, |entered| now.saturating_sub(entered));
         let same_rules = self.boot == boot && self.rules == tally.rules;

@@ -12,8 +12,10 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 
 use super::backend::Backend;
+use super::timer::boot_id;
 use super::tool::CaptureError;
 use super::wanted::Wanted;
+use crate::durable;
 
 use book::Unreadable;
 pub use book::{Book, PortRecord};
@@ -50,9 +52,7 @@ impl Ledger {
             Err(error) => return Err(failed(error)),
         };
         let published = Arc::new(ArcSwap::from_pointee(book.clone()));
-        // Unreadable only without /proc; then every restart looks like a reboot, which errs on the side of "not clean".
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
-        Ok(Ledger { path, boot, book, published, harvested: None, saved: None, failing: false })
+        Ok(Ledger { path, boot: boot_id(), book, published, harvested: None, saved: None, failing: false })
     }
 
     pub(super) fn published(&self) -> PublishedBook {
@@ -86,6 +86,10 @@ impl Ledger {
     }
 
     fn try_harvest(&mut self, backend: &dyn Backend) -> Result<(), CaptureError> {
+        if !backend.kind().can().ledger {
+            // Nothing is known of now, which says nothing of what was known.
+            return Ok(());
+        }
         let now = SystemTime::now();
         self.harvested = Some(now);
         self.book.enter(&backend.tally()?, &self.boot, now);
@@ -99,7 +103,7 @@ impl Ledger {
     pub(super) fn save(&mut self) {
         self.saved = Some(SystemTime::now());
         let Some(path) = &self.path else { return };
-        if let Err(error) = write(path, &self.book.to_json()) {
+        if let Err(error) = durable::replace(path, self.book.to_json()) {
             tracing::error!(path = %path.display(), %error, "cannot keep the plaintext ledger; make room, or mend permissions");
         }
     }
@@ -127,16 +131,9 @@ fn is_due(last: Option<SystemTime>, every: Duration) -> bool {
     last.and_then(|last| last.elapsed().ok()).is_none_or(|elapsed| elapsed >= every)
 }
 
-/// By rename: a crash leaves the old one or the new one, never half.
-fn write(path: &Path, text: &[u8]) -> io::Result<()> {
-    std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-    let temporary = path.with_extension("tmp");
-    std::fs::write(&temporary, text)?;
-    std::fs::rename(&temporary, path)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::backend::BackendKind;
     use super::*;
 
     fn opened_and_saved(text: &str) -> String {
@@ -145,6 +142,16 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         Ledger::open(&directory.path().join("state.json")).unwrap().save();
         std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn a_backend_that_cannot_count_erases_nothing_that_another_one_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::open(&directory.path().join("state.json")).unwrap();
+        let counted = Tally { ports: [(25, Default::default())].into(), ..Tally::default() };
+        ledger.book.enter(&counted, "boot", SystemTime::now());
+        ledger.harvest(BackendKind::Tun.open().as_ref());
+        assert!(ledger.book.ports.contains_key(&25));
     }
 
     #[test]

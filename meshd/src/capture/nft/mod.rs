@@ -88,9 +88,7 @@ impl Nft {
             can
         })
     }
-}
 
-impl Nft {
     fn has(&self, text: &str) -> bool {
         self.installed.as_ref().is_some_and(|installed| installed.text == text && installed.is_intact())
     }

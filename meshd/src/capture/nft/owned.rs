@@ -7,7 +7,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::super::tool::{CaptureError, NFT, TOOL_PATH};
+use super::super::tool::{CaptureError, NFT};
+use crate::tool;
 
 pub(super) const NAME: &str = "meshd_raw";
 
@@ -29,7 +30,7 @@ impl OwnedTable {
         let missing = |source| CaptureError::Missing { tool: "nft -i".into(), package: NFT.package, source };
         let mut child = Command::new("/bin/sh")
             .args(["-c", HOLD])
-            .env("PATH", TOOL_PATH)
+            .env("PATH", tool::PATH)
             // Where it would write a history of its commands.
             .env("HOME", "/dev/null")
             // Ctrl-C in a terminal is for us; we decide when it ends.

@@ -141,6 +141,8 @@ fn hooks(capture: NftCapture, wanted: &Wanted) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use std::collections::BTreeMap;
 
     use super::super::super::wanted::Caller;
@@ -154,7 +156,9 @@ mod tests {
         Facts {
             cgroups: [("web.service".to_owned(), cgroup)].into(),
             port_owners: BTreeMap::new(),
-            raw_addresses: ["10.96.3.7:80", "10.0.0.1:8080", "[fd00::3]:80"].map(|a| a.parse().unwrap()).into(),
+            raw_addresses: Arc::new(
+                ["10.96.3.7:80", "10.0.0.1:8080", "[fd00::3]:80"].map(|a| a.parse().unwrap()).into(),
+            ),
         }
     }
 

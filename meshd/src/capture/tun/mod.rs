@@ -2,9 +2,9 @@
 //! connections after their packets came back with other addresses.
 //!
 //! `pump` moves packets between device and kernel, `translate` says where one goes, `nat` remembers which
-//! connection is which, `rewrite` changes bytes, `openers` asks whose
-//! connection it is, `flows` is what workers ask who called whom; `device` is what
-//! `ip` is told. The device dies with the daemon, the policy rules stay: virtual IPs are unreachable then, at once.
+//! connection is which, `rewrite` changes bytes, `openers` asks whose connection it is, `flows` is what workers ask who
+//! called whom; `device` is what `ip` is told. The device dies with the daemon, the policy rules stay: virtual IPs are
+//! unreachable then, at once.
 
 mod device;
 mod flows;

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::flows::{Flows, count};
+use super::nat::Seconds;
 use super::openers::Openers;
 
 /// The largest packet there is, behind its header.
@@ -58,12 +59,21 @@ impl Drop for Pump {
 fn run(tun: &Tun, stopped: &PipeReader, flows: &Flows, openers: &mut Openers) -> io::Result<()> {
     let mut frame = vec![0; FRAME];
     let mut stopping = false;
+    let mut looked = None;
     loop {
         let drained = drain(tun, flows, openers, &mut frame)?;
         if stopping {
             return Ok(());
         }
-        let timeout = if drained { until_expiry(flows) } else { PollTimeout::ZERO };
+        let timeout = match drained.then(|| flows.now()) {
+            None => PollTimeout::ZERO,
+            // Flows may have come since, so it cannot sleep for as long as it would have then.
+            now if now == looked => PollTimeout::try_from(EXPIRY_PAUSE).unwrap_or(PollTimeout::MAX),
+            Some(now) => {
+                looked = Some(now);
+                until_expiry(flows, now)
+            }
+        };
         let mut fds = [PollFd::new(tun.as_fd(), PollFlags::POLLIN), PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -94,8 +104,7 @@ fn drain(tun: &Tun, flows: &Flows, openers: &mut Openers, frame: &mut [u8]) -> i
     Ok(false)
 }
 
-fn until_expiry(flows: &Flows) -> PollTimeout {
-    let now = flows.now();
+fn until_expiry(flows: &Flows, now: Seconds) -> PollTimeout {
     flows.tell_unanswered(now);
     let Some(seconds) = flows.expire(now) else { return PollTimeout::NONE };
     let pause = Duration::from_secs(seconds.into()).max(EXPIRY_PAUSE);

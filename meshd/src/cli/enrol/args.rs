@@ -52,7 +52,7 @@ pub(crate) struct EnrolArgs {
     #[arg(long, requires = "port")]
     pub(super) user_sessions: bool,
     /// Show what is enrolled, by which file, instead.
-    #[arg(long, exclusive = false, conflicts_with_all = ["identity", "serve", "unit", "uid", "port"])]
+    #[arg(long, conflicts_with_all = ["identity", "serve", "unit", "uid", "port"])]
     pub(super) list: bool,
     #[arg(short, long, value_enum, default_value_t, requires = "list")]
     pub(super) output: Output,

@@ -3,11 +3,12 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use super::super::resolv_conf::{MARK, ResolvConf, with_ours_first};
 use super::IntegrationError;
+use crate::durable;
 
 pub(super) struct HostFile {
     ours: IpAddr,
@@ -23,7 +24,7 @@ impl HostFile {
     pub(super) fn keep(&self) -> Result<(), IntegrationError> {
         let fail = |doing| IntegrationError::file(doing, &self.path);
         let found = fs::read_to_string(&self.path).map_err(fail("read"))?;
-        let (saved, new) = (self.beside("meshd-saved"), self.beside("meshd-new"));
+        let saved = self.beside("meshd-saved");
         let text = if found.starts_with(MARK) {
             // Ours, perhaps from before the address was changed.
             let original = fs::read_to_string(&saved).unwrap_or_else(|_| found.clone());
@@ -37,12 +38,7 @@ impl HostFile {
         if text == found {
             return Ok(());
         }
-        let written = remove_if_there(&new)
-            .and_then(|()| fs::write(&new, text))
-            .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(0o644)));
-        written.map_err(IntegrationError::file("write", &new))?;
-        // At no moment is there no file.
-        fs::rename(&new, &self.path).map_err(fail("replace"))?;
+        durable::replace(&self.path, text).map_err(fail("replace"))?;
         tracing::info!(path = %self.path.display(), saved = %saved.display(), "the host's resolv.conf names meshd first");
         Ok(())
     }

@@ -16,6 +16,7 @@ use super::resolv_conf::{DNS_PORT, ResolvConf};
 use super::upstream::HostFiles;
 use host::HostFile;
 use resolved::Resolved;
+pub(crate) use resolved::resolved_runs;
 use units::Units;
 
 pub use tools::ToolError;
@@ -156,7 +157,7 @@ impl Keeper {
     fn best_way(&mut self) -> Way {
         if self.lookups_use_resolved() {
             Way::Resolved
-        } else if self.nameable && units::systemd_runs() {
+        } else if self.nameable && crate::host::systemd_runs() {
             Way::Units
         } else {
             Way::Nothing

@@ -10,12 +10,15 @@ use nix::net::if_::if_nametoindex;
 use super::super::resolv_conf::DNS_PORT;
 use super::super::upstream::Stamp;
 use super::{IntegrationError, tools};
+use crate::host;
 
 const LINK: &str = "meshd-dns";
 /// resolved uses only links with an address of wider scope than the link. Virtual IPs never end in .0, and this
 /// one is on no network but the link.
 const ADDRESS: &str = "240.240.0.0/32";
 const RUNTIME: &str = "/run/systemd/resolve";
+/// Of its varlink interface; made anew by every start of resolved.
+const SOCKET: &str = "io.systemd.Resolve";
 
 pub(super) struct Resolved {
     server: String,
@@ -35,19 +38,18 @@ struct Told {
     links: Option<Stamp>,
 }
 
+/// Whether it answers on this host; a socket may outlive it.
+pub(crate) fn resolved_runs() -> bool {
+    UnixStream::connect(Path::new(RUNTIME).join(SOCKET)).is_ok()
+}
+
 impl Resolved {
     pub(super) fn new(server: SocketAddr, domains: Vec<String>) -> Resolved {
         // As resolved writes it itself: the port only where it is not the usual one.
         let server = if server.port() == DNS_PORT { server.ip().to_string() } else { server.to_string() };
         let domains = domains.into_iter().map(|domain| format!("~{domain}")).collect();
         let runtime = Path::new(RUNTIME);
-        Resolved {
-            server,
-            domains,
-            socket: runtime.join("io.systemd.Resolve"),
-            links: runtime.join("netif"),
-            told: None,
-        }
+        Resolved { server, domains, socket: runtime.join(SOCKET), links: runtime.join("netif"), told: None }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -127,11 +129,7 @@ fn make_link() -> Result<u32, IntegrationError> {
 
 /// What we said about a link would reach the host's link of the same number. Unknown, where /proc hides it, is yes.
 fn in_namespace_of_host() -> bool {
-    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net"));
-    match (namespace("self"), namespace("1")) {
-        (Ok(ours), Ok(hosts)) => ours == hosts,
-        _ => true,
-    }
+    host::in_namespace_of_process_1().unwrap_or(true)
 }
 
 /// With the link, resolved forgets what it was told about it.

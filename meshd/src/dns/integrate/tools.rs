@@ -1,7 +1,6 @@
 //! The programs that systemd and iproute2 bring along.
 
-use std::io;
-use std::process::{Command, Stdio};
+use std::io::{self, ErrorKind};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
@@ -14,16 +13,13 @@ pub enum ToolError {
 }
 
 pub(super) fn run(tool: &str, arguments: &[&str]) -> Result<(), ToolError> {
-    let output = Command::new(tool)
-        .args(arguments)
-        // Debian keeps `ip` in /usr/sbin, which an unprivileged user's PATH may lack.
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| ToolError::Missing { tool: tool.to_owned(), source })?;
+    let failed = |stderr| ToolError::Failed { command: format!("{tool} {}", arguments.join(" ")), stderr };
+    let output = crate::tool::output(tool, arguments, "").map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => failed(error.to_string()),
+        _ => ToolError::Missing { tool: tool.to_owned(), source: error },
+    })?;
     if output.status.success() {
         return Ok(());
     }
-    let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(ToolError::Failed { command: format!("{tool} {}", arguments.join(" ")), stderr })
+    Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }

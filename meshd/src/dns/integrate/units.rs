@@ -13,6 +13,7 @@ use std::sync::Arc;
 use super::super::resolv_conf::{MARK, ResolvConf, with_ours_first};
 use super::super::upstream::Stamp;
 use super::{IntegrationError, tools};
+use crate::host;
 
 /// Where systemd reads drop-ins that survive a reboot.
 pub const DIRECTORY: &str = "/etc/systemd/system";
@@ -111,15 +112,10 @@ pub(super) fn remove_all(directory: &Path, bound: Option<&PathBuf>) -> Result<()
         let text = drop_ins.text()?;
         installed.retain(|unit| fs::read_to_string(drop_ins.path(unit)).is_ok_and(|found| found == text));
     }
-    if drop_ins.remove(installed.iter().map(String::as_str))? && systemd_runs() {
+    if drop_ins.remove(installed.iter().map(String::as_str))? && host::systemd_runs() {
         reload()?;
     }
     Ok(())
-}
-
-/// sd_booted(3).
-pub(super) fn systemd_runs() -> bool {
-    Path::new("/run/systemd/system").is_dir()
 }
 
 /// systemd reads its unit files again.

@@ -5,12 +5,11 @@
 //! leaf, and can take part in TLS at all, also holds the new root. Acknowledgements are a second gate, which finds
 //! mistakes in the proof; a host that is silent for a longest life holds no valid leaf and delays nobody.
 
-use std::time::Duration;
-
 use super::trust::{Root, RootState, Trust};
 use crate::lifetimes::Lifetimes;
 use crate::store::hosts::{Host, HostState};
 use crate::store::intermediates::Intermediate;
+use crate::times::seconds;
 
 /// More roots than this in a bundle would mean that rotation is stuck (they overlap for a month of three).
 const MOST_ROOTS: usize = 4;
@@ -113,7 +112,7 @@ fn offer(decision: &mut Decision, root: Option<&str>, step: Step, mut gates: Vec
     }
 }
 
-fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     let mut gates = Vec::new();
     if trust.in_bundle().count() >= MOST_ROOTS {
         gates.push(Gate::TooManyRoots);
@@ -137,7 +136,7 @@ pub(crate) fn next_rotation(trust: &Trust, active: &Root, lifetimes: &Lifetimes)
     active.activated_at.unwrap_or(active.published_at) + seconds(every)
 }
 
-fn activate(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Step {
+pub(crate) fn activate(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Step {
     if root.tainted_at.is_some() {
         return Step::Remove { root: root.id.clone() };
     }
@@ -153,7 +152,7 @@ fn despite(trust: &Trust, world: &Surroundings<'_>) -> Option<Despite> {
     }
 }
 
-fn activate_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn activate_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     if root.tainted_at.is_some() || despite(trust, world).is_some() {
         return Vec::new();
     }
@@ -205,17 +204,17 @@ pub(crate) fn laggards(root: &Root, world: &Surroundings<'_>) -> Vec<String> {
     lagging.map(|host| host.id.clone()).collect()
 }
 
-fn live<'a>(world: &'a Surroundings<'_>) -> impl Iterator<Item = &'a Host> {
+pub(crate) fn live<'a>(world: &'a Surroundings<'_>) -> impl Iterator<Item = &'a Host> {
     let since = world.now - longest_leaf(world);
     world.hosts.iter().filter(move |host| host.state == HostState::Active && host.last_seen >= since)
 }
 
-fn longest_leaf(world: &Surroundings<'_>) -> i64 {
+pub(crate) fn longest_leaf(world: &Surroundings<'_>) -> i64 {
     let of_intermediates = world.intermediates.iter().map(|one| one.longest_leaf_s);
     of_intermediates.chain([seconds(world.lifetimes.leaf)]).max().unwrap_or_default()
 }
 
-fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
     let skew = seconds(world.lifetimes.skew);
     if root.not_after + skew <= world.now {
         // Nothing under it verifies anywhere but in libraries that do not look at the end of roots.
@@ -242,8 +241,4 @@ fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
         gates.push(Gate::HostsUnder(on_it));
     }
     gates
-}
-
-pub(crate) fn seconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }

@@ -1,8 +1,8 @@
 //! When JWT keys come and go. A key is in the bundle long before it signs and long after: consumers cache bundles.
 
-use super::decide::seconds;
 use super::trust::JwtKey;
 use crate::lifetimes::Lifetimes;
+use crate::times::seconds;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JwtStep {
@@ -20,7 +20,8 @@ pub(crate) fn next(keys: &[JwtKey], lifetimes: &Lifetimes, now: i64) -> Option<J
         // Everything it signed has ended before: the life of a token is within that of its key.
         return Some(JwtStep::Remove { kid: ended.kid.clone() });
     }
-    let Some(newest) = keys.iter().map(|key| key.published_at).max() else {
+    // One of a later time was made by a wrong clock, and does not put off the next.
+    let Some(newest) = keys.iter().map(|key| key.published_at).filter(|at| *at <= now).max() else {
         // Nobody can have cached anything: the first one signs at once.
         return Some(JwtStep::Add { usable_at: now });
     };

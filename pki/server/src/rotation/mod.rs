@@ -2,13 +2,17 @@
 //!
 //! - [`trust`]: what there is. A root goes one way: prepared, active, old, removed, retired.
 //! - [`decide`]: which step may be taken now, and what the others wait for. Pure.
+//! - [`ask`]: what an operator may have sooner. Pure.
 //! - [`step`]: takes it: keys, bundle, signatures and state in one transaction, so that a crash is always between steps.
+//! - `provide`: the least that a PKI needs that is not sure of its clock.
 //! - [`jwt_keys`]: the same for the keys of JWT-SVIDs, which need less.
 
+pub(crate) mod ask;
 pub(crate) mod decide;
 pub(crate) mod jwt_keys;
 #[cfg(test)]
 mod model_tests;
+mod provide;
 pub(crate) mod step;
 pub(crate) mod trust;
 

@@ -5,12 +5,13 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
-use super::decide::{Decision, Despite, Gate, Step, Surroundings, decide, seconds};
+use super::decide::{Decision, Despite, Gate, Step, Surroundings, decide};
 use super::{Root, RootState, Trust};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::trust::Urgency;
 use crate::store::hosts::{Host, HostState};
 use crate::store::intermediates::Intermediate;
+use crate::times::seconds;
 
 const MINUTE: i64 = 60;
 const HOUR: i64 = 3600;
@@ -211,11 +212,14 @@ fn record(id: usize) -> Host {
         state: HostState::Active,
         key_current: vec![],
         public_key: vec![],
+        enrolled_key: vec![],
         next: None,
         enrolled_at: START,
         last_seen: START,
         acked_sequence: 0,
         clock_offset_ms: 0,
+        labels: Default::default(),
+        enrolled_by: String::new(),
         roots_in_use: vec![],
     }
 }

@@ -2,35 +2,22 @@
 
 use std::time::SystemTime;
 
-use meshd_identity::signed::{self, SignedError};
+use meshd_identity::signed;
 use meshd_identity::statements::BundleStatement;
 use meshd_identity::{Bundle, BundleError, JwtKey as PublicJwtKey, TrustDomain};
 use rcgen::{KeyPair, PublicKeyData};
 
-use super::decide::{Decision, Despite, Step, Surroundings, decide, seconds};
+use super::decide::{Decision, Despite, Step, Surroundings, decide};
 use super::jwt_keys::{self, JwtStep};
 use super::{JwtKey, Root, RootState, Trust};
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError, new_id};
-use crate::keys::{Kek, KeyError};
+use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
+use crate::state_dir::StateError;
 use crate::store::bundles::{self, Signature, StoredBundle};
 use crate::store::{DbError, Records, View, hosts, intermediates, trust};
-use crate::times::{rfc3339, unix, unix_ms};
-
-#[derive(Debug, thiserror::Error)]
-pub enum RotationError {
-    #[error(transparent)]
-    Db(#[from] DbError),
-    #[error(transparent)]
-    Key(#[from] KeyError),
-    #[error(transparent)]
-    Authority(#[from] AuthorityError),
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
-    #[error("cannot sign the bundle: {0}")]
-    Sign(#[from] SignedError),
-}
+use crate::times::{rfc3339, seconds, unix, unix_ms};
 
 /// What taking steps needs besides the records.
 pub(crate) struct Rotator<'a> {
@@ -69,37 +56,54 @@ impl Rotator<'_> {
     }
 
     /// The first state of a new PKI: one root, active at once, for there is nobody yet who could lack it.
-    pub(crate) fn found(&self, records: &mut dyn Records) -> Result<(Root, Bundle), RotationError> {
+    pub(crate) fn found(&self, records: &mut dyn Records) -> Result<(Root, Bundle), StateError> {
         let mut trust = Trust { refresh_hint_s: self.lifetimes.refresh_hint.as_secs(), ..Trust::default() };
         self.add_root(&mut trust)?;
         let now = unix(self.now);
         self.add_jwt_key(&mut trust, now)?;
         trust.roots[0].state = RootState::Active;
         trust.roots[0].activated_at = Some(now);
-        let bundle = self.publish(records, &mut trust, &[])?;
+        let bundle = self.publish(records, &mut trust)?;
         trust::put_trust(records, &trust)?;
         Ok((trust.roots.remove(0), bundle))
     }
 
     /// Takes the step that is due, if any, and says what was done.
-    pub(crate) fn advance(&self, records: &mut dyn Records) -> Result<Option<Event>, RotationError> {
-        let (mut trust, decision) = self.outlook(records)?;
-        let before = trust.clone();
-        let event = match decision.step {
-            Some(step) => self.take(&mut trust, step)?,
-            None => match jwt_keys::next(&trust.jwt_keys, self.lifetimes, unix(self.now)) {
-                Some(step) if self.clock_is_good => self.take_jwt(&mut trust, step)?,
-                _ => return Ok(None),
-            },
-        };
-        if in_bundle(&before) != in_bundle(&trust) {
-            self.publish(records, &mut trust, &before.roots)?;
+    pub(crate) fn advance(&self, records: &mut dyn Records) -> Result<Option<Event>, StateError> {
+        let (trust, decision) = self.outlook(records)?;
+        if let Some(step) = decision.step {
+            return self.commit(records, trust, |trust| self.take(trust, step)).map(Some);
         }
-        trust::put_trust(records, &trust)?;
-        Ok(Some(event))
+        match jwt_keys::next(&trust.jwt_keys, self.lifetimes, unix(self.now)) {
+            Some(step) if self.clock_is_good => {
+                self.commit(records, trust, |trust| self.take_jwt(trust, step)).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
-    fn take(&self, trust: &mut Trust, step: Step) -> Result<Event, RotationError> {
+    /// Takes a step that [`super::ask::judge`] allowed.
+    pub(crate) fn take_wished(&self, records: &mut dyn Records, step: Step) -> Result<Event, StateError> {
+        let trust = trust::trust(records)?;
+        self.commit(records, trust, |trust| self.take(trust, step))
+    }
+
+    fn commit(
+        &self,
+        records: &mut dyn Records,
+        mut trust: Trust,
+        act: impl FnOnce(&mut Trust) -> Result<Event, StateError>,
+    ) -> Result<Event, StateError> {
+        let before = trust.clone();
+        let event = act(&mut trust)?;
+        if in_bundle(&before) != in_bundle(&trust) {
+            self.publish(records, &mut trust)?;
+        }
+        trust::put_trust(records, &trust)?;
+        Ok(event)
+    }
+
+    fn take(&self, trust: &mut Trust, step: Step) -> Result<Event, StateError> {
         let now = unix(self.now);
         Ok(match step {
             Step::Prepare => {
@@ -121,7 +125,7 @@ impl Rotator<'_> {
         })
     }
 
-    fn take_jwt(&self, trust: &mut Trust, step: JwtStep) -> Result<Event, RotationError> {
+    fn take_jwt(&self, trust: &mut Trust, step: JwtStep) -> Result<Event, StateError> {
         Ok(match step {
             JwtStep::Add { usable_at } => {
                 let kid = self.add_jwt_key(trust, usable_at)?;
@@ -134,7 +138,7 @@ impl Rotator<'_> {
         })
     }
 
-    fn add_root<'t>(&self, trust: &'t mut Trust) -> Result<&'t Root, RotationError> {
+    pub(super) fn add_root<'t>(&self, trust: &'t mut Trust) -> Result<&'t Root, StateError> {
         let root = Authority::new_root(self.domain, self.lifetimes, self.now)?;
         trust.roots.push(Root {
             wrapped_key: self.kek.wrap(&root.id, &root.pkcs8())?,
@@ -151,7 +155,7 @@ impl Rotator<'_> {
         Ok(trust.roots.last().expect("it was just pushed"))
     }
 
-    fn add_jwt_key(&self, trust: &mut Trust, usable_at: i64) -> Result<String, RotationError> {
+    pub(super) fn add_jwt_key(&self, trust: &mut Trust, usable_at: i64) -> Result<String, StateError> {
         let key = KeyPair::generate().map_err(AuthorityError::from)?;
         let (kid, now) = (new_id()?, unix(self.now));
         trust.jwt_keys.push(JwtKey {
@@ -167,7 +171,7 @@ impl Rotator<'_> {
 
     /// Puts the bundle of `trust` in force: a higher sequence, signed by every root whose key is here, those that
     /// just left it included. Roots that are in a bundle for the first time learn which.
-    fn publish(&self, records: &mut dyn Records, trust: &mut Trust, before: &[Root]) -> Result<Bundle, RotationError> {
+    pub(super) fn publish(&self, records: &mut dyn Records, trust: &mut Trust) -> Result<Bundle, StateError> {
         // A time, so that it is higher than that of any backup restored, whatever happened since the backup.
         let sequence = unix_ms(self.now).max(trust.sequence + 1);
         trust.sequence = sequence;
@@ -176,13 +180,10 @@ impl Rotator<'_> {
         }
         let bundle = bundle_of(trust, self.domain)?;
         let statement = BundleStatement::about(&bundle);
-        let keys = trust.roots.iter().chain(before).filter(|root| !root.wrapped_key.is_empty());
         let mut signatures: Vec<Signature> = Vec::new();
-        for root in keys {
-            if !signatures.iter().any(|one| one.root == root.id) {
-                let key = self.kek.unwrap(&root.id, &root.wrapped_key)?;
-                signatures.push(Signature { root: root.id.clone(), jws: signed::sign(&key, &statement)? });
-            }
+        for root in trust.roots.iter().filter(|root| !root.wrapped_key.is_empty()) {
+            let key = self.kek.unwrap(&root.id, &root.wrapped_key)?;
+            signatures.push(Signature { root: root.id.clone(), jws: signed::sign(&key, &statement)? });
         }
         let jwks = String::from_utf8(bundle.to_jwks()).expect("JSON is text");
         let roots = trust.in_bundle().map(|root| root.id.clone()).collect();

@@ -1,12 +1,14 @@
 //! Who is refused although their certificates are still valid.
 
 use meshd_identity::TrustDomain;
-use meshd_identity::statements::{Denied, DenySet};
+use meshd_identity::statements::{Denied, DenySet, Whom};
 use serde::{Deserialize, Serialize};
 
 use super::{DbError, Records, View, get, put};
 
 const KEY: &str = "deny";
+/// The end of an entry that an operator has to remove: 9999-12-31.
+pub(crate) const NEVER: i64 = 253_402_300_799;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Deny {
@@ -15,6 +17,15 @@ pub(crate) struct Deny {
 }
 
 impl Deny {
+    /// Whether a certificate of this identity and serial is denied for one of them.
+    pub(crate) fn names(&self, spiffe_id: &str, serial: &str) -> bool {
+        self.entries.iter().any(|one| match &one.whom {
+            Whom::Identity(id) => id.as_str() == spiffe_id,
+            Whom::Serial(denied) => denied == serial,
+            Whom::Authority(_) => false,
+        })
+    }
+
     pub(crate) fn to_set(&self, domain: &TrustDomain) -> DenySet {
         DenySet { trust_domain: domain.clone(), sequence: self.sequence, entries: self.entries.clone() }
     }

@@ -1,7 +1,10 @@
 //! Hosts, the identities they may hold, and what they were given.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use super::grants::{self, Terms};
 use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record for so many of their lives, a week by default, for whoever looks into what happened.
@@ -14,8 +17,20 @@ const LONGEST_ROOT_ID: usize = 64;
 #[serde(rename_all = "snake_case")]
 pub(crate) enum HostState {
     Active,
+    /// Its key counts no more; a new token makes it a host again.
+    Evicted,
     /// May hold nothing, until the operator lifts it.
     Banned,
+}
+
+impl HostState {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            HostState::Active => "active",
+            HostState::Evicted => "evicted",
+            HostState::Banned => "banned",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,6 +44,10 @@ pub(crate) struct Host {
     /// The SubjectPublicKeyInfo itself: what a host proves that comes back after its certificate has ended.
     #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) public_key: Vec<u8>,
+    /// SubjectPublicKeyInfo of the key it enrolled with. A host restored from a snapshot of any age holds it still; it is
+    /// worth nothing any more once the host enrols again. Empty for hosts from before there was such a thing.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) enrolled_key: Vec<u8>,
     /// Issued but not yet used: the reply may have been lost, so both keys are the host's until one is seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) next: Option<NextKey>,
@@ -41,6 +60,12 @@ pub(crate) struct Host {
     /// Roots that the chains it uses end in, as it last told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) roots_in_use: Vec<String>,
+    /// `x509pop:machines`; empty for a join token.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) enrolled_by: String,
+    /// From the operator, by the way it enrolled; never from the host itself.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) labels: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,6 +94,20 @@ impl Host {
             let possible = roots.iter().filter(|root| root.len() <= LONGEST_ROOT_ID);
             self.roots_in_use = possible.take(MOST_ROOTS_TOLD).cloned().collect();
         }
+    }
+
+    /// No key of it counts any more, not even when a ban is undone later: it needs a token.
+    pub(crate) fn evict(&mut self) {
+        self.state = HostState::Evicted;
+        self.next = None;
+        for key in [&mut self.key_current, &mut self.public_key, &mut self.enrolled_key] {
+            key.clear();
+        }
+    }
+
+    /// As it was before the ban.
+    pub(crate) fn unban(&mut self) {
+        self.state = if self.key_current.is_empty() { HostState::Evicted } else { HostState::Active };
     }
 
     /// It proved to hold this key; the one before is not its own any more.
@@ -101,9 +140,11 @@ pub(crate) struct Entry {
     pub(crate) host: String,
     pub(crate) spiffe_id: String,
     pub(crate) created_at: i64,
+    #[serde(flatten)]
+    pub(crate) terms: Terms,
 }
 
-fn entry_key(host: &str, spiffe_id: &str) -> String {
+pub(crate) fn entry_key(host: &str, spiffe_id: &str) -> String {
     format!("entry/{host}/{spiffe_id}")
 }
 
@@ -115,8 +156,7 @@ pub(crate) fn entries(view: &mut dyn View) -> Result<Vec<Entry>, DbError> {
 
 /// SPIFFE IDs a host may hold.
 pub(crate) fn permitted(view: &mut dyn View, host: &str) -> Result<Vec<String>, DbError> {
-    let found: Vec<(String, Entry)> = list(view, &format!("entry/{host}/"))?;
-    Ok(found.into_iter().map(|(_, entry)| entry.spiffe_id).collect())
+    Ok(grants::granted(view, host)?.into_keys().collect())
 }
 
 /// Whether the entry is new.
@@ -124,7 +164,8 @@ pub(crate) fn permit(records: &mut dyn Records, host: &str, spiffe_id: &str, now
     let key = entry_key(host, spiffe_id);
     let new = records.get(&key)?.is_none();
     if new {
-        put(records, &key, &Entry { host: host.to_owned(), spiffe_id: spiffe_id.to_owned(), created_at: now })?;
+        let (host, spiffe_id) = (host.to_owned(), spiffe_id.to_owned());
+        put(records, &key, &Entry { host, spiffe_id, created_at: now, terms: Terms::default() })?;
     }
     Ok(new)
 }
@@ -154,6 +195,11 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     all.retain(|one| one.not_after + LIVES_ON_RECORD * (one.not_after - one.issued_at) > now);
     all.extend(new);
     put(records, &key, &all)
+}
+
+/// What a host was given, as far as it is on record.
+pub(crate) fn issued(view: &mut dyn View, host: &str) -> Result<Vec<Issued>, DbError> {
+    Ok(get(view, &format!("issued/{host}"))?.unwrap_or_default())
 }
 
 /// Certificates on record that have not ended, with their hosts.

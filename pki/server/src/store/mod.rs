@@ -3,8 +3,10 @@
 
 pub(crate) mod bundles;
 pub(crate) mod deny;
+pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
+pub(crate) mod roles;
 mod schema1;
 pub(crate) mod settings;
 mod sqlite;

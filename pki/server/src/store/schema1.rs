@@ -136,19 +136,22 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
             state: if row.get::<_, String>(1)? == "banned" { HostState::Banned } else { HostState::Active },
             key_current: row.get(2)?,
             public_key: vec![],
+            enrolled_key: vec![],
             next: None,
             enrolled_at: row.get(3)?,
             last_seen: row.get(4)?,
             acked_sequence: row.get::<_, i64>(5)?.unsigned_abs(),
             clock_offset_ms: row.get(6)?,
             roots_in_use: vec![],
+            labels: Default::default(),
+            enrolled_by: String::new(),
         })
     })?;
     for host in hosts {
         put(connection, &format!("host/{}", host.id), &host)?;
     }
     let entries = rows(connection, "SELECT host_id, spiffe_id, created_at FROM entry", |row| {
-        Ok(Entry { host: row.get(0)?, spiffe_id: row.get(1)?, created_at: row.get(2)? })
+        Ok(Entry { host: row.get(0)?, spiffe_id: row.get(1)?, created_at: row.get(2)?, terms: Default::default() })
     })?;
     for entry in entries {
         put(connection, &format!("entry/{}/{}", entry.host, entry.spiffe_id), &entry)?;
@@ -169,6 +172,10 @@ fn convert_tokens(connection: &Connection) -> Result<(), DbError> {
             created_at: row.get(4)?,
             expires_at: row.get(5)?,
             used: used.map(|(key_id, at)| Use { key_id, at }),
+            max_uses: 1,
+            uses: 0,
+            from: vec![],
+            labels: Default::default(),
         })
     })?;
     for token in tokens {

@@ -6,6 +6,7 @@ use super::{DbError, Records, View, get, put};
 
 const TRUST_DOMAIN: &str = "setting/trust_domain";
 const ADVERTISE: &str = "setting/advertise";
+const LAST_GOOD: &str = "setting/last_good_time";
 const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
 const RECOVERY_KEYS: &str = "setting/recovery_keys";
 
@@ -27,9 +28,22 @@ pub(crate) fn advertise(view: &mut dyn View) -> Result<Vec<String>, DbError> {
     Ok(get(view, ADVERTISE)?.unwrap_or_default())
 }
 
+/// Seconds since 1970 at which the clock was last known to be good.
+pub(crate) fn set_last_good(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
+    put(records, LAST_GOOD, &time)
+}
+
+pub(crate) fn last_good(view: &mut dyn View) -> Result<Option<i64>, DbError> {
+    get(view, LAST_GOOD)
+}
+
 /// What the holders of recovery keys have said, oldest first: JWS of type `meshd-recovery+jws`.
 pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, DbError> {
     Ok(get(view, RECOVERY_STATEMENTS)?.unwrap_or_default())
+}
+
+pub(crate) fn set_recovery_statements(records: &mut dyn Records, all: &[String]) -> Result<(), DbError> {
+    put(records, RECOVERY_STATEMENTS, &all)
 }
 
 /// SubjectPublicKeyInfo of each recovery key in base64, current first.

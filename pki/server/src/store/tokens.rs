@@ -1,5 +1,9 @@
 //! Join tokens. Only a hash of each secret is stored.
 
+use std::collections::BTreeMap;
+
+use data_encoding::HEXLOWER;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{DbError, Records, View, base64, get, list, put};
@@ -17,6 +21,53 @@ pub(crate) struct Token {
     pub(crate) expires_at: i64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) used: Option<Use>,
+    /// How many keys it serves; with more than one `host_id` is what the hosts' ids begin with.
+    #[serde(default = "one")]
+    pub(crate) max_uses: u32,
+    /// How many it has served, when it may serve several.
+    #[serde(default)]
+    pub(crate) uses: u32,
+    /// Where it may be used; empty is everywhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) from: Vec<IpNet>,
+    /// Of the hosts it makes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl Token {
+    /// Whether it makes hosts of this name, not hosts whose names begin with it.
+    pub(crate) fn is_for(&self, host: &str) -> bool {
+        self.max_uses == 1 && self.host_id == host
+    }
+
+    /// Whether it can still enrol a new host.
+    fn is_open(&self, now: i64) -> bool {
+        self.used.is_none() && self.uses < self.max_uses && self.expires_at > now
+    }
+}
+
+/// Which host a key has become by a token for several.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Seat {
+    pub(crate) host: String,
+    pub(crate) at: i64,
+}
+
+fn seats(token: &str) -> String {
+    format!("token-seat/{token}/")
+}
+
+pub(crate) fn seat(view: &mut dyn View, token: &str, key_id: &[u8]) -> Result<Option<Seat>, DbError> {
+    get(view, &format!("{}{}", seats(token), HEXLOWER.encode(key_id)))
+}
+
+pub(crate) fn put_seat(records: &mut dyn Records, token: &str, key_id: &[u8], seat: &Seat) -> Result<(), DbError> {
+    put(records, &format!("{}{}", seats(token), HEXLOWER.encode(key_id)), seat)
 }
 
 /// The first use binds a token to a key.
@@ -38,15 +89,38 @@ pub(crate) fn token(view: &mut dyn View, id: &str) -> Result<Option<Token>, DbEr
 
 /// Tokens that can still enrol a new host, oldest first.
 pub(crate) fn open(view: &mut dyn View, now: i64) -> Result<Vec<Token>, DbError> {
-    let mut open: Vec<Token> =
-        all(view)?.into_iter().filter(|token| token.used.is_none() && token.expires_at > now).collect();
+    let mut open: Vec<Token> = all(view)?.into_iter().filter(|token| token.is_open(now)).collect();
     open.sort_by_key(|token| token.created_at);
     Ok(open)
+}
+
+/// Nobody can join with the host's tokens any more, not even with one that was used and may be repeated.
+pub(crate) fn end_those_of(records: &mut dyn Records, host: &str, now: i64) -> Result<(), DbError> {
+    for mut token in all(records)?.into_iter().filter(|token| token.is_for(host) && token.expires_at > now) {
+        token.expires_at = now;
+        put_token(records, &token)?;
+    }
+    Ok(())
+}
+
+/// Tokens for several hosts by which this one has come, that others may come by still.
+pub(crate) fn shared_by(view: &mut dyn View, host: &str, now: i64) -> Result<Vec<String>, DbError> {
+    let mut shared = Vec::new();
+    for token in open(view, now)?.into_iter().filter(|token| token.max_uses > 1) {
+        let seats: Vec<(String, Seat)> = list(view, &seats(&token.id))?;
+        if seats.iter().any(|(_, seat)| seat.host == host) {
+            shared.push(token.id);
+        }
+    }
+    Ok(shared)
 }
 
 /// Forgets tokens that ended before `before`.
 pub(crate) fn prune(records: &mut dyn Records, before: i64) -> Result<(), DbError> {
     for token in all(records)?.into_iter().filter(|token| token.expires_at < before) {
+        for (seat, _) in records.list(&seats(&token.id))? {
+            records.delete(&seat)?;
+        }
         records.delete(&format!("token/{}", token.id))?;
     }
     Ok(())

@@ -56,6 +56,18 @@ fn it_serves_until_sigterm_and_ends_cleanly() {
     lines.read_line(&mut ready).unwrap();
     assert!(ready.starts_with("meshd-pki ready listen=127.0.0.1:"), "{ready}");
     let second = error_of(&arguments);
+    // Through the server's socket, which knows of a leaf life of 60 s what the directory does not.
+    let done = run(&["authority", "prepare", "--state", &state]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let refused = error_of(&["authority", "activate", "--state", &state]);
+    assert!(refused.contains("activation of root") && refused.contains("followers"), "{refused}");
+    let list = run(&["authority", "list", "--state", &state, "-o", "json"]);
+    let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
+    assert_eq!(list["authorities"][1]["state"], "prepared", "{list}");
+    let list = run(&["authority", "list", "--state", &state]);
+    assert!(String::from_utf8(list.stdout).unwrap().contains("to activate: waits for"));
+    let unknown = error_of(&["host", "ban", "--state", &state, "web"]);
+    assert!(unknown.contains("`web` is not enrolled"), "{unknown}");
     assert!(second.contains("another meshd-pki runs on"), "{second}");
     kill(Pid::from_raw(i32::try_from(server.0.id()).unwrap()), Signal::SIGTERM).unwrap();
     assert_eq!(server.0.wait().unwrap().code(), Some(0));

@@ -9,7 +9,7 @@ use rcgen::{KeyPair, PublicKeyData};
 
 use crate::support::{Lab, domain, request_over, workload};
 
-fn enrol_request(token: &meshd_identity::JoinToken, key: &KeyPair) -> v1::EnrollRequest {
+pub(crate) fn enrol_request(token: &meshd_identity::JoinToken, key: &KeyPair) -> v1::EnrollRequest {
     let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
     v1::EnrollRequest {
         attestation: Some(Attestation::JoinToken(proof)),

@@ -1,5 +1,6 @@
 //! Servers that are not the PKI. None of them may get the token's secret.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
@@ -41,11 +42,9 @@ impl Host for Impostor {
     }
 }
 
-/// Serves `bundle` under `svid` for the rest of the test; returns the address and the count of secrets received.
-async fn impostor(bundle: v1::TrustBundle, svid: &Svid) -> (String, Arc<AtomicU32>) {
-    let secrets_seen = Arc::new(AtomicU32::new(0));
-    let service = HostServer::new(Impostor { bundle, secrets_seen: secrets_seen.clone() });
-    let router: Router = Router::new().route_service("/meshd.pki.v1.Host/{method}", service);
+/// Serves under a certificate at an address, for the rest of the test; returns the address.
+pub(crate) async fn serve_as(service: impl Host, svid: &Svid, address: SocketAddr) -> SocketAddr {
+    let router: Router = Router::new().route_service("/meshd.pki.v1.Host/{method}", HostServer::new(service));
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -55,8 +54,8 @@ async fn impostor(bundle: v1::TrustBundle, svid: &Svid) -> (String, Arc<AtomicU3
         .unwrap();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
+    let listener = TcpListener::bind(address).await.unwrap();
+    let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
             let (acceptor, router) = (acceptor.clone(), router.clone());
@@ -68,10 +67,18 @@ async fn impostor(bundle: v1::TrustBundle, svid: &Svid) -> (String, Arc<AtomicU3
             });
         }
     });
-    (address, secrets_seen)
+    address
 }
 
-fn wire_bundle(ca: &FakeCa, trust_domain: &TrustDomain) -> v1::TrustBundle {
+/// Serves `bundle` under `svid` for the rest of the test; returns the address and the count of secrets received.
+async fn impostor(bundle: v1::TrustBundle, svid: &Svid) -> (String, Arc<AtomicU32>) {
+    let secrets_seen = Arc::new(AtomicU32::new(0));
+    let service = Impostor { bundle, secrets_seen: secrets_seen.clone() };
+    let address = serve_as(service, svid, SocketAddr::from(([127, 0, 0, 1], 0))).await;
+    (address.to_string(), secrets_seen)
+}
+
+pub(crate) fn wire_bundle(ca: &FakeCa, trust_domain: &TrustDomain) -> v1::TrustBundle {
     let bundle = ca.bundle();
     let trust_domain = trust_domain.to_string();
     v1::TrustBundle { trust_domain, sequence: bundle.sequence, jwks: bundle.to_jwks() }
@@ -139,7 +146,7 @@ async fn a_server_with_a_bundle_of_its_own_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let error = join(dir.path(), &token_for(&ca, &address), None).await.unwrap_err();
     assert!(matches!(error, JoinError::Unreachable { .. }));
-    assert!(error.to_string().contains("not the one the join token pins"), "{error}");
+    assert!(error.to_string().contains("not the one that is pinned"), "{error}");
     assert_eq!(secrets.load(SeqCst), 0);
 }
 

@@ -19,65 +19,82 @@ use tempfile::TempDir;
 
 use crate::support::{domain, request_over, workload};
 
-const HOUR: u64 = 3600;
-const DAY: u64 = 24 * HOUR;
+pub(crate) const HOUR: u64 = 3600;
+pub(crate) const DAY: u64 = 24 * HOUR;
 
 /// A PKI without a server, whose clock only the test moves.
-struct Desk {
-    dir: TempDir,
+pub(crate) struct Desk {
+    pub(crate) dir: TempDir,
     pki: Option<Pki>,
     start: SystemTime,
     passed: Arc<AtomicU64>,
+    /// How far its wall clock is ahead, in seconds.
+    pub(crate) ahead: Arc<AtomicU64>,
+    pub(crate) lifetimes: Lifetimes,
+    pub(crate) clock_is_right: bool,
 }
 
 impl Desk {
-    fn new() -> Desk {
+    pub(crate) fn new() -> Desk {
+        Desk::with(Lifetimes::default())
+    }
+
+    pub(crate) fn with(lifetimes: Lifetimes) -> Desk {
         let dir = tempfile::tempdir().unwrap();
         let start = SystemTime::now();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
-        let mut desk = Desk { dir, pki: None, start, passed: Arc::default() };
+        let (passed, ahead) = (Arc::default(), Arc::default());
+        let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false };
         desk.open();
         desk
     }
 
-    fn open(&mut self) {
+    pub(crate) fn open(&mut self) {
         self.pki = None;
-        let (start, passed) = (self.start, self.passed.clone());
-        let clock = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
-        self.pki = Some(Pki::open(self.dir.path(), Options::with_clock(Lifetimes::default(), clock)).unwrap());
+        let (start, passed, ahead) = (self.start, self.passed.clone(), self.ahead.clone());
+        let right = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
+        let options = Options::with_clock(self.lifetimes, right.clone());
+        let clock = Arc::new(move || right() + Duration::from_secs(ahead.load(SeqCst)));
+        let options = Options { clock, clock_is_right: self.clock_is_right, ..options };
+        self.pki = Some(Pki::open(self.dir.path(), options).unwrap());
     }
 
-    fn pki(&self) -> &Pki {
+    pub(crate) fn pki(&self) -> &Pki {
         self.pki.as_ref().unwrap()
     }
 
-    fn now(&self) -> SystemTime {
+    pub(crate) fn now(&self) -> SystemTime {
         self.start + Duration::from_secs(self.passed.load(SeqCst))
     }
 
-    fn pass(&self, seconds: u64) {
-        self.passed.fetch_add(seconds, SeqCst);
+    pub(crate) fn pass(&self, seconds: u64) {
+        self.off_for(seconds);
         self.pki().maintain().unwrap();
     }
 
-    fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
+    pub(crate) fn off_for(&self, seconds: u64) {
+        self.passed.fetch_add(seconds, SeqCst);
+    }
+
+    pub(crate) fn token(&self, host: &str, allow: &[&str]) -> Result<JoinToken, CommandError> {
         let allow: Vec<String> = allow.iter().map(|id| (*id).to_owned()).collect();
         let ttl = Duration::from_secs(HOUR);
-        let request = TokenRequest { host, allow: &allow, pki: &["10.0.0.1:15012".to_owned()], ttl };
+        let request =
+            TokenRequest { host, allow: &allow, pki: &["10.0.0.1:15012".to_owned()], ttl, ..TokenRequest::default() };
         create_token(self.dir.path(), &request, self.now())
     }
 
     /// The chain of a host enrolled now.
-    fn enrol(&self, host: &str) -> Vec<Vec<u8>> {
+    pub(crate) fn enrol(&self, host: &str) -> Vec<Vec<u8>> {
         let token = self.token(host, &[]).unwrap();
         self.enrol_with(&token).unwrap().svid.unwrap().chain
     }
 
-    fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_with(&self, token: &JoinToken) -> Result<v1::EnrollReply, Refused> {
         self.enrol_at(token, self.now())
     }
 
-    fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
+    pub(crate) fn enrol_at(&self, token: &JoinToken, host_time: SystemTime) -> Result<v1::EnrollReply, Refused> {
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
             attestation: Some(v1::enroll_request::Attestation::JoinToken(proof)),
@@ -88,21 +105,25 @@ impl Desk {
         self.pki().enrol(&request, "test")
     }
 
-    fn renew(&self, host: &str, certificate: Option<&[u8]>) -> Result<v1::IssueBatchReply, Refused> {
+    pub(crate) fn renew(&self, host: &str, certificate: Option<&[u8]>) -> Result<v1::IssueBatchReply, Refused> {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
-        let host_time_unix_ms = unix_ms(self.now());
-        let request = v1::IssueBatchRequest { items, host_time_unix_ms, ..v1::IssueBatchRequest::default() };
+        let request = v1::IssueBatchRequest {
+            items,
+            host_time_unix_ms: unix_ms(self.now()),
+            bundle_sequence: self.status().bundle_sequence,
+            ..v1::IssueBatchRequest::default()
+        };
         self.pki().issue_batch(certificate, &request, "test")
     }
 
-    fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         Status::read(self.dir.path(), self.now()).unwrap()
     }
 }
 
-fn chain_of(reply: v1::IssueBatchReply) -> Vec<Vec<u8>> {
+pub(crate) fn chain_of(reply: v1::IssueBatchReply) -> Vec<Vec<u8>> {
     match reply.results.into_iter().next().unwrap().outcome {
         Some(v1::issue_result::Outcome::Svid(svid)) => svid.chain,
         other => panic!("expected a certificate, got {other:?}"),
@@ -137,7 +158,7 @@ fn a_restart_keeps_the_intermediate() {
 fn a_pki_that_was_off_for_months_starts_by_itself() {
     let mut desk = Desk::new();
     desk.enrol("web");
-    desk.passed.fetch_add(120 * DAY, SeqCst);
+    desk.off_for(120 * DAY);
     desk.open();
     let chain = desk.enrol("web");
     assert!(inspect_svid(&chain[0]).unwrap().not_after > desk.now() + Duration::from_secs(23 * HOUR));
@@ -202,6 +223,16 @@ fn issuing_needs_the_certificate_of_an_enrolled_host() {
     let stranger = ca.svid(&SpiffeId::host(&domain(), "stranger").unwrap());
     let refused = desk.renew("web", Some(&stranger.chain[0])).unwrap_err();
     assert!(refused.to_string().contains("`stranger` is not enrolled"), "{refused}");
+}
+
+#[test]
+fn a_refused_jwt_is_in_the_audit_log() {
+    let desk = Desk::new();
+    let request = v1::IssueJwtRequest { audience: vec!["billing".to_owned()], ..v1::IssueJwtRequest::default() };
+    desk.pki().issue_jwt(None, &request, "test").unwrap_err();
+    let log = std::fs::read_to_string(desk.dir.path().join("audit.jsonl")).unwrap();
+    let refused = |line: &str| line.contains(r#""event":"issue_jwt","result":"refused""#);
+    assert_eq!(log.lines().filter(|line| refused(line)).count(), 1);
 }
 
 #[test]

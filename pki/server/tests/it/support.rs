@@ -2,17 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::{JoinToken, SpiffeId, TrustDomain};
-use meshd_pki::commands::{TokenRequest, create_token};
+use meshd_identity::statements::DenySet;
+use meshd_identity::{JoinToken, PkiPin, SpiffeId, TrustDomain};
+use meshd_pki::commands::{TokenRequest, create_token, pin};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::serve;
 use meshd_pki::{Options, Pki, state_dir};
-use meshd_pki_client::{Agent, Credentials, JoinError, RenewalMetrics, join};
+use meshd_pki_client::{Agent, Credentials, JoinError, Proof, RenewalMetrics, Surroundings, join_in};
 use rcgen::KeyPair;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -34,7 +36,10 @@ pub(crate) fn workload(name: &str) -> SpiffeId {
 pub(crate) struct Lab {
     dir: TempDir,
     lifetimes: Lifetimes,
+    attestors: Option<PathBuf>,
     address: SocketAddr,
+    /// Seconds the clock of everybody here is ahead.
+    turned: Arc<AtomicU64>,
     running: Option<(Arc<Pki>, oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
@@ -47,7 +52,20 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         state_dir::init(&dir.path().join("pki"), &domain(), None, SystemTime::now()).unwrap();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut lab = Lab { dir, lifetimes, address: any, running: None };
+        let mut lab = Lab { dir, lifetimes, attestors: None, address: any, turned: Arc::default(), running: None };
+        lab.run().await;
+        lab
+    }
+
+    /// With a file that says by what else than tokens hosts come in; it may name files beside it.
+    pub(crate) async fn start_with_attestors(files: &[(&str, &str)]) -> Lab {
+        let mut lab = Lab::start().await;
+        lab.stop().await;
+        for (name, text) in files {
+            std::fs::write(lab.dir.path().join(name), text.replace("@DIR@", &lab.dir.path().display().to_string()))
+                .unwrap();
+        }
+        lab.attestors = Some(lab.dir.path().join("attestors.toml"));
         lab.run().await;
         lab
     }
@@ -56,8 +74,11 @@ impl Lab {
     pub(crate) async fn run(&mut self) {
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
-        let options =
-            Options { lifetimes: self.lifetimes, advertise: vec![self.address.to_string()], ..Options::default() };
+        let options = Options {
+            advertise: vec![self.address.to_string()],
+            attestors: self.attestors.clone(),
+            ..Options::with_clock(self.lifetimes, self.surroundings().clock)
+        };
         let pki = Arc::new(Pki::open(&self.state(), options).unwrap());
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(serve(pki.clone(), listener, async move {
@@ -73,8 +94,35 @@ impl Lab {
         assert_eq!(Arc::strong_count(&pki), 1, "something of the stopped server still runs");
     }
 
+    /// Clocks of this lab, for whoever takes part in it.
+    pub(crate) fn surroundings(&self) -> Surroundings {
+        let turned = self.turned.clone();
+        Surroundings::with_clock(Arc::new(move || SystemTime::now() + Duration::from_secs(turned.load(SeqCst))))
+    }
+
+    pub(crate) fn now(&self) -> SystemTime {
+        (self.surroundings().clock)()
+    }
+
+    /// Time passes for everybody, and a running PKI does in it what is due.
+    pub(crate) fn pass(&self, seconds: u64) {
+        self.turned.fetch_add(seconds, SeqCst);
+        if let Some((pki, ..)) = &self.running {
+            pki.maintain().unwrap();
+        }
+    }
+
     pub(crate) fn pki(&self) -> &Pki {
         &self.running.as_ref().expect("the server runs").0
+    }
+
+    pub(crate) fn pin(&self) -> PkiPin {
+        pin(&self.state(), &[self.address()]).unwrap()
+    }
+
+    /// A file beside the state directory.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     pub(crate) fn state(&self) -> PathBuf {
@@ -92,16 +140,19 @@ impl Lab {
     pub(crate) fn token(&self, host: &str, allow: &[&SpiffeId]) -> JoinToken {
         let allow: Vec<String> = allow.iter().map(|id| id.short().to_owned()).collect();
         let pki = [self.address()];
-        let request = TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600) };
-        create_token(&self.state(), &request, SystemTime::now()).unwrap()
+        let request =
+            TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600), ..TokenRequest::default() };
+        create_token(&self.state(), &request, self.now()).unwrap()
     }
 
     pub(crate) async fn join(&self, host: &str, allow: &[&SpiffeId]) -> Result<Credentials, JoinError> {
-        join(&self.host_dir(host), &self.token(host, allow), None).await
+        let token = self.token(host, allow);
+        let proof = Proof::JoinToken(token.clone());
+        join_in(&self.host_dir(host), &token.pin(), &proof, None, &self.surroundings()).await
     }
 
     pub(crate) fn host(&self, name: &str) -> Host {
-        Host::open(&self.host_dir(name))
+        Host::run(Agent::open_in(&self.host_dir(name), self.surroundings()).unwrap())
     }
 
     pub(crate) fn audit_log(&self) -> String {
@@ -113,19 +164,16 @@ impl Lab {
 pub(crate) struct Host {
     pub(crate) credentials: watch::Receiver<Arc<Credentials>>,
     pub(crate) metrics: Arc<RenewalMetrics>,
+    pub(crate) denied: watch::Receiver<Arc<DenySet>>,
     wanted: watch::Sender<BTreeSet<SpiffeId>>,
     agent: JoinHandle<()>,
 }
 
 impl Host {
-    pub(crate) fn open(dir: &Path) -> Host {
-        Host::run(Agent::open(dir).unwrap())
-    }
-
     pub(crate) fn run(agent: Agent) -> Host {
         let (wanted, wishes) = watch::channel(BTreeSet::new());
-        let (credentials, metrics) = (agent.watch(), agent.metrics());
-        Host { credentials, metrics, wanted, agent: tokio::spawn(agent.run(wishes)) }
+        let (credentials, metrics, denied) = (agent.watch(), agent.metrics(), agent.denied());
+        Host { credentials, metrics, denied, wanted, agent: tokio::spawn(agent.run(wishes)) }
     }
 
     pub(crate) fn want(&self, ids: &[&SpiffeId]) {

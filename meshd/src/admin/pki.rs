@@ -1,0 +1,111 @@
+//! How this host stands with its PKI: what it holds, how fresh that is, and whether it would believe itself.
+
+use std::collections::BTreeMap;
+
+use meshd_pki_client::{Credentials, RenewalMetrics};
+use serde::{Deserialize, Serialize};
+
+use crate::proxy::Shared;
+use crate::telemetry::Exposition;
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct PkiView {
+    /// The conversation with the PKI is held now.
+    pub connected: bool,
+    /// Unix time of the PKI's last word: until then this host had everything that was new.
+    pub last_heard_unix: Option<i64>,
+    /// This host's clock minus the PKI's.
+    pub clock_offset_s: f64,
+    /// Why the last attempt to renew failed.
+    pub last_error: Option<String>,
+    pub bundle_sequence: u64,
+    pub deny_sequence: u64,
+    /// Entries of the deny set in force.
+    pub denied: usize,
+    /// Times this host came back by the key it enrolled with.
+    pub readmissions: u64,
+    /// Identities for which this host's handshake with itself fails, and why.
+    pub self_handshake_failing: BTreeMap<String, String>,
+}
+
+impl PkiView {
+    pub(super) fn of(renewals: &RenewalMetrics, credentials: &Credentials, shared: &Shared) -> PkiView {
+        let denied = shared.tls.load().denied().index();
+        let failing = shared.telemetry.self_handshakes.failing().into_iter();
+        PkiView {
+            connected: renewals.is_connected(),
+            last_heard_unix: renewals.last_heard_unix(),
+            clock_offset_s: renewals.clock_offset_ms() as f64 / 1000.0,
+            last_error: renewals.last_error(),
+            bundle_sequence: credentials.bundle.sequence,
+            deny_sequence: denied.sequence,
+            denied: denied.len(),
+            readmissions: renewals.readmissions(),
+            self_handshake_failing: failing.map(|(id, error)| (id.to_string(), error)).collect(),
+        }
+    }
+
+    pub(super) fn show(&self) -> String {
+        let link = if self.connected { "connected" } else { "not connected" };
+        let PkiView { bundle_sequence, deny_sequence, denied, clock_offset_s, .. } = self;
+        let mut page = format!(
+            "PKI: {link}, bundle {bundle_sequence}, deny set {deny_sequence} ({denied} entries), clock {clock_offset_s:+.1} s\n"
+        );
+        if let Some(error) = &self.last_error {
+            page += &format!("  ‼ {error}\n");
+        }
+        for (id, error) in &self.self_handshake_failing {
+            page += &format!("  ‼ {id}: this host would not believe itself, nor will peers: {error}\n");
+        }
+        page
+    }
+
+    pub(super) fn metrics(&self) -> Vec<Exposition> {
+        let gauge = |name, help, value: f64| Exposition::gauge(name, help, vec![(Vec::new(), value)]);
+        vec![
+            gauge("meshd_pki_connected", "1 while the conversation with the PKI is held", f64::from(self.connected)),
+            gauge(
+                "meshd_pki_last_heard_timestamp_seconds",
+                "The PKI's last word in the conversation (Unix time, 0 never since start)",
+                self.last_heard_unix.unwrap_or(0) as f64,
+            ),
+            gauge("meshd_clock_offset_seconds", "This host's clock minus the PKI's", self.clock_offset_s),
+            gauge(
+                "meshd_bundle_sequence",
+                "Of the trust bundle in force; the time it was made, in milliseconds (Unix time)",
+                self.bundle_sequence as f64,
+            ),
+            gauge(
+                "meshd_deny_sequence",
+                "Of the deny set in force; the time it was made, in milliseconds (Unix time), 0 for none",
+                self.deny_sequence as f64,
+            ),
+            gauge("meshd_deny_entries", "Entries of the deny set in force", self.denied as f64),
+            Exposition::counter(
+                "meshd_readmissions",
+                "Times this host came back by the key it enrolled with, because its certificate was not good any more",
+                vec![(Vec::new(), self.readmissions as f64)],
+            ),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_says_what_is_wrong() {
+        let id = "spiffe://prod.example.org/ns/shop/sa/payments".to_owned();
+        let view = PkiView {
+            last_error: Some("cannot reach 10.0.0.5:15012".to_owned()),
+            self_handshake_failing: BTreeMap::from([(id, "expired".to_owned())]),
+            clock_offset_s: -1.25,
+            ..PkiView::default()
+        };
+        let page = view.show();
+        for part in ["not connected", "-1.2 s", "10.0.0.5:15012", "payments: this host would not believe itself"] {
+            assert!(page.contains(part), "{part}: {page}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The conversation with the PKI, open for as long as the host runs: it reports, and hears at once what changes. What a
+//! lost push loses is in the answer to the next report.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use meshd_pki_api::v1;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use crate::connect::{connect_anywhere, verified_tls};
+use crate::error::RenewError;
+use crate::inventory::inventory;
+use crate::schedule::retry_delay;
+use crate::state::{from_unix_ms, unix_ms};
+use crate::surroundings::Surroundings;
+use crate::{Credentials, refusal_text};
+
+/// A report that is not answered within this time means that the stream is dead.
+const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+const UNSENT_REPORTS: usize = 4;
+
+/// What there is to report.
+#[derive(Clone)]
+pub(crate) struct Facts {
+    pub(crate) credentials: Arc<Credentials>,
+    pub(crate) pki_time_ms: u64,
+    pub(crate) deny_sequence: u64,
+    /// The deny set itself, when the PKI wants it.
+    pub(crate) deny_set: String,
+}
+
+pub(crate) enum Heard {
+    Reply(Box<v1::SyncReply>),
+    /// There is no conversation now; another is tried by itself.
+    Lost(RenewError),
+}
+
+pub(crate) struct Link {
+    pub(crate) surroundings: Surroundings,
+    pub(crate) facts: watch::Receiver<Facts>,
+    pub(crate) heard: mpsc::Sender<Heard>,
+    /// Drawn when the process started: two that alternate under one key are a cloned host.
+    instance: String,
+    /// Conversations in a row that the server ended before its first answer.
+    cut: u32,
+}
+
+/// Why a conversation ended.
+enum End {
+    /// It goes on with a new certificate.
+    Renewed,
+    /// The agent is gone.
+    Over,
+    Lost(RenewError),
+}
+
+impl Link {
+    pub(crate) fn new(surroundings: Surroundings, facts: watch::Receiver<Facts>, heard: mpsc::Sender<Heard>) -> Link {
+        Link { surroundings, facts, heard, instance: format!("{:032x}", fastrand::u128(..)), cut: 0 }
+    }
+
+    pub(crate) async fn hold(mut self) {
+        let mut delay = Duration::ZERO;
+        loop {
+            let serial = self.facts.borrow_and_update().credentials.host.serial.clone();
+            let mut answered = false;
+            match self.converse(&mut answered).await {
+                End::Over => return,
+                End::Renewed => continue,
+                End::Lost(error) => {
+                    tracing::debug!(%error, "no conversation with the PKI");
+                    if self.heard.send(Heard::Lost(error)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            if answered {
+                delay = Duration::ZERO;
+            }
+            delay = retry_delay(delay, None, fastrand::f64());
+            // A new certificate may be what was missing.
+            let renewed = self.facts.wait_for(|facts| facts.credentials.host.serial != serial);
+            tokio::select! {
+                () = sleep(delay) => {}
+                facts = renewed => if facts.is_err() { return },
+            }
+        }
+    }
+
+    async fn converse(&mut self, answered: &mut bool) -> End {
+        let facts = self.facts.borrow().clone();
+        let (mut replies, reports) = match self.open(&facts).await {
+            Ok(opened) => opened,
+            Err(error) => return End::Lost(error),
+        };
+        let mut ticks = interval(self.surroundings.report_every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Not before the first report, which the first tick is.
+        let mut unanswered: Option<Instant> = None;
+        loop {
+            let patience = ANSWER_WITHIN.min(self.surroundings.report_every);
+            let deadline = unanswered.map_or_else(Instant::now, |since| since + patience);
+            tokio::select! {
+                reply = replies.message() => match reply {
+                    Ok(Some(reply)) => {
+                        (*answered, self.cut, unanswered) = (true, 0, None);
+                        if self.heard.send(Heard::Reply(Box::new(reply))).await.is_err() {
+                            return End::Over;
+                        }
+                        continue;
+                    }
+                    Ok(None) => return End::Lost(RenewError::Unreachable("the PKI ended the conversation".to_owned())),
+                    Err(status) => return End::Lost(self.why(&status, *answered)),
+                },
+                _ = ticks.tick() => {}
+                changed = self.facts.changed() => {
+                    if changed.is_err() {
+                        return End::Over;
+                    }
+                    if self.facts.borrow().credentials.host.serial != facts.credentials.host.serial {
+                        return End::Renewed;
+                    }
+                }
+                () = sleep_until(deadline), if unanswered.is_some() => {
+                    return End::Lost(RenewError::Unreachable("the PKI does not answer reports any more".to_owned()));
+                }
+            }
+            let report = self.report();
+            unanswered = unanswered.or(Some(Instant::now()));
+            // A connection that takes no reports is found out by the deadline above.
+            if reports.try_send(report).is_err() && reports.is_closed() {
+                return End::Lost(RenewError::Unreachable("the conversation with the PKI broke".to_owned()));
+            }
+        }
+    }
+
+    async fn open(
+        &self,
+        facts: &Facts,
+    ) -> Result<(tonic::Streaming<v1::SyncReply>, mpsc::Sender<v1::SyncRequest>), RenewError> {
+        let held = &facts.credentials;
+        let pki_time = from_unix_ms(facts.pki_time_ms);
+        let tls = verified_tls(&held.bundle, Some(&held.host), pki_time, &self.surroundings.clock)?;
+        let mut pki = connect_anywhere(&held.pki, &tls).await?;
+        let (reports, outgoing) = mpsc::channel(UNSENT_REPORTS);
+        let opening = timeout(ANSWER_WITHIN, pki.sync(ReceiverStream::new(outgoing))).await;
+        let opened = opening.map_err(|_| RenewError::Unreachable("the PKI opens no conversation".to_owned()))?;
+        Ok((opened.map_err(|status| RenewError::Unreachable(refusal_text(&status)))?.into_inner(), reports))
+    }
+
+    fn report(&mut self) -> v1::SyncRequest {
+        let facts = self.facts.borrow_and_update().clone();
+        v1::SyncRequest {
+            instance: self.instance.clone(),
+            host_time_unix_ms: unix_ms((self.surroundings.clock)()),
+            bundle_sequence: facts.credentials.bundle.sequence,
+            deny_sequence: facts.deny_sequence,
+            inventory: Some(inventory(&facts.credentials)),
+            deny_set: facts.deny_set,
+        }
+    }
+
+    /// A server that does not accept our certificate cuts the connection in TLS 1.3 after we believe it made. Once, it
+    /// may have been a restart; again and again it is our certificate.
+    fn why(&mut self, status: &tonic::Status, answered: bool) -> RenewError {
+        let text = refusal_text(status);
+        match status.code() {
+            Code::Unauthenticated => RenewError::Unknown(text),
+            Code::Unknown if !answered => {
+                self.cut += 1;
+                if self.cut > 1 { RenewError::Unknown(text) } else { RenewError::Unreachable(text) }
+            }
+            Code::Unknown | Code::Unavailable | Code::Internal => RenewError::Unreachable(text),
+            _ => RenewError::Refused(text),
+        }
+    }
+}

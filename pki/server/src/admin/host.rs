@@ -1,0 +1,245 @@
+//! Hosts: who they are, what root on one of them could be, and how one is shut out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use data_encoding::HEXLOWER;
+use meshd_identity::SpiffeId;
+use meshd_pki_api::admin as wire;
+
+use super::deny::of_host;
+use super::{AdminError, Desk, done, time};
+use crate::audit::Event;
+use crate::deny::Floor;
+use crate::issue::shorten;
+use crate::labels::texts;
+use crate::store::hosts::{self, Host, HostState, Issued};
+use crate::store::{Records, View, deny, grants, roles, tokens, trust};
+use crate::times::{unix, unix_ms};
+
+impl Desk<'_> {
+    pub(super) fn host_list(&self) -> Result<wire::Hosts, AdminError> {
+        self.state.database.read(|view| {
+            let all = hosts::hosts(view)?;
+            let summaries = all.iter().map(|host| self.summary(view, host)).collect::<Result<_, AdminError>>()?;
+            Ok(wire::Hosts { hosts: summaries })
+        })
+    }
+
+    fn summary(&self, view: &mut dyn View, host: &Host) -> Result<wire::HostSummary, AdminError> {
+        let permitted = hosts::permitted(view, &host.id)?;
+        let valid = hosts::issued(view, &host.id)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
+        Ok(wire::HostSummary {
+            id: host.id.clone(),
+            state: host.state.name().to_owned(),
+            enrolled: time(host.enrolled_at),
+            last_seen: time(host.last_seen),
+            bundle_sequence: host.acked_sequence,
+            bundle_is_current: host.acked_sequence >= trust::trust(view)?.sequence,
+            clock_offset_ms: host.clock_offset_ms,
+            valid_certificates: u32::try_from(valid).unwrap_or(u32::MAX),
+            identities: permitted.iter().map(|id| shorten(id).to_owned()).collect(),
+        })
+    }
+
+    pub(super) fn host_show(&self, name: &str) -> Result<wire::HostDetail, AdminError> {
+        self.state.database.read(|view| {
+            let host = known(view, name)?;
+            let denied = deny::deny(view)?;
+            let mut issued = hosts::issued(view, name)?;
+            issued.retain(|one| one.not_after > unix(self.now));
+            issued.sort_by_key(|one| one.not_after);
+            let certificates = issued.iter().map(|one| wire::Certificate {
+                serial: one.serial.clone(),
+                identity: shorten(&one.spiffe_id).to_owned(),
+                authority: one.authority.clone(),
+                issued: time(one.issued_at),
+                not_after: time(one.not_after),
+                denied: denied.names(&one.spiffe_id, &one.serial),
+            });
+            Ok(wire::HostDetail {
+                summary: Some(self.summary(view, &host)?),
+                spiffe_id: self.host_id(name)?.to_string(),
+                key_sha256: HEXLOWER.encode(&host.key_current),
+                enrolled_by: host.enrolled_by.clone(),
+                labels: texts(&host.labels),
+                roots_in_use: host.roots_in_use.clone(),
+                certificates: certificates.collect(),
+                open_tokens: self.open_tokens(view, name)?,
+            })
+        })
+    }
+
+    fn open_tokens(&self, view: &mut dyn View, host: &str) -> Result<Vec<String>, AdminError> {
+        let open = tokens::open(view, unix(self.now))?.into_iter();
+        Ok(open.filter(|token| token.is_for(host)).map(|token| token.id).collect())
+    }
+
+    pub(super) fn host_id(&self, name: &str) -> Result<SpiffeId, AdminError> {
+        SpiffeId::host(&self.state.trust_domain, name).map_err(|error| AdminError::Invalid(error.to_string()))
+    }
+
+    pub(super) fn host_ban(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
+        let id = self.host_id(name)?;
+        let (serials, shared) = self.state.database.transaction(|records| {
+            let mut host = known(records, name)?;
+            if host.state == HostState::Banned {
+                return Err(AdminError::NotNow(format!("host `{name}` is banned already")));
+            }
+            host.state = HostState::Banned;
+            hosts::put_host(records, &host)?;
+            tokens::end_those_of(records, name, unix(self.now))?;
+            let longest = self.longest_leaf(records)?;
+            let entries = of_host(records, name, Some(&id), unix(self.now), longest, self.skew())?;
+            let serials = entries.len() - 1;
+            self.change_deny(records, |all| entries.iter().for_each(|one| super::deny::put(all, one.clone())))?;
+            self.record_host("host_ban", name, &id, format!("{serials} certificates denied{}", because(reason)))?;
+            Ok::<_, AdminError>((serials, tokens::shared_by(records, name, unix(self.now))?))
+        })?;
+        let mut follows = vec![
+            format!("its identity and its {serials} valid certificates are refused, and what is open is closed"),
+            "it gets nothing more; JWT-SVIDs it was given end by themselves within an hour".to_owned(),
+            format!("until `meshd-pki host unban {name}`"),
+        ];
+        follows.extend(shared_tokens(&shared));
+        Ok(done(format!("host {name} is banned"), follows))
+    }
+
+    pub(super) fn host_unban(&self, name: &str) -> Result<wire::Done, AdminError> {
+        let id = self.host_id(name)?;
+        let state = self.state.database.transaction(|records| {
+            let mut host = known(records, name)?;
+            if host.state != HostState::Banned {
+                return Err(AdminError::NotNow(format!("host `{name}` is not banned; it is {}", host.state.name())));
+            }
+            host.unban();
+            hosts::put_host(records, &host)?;
+            let longest = self.longest_leaf(records)?;
+            let entries = of_host(records, name, Some(&id), 0, longest, self.skew())?;
+            self.change_deny(records, |all| all.retain(|one| !entries.iter().any(|gone| gone.whom == one.whom)))?;
+            self.record_host("host_unban", name, &id, String::new())?;
+            Ok(host.state)
+        })?;
+        let follows = match state {
+            HostState::Evicted => format!(
+                "it was evicted before that, and still is: `meshd-pki token create --host {name}`, and `meshd join` on it"
+            ),
+            _ => format!(
+                "the key it enrolled counts again; if somebody else may have it: `meshd-pki host evict {name}`, and \
+                 join the host with a new token"
+            ),
+        };
+        Ok(done(format!("host {name} is no longer banned"), vec![follows]))
+    }
+
+    pub(super) fn host_evict(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
+        let id = self.host_id(name)?;
+        let (host, valid, shared) = self.state.database.transaction(|records| {
+            let mut host = known(records, name)?;
+            if host.state != HostState::Active {
+                let state = host.state.name();
+                return Err(AdminError::NotNow(format!("host `{name}` is {state}, and gets nothing as it is")));
+            }
+            host.evict();
+            hosts::put_host(records, &host)?;
+            // With the token it joined by, it could repeat that.
+            tokens::end_those_of(records, name, unix(self.now))?;
+            self.record_host("host_evict", name, &id, because(reason).trim_start_matches(": ").to_owned())?;
+            let valid = hosts::issued(records, name)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
+            Ok::<_, AdminError>((host, valid, tokens::shared_by(records, name, unix(self.now))?))
+        })?;
+        let mut follows = vec![
+            match host.enrolled_by.as_str() {
+                "" => format!("to let it in again: `meshd-pki token create --host {name}`, and `meshd join` on it"),
+                way => format!(
+                    "it comes back as soon as it joins by {way} again; to prevent that: `meshd-pki host ban {name}`"
+                ),
+            },
+            format!(
+                "its {valid} valid certificates are good until they end; to cut them off now: `meshd-pki deny add \
+                 --host {name}`"
+            ),
+        ];
+        follows.extend(shared_tokens(&shared));
+        Ok(done(format!("host {name} is evicted, and its join tokens have ended"), follows))
+    }
+
+    fn record_host(&self, event: &'static str, name: &str, id: &SpiffeId, detail: String) -> Result<(), AdminError> {
+        let (host, identity) = (Some(name.to_owned()), Some(id.to_string()));
+        let detail = Some(detail).filter(|text| !text.is_empty());
+        Ok(self.record(Event { event, result: "ok", host, identity, detail, ..Event::default() })?)
+    }
+
+    pub(super) fn host_blast_radius(&self, name: &str) -> Result<wire::BlastRadius, AdminError> {
+        let own = self.host_id(name)?.to_string();
+        self.state.database.read(|view| {
+            known(view, name)?;
+            let permitted: BTreeSet<String> = hosts::permitted(view, name)?.into_iter().collect();
+            let mut held: BTreeMap<String, Vec<Issued>> = BTreeMap::from([(own.clone(), Vec::new())]);
+            held.extend(permitted.iter().map(|id| (id.clone(), Vec::new())));
+            for one in hosts::issued(view, name)?.into_iter().filter(|one| one.not_after > unix(self.now)) {
+                held.entry(one.spiffe_id.clone()).or_default().push(one);
+            }
+            let mut identities = Vec::new();
+            for (id, certificates) in &held {
+                let others = grants::holders(view, id)?.into_iter().filter(|host| host != name);
+                identities.push(wire::Reach {
+                    identity: shorten(id).to_owned(),
+                    permitted: *id == own || permitted.contains(id),
+                    valid_certificates: u32::try_from(certificates.len()).unwrap_or(u32::MAX),
+                    last_not_after: certificates.iter().map(|one| one.not_after).max().map(time),
+                    other_hosts: others.collect(),
+                });
+            }
+            let roles = roles::all(view)?.into_iter().filter(|(id, _)| held.contains_key(id));
+            Ok(wire::BlastRadius {
+                host: name.to_owned(),
+                identities,
+                open_tokens: self.open_tokens(view, name)?,
+                roles: roles
+                    .map(|(identity, role)| wire::RoleGranted { identity, role: role.name().to_owned() })
+                    .collect(),
+            })
+        })
+    }
+}
+
+/// Whoever has been on the host may know their secrets.
+fn shared_tokens(ids: &[String]) -> Option<String> {
+    let ids = Some(ids.join(", ")).filter(|ids| !ids.is_empty())?;
+    Some(format!("whoever kept the join token for several hosts it came by, {ids}, can make other hosts of it"))
+}
+
+fn because(reason: &str) -> String {
+    let reason = reason.trim();
+    if reason.is_empty() { String::new() } else { format!(": {}", crate::enrol::excerpt(reason)) }
+}
+
+pub(super) fn known(view: &mut dyn View, name: &str) -> Result<Host, AdminError> {
+    if let Some(host) = hosts::host(view, name)? {
+        return Ok(host);
+    }
+    let known: Vec<String> = hosts::hosts(view)?.into_iter().map(|host| host.id).collect();
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    Err(AdminError::NotFound(format!("host `{}` is not enrolled; known hosts: {known}", crate::enrol::excerpt(name))))
+}
+
+impl Desk<'_> {
+    pub(super) fn change_deny(
+        &self,
+        records: &mut dyn Records,
+        act: impl FnOnce(&mut Vec<meshd_identity::statements::Denied>),
+    ) -> Result<(), AdminError> {
+        let floor = Floor::new(self.state);
+        if floor.get() > deny::deny(records)?.sequence {
+            let why = format!(
+                "this PKI was restored from a backup, and hosts hold a newer deny set, which a change now would take the \
+                 place of; it comes with the next report of a host, within a minute. Until then `meshd-pki host evict` \
+                 works; if no host is left, remove {}",
+                floor.path().display()
+            );
+            return Err(AdminError::NotNow(why));
+        }
+        deny::change(records, floor.get(), unix_ms(self.now), act)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,95 @@
+//! Pods that show a projected service account token. It is verified here, by the cluster's keys: no call to its API, so
+//! that nothing waits for it when many hosts come at once.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use meshd_identity::jwt::Jwt;
+use meshd_identity::{JwtKey, TrustDomain, keys_of_jwks};
+use meshd_pki_api::v1;
+
+use super::config::{Becomes, Kubernetes};
+use super::{Attested, remote_is_allowed};
+use crate::enrol::excerpt;
+use crate::refused::Refused;
+
+pub(super) const NAMES: [&str; 4] = ["namespace", "account", "pod", "node"];
+
+pub(super) struct Cluster {
+    name: String,
+    issuer: String,
+    audience: String,
+    keys: Vec<JwtKey>,
+    accounts: Vec<Account>,
+}
+
+struct Account {
+    namespace: String,
+    name: String,
+    becomes: Becomes,
+}
+
+impl Cluster {
+    pub(super) fn read(config: &Kubernetes, jwks: &[u8], domain: &TrustDomain) -> Result<Cluster, String> {
+        let keys = keys_of_jwks(jwks).map_err(|_| "what it has for keys is no JWK Set".to_owned())?;
+        if keys.is_empty() {
+            return Err("its JWK Set has no RSA or elliptic key with a `kid`".to_owned());
+        }
+        let accounts = config.service_account.iter().map(|one| {
+            let becomes = one.becomes(domain, &NAMES)?;
+            Ok(Account { namespace: one.namespace.clone(), name: one.name.clone(), becomes })
+        });
+        Ok(Cluster {
+            name: config.name.clone(),
+            issuer: config.issuer.clone(),
+            audience: config.audience.clone(),
+            keys,
+            accounts: accounts.collect::<Result<_, String>>()?,
+        })
+    }
+}
+
+pub(super) fn attest(
+    clusters: &[Arc<Cluster>],
+    proof: &v1::KubernetesTokenProof,
+    remote: &str,
+    now: SystemTime,
+) -> Result<Attested, Refused> {
+    let bad = |error: meshd_identity::jwt::JwtError| Refused::Unauthenticated(format!("the Kubernetes token: {error}"));
+    let token = Jwt::read(&proof.token).map_err(bad)?;
+    let issuer = token.text("iss").map_err(bad)?;
+    let cluster = clusters.iter().find(|cluster| cluster.issuer == issuer).ok_or_else(|| {
+        let known: Vec<&str> = clusters.iter().map(|cluster| cluster.issuer.as_str()).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        Refused::Unauthenticated(format!(
+            "the Kubernetes token is of `{}`; this PKI knows: {known} (--attestors)",
+            excerpt(issuer)
+        ))
+    })?;
+    token.verify(&cluster.keys).map_err(bad)?;
+    token.is_valid_at(now).map_err(bad)?;
+    token.is_for(&cluster.audience).map_err(bad)?;
+    let claim = |path: &str| Some(token.claims.get("kubernetes.io")?.pointer(path)?.as_str()?.to_owned());
+    let (namespace, name) = (claim("/namespace"), claim("/serviceaccount/name"));
+    let is_it =
+        |account: &&Account| Some(&account.namespace) == namespace.as_ref() && Some(&account.name) == name.as_ref();
+    let way = format!("kubernetes:{}", cluster.name);
+    let Some(account) = cluster.accounts.iter().find(is_it) else {
+        let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
+        return Err(Refused::Forbidden(format!(
+            "service account `{}/{}` is none of [[kubernetes]] `{}`; add it in --attestors",
+            excerpt(&namespace),
+            excerpt(&name),
+            cluster.name
+        )));
+    };
+    remote_is_allowed(&way, &account.becomes.from, remote)?;
+    let host_id = account.becomes.host.fill(|name| match name {
+        "namespace" => claim("/namespace"),
+        "account" => claim("/serviceaccount/name"),
+        "pod" => claim("/pod/name"),
+        _ => claim("/node/name"),
+    });
+    let host_id = host_id.map_err(|why| Refused::Forbidden(format!("the Kubernetes token cannot be a host: {why}")))?;
+    Ok(Attested::new(way, host_id, &account.becomes))
+}

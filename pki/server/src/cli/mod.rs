@@ -1,0 +1,11 @@
+//! The commands of an operator: arguments to command, reply to text or JSON. A file per family.
+
+pub(crate) mod authority;
+pub(crate) mod deny;
+pub(crate) mod host;
+mod place;
+pub(crate) mod recovery;
+pub(crate) mod role;
+mod show;
+
+pub(crate) use self::place::Place;

@@ -1,0 +1,93 @@
+//! `meshd-pki recovery`
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use meshd_identity::TrustDomain;
+use meshd_pki::recovery::{Request, SignedStatement, succeed, vouch};
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::{RecoveryImport, RecoveryRequest, RecoveryShow};
+
+use super::place::Place;
+
+#[derive(Subcommand)]
+pub(crate) enum Recovery {
+    /// Show which recovery keys hosts pin, and what their holders have said.
+    Show(#[command(flatten)] Place),
+    /// Offline: name the recovery key that comes after this one. Prints what `recovery import` takes.
+    Succeed(Succeed),
+    /// Print what the holder of the recovery key needs to vouch for this PKI.
+    Request(#[command(flatten)] Place),
+    /// Offline: have hosts trust another PKI from now on. Prints what `recovery import` takes.
+    SignBundle(SignBundle),
+    /// Take over a statement, and serve it to hosts.
+    Import(Import),
+}
+
+#[derive(Args)]
+pub(crate) struct Succeed {
+    /// The recovery key that hosts pin now.
+    #[arg(long)]
+    key: PathBuf,
+    /// The next one; made if there is no such file.
+    #[arg(long)]
+    next_key: PathBuf,
+    #[arg(long)]
+    trust_domain: TrustDomain,
+}
+
+#[derive(Args)]
+pub(crate) struct SignBundle {
+    /// The recovery key that hosts pin now: that of the PKI that was lost.
+    #[arg(long)]
+    key: PathBuf,
+    /// What `recovery request` of the new PKI printed; `-` reads standard input.
+    #[arg(long)]
+    request: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct Import {
+    /// What `recovery succeed` or `recovery sign-bundle` printed; `-` reads standard input.
+    statement: PathBuf,
+    #[command(flatten)]
+    place: Place,
+}
+
+impl Recovery {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        match self {
+            Recovery::Show(place) => place.run(Command::RecoveryShow(RecoveryShow {})),
+            Recovery::Request(place) => place.run(Command::RecoveryRequest(RecoveryRequest {})),
+            Recovery::Succeed(asked) => {
+                print(&succeed(&asked.key, &asked.next_key, &asked.trust_domain, SystemTime::now())?)
+            }
+            Recovery::SignBundle(asked) => {
+                let request: Request = read(&asked.request)?;
+                print(&vouch(&asked.key, &request, SystemTime::now())?)
+            }
+            Recovery::Import(asked) => {
+                let SignedStatement { statement, signed_by } = read(&asked.statement)?;
+                asked.place.run(Command::RecoveryImport(RecoveryImport { statement, signed_by }))
+            }
+        }
+    }
+}
+
+fn print(statement: &SignedStatement) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(statement)?);
+    Ok(())
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let mut text = String::new();
+    if path == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text).context("standard input")?;
+    } else {
+        text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    }
+    serde_json::from_str(&text).with_context(|| format!("{}: not what `meshd-pki recovery` prints", path.display()))
+}
