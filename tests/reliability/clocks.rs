@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::clock::fake_time;
@@ -80,4 +81,40 @@ fn a_host_with_a_wrong_clock_works_or_says_so_and_is_well_once_it_is_right() -> 
         until(DEADLINE, "the host to be well", || asks_payments(&mesh, "depot", "checkout").is_ok())?;
     }
     load.end(&mesh, "a host's clock 1 h ahead, 1 h behind, 1 year ahead, in 1970")
+}
+
+/// What a resumed machine finds: the wall clock far ahead of where it was, the time since boot hardly moved.
+#[test]
+fn a_host_that_wakes_up_renews_within_seconds() -> Result<()> {
+    let mut plan = Plan::shop();
+    plan.hosts.push(HostPlan { name: "depot".to_owned(), workloads: vec![Workload::client("checkout", 2003)] });
+    let mut mesh = Mesh::prepare(Arc::new(Lab::new(&plan.host_names())?), plan)?;
+    let (library, ahead) = (fake_time()?, mesh.host("depot").directory().join("ahead"));
+    fs::write(&ahead, "+0")?;
+    let file = ahead.to_str().context("no name")?.to_owned();
+    mesh.start_pki()?;
+    mesh.join_all()?;
+    mesh.daemon("depot").set_environment(&[
+        ("LD_PRELOAD", &library),
+        ("FAKETIME_TIMESTAMP_FILE", &file),
+        ("FAKETIME_NO_CACHE", "1"),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+    ]);
+    mesh.start_all()?;
+    let load = Witness::start(&mesh)?;
+    asks_payments(&mesh, "depot", "checkout")?;
+    let renewed = || {
+        let metrics = mesh.daemon("depot").metrics();
+        metrics.map_or(0.0, |metrics| metrics.sum("identity_cert_refreshes_total", &[("result", "ok")]))
+    };
+    let before = renewed();
+    // Of certificates for a day, which are renewed after eleven hours at the latest.
+    fs::write(&ahead, format!("{:+}", 11 * HOUR))?;
+    let awake = Instant::now();
+    until(DEADLINE, "a renewal", || renewed() > before)?;
+    let took = awake.elapsed();
+    figure(&format!("a host that slept for 11 h renewed {took:.1?} after it woke"));
+    ensure!(took < Duration::from_secs(20), "it took {took:?}");
+    asks_payments(&mesh, "depot", "checkout")?;
+    load.end(&mesh, "a host asleep for 11 h")
 }

@@ -2,12 +2,14 @@
 //! no meshd restarted. Run by `cargo xtask test` in a short form; `cargo xtask soak` sets `MESHD_SOAK`, for the long one.
 //! docs/reliability.md has the table.
 
+mod asleep;
 mod away;
 mod clocks;
 mod disks;
 mod endings;
 mod kills;
 mod roots;
+mod shut_out;
 mod witness;
 
 use std::time::Duration;

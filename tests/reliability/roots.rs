@@ -41,7 +41,7 @@ fn roots_are_replaced_under_load_and_no_connection_notices() -> Result<()> {
     mesh.daemon("depot").signal(Signal::SIGCONT)?;
     drop(cut_off);
 
-    let (wanted, mut seen, mut most) = (scale(2, 30), Vec::new(), 0);
+    let (wanted, mut seen, mut most) = (scale(1, 30), Vec::new(), 0);
     while seen.len() <= wanted {
         let signs = || roots(&mesh).ok().filter(|(id, _)| Some(id) != seen.last());
         let mut found = None;

@@ -47,7 +47,7 @@ pub(crate) const RELIABILITY: Tier = Tier {
     test: "reliability",
     name: "faults under load on namespace hosts",
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
-    threads: 3,
+    threads: 5,
     // The PKI and the clock do not care how connections are captured.
     backends: &[("nft-tproxy", &[])],
     preflight: || Ok(()),
