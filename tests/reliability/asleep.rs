@@ -41,7 +41,10 @@ fn a_host_asleep_past_its_certificates_and_the_roots_comes_back_alone_unless_it_
     mesh.daemon("depot").spawn()?;
     let awake = Instant::now();
     until(DEADLINE, "depot served again", || asks_payments(&mesh, "depot", "checkout").is_ok())?;
-    figure(&format!("a host asleep for {slept:.0?} (leaf of {LEAF:?}, {wanted} roots) served {:.1?} later", awake.elapsed()));
+    figure(&format!(
+        "a host asleep for {slept:.0?} (leaf of {LEAF:?}, {wanted} roots) served {:.1?} later",
+        awake.elapsed()
+    ));
     let is_told = || mesh.daemon("attic").log().contains("evicted");
     until(DEADLINE, "the evicted host to be told so", is_told)?;
     ensure!(asks_payments(&mesh, "attic", "checkout").is_err(), "an evicted host came back");

@@ -112,7 +112,8 @@ async fn enrol(state: PathBuf, hosts: &Path, address: &str) -> Vec<Member> {
 fn token(state: &Path, host: &str, address: &str) -> JoinToken {
     let allow: Vec<String> = workloads().iter().map(|id| id.short().to_owned()).collect();
     let pki = [address.to_owned()];
-    let request = TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600), ..TokenRequest::default() };
+    let request =
+        TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600), ..TokenRequest::default() };
     create_token(state, &request, SystemTime::now()).unwrap()
 }
 

@@ -84,7 +84,13 @@ impl Fleet {
 
     fn join(&mut self, name: &str) {
         let ttl = Duration::from_secs(60);
-        let request = TokenRequest { host: name, allow: &[], pki: &["10.0.0.1:15012".to_owned()], ttl, ..TokenRequest::default() };
+        let request = TokenRequest {
+            host: name,
+            allow: &[],
+            pki: &["10.0.0.1:15012".to_owned()],
+            ttl,
+            ..TokenRequest::default()
+        };
         let token = create_token(self.dir.path(), &request, self.now()).unwrap();
         let proof = v1::JoinTokenProof { id: token.id.clone(), secret: token.secret.0.to_vec() };
         let request = v1::EnrollRequest {
