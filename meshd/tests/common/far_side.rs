@@ -46,6 +46,13 @@ impl FarSide {
     pub(crate) async fn connection(&self) -> Connection<TlsStream<TcpStream>, Bytes> {
         h2::server::handshake(self.tls().await.unwrap()).await.unwrap()
     }
+
+    /// Says goodbye on the next connection before anything was asked on it.
+    pub(crate) async fn leave(&self) {
+        let mut connection = self.connection().await;
+        connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+        while connection.accept().await.is_some() {}
+    }
 }
 
 /// What the far side does with a stream it is asked for.

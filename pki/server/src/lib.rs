@@ -20,6 +20,9 @@ mod deny;
 pub mod enrol;
 pub mod entries;
 mod failpoint;
+pub mod federation;
+mod files;
+mod health;
 mod instances;
 pub mod issue;
 mod join_token;
@@ -42,6 +45,7 @@ mod store;
 mod sync;
 pub mod times;
 mod transitions;
+pub mod upstream;
 
 pub use pki::{Options, Pki};
 pub use refused::Refused;

@@ -2,10 +2,12 @@
 
 pub(crate) mod authority;
 pub(crate) mod deny;
+pub(crate) mod federation;
 pub(crate) mod host;
 mod place;
 pub(crate) mod recovery;
 pub(crate) mod role;
 mod show;
+pub(crate) mod upstream;
 
 pub(crate) use self::place::Place;

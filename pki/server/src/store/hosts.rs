@@ -9,6 +9,8 @@ use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record for so many of their lives, a week by default, for whoever looks into what happened.
 const LIVES_ON_RECORD: i64 = 7;
+/// The newest certificate of each identity is told of this long after its end.
+pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
 /// A bundle never has as many roots, and no identifier of one is as long.
 const MOST_ROOTS_TOLD: usize = 16;
 const LONGEST_ROOT_ID: usize = 64;
@@ -190,6 +192,7 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     if new.is_empty() {
         return Ok(());
     }
+    super::leaves::note(records, host, &new, now)?;
     let key = format!("issued/{host}");
     let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
     all.retain(|one| one.not_after + LIVES_ON_RECORD * (one.not_after - one.issued_at) > now);
