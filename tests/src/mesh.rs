@@ -80,6 +80,7 @@ impl Mesh {
         let rehearsal = self.plan.rehearse.into_iter().flat_map(|leaf| ["--rehearse", leaf]);
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(leaf).args(rehearsal);
         program = program.args(["--metrics", &SocketAddr::from(PKI_METRICS).to_string()]);
+        program = program.args(&self.plan.pki_options);
         if !environment.is_empty() {
             // A clock behind the one at `init` would be distrusted.
             program = program.args(["--clock-is-right"]);

@@ -42,7 +42,7 @@ pub const FOR_MACHINES: &[Package] = &[
 pub const FOR_CLIENTS: &[Package] =
     &[package("openssl", "openssl"), package("python3", "python3"), package("python3-venv", "python3")];
 
-/// What unit and integration tests run besides our own programs.
+/// What unit and integration tests run besides our own programs, and what Kubernetes' API server stands on.
 pub const FOR_TESTS: &[Package] = &[
     package("openssl", "openssl"),
     package("prometheus", "promtool"),

@@ -23,6 +23,8 @@ pub struct Plan {
     pub leaf_ttl: Option<&'static str>,
     /// Instead: a leaf's life of which everything else of the PKI follows, roots included.
     pub rehearse: Option<&'static str>,
+    /// More options of `meshd-pki run`.
+    pub pki_options: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -89,6 +91,7 @@ impl Plan {
             ipv6_only: false,
             leaf_ttl: None,
             rehearse: None,
+            pki_options: Vec::new(),
         }
     }
 

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::packages::Package;
-use meshd_tests::{backend, machine, packages, python, root};
+use meshd_tests::{backend, machine, packages, python, root, servers};
 
 use crate::built::{self, cargo, cargo_command};
 use crate::lint;
@@ -32,6 +32,8 @@ pub(crate) struct Tier {
     backends: &'static [(&'static str, &'static [&'static str])],
     /// What may be in the way on a machine that has the packages.
     preflight: fn() -> Result<()>,
+    /// Whether CI fails without it.
+    required: bool,
 }
 
 const SCENARIOS: Tier = Tier {
@@ -41,6 +43,7 @@ const SCENARIOS: Tier = Tier {
     threads: 4,
     backends: &BACKENDS,
     preflight: || Ok(()),
+    required: true,
 };
 
 pub(crate) const RELIABILITY: Tier = Tier {
@@ -51,6 +54,7 @@ pub(crate) const RELIABILITY: Tier = Tier {
     // The PKI and the clock do not care how connections are captured.
     backends: &[("nft-tproxy", &[])],
     preflight: || Ok(()),
+    required: true,
 };
 
 const MACHINES: Tier = Tier {
@@ -61,6 +65,7 @@ const MACHINES: Tier = Tier {
     // What differs between backends is shown on namespace hosts.
     backends: &[("auto", &[])],
     preflight: machine::preflight,
+    required: true,
 };
 
 const CLIENTS: Tier = Tier {
@@ -71,7 +76,21 @@ const CLIENTS: Tier = Tier {
     // Capture has no part in it.
     backends: &[("auto", &[])],
     preflight: || python::environment().map(drop),
+    required: true,
 };
+
+const KUBERNETES: Tier = Tier {
+    test: "kubernetes",
+    name: "tests with Kubernetes' API server",
+    packages: &[packages::FOR_LABS, packages::FOR_TESTS],
+    threads: 2,
+    backends: &[("auto", &[])],
+    preflight: || servers::kube_apiserver().map(drop),
+    // No package has it: not everywhere is there a Go toolchain to build it with.
+    required: false,
+};
+
+const TIERS: [Tier; 5] = [SCENARIOS, RELIABILITY, CLIENTS, KUBERNETES, MACHINES];
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API
 /// and the deny set have nothing to do with capture: once is enough.
@@ -133,7 +152,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<bool> {
     if let Some(program) = std::env::var_os(PROGRAM) {
         let wanted = std::env::var(TIER).unwrap_or_default();
-        let tier = [SCENARIOS, RELIABILITY, CLIENTS, MACHINES].into_iter().find(|tier| tier.test == wanted);
+        let tier = TIERS.into_iter().find(|tier| tier.test == wanted);
         return run_as_root(&tier.context("no such tier")?, &program.into(), args.only.as_deref());
     }
     packages::ensure(&[packages::FOR_TESTS])?;
@@ -148,7 +167,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         summary.add("unit and property tests", unit);
     }
     build()?;
-    for tier in [SCENARIOS, RELIABILITY, CLIENTS, MACHINES] {
+    for tier in TIERS {
         summary.add(tier.name, as_root(&tier, args.only.as_deref(), false)?);
     }
     if let Some(only) = &args.only
@@ -186,7 +205,8 @@ pub(crate) fn as_root(tier: &Tier, only: Option<&str>, long: bool) -> Result<Out
     command.arg(std::env::current_exe()?).arg("test");
     command.args(only.iter().flat_map(|only| ["--only", only]));
     Ok(match run_tests(command)? {
-        Outcome::Skipped(reason) => skip_unless_ci(reason),
+        Outcome::Skipped(reason) if tier.required => skip_unless_ci(reason),
+        skipped @ Outcome::Skipped(_) => skipped,
         counted @ Outcome::Counted(_) => counted,
     })
 }

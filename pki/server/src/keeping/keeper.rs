@@ -28,6 +28,8 @@ pub(crate) struct Keeper {
     restored: Mutex<Option<Restored>>,
     /// The highest sequence of a host that was told of.
     told_of: AtomicU64,
+    /// What is forgotten because it ended so long ago is not missed.
+    hold_s: i64,
 }
 
 /// Before the database is opened: replaces a damaged one.
@@ -52,9 +54,10 @@ impl Keeper {
             owed: AtomicBool::default(),
             told_of: AtomicU64::default(),
             restored: Mutex::default(),
+            hold_s: seconds(rotator.lifetimes.hold),
         };
         if let Some(mirror) = keeper.mirror.read() {
-            keeper.remind(state, &mirror, rotator)?;
+            keeper.remind(state, &mirror, rotator.now)?;
         }
         if let Some(restored) = restored.as_mut().filter(|restored| !restored.published)
             && let floor = keeper.mirror.read().map_or(0, |mirror| mirror.sequence())
@@ -67,10 +70,8 @@ impl Keeper {
         Ok(keeper)
     }
 
-    fn remind(&self, state: &StateDir, mirror: &Mirror, rotator: &Rotator<'_>) -> Result<(), PkiError> {
-        let now = rotator.now;
-        // What was forgotten because it had ended long ago is not missed.
-        let keep_after = unix(now) - seconds(rotator.lifetimes.hold);
+    fn remind(&self, state: &StateDir, mirror: &Mirror, now: SystemTime) -> Result<(), PkiError> {
+        let keep_after = unix(now) - self.hold_s;
         let missing = |view: &mut dyn crate::store::View| mirror.is_remembered(view, keep_after);
         if state.database.read(missing).map_err(StateError::from)? {
             return Ok(());
