@@ -32,7 +32,7 @@ fn a_pki_that_is_killed_at_any_step_goes_on_from_there() -> Result<()> {
     let steps = scale(&STEPS[..6], &STEPS);
     for step in steps {
         for point in points {
-            mesh.spawn_pki(&[("MESHD_PKI_KILL_AT", &format!("{step}.{point}"))])?;
+            mesh.spawn_pki(&[("MESHD_PKI_KILL_AT", &format!("{step}.{point}"))], &[])?;
             let ended =
                 mesh.pki_process()?.wait(DEADLINE).with_context(|| format!("{step}.{point} is never reached"))?;
             ensure!(ended.code().is_none(), "{step}.{point}: it ended by itself: {}", mesh.pki_process()?.output());

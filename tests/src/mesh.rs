@@ -66,7 +66,16 @@ impl Mesh {
 
     /// With environment variables of its own, say another clock.
     pub fn start_pki_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
-        self.spawn_pki(environment)?;
+        self.run_pki(environment, &[])
+    }
+
+    /// With options of its own, say another port it serves on.
+    pub fn start_pki_serving(&mut self, options: &[&str]) -> Result<()> {
+        self.run_pki(&[], options)
+    }
+
+    fn run_pki(&mut self, environment: &[(&str, &str)], options: &[&str]) -> Result<()> {
+        self.spawn_pki(environment, options)?;
         let process = self.pki.as_mut().context("the PKI does not run")?;
         until(READY, "meshd-pki ready", || process.output().contains("meshd-pki ready") || !process.is_running())?;
         ensure!(process.is_running(), "meshd-pki ended:\n{}", process.output());
@@ -74,13 +83,13 @@ impl Mesh {
     }
 
     /// Starts the PKI without waiting for it.
-    pub fn spawn_pki(&mut self, environment: &[(&str, &str)]) -> Result<()> {
+    pub fn spawn_pki(&mut self, environment: &[(&str, &str)], options: &[&str]) -> Result<()> {
         let listen = self.pki_address();
         let leaf = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
         let rehearsal = self.plan.rehearse.into_iter().flat_map(|leaf| ["--rehearse", leaf]);
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(leaf).args(rehearsal);
         program = program.args(["--metrics", &SocketAddr::from(PKI_METRICS).to_string()]);
-        program = program.args(&self.plan.pki_options);
+        program = program.args(&self.plan.pki_options).args(options);
         if !environment.is_empty() {
             // A clock behind the one at `init` would be distrusted.
             program = program.args(["--clock-is-right"]);
