@@ -132,10 +132,12 @@ impl Client {
         }
     }
 
-    /// The revision in which a key was last written, as the majority knows it; 0 if it is not there.
-    pub async fn modified(&self, key: &str) -> Result<i64, Error> {
+    /// The revision in which a key was last written, as the majority knows it, and of which cluster; 0 if it is not
+    /// there.
+    pub async fn modified(&self, key: &str) -> Result<(ResponseHeader, i64), Error> {
         let answer = self.range(RangeRequest { key: key.into(), keys_only: true, ..RangeRequest::default() }).await?;
-        Ok(answer.kvs.first().map_or(0, |pair| pair.mod_revision))
+        let revision = answer.kvs.first().map_or(0, |pair| pair.mod_revision);
+        Ok((answer.header.unwrap_or_default(), revision))
     }
 
     async fn range(&self, request: RangeRequest) -> Result<crate::api::RangeResponse, Error> {

@@ -8,15 +8,17 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use meshd_identity::SpiffeId;
 use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
 
 use crate::audit::Event;
 use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
+use crate::refused::Refused;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
-use crate::store::trust;
+use crate::store::{View, trust};
 use crate::times::{unix, unix_ms};
 
 /// A deny set ready to be handed out.
@@ -92,7 +94,15 @@ impl Pki {
     /// Why nobody gets this identity now, if it is denied.
     pub(crate) fn denied(&self, spiffe_id: &str) -> Option<String> {
         let is_denied = self.deny().identities.contains(spiffe_id);
-        is_denied.then(|| format!("{spiffe_id} is denied in this mesh; see `meshd-pki deny list` on the PKI"))
+        is_denied.then(|| self::is_denied(spiffe_id))
+    }
+
+    /// For a host that comes, or comes back: what is on record, which may be newer than what was signed last.
+    pub(crate) fn refuse_denied(view: &mut dyn View, id: &SpiffeId) -> Result<(), Refused> {
+        if deny::deny(view)?.names_identity(id) {
+            return Err(Refused::Forbidden(is_denied(id.as_str())));
+        }
+        Ok(())
     }
 
     /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.
@@ -144,6 +154,10 @@ impl Pki {
         })?;
         self.refresh_deny()
     }
+}
+
+fn is_denied(spiffe_id: &str) -> String {
+    format!("{spiffe_id} is denied in this mesh; see `meshd-pki deny list` on the PKI")
 }
 
 #[cfg(test)]

@@ -16,7 +16,8 @@ use crate::pki::{Pki, PkiError};
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::etcd::config::EtcdConfig;
-use crate::store::trust;
+use crate::store::hosts::HostState;
+use crate::store::{deny, trust};
 use crate::times::{rfc3339, seconds, unix};
 
 const BACKUP_EVERY: Duration = Duration::from_secs(3600);
@@ -29,6 +30,7 @@ pub(crate) struct Keeper {
     /// A backup is due, whatever the hour.
     owed: AtomicBool,
     last: Mutex<Last>,
+    shut_out: Mutex<Option<ShutOut>>,
     restored: Mutex<Option<Restored>>,
     /// The highest sequence of a host that was told of.
     told_of: AtomicU64,
@@ -41,6 +43,14 @@ pub(crate) struct Keeper {
 struct Last {
     made: Option<Duration>,
     failed: Option<Duration>,
+}
+
+/// A backup from before somebody was shut out would let them in again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ShutOut {
+    /// The sequence of the deny set.
+    deny: u64,
+    hosts: Vec<(String, HostState)>,
 }
 
 /// When it is: by the clock, and since boot.
@@ -72,6 +82,7 @@ impl Keeper {
             mirror: MirrorFile::new(dir),
             owed: AtomicBool::default(),
             last: Mutex::default(),
+            shut_out: Mutex::default(),
             told_of: AtomicU64::default(),
             restored: Mutex::default(),
             hold_s: seconds(rotator.lifetimes.hold),
@@ -130,11 +141,15 @@ impl Keeper {
             return Ok(self.remind(state, &known, now)?);
         }
         let stepped = self.mirror.write(&current)?;
-        state.database.read(|view| Roster::of(view, &state.trust_domain))?.write(state.dir())?;
-        if stepped {
+        let roster = state.database.read(|view| Roster::of(view, &state.trust_domain))?;
+        roster.write(state.dir())?;
+        let shut_out = ShutOut { deny: state.database.read(deny::deny)?.sequence, hosts: roster.shut_out() };
+        let known = self.shut_out.lock().unwrap_or_else(PoisonError::into_inner).replace(shut_out.clone());
+        if stepped || known.is_some_and(|known| known != shut_out) {
             self.owed.store(true, Ordering::Relaxed);
         }
-        if self.is_due(moment)? {
+        // What is in memory may be a backup of long ago: a copy of it is no newer.
+        if state.database.engine().is_current() && self.is_due(moment)? {
             self.backups.create(&state.database, now, moment.clock_is_right)?;
             *self.lock_last() = Last { made: Some(moment.boot), failed: None };
             self.owed.store(false, Ordering::Relaxed);

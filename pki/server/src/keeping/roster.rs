@@ -87,6 +87,12 @@ impl Roster {
         })
     }
 
+    /// Banned and evicted hosts.
+    pub(crate) fn shut_out(&self) -> Vec<(String, HostState)> {
+        let hosts = self.hosts.iter().filter(|host| host.state != HostState::Active);
+        hosts.map(|host| (host.id.clone(), host.state)).collect()
+    }
+
     /// Writes it where it is looked for, if it changed.
     pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
         let (path, text) = (dir.join(FILE), serde_json::to_vec(self)?);

@@ -134,6 +134,10 @@ pub(crate) trait Engine: Send + Sync {
     fn live_replicas(&self) -> Vec<String> {
         Vec::new()
     }
+    /// Whether what is read here is what is stored, as far as can be known.
+    fn is_current(&self) -> bool {
+        true
+    }
     /// Why nothing can be written now.
     fn trouble(&self) -> Option<String> {
         None

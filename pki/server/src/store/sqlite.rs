@@ -84,7 +84,12 @@ impl Engine for Sqlite {
         if detail != "ok" {
             return Err(DbError::Damaged { path: self.path.clone(), detail });
         }
-        self.view()?.list("").map(drop)
+        let connection = lock(&self.reader);
+        let mut query = connection.prepare("SELECT key, value, sum FROM record")?;
+        for row in query.query_map([], stored)? {
+            row?.whole()?;
+        }
+        Ok(())
     }
 
     fn copy_to(&self, path: &Path) -> Result<(), DbError> {
@@ -92,7 +97,8 @@ impl Engine for Sqlite {
         let path = path
             .to_str()
             .ok_or_else(|| DbError::Damaged { path: path.to_owned(), detail: "its name is not text".to_owned() })?;
-        lock(&self.reader).execute("VACUUM INTO ?1", [path])?;
+        // It takes seconds where there is much, and whoever reads does not wait for it.
+        connect(&self.path)?.execute("VACUUM INTO ?1", [path])?;
         Ok(())
     }
 }
@@ -276,6 +282,14 @@ mod tests {
         let copy = Sqlite::open(&path).unwrap().unwrap();
         copy.check().unwrap();
         assert_eq!(copy.view().unwrap().list("").unwrap(), sqlite.view().unwrap().list("").unwrap());
+    }
+
+    #[test]
+    fn a_copy_is_made_while_somebody_reads() {
+        let (dir, sqlite) = filled();
+        let mut view = sqlite.view().unwrap();
+        sqlite.copy_to(&dir.path().join("copy.db")).unwrap();
+        assert_eq!(view.get("host/a").unwrap().unwrap(), b"1");
     }
 
     #[test]

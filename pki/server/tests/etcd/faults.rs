@@ -145,12 +145,35 @@ fn an_etcd_that_was_wiped_is_not_believed_and_a_backup_brings_it_back() {
     pki.maintain().unwrap();
     assert_eq!(desk.cluster.must(&["get", "--prefix", "/meshd/pki/prod.example.org/r/"]), "", "no second PKI begins");
     assert!(in_trouble(&pki) && metric(&pki, "leads") == "0");
+    let backups = || std::fs::read_dir(desk.state("a").join("backups")).unwrap().count();
+    let before = backups();
+    desk.pass(2 * HOUR);
+    pki.maintain().unwrap();
+    assert_eq!(backups(), before, "what comes from a backup is not backed up anew");
     drop(pki);
     restore(&desk.state("a"), None, desk.now()).unwrap();
     let pki = desk.open("a");
     assert!(!in_trouble(&pki));
     renew(&pki, "web", &chain).unwrap();
-    enrol(&pki, &token).unwrap();
+    enrol(&pki, &desk.token("a", "db")).unwrap();
     let status = Status::read(&desk.state("a"), desk.now()).unwrap();
     assert!(status.problems.iter().any(|problem| problem.contains("restored at")), "{:?}", status.problems);
+}
+
+#[test]
+fn an_etcd_that_came_back_empty_under_a_running_server_is_noticed_at_once() {
+    let mut desk = Desk::new();
+    let pki = desk.open("a");
+    let chain = enrol(&pki, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    let token = desk.token("a", "db");
+    for n in 0..3 {
+        desk.cluster.kill_member(n);
+        desk.cluster.forget_member(n);
+    }
+    (0..3).for_each(|n| desk.cluster.start_member(n));
+    until("the server says that the records are lost", || {
+        pki.store_trouble().is_some_and(|trouble| trouble.contains("has lost"))
+    });
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    renew(&pki, "web", &chain).unwrap();
 }

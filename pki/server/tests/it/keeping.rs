@@ -36,7 +36,7 @@ fn stop(desk: &mut Desk) {
     desk.pki = None;
 }
 
-fn spoil(path: &Path) {
+pub(crate) fn spoil(path: &Path) {
     let mut bytes = fs::read(path).unwrap();
     let from = bytes.len().min(4096);
     bytes[from..].fill(0xa5);

@@ -30,6 +30,8 @@ pub(super) struct Snapshot {
     pub(super) keys: RedBlackTreeMapSync<String, Value>,
     /// All changes up to this one are in it.
     pub(super) revision: i64,
+    /// Which etcd it was read from.
+    pub(super) cluster: u64,
 }
 
 impl Snapshot {
@@ -55,7 +57,7 @@ impl Snapshot {
                 keys.insert_mut(key, value);
             }
         }
-        Snapshot { keys, revision: listed.header.revision }
+        Snapshot { keys, revision: listed.header.revision, cluster: listed.header.cluster_id }
     }
 
     /// What a backup knows, for a start without etcd. No revision is so low.
@@ -64,7 +66,7 @@ impl Snapshot {
         for (key, bytes) in records {
             keys.insert_mut(format!("{RECORDS}{key}"), Value { bytes, modified: 0 });
         }
-        Snapshot { keys, revision: 0 }
+        Snapshot { keys, revision: 0, cluster: 0 }
     }
 
     pub(super) fn has_pki(&self) -> bool {

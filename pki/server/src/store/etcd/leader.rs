@@ -9,7 +9,7 @@ use meshd_etcd::api::TxnRequest;
 use meshd_etcd::{Client, Error, absent, put};
 use tokio::time::sleep;
 
-use super::cache::{Cache, LEADER, LIVE, refusal};
+use super::cache::{Cache, LEADER, LIVE, State, refusal};
 
 pub(super) struct Candidate {
     pub(super) client: Arc<Client>,
@@ -77,11 +77,9 @@ impl Candidate {
             self.cache.change(|state| state.leads = Some((revision, good_until)));
             return Ok(());
         }
-        let state = self.cache.lock();
         // Of an etcd that is not believed it is not known who leads.
-        let is_taken = state.trouble.is_some() || state.snapshot.keys.get(LEADER).is_some();
-        drop(state);
-        if is_taken {
+        let is_taken = |state: &State| state.trouble.is_some() || state.snapshot.keys.get(LEADER).is_some();
+        if is_taken(&self.cache.lock()) {
             return Ok(());
         }
         let key = format!("{}{LEADER}", self.base);

@@ -146,7 +146,9 @@ impl Engine for Etcd {
         let (client, tip) = (self.client.clone(), format!("{}{TIP}", self.base));
         let known = self.cache.lock().snapshot.revision;
         match self.block(async move { client.modified(&tip).await }) {
-            Ok(Ok(latest)) => latest > known && self.cache.wait(SEE_OWN, |state| state.snapshot.revision >= latest),
+            Ok(Ok((_, latest))) => {
+                latest > known && self.cache.wait(SEE_OWN, |state| state.snapshot.revision >= latest)
+            }
             _ => false,
         }
     }
@@ -175,6 +177,10 @@ impl Engine for Etcd {
 
     fn leads(&self) -> bool {
         self.cache.lock().leads.is_some_and(|(_, until)| Instant::now() < until)
+    }
+
+    fn is_current(&self) -> bool {
+        self.cache.lock().trouble.is_none()
     }
 
     fn trouble(&self) -> Option<String> {
@@ -316,7 +322,7 @@ impl Open<'_> {
     }
 
     /// Somebody was faster: the next attempt is to see what they did.
-    fn lost(&self, answer: &TxnResponse) -> Committed {
+    fn lost(&self, answer: &TxnResponse) -> Result<Committed, DbError> {
         if let Some(revision) = self.leader {
             let found = answer.responses.first().and_then(|one| match &one.response {
                 Some(Response::ResponseRange(range)) => range.kvs.first().map(|pair| pair.create_revision),
@@ -327,12 +333,15 @@ impl Open<'_> {
                 self.etcd.cache.change(|state| {
                     state.leads = state.leads.filter(|(known, _)| *known != revision);
                 });
-                return Committed::NotLeading;
+                return Ok(Committed::NotLeading);
             }
         }
         let seen = self.snapshot.revision;
-        self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision > seen);
-        Committed::LostRace
+        if self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision > seen) {
+            return Ok(Committed::LostRace);
+        }
+        // Another attempt would see the same.
+        Err(DbError::Contended)
     }
 }
 
@@ -365,7 +374,7 @@ impl Transaction for Open<'_> {
                 self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision >= revision);
                 Ok(Committed::Yes)
             }
-            Ok(answer) => Ok(self.lost(&answer)),
+            Ok(answer) => self.lost(&answer),
             // The member went away, having done it or not: whoever tries again sees which.
             Err(error) if error.is_gone() => {
                 let seen = self.snapshot.revision;
