@@ -165,7 +165,7 @@ impl Pki {
         pki.refresh_deny()?;
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
-        pki.tell();
+        pki.refresh()?;
         Ok(pki)
     }
 
@@ -213,8 +213,10 @@ impl Pki {
         let signer = self.signer();
         // It is not the stored one any more when an operator has tainted it.
         let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
-        if !is_stored || !signer.is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
+        let names = self.attestors.istio().map(|grants| grants.names.clone()).unwrap_or_default();
+        if !is_stored || signer.names != names || !signer.is_fresh(&trust, now) {
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = signer.named(names, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.show_health().map_err(StateError::from)?;
         }
