@@ -309,8 +309,8 @@ async fn a_new_root_is_believed_by_proxies_before_it_signs() {
     assert_eq!((before.roots.len(), after.roots.len()), (1, 2));
     assert_eq!(after.elements.len(), 3, "however many roots there are, they are in the last");
     let bundle = Bundle::from_jwks(domain(), &lab.pki().bundle(&[]).unwrap().jwks).unwrap();
-    let of_bundle: BTreeSet<&[u8]> = bundle.roots.iter().map(|root| root.as_slice()).collect();
-    assert_eq!(after.roots.iter().map(|root| root.as_ref()).collect::<BTreeSet<&[u8]>>(), of_bundle);
+    let of_bundle: BTreeSet<&[u8]> = bundle.roots.iter().map(Vec::as_slice).collect();
+    assert_eq!(after.roots.iter().map(AsRef::as_ref).collect::<BTreeSet<&[u8]>>(), of_bundle);
 }
 
 #[tokio::test]
