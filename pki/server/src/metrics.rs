@@ -25,6 +25,7 @@ pub struct Metrics {
     pub(crate) clones_seen: Counter,
     pub(crate) attestors_bad: Gauge,
     pub(crate) clock_distrusted: Gauge,
+    pub(crate) clock_unconfirmed: Gauge,
     pub(crate) tls_failures: Counter,
     pub(crate) connections: Gauge,
     pub(crate) health: HealthMetrics,
@@ -43,6 +44,7 @@ impl Metrics {
             clones_seen: Counter::default(),
             attestors_bad: Gauge::default(),
             clock_distrusted: Gauge::default(),
+            clock_unconfirmed: Gauge::default(),
             tls_failures: Counter::default(),
             connections: Gauge::default(),
             health: HealthMetrics::default(),
@@ -73,6 +75,11 @@ impl Metrics {
             "clock_distrusted",
             "1 while nothing is issued or rotated because this machine's clock may be wrong",
             m.clock_distrusted.clone(),
+        );
+        registry.register(
+            "clock_unconfirmed",
+            "1 from a start until hosts agree with this machine's clock, or long enough passed; rotation waits",
+            m.clock_unconfirmed.clone(),
         );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
         registry.register("connections", "Open connections", m.connections.clone());

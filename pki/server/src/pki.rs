@@ -281,6 +281,7 @@ impl Pki {
             }
         }
         self.metrics.clock_distrusted.set(i64::from(found.is_some()));
+        self.metrics.clock_unconfirmed.set(i64::from(standing != Standing::Confirmed));
         *distrust = found;
         Ok(())
     }
@@ -306,6 +307,11 @@ impl Pki {
     pub(crate) fn clock_doubt(&self) -> Option<String> {
         let unconfirmed = || (!self.start().is_confirmed()).then(|| UNCONFIRMED.to_owned());
         self.distrust().map(|why| why.to_string()).or_else(unconfirmed)
+    }
+
+    /// Whether nobody has vouched for the clock since the start.
+    pub(crate) fn is_clock_unconfirmed(&self) -> bool {
+        !self.start().is_confirmed()
     }
 
     /// Whether what cannot be undone may be done by this clock.
@@ -344,7 +350,7 @@ impl Pki {
         Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
     }
 
-    pub(crate) fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
+    pub fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
         *self.web_certificate.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
     }
 

@@ -41,6 +41,7 @@ impl Pki {
             lifetimes: self.lifetimes,
             certificates,
             distrust: distrust.map(|why| why.to_string()),
+            is_clock_unconfirmed: self.is_clock_unconfirmed(),
             renewals: self.renewals(),
         };
         self.state.database.transaction(|records| servers::put_server(records, &server))?;
