@@ -44,7 +44,7 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::SyncReply, Refused> {
         let now = self.now();
-        let caller = self.state.database.read(|view| self.caller(view, certificate))?;
+        let caller = self.state.database.read_latest(|view| self.caller(view, certificate))?;
         self.watch_for_clones(&caller.host.id, &report.instance, remote);
         let sighting = Sighting {
             now: unix(now),
@@ -62,6 +62,7 @@ impl Pki {
             self.metrics.note_failures.inc();
             tracing::error!(%error, host = %caller.host.id, "a report is not on record");
         }
+        self.heard_of_bundle(&caller.host.id, report.bundle_sequence);
         if !report.deny_set.is_empty()
             && let Err(error) = self.learn_deny(&report.deny_set)
         {
@@ -87,7 +88,7 @@ impl Pki {
             deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
             want_deny_set: had.deny > deny.sequence,
             tainted_roots: signer.tainted.clone(),
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
             recovery: recovery.unwrap_or_default(),
             federation: (federation.revision != had.federation).then_some(federation),
         })

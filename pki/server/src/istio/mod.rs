@@ -119,7 +119,7 @@ impl Pki {
         if info.not_after <= self.now() {
             return unknown(format!("the certificate of {} ended at {}", info.id, rfc3339(unix(info.not_after))));
         }
-        if self.state.database.read(deny::deny)?.names(info.id.as_str(), &info.serial) {
+        if self.state.database.read_latest(deny::deny)?.names(info.id.as_str(), &info.serial) {
             return unknown(format!("the certificate of {} is denied in this mesh", info.id));
         }
         Ok(Caller::Certificate(info.id))

@@ -1,10 +1,12 @@
 //! What proxies of Istio were given: on record as what hosts were given, by who asked.
 
 use super::hosts::{self, Issued, KEEP_ENDED_S};
-use super::{DbError, Records, list};
+use super::{DbError, Records, glance};
 
 /// No host id has a colon.
 const PREFIX: &str = "istio:";
+/// A transaction of etcd has 128 operations.
+const AT_ONCE: usize = 32;
 
 /// `holder`: a node as its cluster names it, or whoever else asked.
 pub(crate) fn note(records: &mut dyn Records, holder: &str, issued: Issued, now: i64) -> Result<(), DbError> {
@@ -17,9 +19,9 @@ pub(crate) fn note(records: &mut dyn Records, holder: &str, issued: Issued, now:
 }
 
 fn forget_gone(records: &mut dyn Records, now: i64) -> Result<(), DbError> {
-    let found: Vec<(String, Vec<Issued>)> = list(records, &format!("issued/{PREFIX}"))?;
+    let found: Vec<(String, Vec<Issued>)> = glance(records, &format!("issued/{PREFIX}"))?;
     let is_gone = |issued: &[Issued]| issued.iter().all(|one| one.not_after <= now - KEEP_ENDED_S);
-    for (holder, _) in found.iter().filter(|(_, issued)| is_gone(issued)) {
+    for (holder, _) in found.iter().filter(|(_, issued)| is_gone(issued)).take(AT_ONCE) {
         records.delete(&format!("issued/{PREFIX}{holder}"))?;
         records.delete(&format!("leaves/{PREFIX}{holder}"))?;
     }
@@ -52,7 +54,7 @@ mod tests {
         let path = dir.path().join("pki.db");
         let domain = "prod.example.org".parse().unwrap();
         Database::create(&path, &domain, |_| Ok::<(), DbError>(())).unwrap();
-        let database = Database::open(&path).unwrap();
+        let database = Database::open_file(&path).unwrap();
         let done = database.transaction(|records| -> Result<_, DbError> {
             hosts::note_issued(records, "web", vec![issued(10)], 0)?;
             note(records, "prod:old", issued(10), 0)?;
