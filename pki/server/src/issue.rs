@@ -114,7 +114,7 @@ impl Pki {
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.addresses(),
             tainted_roots: signer.tainted.clone(),
-            federation: Some(federation),
+            federation: federation.unless_known(request.federation_revision),
         })
     }
 
