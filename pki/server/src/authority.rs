@@ -101,12 +101,25 @@ impl Authority {
         life: Duration,
         now: SystemTime,
     ) -> Result<Issued, AuthorityError> {
+        self.issue_named(id, &[], public_key, life, now)
+    }
+
+    /// With names besides, for who asks for them (proxies of Istio).
+    pub(crate) fn issue_named(
+        &self,
+        id: &SpiffeId,
+        names: &[SanType],
+        public_key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, AuthorityError> {
         let serial = new_serial()?;
         let not_after = self.clamp(now, now + life)?;
         let mut params = CertificateParams::default();
         // With an empty subject the name extension becomes critical, as X509-SVID wants.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
+        params.subject_alt_names.extend_from_slice(names);
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

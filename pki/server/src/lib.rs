@@ -5,7 +5,7 @@
 //! - `store`: what is remembered, in records. `rotation`: roots and JWT keys come and go.
 //! - [`pki`]: the running PKI. For hosts it does [`enrol`], [`issue`], `attest`, `jwt`, `transitions` and `sync`.
 //! - [`clock`] and `start`: whether its clock may be believed.
-//! - [`admin`]: what operators do.
+//! - [`admin`]: what operators do. `istio`: certificates for proxies of Istio.
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
 pub mod admin;
@@ -25,6 +25,7 @@ mod files;
 mod health;
 mod instances;
 pub mod issue;
+mod istio;
 mod join_token;
 mod jwt;
 pub mod keeping;

@@ -174,7 +174,7 @@ impl Pki {
         pki.refresh_replicas()?;
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
-        pki.tell();
+        pki.refresh()?;
         pki.keeper.keep(&pki.state, &pki.metrics, now);
         Ok(pki)
     }
@@ -225,8 +225,10 @@ impl Pki {
         let signer = self.signer();
         // It is not the stored one any more when an operator has tainted it.
         let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
-        if !is_stored || !signer.is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
+        let names = self.attestors.istio().map(|grants| grants.names.clone()).unwrap_or_default();
+        if !is_stored || signer.names != names || !signer.is_fresh(&trust, now) {
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = signer.named(names, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.show_health().map_err(StateError::from)?;
         }
@@ -302,6 +304,7 @@ impl Pki {
             }
         }
         self.metrics.clock_distrusted.set(i64::from(found.is_some()));
+        self.metrics.clock_unconfirmed.set(i64::from(standing != Standing::Confirmed));
         *distrust = found;
         Ok(())
     }
@@ -333,6 +336,11 @@ impl Pki {
     pub(crate) fn clock_doubt(&self) -> Option<String> {
         let unconfirmed = || (!self.start().is_confirmed()).then(|| UNCONFIRMED.to_owned());
         self.distrust().map(|why| why.to_string()).or_else(unconfirmed)
+    }
+
+    /// Whether nobody has vouched for the clock since the start.
+    pub(crate) fn is_clock_unconfirmed(&self) -> bool {
+        !self.start().is_confirmed()
     }
 
     /// Whether what cannot be undone may be done by this clock.
@@ -380,7 +388,7 @@ impl Pki {
         Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
     }
 
-    pub(crate) fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
+    pub fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
         *self.web_certificate.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
     }
 

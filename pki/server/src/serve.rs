@@ -23,6 +23,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::admin::AdminService;
 use crate::federation::poll;
+use crate::istio::IstioService;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
@@ -141,6 +142,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
 
 fn router(pki: Arc<Pki>) -> Router {
     let admin = AdminService::server(pki.clone());
+    let istio = IstioService::server(pki.clone());
     let grpc = HostServer::new(HostService::new(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Router::new()
         .route("/.well-known/spiffe-bundle", get(spiffe_bundle))
@@ -149,6 +151,7 @@ fn router(pki: Arc<Pki>) -> Router {
         .with_state(pki)
         .route_service("/meshd.pki.v1.Host/{method}", grpc)
         .route_service("/meshd.pki.admin.v1.Admin/{method}", admin)
+        .route_service("/istio.v1.auth.IstioCertificateService/{method}", istio)
 }
 
 /// Only what other trust domains need.

@@ -26,7 +26,7 @@ pub(crate) struct Peer {
 }
 
 /// Calls worked on at once. All of them share one database, so more would only wait with a thread each.
-const AT_ONCE: usize = 8;
+pub(crate) const AT_ONCE: usize = 8;
 /// A host that does not read is told nothing more; what it missed is in the answer to its next report.
 const UNREAD_REPLIES: usize = 4;
 
@@ -119,7 +119,7 @@ impl HostService {
     }
 }
 
-async fn run<T: Send + 'static>(
+pub(crate) async fn run<T: Send + 'static>(
     pki: Arc<Pki>,
     permits: &Semaphore,
     method: &'static str,
@@ -204,7 +204,7 @@ impl Conversation {
     }
 }
 
-fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
+pub(crate) fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
     let peer = request.extensions().get::<Peer>().cloned();
     peer.ok_or_else(|| Status::internal("the listener did not say who called"))
 }

@@ -41,6 +41,7 @@ impl Pki {
             lifetimes: self.lifetimes,
             certificates,
             distrust: distrust.map(|why| why.to_string()),
+            is_clock_unconfirmed: self.is_clock_unconfirmed(),
             renewals: self.renewals(),
         };
         // Only `status` lacks it, and the database's trouble is told by itself.

@@ -195,6 +195,7 @@ pub(super) fn server(server: &Server, now: i64) -> ServerStatus {
         seen: rfc3339(server.at),
         is_running: !is_silent(server, now),
         clock_problem: server.distrust.clone(),
+        is_clock_unconfirmed: server.is_clock_unconfirmed,
         renewals: server.renewals.clone(),
     }
 }

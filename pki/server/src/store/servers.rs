@@ -16,6 +16,9 @@ pub(crate) struct Server {
     pub(crate) certificates: Vec<ServerCertificate>,
     /// Why it issues nothing now.
     pub(crate) distrust: Option<String>,
+    /// Nobody has vouched for its clock since it started.
+    #[serde(default)]
+    pub(crate) is_clock_unconfirmed: bool,
     /// Since it started, by result.
     pub(crate) renewals: BTreeMap<String, u64>,
 }
