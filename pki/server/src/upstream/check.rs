@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::{SpiffeId, TrustDomain, sha256};
+use meshd_identity::{SpiffeId, TrustDomain, digest_id, root_id};
 use rcgen::KeyPair;
 use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -45,11 +45,13 @@ pub(crate) struct Checked {
     pub(crate) intermediate: Part,
     /// PKCS#8
     pub(crate) key: Vec<u8>,
+    pub(crate) key_id: String,
 }
 
 #[derive(Debug)]
 pub(crate) struct Part {
-    /// SHA-256 of the public key, cut to the length of our own identifiers.
+    /// Of a root what hosts call it. Of an intermediate one of its own for each certificate and each root it came with,
+    /// for it may have the key of another.
     pub(crate) id: String,
     pub(crate) certificate: Vec<u8>,
     pub(crate) not_after: i64,
@@ -70,8 +72,9 @@ pub(crate) fn private_key(pem: &[u8]) -> Result<Vec<u8>, Unusable> {
     Ok(key.serialize_der())
 }
 
+/// What a request and its answer have in common.
 pub(crate) fn id_of_key(spki: &[u8]) -> String {
-    data_encoding::HEXLOWER.encode(&sha256(spki)[..16])
+    digest_id(spki)
 }
 
 pub(crate) fn check(
@@ -88,9 +91,10 @@ pub(crate) fn check(
     if from_unix(not_after) < now + needed {
         return Err(Unusable::Ending { end: rfc3339(not_after), needed_s: needed.as_secs() });
     }
-    let intermediate = Part { not_after, ..intermediate };
-    try_it(&intermediate, &root, key, domain, lifetimes.skew, now)?;
-    Ok(Checked { root, intermediate, key: key.to_vec() })
+    let id = digest_id(&[intermediate.certificate.as_slice(), &root.certificate].concat());
+    let intermediate = Part { id, not_after, ..intermediate };
+    let key_id = try_it(&intermediate, &root, key, domain, lifetimes.skew, now)?;
+    Ok(Checked { root, intermediate, key: key.to_vec(), key_id })
 }
 
 fn part(which: &'static str, der: &[u8], now: SystemTime) -> Result<Part, Unusable> {
@@ -115,7 +119,7 @@ fn part(which: &'static str, der: &[u8], now: SystemTime) -> Result<Part, Unusab
         now if now < starts => return Err(bad(format!("is not valid before {}", rfc3339(starts)))),
         _ => {}
     }
-    Ok(Part { id: id_of_key(parsed.public_key().raw), certificate: der.to_vec(), not_after: ends })
+    Ok(Part { id: root_id(der), certificate: der.to_vec(), not_after: ends })
 }
 
 fn check_key<E>(key: Result<PublicKey<'_>, E>) -> Result<(), String> {
@@ -130,7 +134,7 @@ fn check_key<E>(key: Result<PublicKey<'_>, E>) -> Result<(), String> {
 }
 
 /// What a verifier will do with every leaf, done once before anybody has one. It finds a foreign key, a path length that
-/// does not allow leaves, a root that did not sign.
+/// does not allow leaves, a root that did not sign. Returns what the key is called.
 fn try_it(
     intermediate: &Part,
     root: &Part,
@@ -138,14 +142,17 @@ fn try_it(
     domain: &TrustDomain,
     skew: Duration,
     now: SystemTime,
-) -> Result<(), Unusable> {
+) -> Result<String, Unusable> {
     use rcgen::PublicKeyData;
     let key =
         KeyPair::try_from(key).map_err(|error| Unusable::Unreadable(format!("the key cannot be used: {error}")))?;
-    if id_of_key(&key.subject_public_key_info()) != intermediate.id {
+    let failed = |error: String| Unusable::Trial(error);
+    let (_, parsed) =
+        X509Certificate::from_der(&intermediate.certificate).map_err(|error| failed(error.to_string()))?;
+    if parsed.public_key().raw != key.subject_public_key_info() {
         return Err(Unusable::Key);
     }
-    let failed = |error: String| Unusable::Trial(error);
+    let key_id = id_of_key(parsed.public_key().raw);
     let (id, der, end) = (intermediate.id.clone(), intermediate.certificate.clone(), from_unix(intermediate.not_after));
     let authority = Authority::from_parts(id, der, key, end, skew).map_err(|error| failed(error.to_string()))?;
     let leaf_key = KeyPair::generate().map_err(|error| failed(error.to_string()))?;
@@ -162,5 +169,6 @@ fn try_it(
         UnixTime::since_unix_epoch(since),
         rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all,
     )
-    .map_err(|error| failed(error.to_string()))
+    .map_err(|error| failed(error.to_string()))?;
+    Ok(key_id)
 }

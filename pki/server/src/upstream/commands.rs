@@ -8,9 +8,10 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
 use super::check::{Unusable, certificates, check, id_of_key, private_key};
+use super::import::Imported;
 use crate::authority::{AuthorityError, csr_params};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::step::{Imported, Rotator};
+use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::upstream::{self, Pending};
 use crate::store::{DbError, servers};
@@ -33,6 +34,11 @@ pub enum UpstreamError {
     NoKey,
     #[error("the bundle holds as many roots as it may; one has to leave before another comes")]
     TooManyRoots,
+    #[error(
+        "root {root} is tainted since {since}: its key may be known to others; bring an intermediate of a root with \
+         another key"
+    )]
+    Tainted { root: String, since: String },
 }
 
 /// A certificate request in PEM for an offline root to sign. The key stays here, encrypted; the same request is given
@@ -93,10 +99,7 @@ pub(super) fn take_over(
     let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
     let (imported, event) = state.database.transaction(|records| -> Result<_, UpstreamError> {
         let (imported, event) = rotator.import(records, &checked)?;
-        if imported == Imported::TooManyRoots {
-            return Err(UpstreamError::TooManyRoots);
-        }
-        upstream::forget_pending(records, &checked.intermediate.id)?;
+        upstream::forget_pending(records, &checked.key_id)?;
         upstream::set_refused(records, None)?;
         Ok((imported, event))
     })?;

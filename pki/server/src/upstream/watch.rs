@@ -8,10 +8,10 @@ use tokio::time::interval;
 
 use super::check::{certificates, private_key};
 use super::commands::{UpstreamError, take_over};
+use super::import::Imported;
 use crate::audit::Event;
 use crate::files::{Files, READ_EVERY};
 use crate::pki::{Pki, PkiError};
-use crate::rotation::step::Imported;
 use crate::store::upstream;
 use crate::times::unix;
 

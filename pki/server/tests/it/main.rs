@@ -16,6 +16,7 @@ mod impostors;
 mod inventory;
 mod join_tokens;
 mod operation;
+mod outside;
 mod profile;
 mod records;
 mod recovery;
