@@ -29,6 +29,7 @@ use crate::state_dir::{StateDir, StateError};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, unix, unix_ms};
+use crate::upstream::watch::{UpstreamFiles, look_ahead};
 
 /// Records of certificates and tokens are kept this long after their end.
 const KEEP_S: i64 = 30 * 86_400;
@@ -41,6 +42,8 @@ pub struct Options {
     pub advertise: Vec<String>,
     /// File that says by what else than tokens hosts come in.
     pub attestors: Option<PathBuf>,
+    /// The intermediate from outside that others replace.
+    pub upstream: Option<UpstreamFiles>,
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
@@ -59,6 +62,7 @@ impl Default for Options {
             lifetimes: Lifetimes::default(),
             advertise: Vec::new(),
             attestors: None,
+            upstream: None,
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
             clock_is_right: false,
@@ -134,6 +138,9 @@ impl Pki {
                 .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
         }
         let now = (options.clock)();
+        if let Some(files) = &options.upstream {
+            look_ahead(&state, files, &options.lifetimes, now);
+        }
         let start = begin(&state, &kek, &options, now)?;
         let signer =
             Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);

@@ -1,5 +1,6 @@
 //! Whether an intermediate from outside can be used.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, TrustDomain, digest_id, root_id};
@@ -8,14 +9,14 @@ use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::ParsedCertificate;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
 
 use crate::authority::Authority;
 use crate::lifetimes::Lifetimes;
-use crate::times::{from_unix, rfc3339, unix};
+use crate::times::{from_unix, rfc3339, seconds, unix};
 
 /// An intermediate has to have this many replacement intervals left: the time to notice and to bring the next.
 const INTERVALS_LEFT: u32 = 2;
@@ -85,7 +86,9 @@ pub(crate) fn check(
     now: SystemTime,
 ) -> Result<Checked, Unusable> {
     let [intermediate, root] = chain else { return Err(Unusable::Count(chain.len())) };
-    let (intermediate, root) = (part("intermediate", intermediate, now)?, part("root", root, now)?);
+    // It is used at once, and verifiers whose clocks are behind have to find it valid.
+    let intermediate = part("intermediate", intermediate, now, lifetimes.skew)?;
+    let root = part("root", root, now, Duration::ZERO)?;
     let not_after = intermediate.not_after.min(root.not_after);
     let needed = lifetimes.intermediate_every * INTERVALS_LEFT + lifetimes.skew;
     if from_unix(not_after) < now + needed {
@@ -97,7 +100,8 @@ pub(crate) fn check(
     Ok(Checked { root, intermediate, key: key.to_vec(), key_id })
 }
 
-fn part(which: &'static str, der: &[u8], now: SystemTime) -> Result<Part, Unusable> {
+/// A certificate that has been valid for `settled`.
+fn part(which: &'static str, der: &[u8], now: SystemTime, settled: Duration) -> Result<Part, Unusable> {
     let bad = |problem: String| Unusable::Authority { which, problem };
     let (_, parsed) = X509Certificate::from_der(der).map_err(|error| bad(format!("is not X.509: {error}")))?;
     if !parsed.is_ca() {
@@ -117,6 +121,12 @@ fn part(which: &'static str, der: &[u8], now: SystemTime) -> Result<Part, Unusab
     match unix(now) {
         now if now >= ends => return Err(bad(format!("ended at {}", rfc3339(ends)))),
         now if now < starts => return Err(bad(format!("is not valid before {}", rfc3339(starts)))),
+        now if now < starts + seconds(settled) => {
+            let at = rfc3339(starts + seconds(settled));
+            return Err(bad(format!(
+                "is valid since a moment ago, and clocks of hosts may be behind: bring it at {at}"
+            )));
+        }
         _ => {}
     }
     Ok(Part { id: root_id(der), certificate: der.to_vec(), not_after: ends })
@@ -161,14 +171,21 @@ fn try_it(
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(root.certificate.as_slice())).map_err(|error| failed(error.to_string()))?;
     let parsed = ParsedCertificate::try_from(&leaf).map_err(|error| failed(error.to_string()))?;
-    let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+    let above = [CertificateDer::from(intermediate.certificate.as_slice())];
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     verify_server_cert_signed_by_trust_anchor(
         &parsed,
         &roots,
-        &[CertificateDer::from(intermediate.certificate.as_slice())],
-        UnixTime::since_unix_epoch(since),
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all,
+        &above,
+        since,
+        provider.signature_verification_algorithms.all,
     )
     .map_err(|error| failed(error.to_string()))?;
+    // An authority may be good for one side only.
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+    let clients = clients.map_err(|error| failed(error.to_string()))?;
+    let as_client = clients.verify_client_cert(&leaf, &above, since);
+    as_client.map_err(|error| failed(format!("as a client: {error}")))?;
     Ok(key_id)
 }

@@ -2,6 +2,7 @@
 
 use meshd_identity::{Bundle, root_id, roots_of};
 use meshd_pki::upstream::commands::{UpstreamError, import};
+use meshd_pki::upstream::watch::Upstream;
 use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -9,11 +10,16 @@ use rustls::pki_types::pem::PemObject;
 use crate::authority::taint;
 use crate::operation::{DAY, Desk, HOUR};
 use crate::support::domain;
-use crate::upstream::{Offline, Says, pem_of, renew};
+use crate::upstream::{Files, Offline, Says, blocked, pem_of, renew};
 
 impl Desk {
     fn bring(&self, offline: &Offline, key: &KeyPair) -> Result<String, UpstreamError> {
-        let chain = offline.sign(key, Says::usual(self.now(), 365));
+        self.bring_for(offline, key, 365)
+    }
+
+    /// An intermediate that has been valid for three of these days.
+    fn bring_for(&self, offline: &Offline, key: &KeyPair, days: u64) -> Result<String, UpstreamError> {
+        let chain = offline.sign(key, Says::usual(self.now(), days));
         import(self.dir(), chain.as_bytes(), Some(key.serialize_pem().as_bytes()), self.now())?;
         Ok(chain)
     }
@@ -122,4 +128,83 @@ fn a_root_certified_again_with_its_key_takes_the_place_of_the_first() {
     desk.live(&mut chain, 35);
     assert!(desk.holds(&renewed), "the one in use stays");
     assert!(!desk.bundle().roots.iter().any(|root| pem_of(root) == old), "the first has gone");
+}
+
+#[test]
+fn an_ended_intermediate_from_outside_names_its_cure_and_the_next_one_that_lies_ready_is_found_at_the_start() {
+    let mut desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    let offline = Offline::new(desk.now(), "drawer");
+    desk.bring_for(&offline, &key(), 20).unwrap();
+    desk.live(&mut chain, 3);
+    desk.off_for(15 * DAY);
+    let lines = || desk.audit_lines("intermediate").len();
+    let before = lines();
+    for _ in 0..3 {
+        desk.pki().refresh().unwrap_err();
+    }
+    assert_eq!(lines(), before, "the ended one is not put on record again and again");
+    let refused = desk.try_open().unwrap_err().to_string();
+    assert!(refused.contains("meshd-pki import") && !refused.contains("initialise"), "{refused}");
+
+    let files = Files::new();
+    desk.upstream = Some(files.paths());
+    let next = key();
+    let given = offline.sign(&next, Says::usual(desk.now(), 365));
+    files.write("chain.pem", &given);
+    files.write("key.pem", &next.serialize_pem());
+    desk.open();
+    let chain = desk.enrol("web");
+    assert!(given.contains(&pem_of(&chain[1])));
+    assert!(!blocked(&desk));
+}
+
+#[test]
+fn a_start_after_the_end_of_an_intermediate_goes_on_under_another_root_that_was_brought() {
+    let mut desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    let (first, second) = (Offline::new(desk.now(), "first"), Offline::new(desk.now(), "second"));
+    desk.bring_for(&first, &key(), 20).unwrap();
+    desk.live(&mut chain, 3);
+    desk.off_for(15 * DAY);
+    let given = desk.bring(&second, &key()).unwrap();
+    desk.open();
+    assert!(given.contains(&pem_of(&desk.enrol("web")[1])));
+}
+
+#[test]
+fn files_that_were_refused_are_taken_when_the_reason_has_passed() {
+    let desk = Desk::new();
+    let files = Files::new();
+    let mut upstream = Upstream::new(&files.paths());
+    let (offline, key) = (Offline::new(desk.now(), "drawer"), key());
+    files.write("chain.pem", &offline.sign(&key, Says { from: desk.now(), ..Says::usual(desk.now(), 365) }));
+    files.write("key.pem", &key.serialize_pem());
+    upstream.look(desk.pki());
+    assert!(blocked(&desk), "hosts whose clocks are behind would refuse it");
+    desk.pass(240);
+    upstream.look(desk.pki());
+    assert!(blocked(&desk));
+    desk.pass(120);
+    upstream.look(desk.pki());
+    assert!(!blocked(&desk));
+    assert_eq!(desk.audit_lines("upstream").len(), 2, "refused once, taken once");
+}
+
+#[test]
+fn an_intermediate_under_a_root_that_was_left_makes_it_sign_again() {
+    let desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    let (first, second) = (Offline::new(desk.now(), "first"), Offline::new(desk.now(), "second"));
+    let back = key();
+    desk.bring(&first, &back).unwrap();
+    desk.live(&mut chain, 3);
+    desk.bring(&second, &key()).unwrap();
+    desk.live(&mut chain, 3);
+    assert_eq!(desk.root("active").unwrap(), id_of(&second));
+    let given = desk.bring(&first, &back).unwrap();
+    desk.live(&mut chain, 1);
+    assert_eq!(desk.root("active").unwrap(), id_of(&first));
+    assert!(given.contains(&pem_of(&chain[1])));
+    assert!(desk.holds(&second), "its leaves are out there");
 }

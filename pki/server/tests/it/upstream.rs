@@ -170,6 +170,8 @@ fn whatever_cannot_be_used_is_refused_with_the_reason_and_what_is_in_force_stays
         ("keyCertSign is missing", signed(Says { usage: vec![KeyUsagePurpose::CrlSign], ..usual() }), &key),
         ("ended at", signed(Says { days: 2, ..usual() }), &key),
         ("not valid before", signed(Says { from: now + Duration::from_secs(DAY), ..usual() }), &key),
+        ("moment ago", signed(Says { from: now - Duration::from_secs(60), ..usual() }), &key),
+        ("as a client", signed(Says { extended: vec![ExtendedKeyUsagePurpose::ServerAuth], ..usual() }), &key),
         ("have to be left", signed(Says { days: 8, ..usual() }), &key),
         ("name constraints", constrained, &key),
         ("does not verify", mixed, &key),
