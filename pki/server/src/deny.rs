@@ -16,7 +16,7 @@ use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
-use crate::store::trust;
+use crate::store::{DbError, View, trust};
 use crate::times::{unix, unix_ms};
 
 /// A deny set ready to be handed out.
@@ -27,7 +27,7 @@ pub(crate) struct SignedDeny {
     pub(crate) jws: String,
     /// The PKI knows that there was a newer one.
     pub(crate) is_behind: bool,
-    /// The root that was active when it was signed: whoever joins later may know only later ones.
+    /// The root that signed it: whoever joins later may know only later ones.
     signer: String,
     /// SPIFFE IDs that nobody is to have now.
     identities: BTreeSet<String>,
@@ -62,9 +62,11 @@ impl Pki {
     pub(crate) fn refresh_deny(&self) -> Result<(), PkiError> {
         let floor = Floor::new(&self.state);
         let known = self.deny();
-        let set = self.state.database.read(deny::deny).map_err(StateError::from)?;
+        let read = |view: &mut dyn View| Ok::<_, DbError>((deny::deny(view)?, trust::trust(view)?));
+        let (set, trust) = self.state.database.read(read).map_err(StateError::from)?;
+        let root = trust.speaker().ok_or_else(|| self.state.incomplete("a root whose key is here"))?;
         let is_behind = floor.get() > set.sequence;
-        let signer = self.signer().root.clone();
+        let signer = root.id.clone();
         if (set.sequence, is_behind, &signer) == (known.sequence, known.is_behind, &known.signer) {
             return Ok(());
         }
@@ -73,8 +75,6 @@ impl Pki {
             path: floor.0.clone(),
             source,
         })?;
-        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
-        let root = trust.speaker().ok_or_else(|| self.state.incomplete("a root whose key is here"))?;
         let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),

@@ -114,6 +114,10 @@ impl Rotator<'_> {
                 trust.activate(&root, now);
                 event("root_activate", &root, despite.map_or("", despite_text).to_owned())
             }
+            Step::Speak { root } => {
+                trust.speak(&root);
+                event("root_speak", &root, "signs what hosts are told, no certificates".to_owned())
+            }
             Step::Remove { root } => {
                 trust.remove(&root, now);
                 event("root_remove", &root, String::new())

@@ -58,12 +58,16 @@ pub(crate) struct Upstream {
     pub(crate) not_after: i64,
 }
 
-/// The way of a root. Every arrow is one transaction; there is no way back.
+/// The way of a root. Every arrow is one transaction; there is no way back, but that an authority outside may bring
+/// another intermediate under a root that is old or has left: then it is prepared again.
 ///
 /// ```text
 /// prepared ---> active ---> old ---> removed ---> retired
-///     \_______________________________^   (tainted before it was ever used)
+///     \ \___________________^ (*)        ^
+///      \________________________________/  (tainted before it was ever used)
 /// ```
+///
+/// (*) One of our own, while the active root is from outside: it only signs what hosts are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum RootState {
@@ -71,7 +75,7 @@ pub(crate) enum RootState {
     Prepared,
     /// Signs intermediates. At most one.
     Active,
-    /// In the bundle, signs nothing any more: certificates under it are still out there.
+    /// In the bundle, signs no certificates any more: some under it are still out there.
     Old,
     /// Not in the bundle. Its key has signed the bundle without it, for hosts that know nothing newer.
     Removed,
@@ -129,7 +133,19 @@ impl Trust {
     /// Whose key signs what hosts are told: the active root's, and while that is from outside the newest of our own.
     pub(crate) fn speaker(&self) -> Option<&Root> {
         let with_key = |root: &&Root| !root.wrapped_key.is_empty();
-        self.active().filter(with_key).or_else(|| self.in_bundle().filter(with_key).last())
+        let ours = || self.in_bundle().filter(with_key);
+        let known = || ours().filter(|root| root.state != RootState::Prepared);
+        let untainted = || known().filter(|root| root.tainted_at.is_none());
+        self.active()
+            .filter(with_key)
+            .or_else(|| untainted().last().or_else(|| known().last()).or_else(|| ours().last()))
+    }
+
+    /// What hosts are told is signed by this root from now on; certificates are not.
+    pub(crate) fn speak(&mut self, id: &str) {
+        for root in self.roots.iter_mut().filter(|root| root.id == id) {
+            root.state = RootState::Old;
+        }
     }
 
     pub(crate) fn in_bundle(&self) -> impl Iterator<Item = &Root> {

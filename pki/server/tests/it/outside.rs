@@ -192,6 +192,24 @@ fn files_that_were_refused_are_taken_when_the_reason_has_passed() {
 }
 
 #[test]
+fn a_host_that_does_not_acknowledge_waits_no_longer_than_the_intermediate_in_use_lives() {
+    let desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    let (first, second) = (Offline::new(desk.now(), "first"), Offline::new(desk.now(), "second"));
+    desk.bring_for(&first, &key(), 20).unwrap();
+    desk.live(&mut chain, 3);
+    let held = desk.status().bundle_sequence;
+    desk.bring(&second, &key()).unwrap();
+    for _ in 0..12 * 3 {
+        desk.pass(8 * HOUR);
+        chain = crate::operation::chain_of(desk.renew_holding(held, "web", Some(&chain[0])).unwrap());
+    }
+    assert_eq!(desk.root("active").unwrap(), id_of(&second), "nobody could be issued anything a day later");
+    let activations = desk.audit_lines("root_activate");
+    assert!(activations.last().unwrap()["detail"].as_str().unwrap().contains("about to end"), "{activations:?}");
+}
+
+#[test]
 fn an_intermediate_under_a_root_that_was_left_makes_it_sign_again() {
     let desk = Desk::new();
     let mut chain = desk.enrol("web");
@@ -207,4 +225,26 @@ fn an_intermediate_under_a_root_that_was_left_makes_it_sign_again() {
     assert_eq!(desk.root("active").unwrap(), id_of(&first));
     assert!(given.contains(&pem_of(&chain[1])));
     assert!(desk.holds(&second), "its leaves are out there");
+}
+
+#[test]
+fn the_root_that_signs_what_hosts_are_told_is_replaced_while_certificates_come_from_outside() {
+    let desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    let ours = desk.root("active").unwrap();
+    desk.bring_for(&Offline::new(desk.now(), "drawer"), &key(), 3600).unwrap();
+    desk.live(&mut chain, 40);
+    assert_eq!(desk.root("old").unwrap(), ours);
+    desk.done(taint(&ours));
+    desk.pass(60);
+    assert!(desk.root("prepared").is_some());
+    desk.live(&mut chain, 1);
+    let speaker = desk.root("old").unwrap();
+    assert_ne!(speaker, ours, "the next signs, and the tainted one has left");
+    assert!(!desk.bundle().roots.iter().any(|root| root_id(root) == ours));
+    // The same before it ends, and it never signs certificates.
+    let issuer = chain[1].clone();
+    desk.live(&mut chain, 230);
+    assert!(!desk.bundle().roots.iter().any(|root| root_id(root) == speaker));
+    assert_eq!(chain[1], issuer);
 }
