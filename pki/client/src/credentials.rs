@@ -6,6 +6,8 @@ use std::time::SystemTime;
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+use crate::Federation;
+
 /// One identity with the certificate and key that prove it.
 #[derive(Clone)]
 pub struct Svid {
@@ -34,6 +36,8 @@ pub struct Credentials {
     pub refused: BTreeMap<SpiffeId, String>,
     /// What the processes of an identity are known by, where the PKI says so.
     pub selectors: BTreeMap<SpiffeId, Vec<String>>,
+    /// Other trust domains, each with its own bundle.
+    pub federation: Federation,
     /// `host:port` of the PKI servers.
     pub pki: Vec<String>,
 }

@@ -12,7 +12,7 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use crate::{Credentials, Svid};
+use crate::{Credentials, Federated, Federation, Svid};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -85,8 +85,16 @@ impl FakeCa {
             workloads: ids.iter().map(|id| (id.clone(), self.svid(id))).collect(),
             refused: BTreeMap::new(),
             selectors: BTreeMap::new(),
+            federation: Federation::default(),
             pki: vec!["127.0.0.1:15012".to_owned()],
         }
+    }
+
+    /// What a host is told whose identities `ids` have to do with this trust domain.
+    pub fn federated_for(&self, ids: &[SpiffeId]) -> Federation {
+        let identities = ids.iter().cloned().collect();
+        let one = Federated { bundle: self.bundle(), identities, since: SystemTime::now() };
+        Federation { revision: 1, domains: BTreeMap::from([(self.trust_domain.clone(), one)]), ..Federation::default() }
     }
 }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use crate::federation::{self, Federation};
 use crate::recovery::Pins;
 use crate::{Credentials, Svid};
 
@@ -42,6 +43,8 @@ struct Document {
     refused: BTreeMap<SpiffeId, String>,
     #[serde(default)]
     selectors: BTreeMap<SpiffeId, Vec<String>>,
+    #[serde(default)]
+    federation: federation::Document,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -67,6 +70,7 @@ impl State {
             workloads: held.workloads.values().map(|svid| svid_document(svid)).collect(),
             refused: held.refused.clone(),
             selectors: held.selectors.clone(),
+            federation: held.federation.to_document(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
     }
@@ -83,6 +87,7 @@ impl State {
             workloads: workloads.collect::<Result<_, String>>()?,
             refused: document.refused,
             selectors: document.selectors,
+            federation: Federation::from_document(document.federation)?,
             pki: document.pki,
         };
         let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;
@@ -157,6 +162,8 @@ pub(crate) mod tests {
         let id = SpiffeId::workload(&domain, "shop", "payments").unwrap();
         let mut credentials = FakeCa::new(&domain).credentials(host_id, &[id]);
         credentials.refused.insert(SpiffeId::workload(&domain, "shop", "other").unwrap(), "not permitted".to_owned());
+        let foreign = FakeCa::new("other.example".parse::<TrustDomain>().unwrap());
+        credentials.federation = foreign.federated_for(&[credentials.host.id.clone()]);
         State {
             credentials,
             recovery: Pins { keys: vec![vec![1, 2, 3], vec![4]], heard_at: 5 },
@@ -178,7 +185,7 @@ pub(crate) mod tests {
     #[test]
     fn a_state_from_before_enrolled_keys_is_read() {
         let mut json: serde_json::Value = serde_json::from_slice(&sample("web").to_json()).unwrap();
-        for field in ["enrolled_key", "recovery_heard_at"] {
+        for field in ["enrolled_key", "recovery_heard_at", "federation"] {
             json.as_object_mut().unwrap().remove(field).unwrap();
         }
         let read = State::from_json(json.to_string().as_bytes()).unwrap();

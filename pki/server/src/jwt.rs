@@ -54,7 +54,7 @@ impl Pki {
         self.refuse_while_frozen()?;
         check_audience(&request.audience)?;
         let now = unix(self.now());
-        let (caller, permitted, trust) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, permitted, trust) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
             let permitted = hosts::permitted(view, &caller.host.id)?;
             Ok((caller, permitted, trust::trust(view)?))

@@ -21,9 +21,11 @@ pub(crate) struct Had {
 }
 
 impl Had {
-    pub(crate) fn and(self, told: Had) -> Had {
-        // Of federation a host has what it was told last, older or not.
-        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation: told.federation }
+    /// After this reply to whoever was told all there is.
+    pub(crate) fn and(self, told: Had, reply: &v1::SyncReply) -> Had {
+        // Of federation each host has its own, that it was told last.
+        let federation = reply.federation.as_ref().map_or(self.federation, |told| told.revision);
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation }
     }
 }
 
@@ -44,7 +46,7 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::SyncReply, Refused> {
         let now = self.now();
-        let caller = self.state.database.read(|view| self.caller(view, certificate))?;
+        let caller = self.state.database.read_latest(|view| self.caller(view, certificate))?;
         self.watch_for_clones(&caller.host.id, &report.instance, remote);
         let sighting = Sighting {
             now: unix(now),
@@ -62,6 +64,7 @@ impl Pki {
             self.metrics.note_failures.inc();
             tracing::error!(%error, host = %caller.host.id, "a report is not on record");
         }
+        self.heard_of_bundle(&caller.host.id, report.bundle_sequence);
         if !report.deny_set.is_empty()
             && let Err(error) = self.learn_deny(&report.deny_set)
         {
@@ -87,9 +90,10 @@ impl Pki {
             deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
             want_deny_set: had.deny > deny.sequence,
             tainted_roots: signer.tainted.clone(),
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
             recovery: recovery.unwrap_or_default(),
-            federation: (federation.revision != had.federation).then_some(federation),
+            federation: federation.unless_known(had.federation),
+            federation_freshness: federation.freshness,
         })
     }
 

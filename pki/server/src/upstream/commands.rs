@@ -97,14 +97,11 @@ pub(super) fn take_over(
     let checked = check(chain, key, &state.trust_domain, lifetimes, now)?;
     let kek = state.kek()?;
     let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
-    let (imported, event) = state.database.transaction(|records| -> Result<_, UpstreamError> {
+    state.change(now, |records, told| -> Result<_, UpstreamError> {
         let (imported, event) = rotator.import(records, &checked)?;
         upstream::forget_pending(records, &checked.key_id)?;
         upstream::set_refused(records, None)?;
-        Ok((imported, event))
-    })?;
-    if let Some(event) = event {
-        state.record(now, &[event])?;
-    }
-    Ok(imported)
+        told.extend(event);
+        Ok(imported)
+    })
 }
