@@ -93,7 +93,7 @@ impl Authority {
     }
 
     /// It was signed by others.
-    pub(crate) fn from_outside(self) -> Authority {
+    pub(crate) fn of_outside(self) -> Authority {
         let remedy = "it is from outside: bring the next by `meshd-pki import`, or where --upstream-chain reads it";
         Authority { remedy, ..self }
     }

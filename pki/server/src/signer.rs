@@ -232,7 +232,7 @@ fn unwrap(kek: &Kek, row: &Intermediate, lifetimes: &Lifetimes) -> Result<Author
     let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
     let not_after = from_unix(row.not_after);
     let authority = Authority::from_parts(row.id.clone(), row.certificate.clone(), key, not_after, lifetimes.skew)?;
-    Ok(if row.from_outside { authority.from_outside() } else { authority })
+    Ok(if row.from_outside { authority.of_outside() } else { authority })
 }
 
 fn new_intermediate(

@@ -37,8 +37,9 @@ impl Rotator<'_> {
         let end = unix(self.now) + 2 * seconds(self.lifetimes.skew);
         let goes_on = |root: &&Root| root.upstream.as_ref().is_some_and(|given| given.not_after > end);
         trust.active().filter(|root| root.upstream.is_some() && !goes_on(root))?;
-        let prepared = trust.roots.iter().filter(|root| root.state == RootState::Prepared && root.tainted_at.is_none());
-        prepared.filter(goes_on).last().map(|root| root.id.clone())
+        let mut prepared =
+            trust.roots.iter().filter(|root| root.state == RootState::Prepared && root.tainted_at.is_none());
+        prepared.rfind(goes_on).map(|root| root.id.clone())
     }
 
     fn provide_root(&self, trust: &mut Trust) -> Result<Event, StateError> {
