@@ -8,12 +8,15 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use meshd_identity::denial::DenyIndex;
 use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
 
 use crate::audit::Event;
 use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
+use crate::refused::Refused;
+use crate::service::Peer;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
 use crate::store::{DbError, View, trust};
@@ -31,6 +34,7 @@ pub(crate) struct SignedDeny {
     signer: String,
     /// SPIFFE IDs that nobody is to have now.
     identities: BTreeSet<String>,
+    index: DenyIndex,
 }
 
 /// The highest sequence of a deny set there ever was, outside the database and its backups.
@@ -85,7 +89,23 @@ impl Pki {
             Whom::Serial(_) | Whom::Authority(_) => None,
         });
         let identities = identities.collect();
-        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities });
+        let index = DenyIndex::of(&set.to_set(&self.trust_domain));
+        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities, index });
+        Ok(())
+    }
+
+    /// A certificate that hosts refuse is refused here, too: its host has to prove anew who it is, and gets another.
+    /// Asked with every message, for a connection may be older than a denial.
+    pub(crate) fn refuse_denied(&self, peer: &Peer) -> Result<(), Refused> {
+        let (Some(_), marks) = (&peer.certificate, &peer.marks) else { return Ok(()) };
+        let Some(marks) = marks else {
+            return Err(Refused::Unauthenticated("the certificate is of no identity of a mesh".to_owned()));
+        };
+        if self.deny().index.denies_certificate(marks) {
+            let id = &marks.id;
+            let why = format!("the certificate of {id} is denied in this mesh; see `meshd-pki deny list` on the PKI");
+            return Err(Refused::Unauthenticated(why));
+        }
         Ok(())
     }
 

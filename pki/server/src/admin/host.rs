@@ -140,6 +140,8 @@ impl Desk<'_> {
                 let state = host.state.name();
                 return Err(AdminError::NotNow(format!("host `{name}` is {state}, and gets nothing as it is")));
             }
+            let held = hosts::permitted(records, name)?.into_iter().chain([id.to_string()]).collect();
+            self.check_reach(records, &held)?;
             host.evict();
             hosts::put_host(records, &host)?;
             // With the token it joined by, it could repeat that.
