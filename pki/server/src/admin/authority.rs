@@ -314,7 +314,7 @@ fn listed(names: &[String]) -> String {
 }
 
 /// SHA-256 of the key in a certificate, as the deny set has it.
-pub(super) fn key_sha256(certificate: &[u8]) -> String {
+pub(crate) fn key_sha256(certificate: &[u8]) -> String {
     let parsed = X509Certificate::from_der(certificate);
     parsed.map(|(_, parsed)| HEXLOWER.encode(&sha256(parsed.public_key().raw))).unwrap_or_default()
 }

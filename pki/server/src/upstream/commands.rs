@@ -8,7 +8,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
 use super::check::{Unusable, certificates, check, id_of_key, private_key};
-use super::import::Imported;
+use super::import::{Imported, Source};
 use crate::authority::{AuthorityError, csr_params};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::Rotator;
@@ -39,6 +39,13 @@ pub enum UpstreamError {
          another key"
     )]
     Tainted { root: String, since: String },
+    #[error("the key of intermediate {id} or of its root is in the deny set: whatever it signs is refused everywhere")]
+    Denied { id: String },
+    #[error(
+        "intermediate {id} was replaced by another; to go back to it, bring it by `meshd-pki import`, else put the \
+         one in force into the files"
+    )]
+    Replaced { id: String },
 }
 
 /// A certificate request in PEM for an offline root to sign. The key stays here, encrypted; the same request is given
@@ -75,7 +82,7 @@ pub fn import(dir: &Path, chain: &[u8], key: Option<&[u8]>, now: SystemTime) -> 
     };
     let running = state.database.read(servers::servers)?;
     let lifetimes = running.iter().max_by_key(|server| server.at).map_or_else(Lifetimes::default, |one| one.lifetimes);
-    take_over(&state, &chain, &key, &lifetimes, now)
+    take_over(&state, (&chain, &key), Source::Operator, &lifetimes, now)
 }
 
 fn pending_key(state: &StateDir, intermediate: Option<&Vec<u8>>) -> Result<Vec<u8>, UpstreamError> {
@@ -89,8 +96,8 @@ fn pending_key(state: &StateDir, intermediate: Option<&Vec<u8>>) -> Result<Vec<u
 
 pub(super) fn take_over(
     state: &StateDir,
-    chain: &[Vec<u8>],
-    key: &[u8],
+    (chain, key): (&[Vec<u8>], &[u8]),
+    source: Source,
     lifetimes: &Lifetimes,
     now: SystemTime,
 ) -> Result<Imported, UpstreamError> {
@@ -98,7 +105,7 @@ pub(super) fn take_over(
     let kek = state.kek()?;
     let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
     state.change(now, |records, told| -> Result<_, UpstreamError> {
-        let (imported, event) = rotator.import(records, &checked)?;
+        let (imported, event) = rotator.import(records, &checked, source)?;
         upstream::forget_pending(records, &checked.key_id)?;
         upstream::set_refused(records, None)?;
         told.extend(event);

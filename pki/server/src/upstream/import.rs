@@ -1,15 +1,26 @@
 //! What becomes of an intermediate from outside among the roots.
 
+use meshd_identity::statements::Whom;
+
 use super::check::{Checked, Part, Unusable};
 use super::commands::UpstreamError;
+use crate::admin::key_sha256;
 use crate::audit::Event;
 use crate::rotation::decide::MOST_ROOTS;
 use crate::rotation::step::Rotator;
 use crate::rotation::trust::Upstream;
 use crate::rotation::{Root, RootState};
 use crate::state_dir::StateError;
-use crate::store::{Records, trust};
+use crate::store::{DbError, Records, View, deny, intermediates, trust};
 use crate::times::{rfc3339, unix};
+
+/// Who brings an intermediate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    Operator,
+    /// Read again at every start, whatever came in between.
+    Files,
+}
 
 /// What became of an intermediate from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,18 +45,34 @@ impl std::fmt::Display for Imported {
     }
 }
 
+/// Whether every server that signed with it signs with another now.
+fn was_replaced(view: &mut dyn View, id: &str) -> Result<bool, DbError> {
+    let known = intermediates::all(view)?.into_iter().filter(|one| one.id == id);
+    let standing: Vec<bool> = known.map(|one| one.replaced_at.is_some()).collect();
+    Ok(!standing.is_empty() && standing.into_iter().all(|replaced| replaced))
+}
+
+fn is_denied(view: &mut dyn View, checked: &Checked) -> Result<bool, DbError> {
+    let keys = [&checked.intermediate, &checked.root].map(|part| key_sha256(&part.certificate));
+    let mut denied = deny::deny(view)?.entries.into_iter();
+    Ok(denied.any(|one| matches!(one.whom, Whom::Authority(key) if keys.contains(&key))))
+}
+
 impl Rotator<'_> {
     /// Takes over an intermediate from outside. A root that is new waits as a prepared one of our own does.
     pub(crate) fn import(
         &self,
         records: &mut dyn Records,
         checked: &Checked,
+        source: Source,
     ) -> Result<(Imported, Option<Event>), UpstreamError> {
         let mut trust = trust::trust(records)?;
         let (root, new) = (&checked.root, &checked.intermediate);
         let wrapped_key = self.kek.wrap(&new.id, &checked.key).map_err(StateError::from)?;
         let (id, certificate, not_after) = (new.id.clone(), new.certificate.clone(), new.not_after);
         let upstream = Upstream { id, certificate, wrapped_key, not_after };
+        let was_replaced = was_replaced(records, &new.id)?;
+        let is_denied = is_denied(records, checked)?;
         let known = trust.roots.iter_mut().find(|one| one.id == root.id);
         if let Some((known, since)) = known.as_ref().and_then(|known| known.tainted_at.map(|since| (known, since))) {
             return Err(UpstreamError::Tainted { root: known.id.clone(), since: rfc3339(since) });
@@ -60,6 +87,10 @@ impl Rotator<'_> {
                     && known.upstream.as_ref().is_some_and(|held| held.certificate == new.certificate) =>
             {
                 return Ok((Imported::Known, None));
+            }
+            _ if is_denied => return Err(UpstreamError::Denied { id: new.id.clone() }),
+            _ if source == Source::Files && was_replaced => {
+                return Err(UpstreamError::Replaced { id: new.id.clone() });
             }
             Some(known) => {
                 known.upstream = Some(upstream);

@@ -9,7 +9,7 @@ use tokio::time::interval;
 
 use super::check::{certificates, private_key};
 use super::commands::{UpstreamError, take_over};
-use super::import::Imported;
+use super::import::{Imported, Source};
 use crate::audit::Event;
 use crate::files::{Files, READ_EVERY};
 use crate::lifetimes::Lifetimes;
@@ -126,5 +126,5 @@ fn accept(
         chain.extend(certificates(roots)?);
         chain.dedup();
     }
-    take_over(state, &chain, &key, lifetimes, now)
+    take_over(state, (&chain, &key), Source::Files, lifetimes, now)
 }

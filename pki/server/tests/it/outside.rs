@@ -3,6 +3,8 @@
 use meshd_identity::{Bundle, root_id, roots_of};
 use meshd_pki::upstream::commands::{UpstreamError, import};
 use meshd_pki::upstream::watch::Upstream;
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::{DenyAdd, DenyWhom, deny_whom};
 use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -247,4 +249,35 @@ fn the_root_that_signs_what_hosts_are_told_is_replaced_while_certificates_come_f
     desk.live(&mut chain, 230);
     assert!(!desk.bundle().roots.iter().any(|root| root_id(root) == speaker));
     assert_eq!(chain[1], issuer);
+}
+
+#[test]
+fn files_that_were_overtaken_are_not_gone_back_to_and_what_is_denied_is_taken_from_nobody() {
+    let mut desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    let (files, offline) = (Files::new(), Offline::new(desk.now(), "drawer"));
+    let (leaked, next) = (key(), key());
+    let old = desk.bring(&offline, &leaked).unwrap();
+    files.write("chain.pem", &old);
+    files.write("key.pem", &leaked.serialize_pem());
+    desk.live(&mut chain, 3);
+    let given = desk.bring(&offline, &next).unwrap();
+    desk.pass(10);
+    desk.upstream = Some(files.paths());
+    desk.open();
+    Upstream::new(&files.paths()).look(desk.pki());
+    assert!(blocked(&desk), "the tool that keeps the files is behind, and that is told");
+    chain = renew(&desk, &chain);
+    assert!(given.contains(&pem_of(&chain[1])));
+    let back = || import(desk.dir(), old.as_bytes(), Some(leaked.serialize_pem().as_bytes()), desk.now());
+    let mut list = desk.list().authorities.into_iter();
+    let id = list.rfind(|one| one.kind == "intermediate" && one.state == "old").unwrap().id;
+    let whom = Some(DenyWhom { whom: Some(deny_whom::Whom::Authority(id)) });
+    desk.done(Command::DenyAdd(DenyAdd { whom: whom.clone(), reason: String::new() }));
+    let refused = back().unwrap_err();
+    assert!(matches!(&refused, UpstreamError::Denied { .. }), "{refused}");
+    desk.done(Command::DenyRemove(meshd_pki_api::admin::DenyRemove { whom }));
+    back().unwrap();
+    desk.pass(10);
+    assert!(old.contains(&pem_of(&renew(&desk, &chain)[1])), "an operator may go back");
 }
