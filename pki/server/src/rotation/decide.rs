@@ -161,8 +161,11 @@ fn only_speaks(root: &Root, trust: &Trust) -> bool {
     root.upstream.is_none() && trust.active().is_some_and(|active| active.upstream.is_some())
 }
 
-/// When the calendar wants the next root.
+/// When the calendar wants the next root. Of authorities outside it knows only when the last moment is.
 pub(crate) fn next_rotation(trust: &Trust, active: &Root, lifetimes: &Lifetimes) -> i64 {
+    if active.upstream.is_some() {
+        return last_call(active, lifetimes);
+    }
     let is_first = trust.roots.iter().filter(|root| root.activated_at.is_some()).count() == 1;
     let every = if is_first { lifetimes.first_root } else { lifetimes.root_every };
     active.activated_at.unwrap_or(active.published_at) + seconds(every)

@@ -182,6 +182,15 @@ fn every_end_that_comes_near_is_told_in_time() {
 }
 
 #[test]
+fn a_web_certificate_that_comes_near_its_end_is_told() {
+    let desk = desk();
+    desk.pass(60);
+    // The PKI's own lives for a day; that of the web is shown in the same way.
+    let page = desk.metrics().replace("kind=\"endpoint\"", "kind=\"https_web\"");
+    History { scrapes: vec![(3 * DAY, page)], step: LONG_STEP }.fires("MeshdPkiWebCertificateEnding");
+}
+
+#[test]
 fn hosts_that_do_not_renew_are_counted_and_only_the_worst_are_named() {
     let desk = desk();
     for number in 0..30 {

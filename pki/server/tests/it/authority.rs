@@ -82,6 +82,22 @@ pub(crate) fn alice() -> Actor {
 }
 
 #[test]
+fn a_root_that_left_the_bundle_is_nobodys_worry() {
+    let desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    for _ in 0..60 * 3 {
+        desk.pass(8 * HOUR);
+        chain = chain_of(desk.renew("web", Some(&chain[0])).unwrap());
+    }
+    assert!(desk.root("retired").is_some());
+    let metrics = desk.metrics();
+    assert!(metrics.contains("kind=\"root\""));
+    for state in ["removed", "retired"] {
+        assert!(!metrics.contains(&format!("state=\"{state}\"")), "{metrics}");
+    }
+}
+
+#[test]
 fn a_root_prepared_by_hand_signs_nothing_before_every_gate_is_open() {
     let desk = Desk::new();
     desk.enrol("web");

@@ -249,6 +249,8 @@ fn the_root_that_signs_what_hosts_are_told_is_replaced_while_certificates_come_f
     desk.live(&mut chain, 230);
     assert!(!desk.bundle().roots.iter().any(|root| root_id(root) == speaker));
     assert_eq!(chain[1], issuer);
+    let problems = desk.status().problems;
+    assert!(problems.is_empty(), "{problems:?}");
 }
 
 #[test]
