@@ -7,6 +7,7 @@ use meshd_identity::inspect_svid;
 use meshd_pki_api::MAX_MESSAGE_BYTES;
 use meshd_pki_api::admin::admin_server::{Admin, AdminServer};
 use meshd_pki_api::admin::{Command, Reply};
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::{Actor, AdminError};
@@ -26,11 +27,16 @@ pub(super) enum Local {
 
 pub(crate) struct AdminService {
     pki: Arc<Pki>,
+    permits: Arc<Semaphore>,
 }
+
+/// Commands worked on at once by one listener: hosts that renew use the same threads and the same database.
+const AT_ONCE: usize = 2;
 
 impl AdminService {
     pub(crate) fn server(pki: Arc<Pki>) -> AdminServer<AdminService> {
-        AdminServer::new(AdminService { pki }).max_decoding_message_size(MAX_MESSAGE_BYTES)
+        AdminServer::new(AdminService { pki, permits: Arc::new(Semaphore::new(AT_ONCE)) })
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 }
 
@@ -41,6 +47,7 @@ impl Admin for AdminService {
         let peer = request.extensions().get::<Peer>().cloned();
         let command = request.into_inner().command;
         let pki = self.pki.clone();
+        let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
         let answer = move || {
             let actor = pki.admin_actor(local, peer)?;
             let unknown = || AdminError::Invalid("the command is unknown here; install a newer meshd-pki".to_owned());

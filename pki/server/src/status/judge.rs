@@ -128,7 +128,8 @@ fn stale(one: &Federated, now: i64) -> Option<String> {
         format!("since {}", rfc3339(one.polled.last_good_at))
     };
     let domain = &one.relationship.trust_domain;
-    let is_stale = one.held.is_none() || now - one.polled.last_good_at > 3 * interval;
+    let never = one.polled.last_good_at > now;
+    let is_stale = never || one.held.is_none() || now - one.polled.last_good_at > 3 * interval;
     is_stale.then(|| format!("the bundle of federated domain {domain} was not fetched {since}: {problem}"))
 }
 

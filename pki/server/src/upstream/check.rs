@@ -18,8 +18,9 @@ use crate::authority::Authority;
 use crate::lifetimes::Lifetimes;
 use crate::times::{from_unix, rfc3339, seconds, unix};
 
-/// An intermediate has to have this many replacement intervals left: the time to notice and to bring the next.
-const INTERVALS_LEFT: u32 = 2;
+/// An intermediate has to have this many replacement intervals left: the time to notice, which the warning about its end
+/// does not begin with, and to bring the next.
+const INTERVALS_LEFT: u32 = 3;
 const SMALLEST_RSA_BITS: usize = 2048;
 
 /// Why it cannot be used. What is in force stays.

@@ -4,7 +4,7 @@ use meshd_identity::statements::Whom;
 
 use super::check::{Checked, Part, Unusable};
 use super::commands::UpstreamError;
-use crate::admin::key_sha256;
+use crate::admin::{Actor, key_sha256};
 use crate::audit::Event;
 use crate::rotation::decide::MOST_ROOTS;
 use crate::rotation::step::Rotator;
@@ -114,7 +114,8 @@ impl Rotator<'_> {
         trust::put_trust(records, &trust)?;
         let detail = Some(format!("intermediate {} from outside, ends {}", new.id, rfc3339(new.not_after)));
         let authority = Some(root.id.clone());
-        Ok((imported, Some(Event { event: "upstream", result: "ok", authority, detail, ..Event::default() })))
+        let by = (source == Source::Operator).then(|| Actor::local().name);
+        Ok((imported, Some(Event { event: "upstream", result: "ok", by, authority, detail, ..Event::default() })))
     }
 
     fn prepared(&self, root: &Part, upstream: Upstream) -> Root {

@@ -82,6 +82,21 @@ pub(crate) fn alice() -> Actor {
 }
 
 #[test]
+fn a_force_ends_with_the_root_it_was_for() {
+    let desk = Desk::new();
+    desk.enrol("web");
+    desk.done(ROTATE);
+    let prepared = desk.root("prepared").unwrap();
+    desk.ahead.store(HOUR, std::sync::atomic::Ordering::SeqCst);
+    desk.pass(10);
+    desk.done(FORCE);
+    assert_eq!(desk.root("prepared").unwrap(), prepared, "the clock is not believed");
+    assert!(desk.list().forced);
+    desk.done(taint(&prepared));
+    assert!(!desk.list().forced, "the next root would cut off every host");
+}
+
+#[test]
 fn a_root_that_left_the_bundle_is_nobodys_worry() {
     let desk = Desk::new();
     let mut chain = desk.enrol("web");
