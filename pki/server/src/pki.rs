@@ -31,6 +31,7 @@ use crate::state_dir::{RunLock, StateDir, StateError, lock};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, seconds, unix, unix_ms};
+use crate::upstream::watch::{UpstreamFiles, look_ahead};
 
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
@@ -41,6 +42,8 @@ pub struct Options {
     pub advertise: Vec<String>,
     /// File that says by what else than tokens hosts come in.
     pub attestors: Option<PathBuf>,
+    /// The intermediate from outside that others replace.
+    pub upstream: Option<UpstreamFiles>,
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
@@ -59,6 +62,7 @@ impl Default for Options {
             lifetimes: Lifetimes::default(),
             advertise: Vec::new(),
             attestors: None,
+            upstream: None,
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
             clock_is_right: false,
@@ -140,6 +144,9 @@ impl Pki {
         let lifetimes = &options.lifetimes;
         let domain = &state.trust_domain;
         let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
+        if let Some(files) = &options.upstream {
+            look_ahead(&state, files, &options.lifetimes, now);
+        }
         let start = begin(&state, &kek, &options, now)?;
         let signer =
             Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);

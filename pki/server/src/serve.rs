@@ -106,7 +106,8 @@ async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki
 
 async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: SocketAddr, watcher: Watcher) {
     _ = socket.set_nodelay(true);
-    let acceptor = TlsAcceptor::from(pki.signer().tls.clone());
+    let signer = pki.signer();
+    let acceptor = TlsAcceptor::from(signer.tls.clone());
     let tls = match timeout(HANDSHAKE_DEADLINE, acceptor.accept(socket)).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
@@ -120,8 +121,9 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
             return;
         }
     };
-    let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
-    let router = router.layer(axum::Extension(Peer { certificate, address }));
+    let peer = Peer::of(tls.get_ref().1.peer_certificates().unwrap_or_default(), &signer.bundle, address);
+    drop(signer);
+    let router = router.layer(axum::Extension(peer));
     let service = TowerToHyperService::new(router);
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE);

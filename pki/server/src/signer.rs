@@ -76,13 +76,11 @@ impl Signer {
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
             let joined = joined_at(stored.as_ref(), &trust, now);
-            // One from a future that did not come is not valid yet.
-            let usable = stored.filter(|row| {
-                let given = root.upstream.as_ref();
-                row.root == root.id
-                    && given.is_none_or(|given| given.certificate == row.certificate)
-                    && replacement_time(row, lifetimes) > now
-                    && from_unix(row.activated_at) <= now + lifetimes.skew
+            let usable = stored.filter(|row| row.root == root.id).filter(|row| match &root.upstream {
+                // There is no other, ended or not.
+                Some(given) => given.certificate == row.certificate,
+                // One from a future that did not come is not valid yet.
+                None => replacement_time(row, lifetimes) > now && from_unix(row.activated_at) <= now + lifetimes.skew,
             });
             let row = match usable {
                 Some(row) => hand_out(records, row, &trust, lifetimes, joined)?,
@@ -256,7 +254,8 @@ fn unwrap(kek: &Kek, row: &Intermediate, lifetimes: &Lifetimes) -> Result<Author
     let key = kek.unwrap(&row.id, &row.wrapped_key).map_err(StateError::from)?;
     let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
     let not_after = from_unix(row.not_after);
-    Ok(Authority::from_parts(row.id.clone(), row.certificate.clone(), key, not_after, lifetimes.skew)?)
+    let authority = Authority::from_parts(row.id.clone(), row.certificate.clone(), key, not_after, lifetimes.skew)?;
+    Ok(if row.from_outside { authority.of_outside() } else { authority })
 }
 
 fn new_intermediate(

@@ -14,7 +14,7 @@ pub(crate) struct Server {
     pub(crate) at: i64,
     pub(crate) lifetimes: Lifetimes,
     pub(crate) certificates: Vec<ServerCertificate>,
-    /// Why it issues nothing now.
+    /// Why it issues nothing, or rotates nothing, by its clock now.
     pub(crate) distrust: Option<String>,
     /// Nobody has vouched for its clock since it started.
     #[serde(default)]
