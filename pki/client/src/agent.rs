@@ -256,6 +256,10 @@ impl Agent {
                 true => drop(held.selectors.remove(id)),
                 false => drop(held.selectors.insert(id.clone(), result.selectors)),
             }
+            match result.hint.is_empty() {
+                true => drop(held.hints.remove(id)),
+                false => drop(held.hints.insert(id.clone(), result.hint)),
+            }
             match result.outcome {
                 Some(v1::issue_result::Outcome::Svid(svid)) => {
                     let svid = Arc::new(read_svid(svid, id, key, &held.bundle, pki_time)?);
@@ -276,7 +280,7 @@ impl Agent {
             held.pki = reply.pki_addresses;
         }
         next.pki_time = pki_time;
-        self.taint(reply.tainted_roots, now);
+        self.taint([reply.tainted_roots, reply.tainted_intermediates].concat(), now);
         self.told.waiting = waiting;
         self.adopt(next);
         self.metrics.succeeded(unix_ms((self.surroundings.clock)()), unix_ms(pki_time));
@@ -290,7 +294,7 @@ impl Agent {
         self.metrics.heard(unix_ms(wall), unix_ms(pki_time));
         self.adrift = None;
         self.lend_denials = reply.want_deny_set;
-        self.taint(reply.tainted_roots, now);
+        self.taint([reply.tainted_roots, reply.tainted_intermediates].concat(), now);
         let mut next = self.state.clone();
         next.pki_time = pki_time;
         let mut changed = false;
@@ -332,9 +336,9 @@ impl Agent {
         };
     }
 
-    fn taint(&mut self, roots: Vec<String>, now: SystemTime) {
-        let since = |root: &String| self.told.tainted.get(root).copied().unwrap_or(now);
-        self.told.tainted = roots.into_iter().map(|root| (root.clone(), since(&root))).collect();
+    fn taint(&mut self, authorities: Vec<String>, now: SystemTime) {
+        let since = |id: &String| self.told.tainted.get(id).copied().unwrap_or(now);
+        self.told.tainted = authorities.into_iter().map(|id| (id.clone(), since(&id))).collect();
     }
 
     fn facts(&self) -> Facts {

@@ -34,6 +34,8 @@ pub struct Credentials {
     pub refused: BTreeMap<SpiffeId, String>,
     /// What the processes of an identity are known by, where the PKI says so.
     pub selectors: BTreeMap<SpiffeId, Vec<String>>,
+    /// What programs are told of an identity beside it.
+    pub hints: BTreeMap<SpiffeId, String>,
     /// `host:port` of the PKI servers.
     pub pki: Vec<String>,
 }

@@ -26,6 +26,14 @@ pub(crate) fn root_of(svid: &Svid) -> Option<String> {
     identifier(parsed.issuer())
 }
 
+/// The identifiers of all authorities above a leaf.
+pub(crate) fn authorities_of(svid: &Svid) -> impl Iterator<Item = String> + '_ {
+    svid.chain.iter().filter_map(|certificate| {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        identifier(parsed.issuer())
+    })
+}
+
 /// Whether the root a chain ends in is in the bundle. What is not ours to judge is taken to be.
 pub(crate) fn is_rooted(svid: &Svid, bundle: &Bundle) -> bool {
     let Some(wanted) = root_of(svid) else { return true };

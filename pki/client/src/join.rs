@@ -219,6 +219,7 @@ fn read_enrolment(
         workloads: BTreeMap::new(),
         refused: BTreeMap::new(),
         selectors: BTreeMap::new(),
+        hints: BTreeMap::new(),
         pki: if reply.pki_addresses.is_empty() { pin.pki.clone() } else { reply.pki_addresses },
     };
     let recovery = Pins::new(reply.recovery_keys);

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
-use crate::inventory::{is_rooted, root_of};
+use crate::inventory::{authorities_of, is_rooted};
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -22,7 +22,7 @@ const RETRY_CAP_URGENT: Duration = Duration::from_secs(60);
 /// A retry must never cost a relevant part of what is left of a certificate's life.
 const RETRY_SHARE_OF_REMAINING: f64 = 0.02;
 
-/// Certificates under a tainted root are replaced within this time, or a quarter of what is left of them.
+/// Certificates under a tainted root or intermediate are replaced within this time, or a quarter of what is left of them.
 const TAINT_SPLAY: Duration = Duration::from_secs(600);
 
 /// When to renew a certificate: drawn once for each, from who holds it and its serial, so that a fleet enrolled
@@ -64,17 +64,20 @@ pub(crate) fn refusal_delay(chance: f64) -> Duration {
 pub(crate) struct Circumstances {
     /// Identities the PKI refused, with the time to ask again.
     pub(crate) waiting: BTreeMap<SpiffeId, SystemTime>,
-    /// Roots whose key may be known to others, and since when this host knows.
+    /// Roots and intermediates whose key may be known to others, and since when this host knows.
     pub(crate) tainted: BTreeMap<String, SystemTime>,
 }
 
 impl Circumstances {
-    /// When a certificate is to be replaced: by the calendar, or soon when it hangs on a tainted root.
+    /// When a certificate is to be replaced: by the calendar, or soon when it hangs on a tainted authority.
     fn renew_at(&self, host_id: &str, svid: &Svid) -> SystemTime {
         let planned = renew_at(host_id, svid);
-        let since = root_of(svid).and_then(|root| self.tainted.get(&root).copied());
+        if self.tainted.is_empty() {
+            return planned;
+        }
+        let since = authorities_of(svid).filter_map(|authority| self.tainted.get(&authority).copied()).min();
         let Some(since) = since else { return planned };
-        // A PKI whose next root does not sign yet issues under the tainted one again: then it is asked again.
+        // A PKI whose next one does not sign yet issues under the tainted one again: then it is asked again.
         let since = since.max(svid.issued_at);
         let left = svid.not_after.duration_since(since).unwrap_or_default();
         let splay = (left / 4).min(TAINT_SPLAY).mul_f64(draw(host_id, &svid.serial));
@@ -132,6 +135,7 @@ mod tests {
 
     use super::*;
     use crate::fake::FakeCa;
+    use crate::inventory::root_of;
 
     fn domain() -> TrustDomain {
         "prod.example.org".parse().unwrap()
@@ -182,6 +186,20 @@ mod tests {
         let other =
             Circumstances { tainted: BTreeMap::from([("other".to_owned(), since)]), ..Circumstances::default() };
         assert_eq!(other.renew_at("web", &held.host), renew_at("web", &held.host));
+    }
+
+    #[test]
+    fn what_a_tainted_intermediate_signed_is_replaced_soon_at_a_moment_of_each_its_own() {
+        let held = FakeCa::new(domain()).credentials("web", &[]);
+        let [intermediate, root] = &authorities_of(&held.host).collect::<Vec<_>>()[..] else { panic!("a chain of two") };
+        assert_eq!(Some(root.clone()), root_of(&held.host));
+        let since = held.host.issued_at + Duration::from_secs(3600);
+        let tainted = BTreeMap::from([(intermediate.clone(), since)]);
+        let told = Circumstances { tainted, ..Circumstances::default() };
+        let moments: BTreeSet<SystemTime> =
+            ["web", "db", "cache"].into_iter().map(|host| told.renew_at(host, &held.host)).collect();
+        assert_eq!(moments.len(), 3);
+        assert!(moments.iter().all(|at| *at >= since && *at <= since + TAINT_SPLAY), "{moments:?}");
     }
 
     #[test]

@@ -42,6 +42,8 @@ struct Document {
     refused: BTreeMap<SpiffeId, String>,
     #[serde(default)]
     selectors: BTreeMap<SpiffeId, Vec<String>>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    hints: BTreeMap<SpiffeId, String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -67,6 +69,7 @@ impl State {
             workloads: held.workloads.values().map(|svid| svid_document(svid)).collect(),
             refused: held.refused.clone(),
             selectors: held.selectors.clone(),
+            hints: held.hints.clone(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
     }
@@ -83,6 +86,7 @@ impl State {
             workloads: workloads.collect::<Result<_, String>>()?,
             refused: document.refused,
             selectors: document.selectors,
+            hints: document.hints,
             pki: document.pki,
         };
         let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;

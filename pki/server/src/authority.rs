@@ -91,12 +91,27 @@ impl Authority {
         life: Duration,
         now: SystemTime,
     ) -> Result<Issued, AuthorityError> {
+        self.issue_named(id, &[], public_key, life, now)
+    }
+
+    /// The same, with names of DNS beside the identity: for clients that look at nothing else.
+    pub(crate) fn issue_named(
+        &self,
+        id: &SpiffeId,
+        dns_names: &[String],
+        public_key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, AuthorityError> {
         let serial = new_serial()?;
         let not_after = self.clamp(now, now + life)?;
         let mut params = CertificateParams::default();
         // With an empty subject the name extension becomes critical, as X509-SVID wants.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
+        for name in dns_names {
+            params.subject_alt_names.push(SanType::DnsName(name.as_str().try_into()?));
+        }
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

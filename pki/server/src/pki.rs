@@ -24,7 +24,7 @@ use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
-use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
+use crate::store::{Records, bundles, hosts, intermediates, settings, tainted, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, unix, unix_ms};
 
@@ -192,6 +192,7 @@ impl Pki {
         let before = unix(now) - KEEP_S;
         self.state.database.transaction(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
+            tainted::prune(records, unix(now))?;
             Ok(intermediates::prune(records, before)?)
         })?;
         Ok(())
@@ -220,7 +221,7 @@ impl Pki {
     fn tell(&self) {
         let signer = self.signer();
         let newest = Had { bundle: signer.bundle.sequence, deny: self.deny().sequence };
-        let current = Current { newest, tainted: signer.tainted.clone() };
+        let current = Current { newest, tainted: [&signer.tainted[..], &self.tainted_intermediates()].concat() };
         self.current.send_if_modified(|known| {
             let is_news = *known != current;
             *known = current;

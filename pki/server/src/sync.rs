@@ -9,7 +9,7 @@ use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::rotation::{Root, RootState, Trust};
 use crate::store::hosts::{self, Sighting};
-use crate::store::settings;
+use crate::store::{settings, tainted};
 use crate::times::{unix, unix_ms};
 
 /// What a host had when it last reported, so that it is told nothing twice.
@@ -79,8 +79,17 @@ impl Pki {
             deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
             want_deny_set: had.deny > deny.sequence,
             tainted_roots: signer.tainted.clone(),
+            tainted_intermediates: self.tainted_intermediates(),
             pki_addresses: self.advertise.clone(),
             recovery: recovery.unwrap_or_default(),
+        })
+    }
+
+    /// A host that is told of none for once renews a little later.
+    pub(crate) fn tainted_intermediates(&self) -> Vec<String> {
+        self.state.database.read(tainted::intermediates).unwrap_or_else(|error| {
+            tracing::error!(%error, "hosts are not told which intermediates are tainted");
+            Vec::new()
         })
     }
 

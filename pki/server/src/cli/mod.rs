@@ -7,5 +7,7 @@ mod place;
 pub(crate) mod recovery;
 pub(crate) mod role;
 mod show;
+mod terms;
 
 pub(crate) use self::place::Place;
+pub(crate) use self::terms::Terms;

@@ -10,6 +10,7 @@ pub(crate) mod roles;
 mod schema1;
 pub(crate) mod settings;
 mod sqlite;
+pub(crate) mod tainted;
 pub(crate) mod tokens;
 pub(crate) mod trust;
 

@@ -27,7 +27,7 @@ async fn join_with(lab: &Lab, host: &str, all: &[&str]) {
 
 fn put(lab: &Lab, parent: Parent<'_>, selectors: &[&str], ttl: Option<Duration>) -> Result<(), String> {
     let selectors: Vec<String> = selectors.iter().map(|one| (*one).to_owned()).collect();
-    let request = EntryRequest { parent, identity: "ns/shop/sa/checkout", selectors: &selectors, ttl };
+    let request = EntryRequest { selectors: &selectors, ttl, ..EntryRequest::new(parent, "ns/shop/sa/checkout") };
     put_entry(&lab.state(), &request, SystemTime::now()).map_err(|error| error.to_string())
 }
 
