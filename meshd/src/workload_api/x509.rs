@@ -25,13 +25,13 @@ pub(super) fn svid<'a>(
 }
 
 /// Everything at once, every time: what is missing was taken away.
-pub(super) fn svids(svid: &Svid, bundle: &Bundle) -> X509svidResponse {
+pub(super) fn svids(svid: &Svid, bundle: &Bundle, hint: Option<&String>) -> X509svidResponse {
     let only = X509svid {
         spiffe_id: svid.id.to_string(),
         x509_svid: svid.chain.iter().flat_map(|certificate| certificate.iter().copied()).collect(),
         x509_svid_key: svid.key.secret_der().to_vec(),
         bundle: bundle.roots.concat(),
-        hint: String::new(),
+        hint: hint.cloned().unwrap_or_default(),
     };
     X509svidResponse { svids: vec![only], crl: Vec::new(), federated_bundles: HashMap::new() }
 }
@@ -70,9 +70,9 @@ mod tests {
         let domain: TrustDomain = "mesh.example".parse().unwrap();
         let ca = FakeCa::new(&domain);
         let svid = ca.svid(&SpiffeId::workload(&domain, "shop", "web").unwrap());
-        let answer = svids(&svid, &ca.bundle());
+        let answer = svids(&svid, &ca.bundle(), Some(&"internal".to_owned()));
         let [only] = &answer.svids[..] else { panic!("{} identities", answer.svids.len()) };
-        assert_eq!(only.spiffe_id, "spiffe://mesh.example/ns/shop/sa/web");
+        assert_eq!((&*only.spiffe_id, &*only.hint), ("spiffe://mesh.example/ns/shop/sa/web", "internal"));
         assert_eq!(only.x509_svid, [svid.chain[0].as_ref(), svid.chain[1].as_ref()].concat());
         assert_eq!((&only.x509_svid_key[..], &only.bundle), (svid.key.secret_der(), &ca.bundle().roots[0]));
         assert_eq!(bundles(&ca.bundle()).bundles["spiffe://mesh.example"], ca.bundle().roots[0]);

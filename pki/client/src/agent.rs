@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::Credentials;
+use crate::ban;
 use crate::come_back::{Absent, refused};
 use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
 use crate::deny::Denials;
@@ -76,6 +77,7 @@ impl Agent {
         let mut store = Store::new(dir, &surroundings.machine_id_file);
         let state = store.load()?;
         let denials = Denials::open(dir, &state.credentials.trust_domain);
+        let state = ban::heed(&state, denials.name(&state.credentials.host.id)).unwrap_or(state);
         let (publish, _) = watch::channel(Arc::new(state.credentials.clone()));
         Ok(Agent {
             store,
@@ -325,6 +327,21 @@ impl Agent {
             true => self.adopt(next),
             false => self.state.pki_time = pki_time,
         }
+        self.heed_denials();
+    }
+
+    fn heed_denials(&mut self) {
+        let is_banned = self.denials.name(&self.state.credentials.host.id);
+        let Some(next) = ban::heed(&self.state, is_banned) else { return };
+        match is_banned {
+            true => tracing::error!("{}", next.credentials.why_banned()),
+            false => tracing::warn!("this host is no longer banned; asking for its identities again"),
+        }
+        self.told.waiting.clear();
+        self.retry = Retry::default();
+        self.adopt(next);
+        // The generation before has the keys as well.
+        self.save();
     }
 
     fn lost(&mut self, error: &RenewError) {

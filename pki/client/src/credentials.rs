@@ -36,6 +36,8 @@ pub struct Credentials {
     pub selectors: BTreeMap<SpiffeId, Vec<String>>,
     /// What programs are told of an identity beside it.
     pub hints: BTreeMap<SpiffeId, String>,
+    /// The deny set in force, which the PKI has signed, names this host: it has given up its workloads' identities.
+    pub banned: bool,
     /// `host:port` of the PKI servers.
     pub pki: Vec<String>,
 }

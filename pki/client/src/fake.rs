@@ -86,6 +86,7 @@ impl FakeCa {
             refused: BTreeMap::new(),
             selectors: BTreeMap::new(),
             hints: BTreeMap::new(),
+            banned: false,
             pki: vec!["127.0.0.1:15012".to_owned()],
         }
     }

@@ -220,6 +220,7 @@ fn read_enrolment(
         refused: BTreeMap::new(),
         selectors: BTreeMap::new(),
         hints: BTreeMap::new(),
+        banned: false,
         pki: if reply.pki_addresses.is_empty() { pin.pki.clone() } else { reply.pki_addresses },
     };
     let recovery = Pins::new(reply.recovery_keys);

@@ -92,6 +92,10 @@ pub(crate) fn due(
     told: &Circumstances,
     now: SystemTime,
 ) -> Vec<SpiffeId> {
+    if held.banned {
+        // It would be refused; the conversation tells when that has ended.
+        return Vec::new();
+    }
     let is_due = |svid: &Svid| told.renew_at(&held.host_id, svid) <= now || !is_rooted(svid, &held.bundle);
     let mut due = Vec::new();
     if is_due(&held.host) {
@@ -191,7 +195,9 @@ mod tests {
     #[test]
     fn what_a_tainted_intermediate_signed_is_replaced_soon_at_a_moment_of_each_its_own() {
         let held = FakeCa::new(domain()).credentials("web", &[]);
-        let [intermediate, root] = &authorities_of(&held.host).collect::<Vec<_>>()[..] else { panic!("a chain of two") };
+        let [intermediate, root] = &authorities_of(&held.host).collect::<Vec<_>>()[..] else {
+            panic!("a chain of two")
+        };
         assert_eq!(Some(root.clone()), root_of(&held.host));
         let since = held.host.issued_at + Duration::from_secs(3600);
         let tainted = BTreeMap::from([(intermediate.clone(), since)]);
@@ -209,6 +215,14 @@ mod tests {
         held.bundle = other.bundle();
         let now = held.host.issued_at;
         assert_eq!(due(&held, &BTreeSet::new(), &Circumstances::default(), now), vec![held.host.id.clone()]);
+    }
+
+    #[test]
+    fn a_banned_host_asks_for_nothing() {
+        let mut held = FakeCa::new(domain()).credentials("web", &[]);
+        held.banned = true;
+        let wanted = BTreeSet::from([workload("payments")]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), held.host.not_after), vec![]);
     }
 
     #[test]

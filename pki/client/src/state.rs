@@ -87,6 +87,8 @@ impl State {
             refused: document.refused,
             selectors: document.selectors,
             hints: document.hints,
+            // Told by the deny set, which has a file of its own.
+            banned: false,
             pki: document.pki,
         };
         let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;

@@ -62,7 +62,8 @@ impl FromStr for ProcessSelector {
 
     fn from_str(text: &str) -> Result<ProcessSelector, SelectorError> {
         let read = || {
-            let (kind, value) = text.split_once(':').and_then(|(system, rest)| Some((system, rest.split_once(':')?)))?;
+            let (kind, value) =
+                text.split_once(':').and_then(|(system, rest)| Some((system, rest.split_once(':')?)))?;
             match (kind, value) {
                 ("systemd", ("unit", name)) => is_unit(name).then(|| ProcessSelector::Unit(name.into())),
                 ("unix", ("uid", uid)) => number(uid).map(ProcessSelector::Uid),
@@ -116,7 +117,8 @@ mod tests {
     #[test]
     fn what_is_written_is_understood_and_anything_else_is_refused() {
         let hash = format!("unix:sha256:{}", "0a".repeat(32));
-        for text in ["systemd:unit:web@1.service", "unix:uid:0", "unix:gid:4294967295", "unix:path:/usr/bin/web", &hash] {
+        for text in ["systemd:unit:web@1.service", "unix:uid:0", "unix:gid:4294967295", "unix:path:/usr/bin/web", &hash]
+        {
             assert_eq!(text.parse::<ProcessSelector>().unwrap().to_string(), text);
         }
         for wrong in [
@@ -141,7 +143,8 @@ mod tests {
 
     #[test]
     fn an_entry_has_at_most_one_selector_of_a_kind() {
-        let all = |texts: &[&str]| ProcessSelector::parse_all(&texts.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>());
+        let all =
+            |texts: &[&str]| ProcessSelector::parse_all(&texts.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>());
         assert_eq!(all(&["unix:uid:7", "systemd:unit:web.service", "unix:uid:7"]).unwrap().len(), 2);
         let error = all(&["unix:uid:7", "unix:uid:8"]).unwrap_err().to_string();
         assert!(error.contains("unix:uid:7 and unix:uid:8"), "{error}");

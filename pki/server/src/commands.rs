@@ -40,7 +40,9 @@ pub enum CommandError {
     Uses,
     #[error(transparent)]
     Selector(#[from] SelectorError),
-    #[error("`{0}` is no name of DNS for a certificate; write it in full and lower case, without `*`, as pay.example.org")]
+    #[error(
+        "`{0}` is no name of DNS for a certificate; write it in full and lower case, without `*`, as pay.example.org"
+    )]
     DnsName(String),
     #[error("a certificate has at most {0} names of DNS")]
     DnsNames(usize),

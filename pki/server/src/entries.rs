@@ -42,7 +42,7 @@ pub struct EntryRequest<'a> {
 
 impl<'a> EntryRequest<'a> {
     /// Without any terms.
-    pub fn new(parent: Parent<'a>, identity: &'a str) -> EntryRequest<'a> {
+    pub const fn new(parent: Parent<'a>, identity: &'a str) -> EntryRequest<'a> {
         EntryRequest {
             parent,
             identity,
