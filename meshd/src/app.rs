@@ -36,6 +36,11 @@ use crate::workload_api;
 
 /// How long the first certificates and the first reading of the sources may take before we serve with what there is.
 const SETTLE: Duration = Duration::from_secs(5);
+/// The first conversation with the PKI and the first look at every source are over by then.
+const SETTLED_AFTER: Duration = Duration::from_secs(10);
+/// Renewals and reloads are hours apart and use code nothing else does; what an hour's minor faults cost (about a
+/// hundred) is not measurable.
+const FORGET_EVERY: Duration = Duration::from_secs(3600);
 /// How often a drain looks whether it is done.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
 /// How soon another owner of an enrolled port is noticed without it calling anybody.
@@ -210,11 +215,13 @@ impl App {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "meshd ready");
-        memory::forget_startup_code();
         let mut renewing = true;
+        let mut forget = tokio::time::interval(FORGET_EVERY);
+        forget.reset_after(SETTLED_AFTER);
         self.follow_selectors();
         loop {
             tokio::select! {
+                _ = forget.tick() => memory::forget_rare_code(),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => {

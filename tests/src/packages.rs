@@ -43,7 +43,7 @@ pub const FOR_CLIENTS: &[Package] =
     &[package("openssl", "openssl"), package("python3", "python3"), package("python3-venv", "python3")];
 
 /// What unit and integration tests run besides our own programs.
-pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl")];
+pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl"), package("prometheus", "promtool")];
 
 pub const FOR_BENCH: &[Package] = &[package("openssl", "openssl"), package("haproxy", "haproxy")];
 
@@ -87,16 +87,19 @@ pub fn find(program: &str) -> Option<PathBuf> {
 
 fn apt_get(args: &[&str]) -> Result<()> {
     let mut command = if crate::root::is_root() { Command::new("env") } else { Command::new("sudo") };
-    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+    command.args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "apt-get"]);
     let status = command.args(args).stdin(Stdio::null()).status()?;
     anyhow::ensure!(status.success(), "`apt-get {}` failed ({status}); install the packages by hand", args.join(" "));
     Ok(())
 }
 
-/// Debian starts what it installs; the benchmark wants the program, not a service on the contributor's machine.
+/// Debian starts what it installs (without systemd not in run level 1); the benchmark wants the program, not a service on the contributor's machine.
 fn keep_services_off(installed: &[&str]) {
-    if installed.contains(&"haproxy") && Path::new("/run/systemd/system").exists() {
-        crate::command::try_run("systemctl", &["disable", "--now", "haproxy.service"]);
+    if !Path::new("/run/systemd/system").exists() {
+        return;
+    }
+    for service in ["haproxy", "prometheus"].into_iter().filter(|name| installed.contains(name)) {
+        crate::command::try_run("systemctl", &["disable", "--now", &format!("{service}.service")]);
     }
 }
 

@@ -16,9 +16,9 @@ pub fn tune(arenas: usize) {
     let _ = arenas;
 }
 
-/// Unmaps code and constants that only starting up needed: resident memory then shows the working set, and
-/// what runs is mapped again from the page cache at the price of some dozen minor faults.
-pub fn forget_startup_code() {
+/// Unmaps code and constants that only starting up or a renewal needed: resident memory then shows the working
+/// set, and what runs is mapped again from the page cache at the price of some dozen minor faults.
+pub fn forget_rare_code() {
     let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
     for (start, length) in maps.lines().filter_map(immutable_mapping) {
         // SAFETY: these are private mappings of code and constants that nothing ever writes (what is relocated
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn the_program_goes_on_after_forgetting() {
-        forget_startup_code();
+        forget_rare_code();
         assert_eq!("still here".len(), 10);
     }
 }

@@ -160,6 +160,8 @@ impl Link {
             deny_sequence: facts.deny_sequence,
             inventory: Some(inventory(&facts.credentials)),
             deny_set: facts.deny_set,
+            // Bundles of other trust domains are not held yet.
+            federation_revision: 0,
         }
     }
 

@@ -39,6 +39,16 @@ pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
 }
 
+/// What an authority outside is asked to sign for us.
+pub(crate) fn csr_params(domain: &TrustDomain, id: &str) -> Result<CertificateParams, AuthorityError> {
+    // Start and end are of no meaning in a request.
+    let any = SystemTime::UNIX_EPOCH + AUTHORITY_BACKDATE;
+    let mut params = authority_params(domain, "meshd ca", id, BasicConstraints::Constrained(0), any, any)?;
+    params.serial_number = None;
+    params.use_authority_key_identifier_extension = false;
+    Ok(params)
+}
+
 /// A certificate just signed.
 pub struct Issued {
     pub certificate: Vec<u8>,

@@ -74,7 +74,7 @@ impl Pki {
             source,
         })?;
         let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
-        let root = trust.active().ok_or_else(|| self.state.incomplete("an active root"))?;
+        let root = trust.speaker().ok_or_else(|| self.state.incomplete("a root whose key is here"))?;
         let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),

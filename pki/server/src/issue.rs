@@ -85,10 +85,12 @@ impl Pki {
         self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let (caller, granted) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, granted, federation) = self.state.database.read(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
             let granted = grants::granted(view, &caller.host.id)?;
-            Ok((caller, granted))
+            let permitted: Vec<String> = granted.keys().cloned().collect();
+            let federation = self.federation_for(view, &permitted)?;
+            Ok((caller, granted, federation))
         })?;
         let decide = |item| self.decide(&signer, &caller, &granted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
@@ -111,6 +113,7 @@ impl Pki {
             pki_addresses: self.advertise.clone(),
             tainted_roots: signer.tainted.clone(),
             tainted_intermediates: self.tainted_intermediates(),
+            federation: Some(federation),
         })
     }
 
@@ -205,6 +208,7 @@ impl Pki {
             Ok(checked) => checked,
             Err((code, message)) => {
                 self.metrics.items_refused.inc();
+                self.count_renewal(item.spiffe_id == caller.id.as_str(), "refused");
                 let refusal = v1::Refusal { code: code.into(), message: message.clone() };
                 let outcome = Some(v1::issue_result::Outcome::Refusal(refusal));
                 let spiffe_id = item.spiffe_id.clone();
@@ -220,6 +224,7 @@ impl Pki {
         let is_host = id == caller.id;
         let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
+        self.count_renewal(is_host, "ok");
         let event = Event {
             serial: Some(issued.serial.clone()),
             authority: Some(issued.authority.clone()),

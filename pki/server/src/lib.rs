@@ -19,6 +19,9 @@ mod csr;
 mod deny;
 pub mod enrol;
 pub mod entries;
+pub mod federation;
+mod files;
+mod health;
 mod instances;
 pub mod issue;
 mod join_token;
@@ -41,6 +44,7 @@ mod store;
 mod sync;
 pub mod times;
 mod transitions;
+pub mod upstream;
 
 pub use pki::{Options, Pki};
 pub use refused::Refused;

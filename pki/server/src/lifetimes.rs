@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -11,7 +13,8 @@ pub const LEAF_BACKDATE: Duration = HOUR;
 pub const AUTHORITY_BACKDATE: Duration = Duration::from_secs(48 * 3600);
 
 /// Each life is several times the time between replacements, so that missed ones are an alarm and not an outage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Lifetimes {
     pub root: Duration,
     pub root_every: Duration,

@@ -12,13 +12,14 @@ use anyhow::{Context, anyhow};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use meshd_identity::TrustDomain;
+use meshd_pki::federation::web::{WebCertificate, serve_web};
 use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
-use meshd_pki::{Options, Pki, state_dir};
-use meshd_pki::{admin, commands};
+use meshd_pki::upstream::watch::UpstreamFiles;
+use meshd_pki::{Options, Pki, admin, commands, state_dir, upstream};
 use meshd_pki_api::admin as wire;
 use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
@@ -66,6 +67,13 @@ enum Verb {
     /// The offline recovery key: its successor, and trust in a PKI that takes the place of a lost one.
     #[command(subcommand)]
     Recovery(cli::recovery::Recovery),
+    /// Print a certificate request for an offline root.
+    Csr(cli::upstream::Csr),
+    /// Use an intermediate that an authority outside signed.
+    Import(cli::upstream::Import),
+    /// Other trust domains whose identities are believed.
+    #[command(subcommand)]
+    Federation(cli::federation::Federation),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
 }
@@ -96,6 +104,24 @@ struct Run {
     /// Serve Prometheus metrics here, in clear: use loopback.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// PEM file with an intermediate from outside, then its root; read again every 30 s.
+    #[arg(long, requires = "upstream_key")]
+    upstream_chain: Option<PathBuf>,
+    /// PEM file with the key of that intermediate.
+    #[arg(long, requires = "upstream_chain")]
+    upstream_key: Option<PathBuf>,
+    /// PEM file with its root, when the chain does not have it.
+    #[arg(long, requires = "upstream_chain")]
+    upstream_roots: Option<PathBuf>,
+    /// Serve the trust bundle to other trust domains here, under --bundle-cert (SPIFFE Federation, https_web).
+    #[arg(long, requires = "bundle_cert", requires = "bundle_key")]
+    bundle_listen: Option<SocketAddr>,
+    /// PEM file with the certificate chain of --bundle-listen; read again every 30 s.
+    #[arg(long)]
+    bundle_cert: Option<PathBuf>,
+    /// PEM file with its key.
+    #[arg(long)]
+    bundle_key: Option<PathBuf>,
     /// Unix socket for the other commands; default: admin.sock in the state directory.
     #[arg(long)]
     admin_socket: Option<PathBuf>,
@@ -204,7 +230,7 @@ struct StatusArgs {
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
-enum Output {
+pub(crate) enum Output {
     #[default]
     Text,
     Json,
@@ -226,6 +252,9 @@ fn main() -> ExitCode {
         Verb::Deny(command) => command.run(),
         Verb::Role(command) => command.run(),
         Verb::Recovery(command) => command.run(),
+        Verb::Csr(command) => command.run(),
+        Verb::Import(command) => command.run(),
+        Verb::Federation(command) => command.run(),
         Verb::Status(args) => return status(&args),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
@@ -294,6 +323,20 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
     }
+    let upstream = args.upstream_chain.zip(args.upstream_key).map(|(chain, key)| {
+        let files = UpstreamFiles { chain, key, roots: args.upstream_roots };
+        tokio::spawn(upstream::watch::watch(pki.clone(), files))
+    });
+    let bundles = match (args.bundle_listen, args.bundle_cert, args.bundle_key) {
+        (Some(address), Some(chain), Some(key)) => {
+            let certificate =
+                WebCertificate::load(chain, key).map_err(|reason| anyhow::anyhow!("--bundle-cert: {reason}"))?;
+            let listener =
+                TcpListener::bind(address).await.with_context(|| format!("--bundle-listen {address}: cannot bind"))?;
+            Some(tokio::spawn(serve_web(pki.clone(), listener, Arc::new(certificate))))
+        }
+        _ => None,
+    };
     let address = listener.local_addr()?;
     println!("meshd-pki ready listen={address} trust_domain={}", pki.trust_domain);
     serve(pki, listener, async move {
@@ -303,6 +346,9 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         }
     })
     .await;
+    for task in bundles.into_iter().chain(upstream) {
+        task.abort();
+    }
     tracing::info!("stopped");
     Ok(())
 }

@@ -6,15 +6,12 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::health::metrics::HealthMetrics;
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Outcome {
     pub(crate) method: &'static str,
     pub(crate) result: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(crate) struct Certificate {
-    pub(crate) kind: &'static str,
 }
 
 pub struct Metrics {
@@ -30,7 +27,7 @@ pub struct Metrics {
     pub(crate) clock_distrusted: Gauge,
     pub(crate) tls_failures: Counter,
     pub(crate) connections: Gauge,
-    pub(crate) not_after: Family<Certificate, Gauge>,
+    pub(crate) health: HealthMetrics,
 }
 
 impl Metrics {
@@ -48,7 +45,7 @@ impl Metrics {
             clock_distrusted: Gauge::default(),
             tls_failures: Counter::default(),
             connections: Gauge::default(),
-            not_after: Family::default(),
+            health: HealthMetrics::default(),
         };
         let m = &mut metrics;
         let registry = &mut m.registry;
@@ -79,8 +76,7 @@ impl Metrics {
         );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
         registry.register("connections", "Open connections", m.connections.clone());
-        let expiry = "Unix time at which a certificate of the PKI itself ends";
-        registry.register("certificate_not_after_seconds", expiry, m.not_after.clone());
+        m.health = HealthMetrics::register(registry);
         metrics
     }
 

@@ -15,10 +15,12 @@ use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
+use crate::federation::web::WebCertificate;
+use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
-use crate::metrics::{Certificate, Metrics};
+use crate::metrics::Metrics;
 use crate::refused::Refused;
 use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
@@ -30,8 +32,6 @@ use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
 const KEEP_S: i64 = 30 * 86_400;
-/// Clocks of hosts heard within this time have a say.
-const HEARD_LATELY_S: i64 = 600;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
 
@@ -113,6 +113,10 @@ pub struct Pki {
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
+    /// Of the https_web endpoint, where this process serves one.
+    web_certificate: RwLock<Option<Arc<WebCertificate>>>,
+    /// When health was last looked at.
+    pub(crate) health_seen: Mutex<Option<i64>>,
     _running: File,
 }
 
@@ -153,11 +157,13 @@ impl Pki {
             state,
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
+            web_certificate: RwLock::default(),
+            health_seen: Mutex::default(),
             _running: running,
         };
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
-        pki.export_expiry();
+        pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
         pki.tell();
         Ok(pki)
@@ -174,7 +180,7 @@ impl Pki {
             self.forget_ended(now)?;
             self.record_good_time(now)?;
         }
-        Ok(())
+        Ok(self.look_after_health().map_err(StateError::from)?)
     }
 
     fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
@@ -211,7 +217,7 @@ impl Pki {
         if !is_stored || !signer.is_fresh(&trust, now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
-            self.export_expiry();
+            self.show_health().map_err(StateError::from)?;
         }
         self.refresh_deny()?;
         self.tell();
@@ -220,7 +226,8 @@ impl Pki {
 
     fn tell(&self) {
         let signer = self.signer();
-        let newest = Had { bundle: signer.bundle.sequence, deny: self.deny().sequence };
+        let newest =
+            Had { bundle: signer.bundle.sequence, deny: self.deny().sequence, federation: self.federation_revision() };
         let current = Current { newest, tainted: [&signer.tainted[..], &self.tainted_intermediates()].concat() };
         self.current.send_if_modified(|known| {
             let is_news = *known != current;
@@ -229,8 +236,8 @@ impl Pki {
         });
     }
 
-    /// Conversations would go on for as long as the hosts run.
-    pub(crate) fn end_conversations(&self) {
+    /// Conversations would go on for as long as the hosts run, and what is done now and then for ever.
+    pub(crate) fn begin_to_stop(&self) {
         self.stopping.send_replace(true);
     }
 
@@ -336,6 +343,14 @@ impl Pki {
         Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
     }
 
+    pub(crate) fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
+        *self.web_certificate.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
+    }
+
+    pub(crate) fn web_certificate(&self) -> Option<Arc<WebCertificate>> {
+        self.web_certificate.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     pub(crate) fn now(&self) -> SystemTime {
         (self.clock)()
     }
@@ -367,18 +382,6 @@ impl Pki {
         let allowed = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(unix(self.now()));
         if allowed {
             _ = self.record(&[event]);
-        }
-    }
-
-    fn export_expiry(&self) {
-        let signer = self.signer();
-        let ends = [
-            ("root", signer.root_not_after),
-            ("intermediate", signer.intermediate.not_after),
-            ("endpoint", signer.endpoint_not_after),
-        ];
-        for (kind, end) in ends {
-            self.metrics.not_after.get_or_create(&Certificate { kind }).set(unix(end));
         }
     }
 }

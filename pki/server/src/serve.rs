@@ -22,6 +22,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use crate::admin::AdminService;
+use crate::federation::poll;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
@@ -43,6 +44,7 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     let mut maintenance = JoinSet::new();
     maintenance.spawn(every(MAINTAIN_EVERY, "rotation", pki.clone(), Pki::maintain));
     maintenance.spawn(every(REFRESH_EVERY, "taking over what changed", pki.clone(), Pki::refresh));
+    maintenance.spawn(poll::follow(pki.clone()));
     maintenance.spawn(every(REFRESH_EVERY, "reading how hosts may attest", pki.clone(), Pki::read_attestors));
     maintenance.spawn(pki.clone().follow_clusters());
     let mut connections = JoinSet::new();
@@ -64,8 +66,8 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
         }
     }
     drop(listener);
-    maintenance.shutdown().await;
-    pki.end_conversations();
+    pki.begin_to_stop();
+    while maintenance.join_next().await.is_some() {}
     if timeout(DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
     }
@@ -81,8 +83,12 @@ pub async fn serve_metrics(pki: Arc<Pki>, listener: TcpListener) -> std::io::Res
 async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki) -> Result<(), PkiError>) {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stopping = pki.stopping();
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            _ = stopping.wait_for(|stops| *stops) => return,
+        }
         let worker = pki.clone();
         match tokio::task::spawn_blocking(move || act(&worker)).await {
             Ok(Ok(())) => {}
@@ -144,6 +150,11 @@ fn router(pki: Arc<Pki>) -> Router {
         .with_state(pki)
         .route_service("/meshd.pki.v1.Host/{method}", grpc)
         .route_service("/meshd.pki.admin.v1.Admin/{method}", admin)
+}
+
+/// Only what other trust domains need.
+pub(crate) fn bundle_router(pki: Arc<Pki>) -> Router {
+    Router::new().route("/.well-known/spiffe-bundle", get(spiffe_bundle)).with_state(pki)
 }
 
 async fn spiffe_bundle(State(pki): State<Arc<Pki>>) -> Response {

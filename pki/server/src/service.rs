@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use meshd_identity::inspect_svid;
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host;
 use rustls::pki_types::CertificateDer;
@@ -160,7 +161,11 @@ impl Conversation {
             let reply = tokio::select! {
                 report = self.reports.message() => match report {
                     Ok(Some(report)) => {
-                        had = Some(Had { bundle: report.bundle_sequence, deny: report.deny_sequence });
+                        had = Some(Had {
+                            bundle: report.bundle_sequence,
+                            deny: report.deny_sequence,
+                            federation: report.federation_revision,
+                        });
                         self.answer(report).await
                     }
                     Ok(None) | Err(_) => return,
@@ -169,7 +174,9 @@ impl Conversation {
                 _ = stopping.changed() => return,
                 Ok(()) = news.changed(), if had.is_some() => {
                     let (known, told) = (had.unwrap_or_default(), news.borrow_and_update().newest);
-                    let reply = run(self.pki.clone(), &self.permits, "sync_push", move |pki| pki.sync_news(known)).await;
+                    let host = self.host_name();
+                    let act = move |pki: &Pki| pki.sync_news(&host, known);
+                    let reply = run(self.pki.clone(), &self.permits, "sync_push", act).await;
                     // What was told is not told again with the next change.
                     had = Some(if reply.is_ok() { known.and(told) } else { known });
                     reply
@@ -180,6 +187,12 @@ impl Conversation {
                 return;
             }
         }
+    }
+
+    /// As the certificate has it; whether it may be told anything was judged with its reports.
+    fn host_name(&self) -> String {
+        let leaf = self.peer.certificate.as_deref().and_then(|der| inspect_svid(der).ok());
+        leaf.map(|info| info.id.name().to_owned()).unwrap_or_default()
     }
 
     async fn answer(&self, report: v1::SyncRequest) -> Result<v1::SyncReply, Status> {

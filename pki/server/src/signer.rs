@@ -11,10 +11,11 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
 
 use crate::audit::Event;
-use crate::authority::{Authority, AuthorityError};
+use crate::authority::{self, Authority, AuthorityError};
 use crate::keys::Kek;
 use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
 use crate::rotation::step::bundle_of;
+use crate::rotation::trust::Upstream;
 use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::hosts::Issued;
@@ -34,9 +35,9 @@ pub(crate) struct Signer {
     pub(crate) root: String,
     /// Roots whose key may be known to others.
     pub(crate) tainted: Vec<String>,
-    pub(crate) root_not_after: SystemTime,
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) endpoint_not_after: SystemTime,
+    pub(crate) endpoint_serial: String,
     made_at: SystemTime,
     replace_intermediate_at: SystemTime,
     replace_endpoint_at: SystemTime,
@@ -71,7 +72,9 @@ impl Signer {
             let joined = joined_at(stored.as_ref(), &trust, now);
             // One from a future that did not come is not valid yet.
             let usable = stored.filter(|row| {
+                let given = root.upstream.as_ref();
                 row.root == root.id
+                    && given.is_none_or(|given| given.certificate == row.certificate)
                     && replacement_time(row, lifetimes) > now
                     && from_unix(row.activated_at) <= now + lifetimes.skew
             });
@@ -91,8 +94,7 @@ impl Signer {
         }
         let intermediate = unwrap(kek, &row, lifetimes)?;
         let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;
-        let (tls, endpoint_not_after) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
-        let root_not_after = trust.active().map_or(0, |root| root.not_after);
+        let (tls, endpoint) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
         Ok(Signer {
             intermediate,
             wire: v1::TrustBundle {
@@ -103,9 +105,9 @@ impl Signer {
             bundle,
             root: row.root.clone(),
             tainted: tainted(&trust),
-            root_not_after: from_unix(root_not_after),
             tls,
-            endpoint_not_after,
+            endpoint_not_after: endpoint.not_after,
+            endpoint_serial: endpoint.serial,
             made_at: now,
             replace_intermediate_at: replacement_time(&row, lifetimes),
             replace_endpoint_at: now + lifetimes.endpoint_every,
@@ -156,7 +158,14 @@ impl Signer {
         let signs = trust.active().is_some_and(|root| root.id == self.root);
         // Made by a clock that was ahead until it was put right, it is not valid yet.
         let is_of_now = self.made_at <= now + LEAF_BACKDATE / 2;
-        says_so && signs && is_of_now && now < self.replace_intermediate_at && now < self.replace_endpoint_at
+        let given = trust.active().and_then(|root| root.upstream.as_ref());
+        let is_given = given.is_none_or(|given| given.certificate == self.intermediate.certificate);
+        says_so
+            && is_given
+            && signs
+            && is_of_now
+            && now < self.replace_intermediate_at
+            && now < self.replace_endpoint_at
     }
 }
 
@@ -188,6 +197,10 @@ fn hand_out(
 }
 
 fn replacement_time(row: &Intermediate, lifetimes: &Lifetimes) -> SystemTime {
+    if row.from_outside {
+        // There is no other: it serves until whoever is outside brings the next.
+        return from_unix(row.not_after);
+    }
     let half_left = from_unix(row.not_after) - lifetimes.intermediate / 2;
     (from_unix(row.activated_at) + lifetimes.intermediate_every).min(half_left)
 }
@@ -207,6 +220,9 @@ fn new_intermediate(
     (trust, joined_bundle_at): (&Trust, i64),
     now: SystemTime,
 ) -> Result<Intermediate, StateError> {
+    if let Some(given) = &root.upstream {
+        return Ok(from_outside(state, lifetimes, (root, given), (trust, joined_bundle_at), now));
+    }
     let key = kek.unwrap(&root.id, &root.wrapped_key)?;
     let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
     let (id, end) = (root.id.clone(), from_unix(root.not_after));
@@ -217,6 +233,7 @@ fn new_intermediate(
         not_after: unix(made.not_after),
         id: made.id,
         certificate: made.certificate,
+        from_outside: false,
         replica: state.replica.clone(),
         root: root.id,
         activated_at: unix(now),
@@ -225,6 +242,30 @@ fn new_intermediate(
         bundle_sequence: trust.sequence,
         joined_bundle_at,
     })
+}
+
+/// All servers sign with the one that was brought.
+fn from_outside(
+    state: &StateDir,
+    lifetimes: &Lifetimes,
+    (root, given): (&Root, &Upstream),
+    (trust, joined_bundle_at): (&Trust, i64),
+    now: SystemTime,
+) -> Intermediate {
+    Intermediate {
+        id: given.id.clone(),
+        replica: state.replica.clone(),
+        root: root.id.clone(),
+        certificate: given.certificate.clone(),
+        wrapped_key: given.wrapped_key.clone(),
+        activated_at: unix(now),
+        replaced_at: None,
+        not_after: given.not_after,
+        longest_leaf_s: seconds(lifetimes.leaf),
+        bundle_sequence: trust.sequence,
+        joined_bundle_at,
+        from_outside: true,
+    }
 }
 
 fn note(state: &StateDir, row: &Intermediate, now: SystemTime) {
@@ -249,10 +290,10 @@ fn server_tls(
     domain: &TrustDomain,
     lifetimes: &Lifetimes,
     now: SystemTime,
-) -> Result<(Arc<ServerConfig>, SystemTime), SignerError> {
+) -> Result<(Arc<ServerConfig>, authority::Issued), SignerError> {
     let key = KeyPair::generate().map_err(AuthorityError::from)?;
     let leaf = intermediate.issue(&SpiffeId::pki(domain), &key, lifetimes.endpoint, now)?;
-    let chain = [leaf.certificate, intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
+    let chain = [leaf.certificate.clone(), intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let mut roots = RootCertStore::empty();
     for root in &bundle.roots {
@@ -271,5 +312,5 @@ fn server_tls(
     // A resumed session would skip the verification of the client.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok((Arc::new(config), leaf.not_after))
+    Ok((Arc::new(config), leaf))
 }

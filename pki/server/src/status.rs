@@ -1,6 +1,9 @@
 //! `meshd-pki status`: what the PKI holds, from its state directory; no server needed.
 
-use std::fmt::Write;
+mod judge;
+mod text;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -9,15 +12,16 @@ use meshd_identity::sha256;
 use serde::Serialize;
 
 use crate::commands::CommandError;
+use crate::federation::{self, commands::FederationStatus};
+use crate::health::Health;
+use crate::health::census::LeafState;
 use crate::issue::shorten;
+use crate::lifetimes::Lifetimes;
 use crate::state_dir::StateDir;
 use crate::store::hosts::Host;
 use crate::store::tokens::Token;
-use crate::store::{View, hosts, intermediates, settings, tokens, trust};
+use crate::store::{View, hosts, intermediates, servers, settings, tokens, trust};
 use crate::times::{rfc3339, unix};
-
-/// Below this the root needs attention: replacing it takes weeks of overlap.
-const ROOT_WARNING_S: i64 = 60 * 86_400;
 
 #[derive(Debug, Serialize)]
 pub struct Status {
@@ -28,7 +32,15 @@ pub struct Status {
     pub authorities: Vec<AuthorityStatus>,
     pub hosts: Vec<HostStatus>,
     pub open_tokens: Vec<TokenStatus>,
+    /// Every certificate and key the system uses, with its end.
+    pub certificates: Vec<CertificateStatus>,
     pub valid_certificates: u64,
+    pub rotation: RotationStatus,
+    /// Of hosts heard in the last 10 minutes.
+    pub clocks: Option<ClockStatus>,
+    pub servers: Vec<ServerStatus>,
+    pub clone_alarms: Vec<CloneStatus>,
+    pub federation: Vec<FederationStatus>,
     pub audit_lines: Option<u64>,
     /// What needs the operator; empty when all is well.
     pub problems: Vec<String>,
@@ -45,6 +57,64 @@ pub struct AuthorityStatus {
     pub not_after: String,
     #[serde(skip)]
     ends_at: i64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct CertificateStatus {
+    /// `root`, `intermediate`, `jwt_key`, `endpoint`, `host`, `workload`.
+    pub kind: String,
+    /// Of an authority or key its identifier, else the serial of the certificate in hexadecimal.
+    pub id: String,
+    pub state: String,
+    pub identity: Option<String>,
+    /// Host or server that has it.
+    pub host: Option<String>,
+    /// Identifier of the authority that signed it.
+    pub issuer: Option<String>,
+    pub not_after: String,
+}
+
+#[derive(Debug, Serialize)]
+pub struct RotationStatus {
+    /// When the calendar wants the next root.
+    pub next_root: Option<String>,
+    /// What holds the rotation up and time alone does not cure.
+    pub blocked: Vec<GateStatus>,
+    pub waiting: Vec<GateStatus>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct GateStatus {
+    /// None for the root to come.
+    pub root: Option<String>,
+    pub reason: String,
+    pub text: String,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ClockStatus {
+    pub lowest_ms: i64,
+    pub median_ms: i64,
+    pub highest_ms: i64,
+}
+
+/// One server of the PKI, as it last said.
+#[derive(Debug, Serialize)]
+pub struct ServerStatus {
+    pub replica: String,
+    pub seen: String,
+    pub is_running: bool,
+    /// Why it issues nothing now.
+    pub clock_problem: Option<String>,
+    /// Certificates asked for since it started, by whose and result.
+    pub renewals: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct CloneStatus {
+    pub host: String,
+    pub at: String,
+    pub remote: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,16 +143,21 @@ impl Status {
         let state = StateDir::open(dir)?;
         let bundle = state.latest_bundle()?;
         let now = unix(now);
-        let mut problems = Vec::new();
-        let authorities = state.database.read(|view| authorities(view, now))?;
-        for one in authorities.iter().filter(|one| one.kind == "root" && one.ends_at - now < ROOT_WARNING_S) {
-            problems.push(format!("root {} ends at {}", one.id, one.not_after));
-        }
+        let (health, servers, authorities) = state.database.read(|view| -> Result<_, CommandError> {
+            let servers = servers::servers(view)?;
+            // What a server runs with is known only from itself.
+            let newest = servers.iter().max_by_key(|server| server.at);
+            let lifetimes = newest.map_or_else(Lifetimes::default, |server| server.lifetimes);
+            let clock_is_good = newest.is_none_or(|server| server.distrust.is_none());
+            let health = Health::look(view, &lifetimes, clock_is_good, now)?;
+            Ok((health, servers, authorities(view, now)?))
+        })?;
+        let mut problems = judge::problems(&health, &servers);
         let audit = state.audit.verify();
         if let Err(problem) = &audit {
             problems.push(problem.clone());
         }
-        let mut advice = Vec::new();
+        let mut advice = judge::advice(&health);
         if dir.join("recovery.key").exists() {
             advice.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));
         }
@@ -97,49 +172,17 @@ impl Status {
                 hosts::hosts(view)?.into_iter().map(|host| host_status(view, host)).collect::<Result<_, CommandError>>()
             })?,
             open_tokens: database.read(|view| tokens::open(view, now))?.into_iter().map(token_status).collect(),
-            valid_certificates: database.read(|view| hosts::valid_issued(view, now))?.len() as u64,
+            valid_certificates: health.leaves.iter().filter(|held| held.state != LeafState::Ended).count() as u64,
+            certificates: judge::certificates(&health, &servers),
+            rotation: judge::rotation(&health, &servers),
+            clocks: judge::clocks(&health),
+            servers: servers.iter().map(|server| judge::server(server, now)).collect(),
+            federation: health.federation.iter().cloned().map(federation::commands::status).collect(),
+            clone_alarms: health.clones.iter().map(judge::clone_alarm).collect(),
             audit_lines: audit.ok(),
             problems,
             advice,
         })
-    }
-
-    pub fn to_text(&self) -> String {
-        let mut text = String::new();
-        // Writing to a string cannot fail.
-        _ = self.write(&mut text);
-        text
-    }
-
-    fn write(&self, text: &mut String) -> std::fmt::Result {
-        writeln!(text, "trust domain   {}", self.trust_domain)?;
-        writeln!(text, "bundle         sequence {}, sha256 {}", self.bundle_sequence, self.bundle_sha256)?;
-        writeln!(text, "certificates   {} valid", self.valid_certificates)?;
-        writeln!(text, "\n{:<14} {:<10} {:<34} NOT AFTER", "AUTHORITY", "STATE", "ID")?;
-        for one in &self.authorities {
-            writeln!(text, "{:<14} {:<10} {:<34} {}", one.kind, one.state, one.id, one.not_after)?;
-        }
-        writeln!(text, "\n{:<20} {:<8} {:<22} {:>9}  IDENTITIES", "HOST", "STATE", "LAST SEEN", "CLOCK")?;
-        for one in &self.hosts {
-            let clock = format!("{:+.1} s", one.clock_offset_ms as f64 / 1000.0);
-            let identities = one.identities.join(", ");
-            writeln!(text, "{:<20} {:<8} {:<22} {:>9}  {}", one.id, one.state, one.last_seen, clock, identities)?;
-        }
-        if !self.open_tokens.is_empty() {
-            writeln!(text, "\n{:<18} {:<20} {:<22} IDENTITIES", "OPEN TOKEN", "HOST", "EXPIRES")?;
-        }
-        for one in &self.open_tokens {
-            let identities = one.identities.join(", ");
-            writeln!(text, "{:<18} {:<20} {:<22} {}", one.id, one.host, one.expires_at, identities)?;
-        }
-        writeln!(text)?;
-        if let Some(lines) = self.audit_lines {
-            writeln!(text, "√ audit log: {lines} lines, chain whole")?;
-        }
-        for problem in self.problems.iter().chain(&self.advice) {
-            writeln!(text, "‼ {problem}")?;
-        }
-        Ok(())
     }
 }
 

@@ -18,11 +18,13 @@ use crate::times::{unix, unix_ms};
 pub(crate) struct Had {
     pub(crate) bundle: u64,
     pub(crate) deny: u64,
+    pub(crate) federation: u64,
 }
 
 impl Had {
     pub(crate) fn and(self, told: Had) -> Had {
-        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny) }
+        // Of federation a host has what it was told last, older or not.
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation: told.federation }
     }
 }
 
@@ -72,14 +74,20 @@ impl Pki {
         {
             tracing::error!(%error, "a newer deny set came from a host, but cannot be stored");
         }
-        self.sync_news(Had { bundle: report.bundle_sequence, deny: report.deny_sequence })
+        let had =
+            Had { bundle: report.bundle_sequence, deny: report.deny_sequence, federation: report.federation_revision };
+        self.sync_news(&caller.host.id, had)
     }
 
     /// What a host lacks that has this.
-    pub(crate) fn sync_news(&self, had: Had) -> Result<v1::SyncReply, Refused> {
+    pub(crate) fn sync_news(&self, host: &str, had: Had) -> Result<v1::SyncReply, Refused> {
         let signer = self.signer();
         let deny = self.deny();
-        let recovery = self.state.database.read(settings::recovery_statements)?.pop();
+        let (recovery, federation) = self.state.database.read(|view| -> Result<_, Refused> {
+            let permitted = hosts::permitted(view, host)?;
+            let federation = self.federation_for(view, &permitted)?;
+            Ok((settings::recovery_statements(view)?.pop(), federation))
+        })?;
         Ok(v1::SyncReply {
             server_time_unix_ms: self.now_ms(),
             bundle: (signer.bundle.sequence > had.bundle).then(|| trust_bundle(&signer)),
@@ -89,6 +97,7 @@ impl Pki {
             tainted_intermediates: self.tainted_intermediates(),
             pki_addresses: self.advertise.clone(),
             recovery: recovery.unwrap_or_default(),
+            federation: (federation.revision != had.federation).then_some(federation),
         })
     }
 
@@ -121,6 +130,7 @@ impl Pki {
             return;
         }
         self.metrics.clones_seen.inc();
+        self.note_clone(host, remote);
         tracing::error!(host, remote, "two machines use the key of one host; one of them is a cloned image");
         _ = self.record(&[Event {
             event: "clone",

@@ -1,6 +1,7 @@
 //! One subject, measured once.
 
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,8 @@ use super::subject::Subject;
 const CONNECTIONS: &str = "64";
 const RATE: &str = "5000";
 const IDLE: &str = "2000";
+/// Longer than meshd takes to settle after its start; the same for everyone.
+const IDLE_FOR: Duration = Duration::from_secs(15);
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// How much work a phase is.
@@ -81,11 +84,12 @@ pub(crate) fn measure(bed: &Bed, subject: Subject, effort: &Effort) -> Result<Sa
     Ok(sample)
 }
 
-/// Fresh proxies after one request, then with many connections held.
+/// Proxies that have been idle for a while after one request, then with many connections held.
 fn memory(bed: &Bed, running: &Running, sample: &mut Sample) -> Result<()> {
     if running.pids.is_empty() {
         return Ok(());
     }
+    thread::sleep(IDLE_FOR);
     (sample.idle_mib, sample.idle_larger_mib) = resident(&running.pids)?;
     let program = bed.client(&["idle", "--target", &running.target, "--connections", IDLE]);
     let mut idle = bed.near().start_testkit(&program)?;

@@ -188,6 +188,13 @@ impl Desk<'_> {
             );
             return Err(AdminError::NotNow(why));
         }
+        if one.from_outside && one.replaced_at.is_none() {
+            let why = format!(
+                "intermediate {id} is from outside: bring the next by `meshd-pki import` or --upstream-chain; to cut \
+                 off what it has signed: `meshd-pki deny add --authority {id}`"
+            );
+            return Err(AdminError::NotNow(why));
+        }
         tainted::taint(records, id, one.not_after)?;
         one.replaced_at.get_or_insert(unix(self.now));
         one.wrapped_key.clear();

@@ -12,6 +12,11 @@ pub(super) fn explain(gate: &Gate, world: &Surroundings<'_>, clock_doubt: Option
     let about = |name: &str, why: String, who: &[String]| wire::Gate { who: who.to_vec(), ..open(name, why) };
     match gate {
         Gate::Due { at } => timed("due", "the calendar wants a new root only then", *at),
+        Gate::Speaks => open("speaks", "it signs what hosts are told, for the active root is from outside".to_owned()),
+        Gate::Upstream => {
+            let why = "the next root comes from outside, by `meshd-pki import` or --upstream-chain".to_owned();
+            open("import", why)
+        }
         Gate::TooManyRoots => {
             open("too_many_roots", "the bundle holds 4 roots; an old one has to leave first".to_owned())
         }

@@ -145,16 +145,24 @@ impl Pki {
         kubernetes::attest(&clusters, proof, remote, self.now())
     }
 
-    /// Asks those clusters for their keys that are to be asked, for ever.
+    /// Asks those clusters for their keys that are to be asked, until the server stops.
     pub(crate) async fn follow_clusters(self: Arc<Pki>) {
         let Some(path) = self.attestors.path.clone() else { return };
         let mut ticks = tokio::time::interval(READ_EVERY);
+        let mut stopping = self.stopping();
         loop {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                _ = stopping.wait_for(|stops| *stops) => return,
+            }
             // Whatever is wrong with it is told by whoever reads all of it.
             let file = read_file(&path).unwrap_or_default();
             for cluster in file.kubernetes.iter().filter(|cluster| cluster.jwks_url.is_some()) {
-                match fetch::keys(cluster).await {
+                let fetched = tokio::select! {
+                    fetched = fetch::keys(cluster) => fetched,
+                    _ = stopping.wait_for(|stops| *stops) => return,
+                };
+                match fetched {
                     Ok(keys) => {
                         let mut state = self.attestors.state();
                         if state.fetched.insert(cluster.name.clone(), keys).is_none() {

@@ -1,6 +1,6 @@
 //! What an operator may ask of the rotation: a step sooner than the calendar has it, never sooner than its gates. Pure.
 
-use super::decide::{Gate, Step, Surroundings, activate, activate_gates, prepare_gates, remove_gates};
+use super::decide::{Gate, Step, Surroundings, activate, activate_gates, old_gates, prepare_gates};
 use super::trust::{RootState, Trust};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,7 +56,7 @@ fn remove(id: &str, trust: &Trust, world: &Surroundings<'_>) -> Verdict {
     };
     let never = |text: &str| Verdict::Never(format!("root {id} {text}"));
     match root.state {
-        RootState::Old => verdict(Some(id), Step::Remove { root: id.to_owned() }, remove_gates(root, world), world),
+        RootState::Old => verdict(Some(id), Step::Remove { root: id.to_owned() }, old_gates(root, trust, world), world),
         RootState::Active => never(
             "signs now; without it nothing the PKI issues would verify. Run `meshd-pki authority prepare`: it leaves by \
              itself when another root signs and nobody depends on it any more",

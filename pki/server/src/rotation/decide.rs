@@ -12,7 +12,7 @@ use crate::store::intermediates::Intermediate;
 use crate::times::seconds;
 
 /// More roots than this in a bundle would mean that rotation is stuck (they overlap for a month of three).
-const MOST_ROOTS: usize = 4;
+pub(crate) const MOST_ROOTS: usize = 4;
 /// SPIFFE Federation 4.1: 3 to 5 refresh intervals between publishing a key and using it.
 const REFRESH_INTERVALS: i64 = 5;
 
@@ -48,6 +48,10 @@ pub(crate) enum Despite {
 /// What a step still waits for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Gate {
+    /// The active root is from outside and cannot sign what hosts are told (deny sets, bundles): this one does.
+    Speaks,
+    /// The active root is from outside: so is the next one.
+    Upstream,
     /// The calendar.
     Due {
         at: i64,
@@ -88,7 +92,7 @@ pub(crate) fn decide(trust: &Trust, world: &Surroundings<'_>) -> Decision {
     for root in &trust.roots {
         let (step, gates) = match root.state {
             RootState::Prepared => (activate(root, trust, world), activate_gates(root, trust, world)),
-            RootState::Old => (Step::Remove { root: root.id.clone() }, remove_gates(root, world)),
+            RootState::Old => (Step::Remove { root: root.id.clone() }, old_gates(root, trust, world)),
             RootState::Removed => (Step::Retire { root: root.id.clone() }, Vec::new()),
             RootState::Active | RootState::Retired => continue,
         };
@@ -120,6 +124,10 @@ pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate
     let Some(active) = trust.active() else {
         return gates;
     };
+    if active.upstream.is_some() {
+        gates.push(Gate::Upstream);
+        return gates;
+    }
     let ends = active.not_after - seconds(world.lifetimes.last_call);
     let wanted = trust.urgent.is_some() || active.tainted_at.is_some() || ends <= world.now;
     let at = next_rotation(trust, active, world.lifetimes);
@@ -214,7 +222,15 @@ pub(crate) fn longest_leaf(world: &Surroundings<'_>) -> i64 {
     of_intermediates.chain([seconds(world.lifetimes.leaf)]).max().unwrap_or_default()
 }
 
-pub(crate) fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
+pub(crate) fn old_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
+    let mut gates = remove_gates(root, world);
+    if trust.speaker().is_some_and(|speaker| speaker.id == root.id) {
+        gates.push(Gate::Speaks);
+    }
+    gates
+}
+
+fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
     let skew = seconds(world.lifetimes.skew);
     if root.not_after + skew <= world.now {
         // Nothing under it verifies anywhere but in libraries that do not look at the end of roots.

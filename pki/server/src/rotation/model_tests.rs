@@ -80,6 +80,7 @@ impl World {
             activated_at: None,
             removed_at: None,
             tainted_at: None,
+            upstream: None,
             not_after: self.now + seconds(self.lifetimes.root),
         });
     }
@@ -152,6 +153,7 @@ impl World {
                     longest_leaf_s: seconds(self.lifetimes.leaf),
                     bundle_sequence: trust.sequence,
                     joined_bundle_at: now,
+                    from_outside: false,
                 });
             }
         }

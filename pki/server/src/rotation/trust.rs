@@ -41,6 +41,21 @@ pub(crate) struct Root {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) tainted_at: Option<i64>,
     pub(crate) not_after: i64,
+    /// Its key is with an authority outside, which signed this for us.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) upstream: Option<Upstream>,
+}
+
+/// An intermediate from outside: all servers sign with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Upstream {
+    pub(crate) id: String,
+    #[serde(with = "base64")]
+    pub(crate) certificate: Vec<u8>,
+    #[serde(with = "base64")]
+    pub(crate) wrapped_key: Vec<u8>,
+    /// The earlier end of it and its root.
+    pub(crate) not_after: i64,
 }
 
 /// The way of a root. Every arrow is one transaction; there is no way back.
@@ -109,6 +124,12 @@ impl Trust {
 
     pub(crate) fn active(&self) -> Option<&Root> {
         self.in_state(RootState::Active)
+    }
+
+    /// Whose key signs what hosts are told: the active root's, and while that is from outside the newest of our own.
+    pub(crate) fn speaker(&self) -> Option<&Root> {
+        let with_key = |root: &&Root| !root.wrapped_key.is_empty();
+        self.active().filter(with_key).or_else(|| self.in_bundle().filter(with_key).last())
     }
 
     pub(crate) fn in_bundle(&self) -> impl Iterator<Item = &Root> {

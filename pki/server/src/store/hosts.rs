@@ -8,7 +8,7 @@ use super::grants::{self, Terms};
 use super::{DbError, Records, View, base64, get, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
-const KEEP_ENDED_S: i64 = 7 * 86_400;
+pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
 /// A bundle never has as many roots, and no identifier of one is as long.
 const MOST_ROOTS_TOLD: usize = 16;
 const LONGEST_ROOT_ID: usize = 64;
@@ -190,6 +190,7 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     if new.is_empty() {
         return Ok(());
     }
+    super::leaves::note(records, host, &new, now)?;
     let key = format!("issued/{host}");
     let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
     all.retain(|one| one.not_after > now - KEEP_ENDED_S);

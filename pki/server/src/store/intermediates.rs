@@ -24,6 +24,9 @@ pub(crate) struct Intermediate {
     /// The bundle its replica hands out, and since when it does.
     pub(crate) bundle_sequence: u64,
     pub(crate) joined_bundle_at: i64,
+    /// Brought by the operator.
+    #[serde(default)]
+    pub(crate) from_outside: bool,
 }
 
 fn key(one: &Intermediate) -> String {

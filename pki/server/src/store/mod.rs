@@ -2,17 +2,22 @@
 //! (several): all knowledge of what a record means is in the files beside this one, all knowledge of an engine in its own.
 
 pub(crate) mod bundles;
+pub(crate) mod clones;
 pub(crate) mod deny;
+pub(crate) mod federation;
 pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
+pub(crate) mod leaves;
 pub(crate) mod roles;
 mod schema1;
+pub(crate) mod servers;
 pub(crate) mod settings;
 mod sqlite;
 pub(crate) mod tainted;
 pub(crate) mod tokens;
 pub(crate) mod trust;
+pub(crate) mod upstream;
 
 use std::path::{Path, PathBuf};
 

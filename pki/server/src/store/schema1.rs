@@ -98,6 +98,7 @@ fn convert_trust(connection: &Connection) -> Result<(), DbError> {
             activated_at: row.get(4)?,
             removed_at: None,
             tainted_at: None,
+            upstream: None,
             not_after: row.get(5)?,
         })
     })?;
@@ -120,6 +121,7 @@ fn convert_trust(connection: &Connection) -> Result<(), DbError> {
             longest_leaf_s: 475_200,
             bundle_sequence: sequence,
             joined_bundle_at: activated_at,
+            from_outside: false,
         })
     })?;
     for one in intermediates {

@@ -2,6 +2,7 @@
 
 mod absence;
 mod admin_api;
+mod alerts;
 mod attestors;
 mod authority;
 mod cli;
@@ -9,8 +10,10 @@ mod clocks;
 mod conversation;
 mod enrolment;
 mod entries;
+mod federation;
 mod http;
 mod impostors;
+mod inventory;
 mod join_tokens;
 mod operation;
 mod profile;
@@ -19,3 +22,4 @@ mod recovery;
 mod renewal;
 mod shut_out;
 mod support;
+mod upstream;

@@ -40,8 +40,15 @@ impl Desk {
     }
 
     pub(crate) fn with(lifetimes: Lifetimes) -> Desk {
+        Desk::set_up(lifetimes, SystemTime::now())
+    }
+
+    pub(crate) fn starting(start: SystemTime) -> Desk {
+        Desk::set_up(Lifetimes::default(), start)
+    }
+
+    fn set_up(lifetimes: Lifetimes, start: SystemTime) -> Desk {
         let dir = tempfile::tempdir().unwrap();
-        let start = SystemTime::now();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
         let (passed, ahead) = (Arc::default(), Arc::default());
         let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false };
@@ -61,6 +68,14 @@ impl Desk {
 
     pub(crate) fn pki(&self) -> &Pki {
         self.pki.as_ref().unwrap()
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn metrics(&self) -> String {
+        self.pki().metrics.encode()
     }
 
     pub(crate) fn now(&self) -> SystemTime {
@@ -106,15 +121,22 @@ impl Desk {
     }
 
     pub(crate) fn renew(&self, host: &str, certificate: Option<&[u8]>) -> Result<v1::IssueBatchReply, Refused> {
+        self.renew_holding(self.status().bundle_sequence, host, certificate)
+    }
+
+    /// Of a host that has that bundle.
+    pub(crate) fn renew_holding(
+        &self,
+        bundle_sequence: u64,
+        host: &str,
+        certificate: Option<&[u8]>,
+    ) -> Result<v1::IssueBatchReply, Refused> {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
-        let request = v1::IssueBatchRequest {
-            items,
-            host_time_unix_ms: unix_ms(self.now()),
-            bundle_sequence: self.status().bundle_sequence,
-            ..v1::IssueBatchRequest::default()
-        };
+        let host_time_unix_ms = unix_ms(self.now());
+        let request =
+            v1::IssueBatchRequest { items, host_time_unix_ms, bundle_sequence, ..v1::IssueBatchRequest::default() };
         self.pki().issue_batch(certificate, &request, "test")
     }
 

@@ -49,8 +49,12 @@ impl Lab {
     }
 
     pub(crate) async fn start_with(lifetimes: Lifetimes) -> Lab {
+        Lab::start_of(domain(), lifetimes).await
+    }
+
+    pub(crate) async fn start_of(domain: TrustDomain, lifetimes: Lifetimes) -> Lab {
         let dir = tempfile::tempdir().unwrap();
-        state_dir::init(&dir.path().join("pki"), &domain(), None, SystemTime::now()).unwrap();
+        state_dir::init(&dir.path().join("pki"), &domain, None, SystemTime::now()).unwrap();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut lab = Lab { dir, lifetimes, attestors: None, address: any, turned: Arc::default(), running: None };
         lab.run().await;
@@ -114,6 +118,10 @@ impl Lab {
 
     pub(crate) fn pki(&self) -> &Pki {
         &self.running.as_ref().expect("the server runs").0
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Pki> {
+        self.running.as_ref().expect("the server runs").0.clone()
     }
 
     pub(crate) fn pin(&self) -> PkiPin {

@@ -1,0 +1,107 @@
+//! `meshd-pki csr` and `meshd-pki import`. Both work beside a running server.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use rcgen::{CertificateParams, KeyPair, PublicKeyData};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer;
+
+use super::check::{Unusable, certificates, check, id_of_key, private_key};
+use crate::authority::{AuthorityError, csr_params};
+use crate::lifetimes::Lifetimes;
+use crate::rotation::step::{Imported, Rotator};
+use crate::state_dir::{StateDir, StateError};
+use crate::store::upstream::{self, Pending};
+use crate::store::{DbError, servers};
+use crate::times::unix;
+
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error("the intermediate cannot be used: {0}; what is in force stays")]
+    Unusable(#[from] Unusable),
+    #[error(
+        "the intermediate is over a key that is not here; sign the request of `meshd-pki csr`, or give the key with \
+         --key FILE"
+    )]
+    NoKey,
+    #[error("the bundle holds as many roots as it may; one has to leave before another comes")]
+    TooManyRoots,
+}
+
+/// A certificate request in PEM for an offline root to sign. The key stays here, encrypted; the same request is given
+/// until its answer was imported.
+pub fn csr(dir: &Path, now: SystemTime) -> Result<String, UpstreamError> {
+    let state = StateDir::open(dir)?;
+    let kek = state.kek()?;
+    let pending = state.database.transaction(|records| -> Result<Pending, UpstreamError> {
+        if let Some(pending) = upstream::pending(records)? {
+            return Ok(pending);
+        }
+        let key = KeyPair::generate().map_err(AuthorityError::from)?;
+        let id = id_of_key(&key.subject_public_key_info());
+        let wrapped_key = kek.wrap(&id, &key.serialize_der()).map_err(StateError::from)?;
+        let pending = Pending { id, wrapped_key, created_at: unix(now) };
+        upstream::put_pending(records, &pending)?;
+        Ok(pending)
+    })?;
+    let key = kek.unwrap(&pending.id, &pending.wrapped_key).map_err(StateError::from)?;
+    let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
+    let params: CertificateParams = csr_params(&state.trust_domain, &pending.id)?;
+    let request = params.serialize_request(&key).map_err(AuthorityError::from)?;
+    Ok(request.pem().map_err(AuthorityError::from)?)
+}
+
+/// Takes over an intermediate: PEM with it and the root that signed it. Its key is the one of the request, unless one
+/// (PEM) is given.
+pub fn import(dir: &Path, chain: &[u8], key: Option<&[u8]>, now: SystemTime) -> Result<Imported, UpstreamError> {
+    let state = StateDir::open(dir)?;
+    let chain = certificates(chain)?;
+    let key = match key {
+        Some(pem) => private_key(pem)?,
+        None => pending_key(&state, chain.first())?,
+    };
+    let running = state.database.read(servers::servers)?;
+    let lifetimes = running.iter().max_by_key(|server| server.at).map_or_else(Lifetimes::default, |one| one.lifetimes);
+    take_over(&state, &chain, &key, &lifetimes, now)
+}
+
+fn pending_key(state: &StateDir, intermediate: Option<&Vec<u8>>) -> Result<Vec<u8>, UpstreamError> {
+    let pending = state.database.read(upstream::pending)?.ok_or(UpstreamError::NoKey)?;
+    let parsed = intermediate.and_then(|der| X509Certificate::from_der(der).ok());
+    if parsed.is_some_and(|(_, certificate)| id_of_key(certificate.public_key().raw) != pending.id) {
+        return Err(UpstreamError::NoKey);
+    }
+    Ok(state.kek()?.unwrap(&pending.id, &pending.wrapped_key).map_err(StateError::from)?)
+}
+
+pub(super) fn take_over(
+    state: &StateDir,
+    chain: &[Vec<u8>],
+    key: &[u8],
+    lifetimes: &Lifetimes,
+    now: SystemTime,
+) -> Result<Imported, UpstreamError> {
+    let checked = check(chain, key, &state.trust_domain, lifetimes, now)?;
+    let kek = state.kek()?;
+    let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
+    let (imported, event) = state.database.transaction(|records| -> Result<_, UpstreamError> {
+        let (imported, event) = rotator.import(records, &checked)?;
+        if imported == Imported::TooManyRoots {
+            return Err(UpstreamError::TooManyRoots);
+        }
+        upstream::forget_pending(records, &checked.intermediate.id)?;
+        upstream::set_refused(records, None)?;
+        Ok((imported, event))
+    })?;
+    if let Some(event) = event {
+        state.record(now, &[event])?;
+    }
+    Ok(imported)
+}
