@@ -214,9 +214,11 @@ fn a_process_with_the_number_of_the_caller_that_ended_is_nobody() -> Result<()> 
     }
     let (own, socket) = (mesh.host("web").binary("workload-client"), mesh.daemon("web").api_socket());
     let (own, socket) = (own.display().to_string(), socket.display().to_string());
-    // Unit and user are those of the caller: only the process is another one.
-    let leave = ["leave", "--", "python3", "-c", SUCCESSOR, &own, "--socket", &socket, "resume"];
-    let mut left = mesh.host("web").spawn(&client(&mesh, &leave).unit("checkout.service"))?;
+    // Unit and user are those of the caller: only the process is another one. It leads no group, which would keep its number.
+    let leave =
+        [&own, "--socket", &socket, "leave", "--", "python3", "-c", SUCCESSOR, &own, "--socket", &socket, "resume"];
+    let caller = Program::new("sh").args(["-c", "\"$@\"; :", "sh"]).args(leave);
+    let mut left = mesh.host("web").spawn(&caller.unit("checkout.service"))?;
     left.wait(DEADLINE)?;
     until(DEADLINE, "the heir of the connection to be answered", || !left.output().is_empty())?;
     ensure!(left.stdout() == NOBODY, "{}", left.output());

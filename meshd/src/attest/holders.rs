@@ -259,6 +259,8 @@ mod tests {
             assert_eq!(attestor.prove(socket.clone(), guard(&[wrong])).await, Err(Unproven::Unmet(selector)));
         }
         drop(client);
-        assert_eq!(attestor.prove(socket, guard(&[path])).await, Err(Unproven::NoHolder));
+        // Of other users' processes it may not be seen that they do not hold it.
+        let gone = attestor.prove(socket, guard(&[path])).await;
+        assert!(matches!(gone, Err(Unproven::NoHolder | Unproven::Unmet(_))), "{gone:?}");
     }
 }
