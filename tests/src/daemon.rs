@@ -82,13 +82,22 @@ impl Daemon {
 
     /// Runs `meshd join` with a token, as meshd's user.
     pub fn join(&self, token: &str) -> Result<Finished> {
-        let file = self.directory.join("state").join("token");
-        fs::write(&file, token)?;
-        chown(&file, Some(UID), Some(UID))?;
-        let program = self.program(&["join", "--config"]).arg(self.config()).arg("--token-file").arg(&file).uid(UID);
-        let program = self.with_environment(program);
-        let finished = self.host.run(&program);
-        fs::remove_file(&file)?;
+        self.join_by(&[("--token-file", token)])
+    }
+
+    /// Runs `meshd join` as meshd's user, with options that name files of these contents.
+    pub fn join_by(&self, proof: &[(&str, &str)]) -> Result<Finished> {
+        let mut program = self.program(&["join", "--config"]).arg(self.config()).uid(UID);
+        let mut files = Vec::new();
+        for (option, text) in proof {
+            let file = self.directory.join("state").join(option.trim_start_matches('-'));
+            fs::write(&file, text)?;
+            chown(&file, Some(UID), Some(UID))?;
+            program = program.arg(option).arg(&file);
+            files.push(file);
+        }
+        let finished = self.host.run(&self.with_environment(program));
+        files.iter().try_for_each(fs::remove_file)?;
         finished
     }
 

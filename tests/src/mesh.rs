@@ -17,7 +17,7 @@ use crate::plan::{self, HostPlan, PKI_PORT, Plan, ServicePlan, Workload};
 use crate::process::{Finished, Process, Program};
 use crate::wait::until;
 
-const PKI_UID: u32 = 991;
+pub const PKI_UID: u32 = 991;
 const READY: Duration = Duration::from_secs(30);
 
 // Fields drop in order: programs first, the lab they run in last.
@@ -66,6 +66,7 @@ impl Mesh {
         let listen = self.pki_address();
         let lifetimes = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(lifetimes);
+        program = program.args(&self.plan.pki_options);
         if !environment.is_empty() {
             // A clock behind the one at `init` would be distrusted.
             program = program.args(["--clock-is-right"]);

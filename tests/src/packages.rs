@@ -42,8 +42,13 @@ pub const FOR_MACHINES: &[Package] = &[
 pub const FOR_CLIENTS: &[Package] =
     &[package("openssl", "openssl"), package("python3", "python3"), package("python3-venv", "python3")];
 
-/// What unit and integration tests run besides our own programs.
-pub const FOR_TESTS: &[Package] = &[package("openssl", "openssl"), package("prometheus", "promtool")];
+/// What unit and integration tests run besides our own programs, and what Kubernetes' API server stands on.
+pub const FOR_TESTS: &[Package] = &[
+    package("openssl", "openssl"),
+    package("prometheus", "promtool"),
+    package("etcd-server", "etcd"),
+    package("etcd-client", "etcdctl"),
+];
 
 pub const FOR_BENCH: &[Package] = &[package("openssl", "openssl"), package("haproxy", "haproxy")];
 
@@ -98,7 +103,8 @@ fn keep_services_off(installed: &[&str]) {
     if !Path::new("/run/systemd/system").exists() {
         return;
     }
-    for service in ["haproxy", "prometheus"].into_iter().filter(|name| installed.contains(name)) {
+    let services = [("haproxy", "haproxy"), ("prometheus", "prometheus"), ("etcd-server", "etcd")];
+    for (_, service) in services.into_iter().filter(|(package, _)| installed.contains(package)) {
         crate::command::try_run("systemctl", &["disable", "--now", &format!("{service}.service")]);
     }
 }

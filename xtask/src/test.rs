@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::packages::Package;
-use meshd_tests::{backend, machine, packages, python, root};
+use meshd_tests::{backend, machine, packages, python, root, servers};
 
 use crate::built::{self, cargo, cargo_command};
 use crate::lint;
@@ -29,6 +29,8 @@ struct Tier {
     backends: &'static [(&'static str, &'static [&'static str])],
     /// What may be in the way on a machine that has the packages.
     preflight: fn() -> Result<()>,
+    /// Whether CI fails without it.
+    required: bool,
 }
 
 const SCENARIOS: Tier = Tier {
@@ -38,6 +40,7 @@ const SCENARIOS: Tier = Tier {
     threads: 4,
     backends: &BACKENDS,
     preflight: || Ok(()),
+    required: true,
 };
 
 const MACHINES: Tier = Tier {
@@ -48,6 +51,7 @@ const MACHINES: Tier = Tier {
     // What differs between backends is shown on namespace hosts.
     backends: &[("auto", &[])],
     preflight: machine::preflight,
+    required: true,
 };
 
 const CLIENTS: Tier = Tier {
@@ -58,7 +62,21 @@ const CLIENTS: Tier = Tier {
     // Capture has no part in it.
     backends: &[("auto", &[])],
     preflight: || python::environment().map(drop),
+    required: true,
 };
+
+const KUBERNETES: Tier = Tier {
+    test: "kubernetes",
+    name: "tests with Kubernetes' API server",
+    packages: &[packages::FOR_LABS, packages::FOR_TESTS],
+    threads: 2,
+    backends: &[("auto", &[])],
+    preflight: || servers::kube_apiserver().map(drop),
+    // No package has it: not everywhere is there a Go toolchain to build it with.
+    required: false,
+};
+
+const TIERS: [Tier; 4] = [SCENARIOS, CLIENTS, KUBERNETES, MACHINES];
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API
 /// and the deny set have nothing to do with capture: once is enough.
@@ -120,7 +138,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<bool> {
     if let Some(program) = std::env::var_os(PROGRAM) {
         let wanted = std::env::var(TIER).unwrap_or_default();
-        let tier = [SCENARIOS, CLIENTS, MACHINES].into_iter().find(|tier| tier.test == wanted);
+        let tier = TIERS.into_iter().find(|tier| tier.test == wanted);
         return run_as_root(&tier.context("no such tier")?, &program.into(), args.only.as_deref());
     }
     packages::ensure(&[packages::FOR_TESTS])?;
@@ -138,7 +156,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests", "-p", "meshd-workload-client"])?,
         "the build failed"
     );
-    for tier in [SCENARIOS, CLIENTS, MACHINES] {
+    for tier in TIERS {
         summary.add(tier.name, as_root(&tier, args)?);
     }
     if let Some(only) = &args.only
@@ -168,7 +186,8 @@ fn as_root(tier: &Tier, args: &Args) -> Result<Outcome> {
     command.arg(std::env::current_exe()?).arg("test");
     command.args(args.only.iter().flat_map(|only| ["--only", only]));
     Ok(match run_tests(command)? {
-        Outcome::Skipped(reason) => skip_unless_ci(reason),
+        Outcome::Skipped(reason) if tier.required => skip_unless_ci(reason),
+        skipped @ Outcome::Skipped(_) => skipped,
         counted @ Outcome::Counted(_) => counted,
     })
 }

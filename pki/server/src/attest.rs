@@ -78,7 +78,7 @@ impl Pki {
             return Err(Refused::Unauthenticated(text.to_owned()));
         }
         // Without a lock at first: strangers may knock as often as they like.
-        self.state.database.read(|view| prove(view, request, &self.trust_domain))?;
+        self.state.database.read_latest(|view| prove(view, request, &self.trust_domain))?;
         let csr = Request::read(&request.csr).map_err(Refused::Invalid)?;
         let signer = self.signer();
         let (svid, event) = self.state.database.transaction(|records| -> Result<_, Refused> {

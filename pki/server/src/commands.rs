@@ -11,7 +11,7 @@ use crate::keys::{KeyError, random};
 use crate::labels::{Label, LabelError, label_map};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::tokens::{self, Token};
-use crate::store::{DbError, View, hosts, settings};
+use crate::store::{DbError, View, hosts, replicas, settings};
 use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
@@ -136,9 +136,10 @@ pub(crate) fn create_token_in(
         detail: Some(token_detail(&row)),
         ..Event::default()
     };
-    state.database.transaction(|records| -> Result<(), CommandError> {
+    state.change(now, |records, told| -> Result<(), CommandError> {
         tokens::put_token(records, &row)?;
-        Ok(state.record(now, std::slice::from_ref(&event))?)
+        told.push(event.clone());
+        Ok(())
     })?;
     Ok(token)
 }
@@ -177,7 +178,10 @@ fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandE
     if !asked.is_empty() {
         return Ok(asked.to_vec());
     }
-    let known = state.database.read(settings::advertise)?;
+    let mut known = state.database.read(replicas::addresses)?;
+    if known.is_empty() {
+        known = state.database.read(settings::advertise)?;
+    }
     if known.is_empty() { Err(CommandError::NoAddress) } else { Ok(known) }
 }
 
@@ -195,12 +199,10 @@ pub(crate) fn add_entry_in(
 ) -> Result<bool, CommandError> {
     let id = workload(&state.trust_domain, identity)?;
     SpiffeId::host(&state.trust_domain, host)?;
-    state.database.transaction(|records| -> Result<bool, CommandError> {
+    state.change(now, |records, told| -> Result<bool, CommandError> {
         refuse_unknown(records, host, unix(now))?;
         let new = hosts::permit(records, host, id.as_str(), unix(now))?;
-        if new {
-            state.record(now, &[entry_event("entry_add", host, &id, &by)])?;
-        }
+        told.extend(new.then(|| entry_event("entry_add", host, &id, &by)));
         Ok(new)
     })
 }
@@ -218,11 +220,12 @@ pub(crate) fn remove_entry_in(
     by: Option<String>,
 ) -> Result<(), CommandError> {
     let id = workload(&state.trust_domain, identity)?;
-    state.database.transaction(|records| -> Result<(), CommandError> {
+    state.change(now, |records, told| -> Result<(), CommandError> {
         if !hosts::forbid(records, host, id.as_str())? {
             return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
         }
-        Ok(state.record(now, &[entry_event("entry_remove", host, &id, &by)])?)
+        told.push(entry_event("entry_remove", host, &id, &by));
+        Ok(())
     })
 }
 

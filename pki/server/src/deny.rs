@@ -139,7 +139,7 @@ impl Pki {
             return Ok(());
         }
         let floor = Floor::new(&self.state).get();
-        self.state.database.transaction(|records| -> Result<Deny, StateError> {
+        self.state.database.lead(|records| -> Result<Deny, StateError> {
             Ok(deny::change(records, floor, unix_ms(now), |entries| entries.retain(|one| one.until >= unix(now)))?)
         })?;
         self.refresh_deny()

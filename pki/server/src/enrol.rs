@@ -94,7 +94,7 @@ impl Pki {
             bundle: Some(trust_bundle(signer)),
             server_time_unix_ms: self.now_ms(),
             recovery_keys: self.state.database.read(settings::recovery_keys)?,
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
         })
     }
 }

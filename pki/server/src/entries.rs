@@ -101,7 +101,7 @@ pub(crate) fn put_entry_in(
     }
     event.not_after = terms.expires_at.map(rfc3339);
     event.detail = Some(detail);
-    state.database.transaction(|records| -> Result<(), CommandError> {
+    state.change(now, |records, told| -> Result<(), CommandError> {
         let (terms, mut event) = (terms.clone(), event.clone());
         match asked.parent {
             Parent::Host(host) => {
@@ -114,7 +114,8 @@ pub(crate) fn put_entry_in(
                 grants::put_label_entry(records, &LabelEntry { labels, spiffe_id, created_at: unix(now), terms })?;
             }
         }
-        Ok(state.record(now, &[event])?)
+        told.push(event);
+        Ok(())
     })
 }
 
@@ -133,14 +134,14 @@ pub(crate) fn remove_label_entry_in(
     let id = workload(&state.trust_domain, identity)?;
     let labels = label_map(labels)?;
     let parent = grants::labels_text(&labels);
-    state.database.transaction(|records| -> Result<(), CommandError> {
+    state.change(now, |records, told| -> Result<(), CommandError> {
         if !grants::delete_label_entry(records, &labels, id.as_str())? {
             return Err(CommandError::NoEntry { host: parent.clone(), identity: id.short().to_owned() });
         }
         let (identity, detail) = (Some(id.to_string()), Some(format!("hosts with {parent}")));
         let by = by.clone();
-        let event = Event { event: "entry_remove", result: "ok", identity, detail, by, ..Event::default() };
-        Ok(state.record(now, &[event])?)
+        told.push(Event { event: "entry_remove", result: "ok", identity, detail, by, ..Event::default() });
+        Ok(())
     })
 }
 

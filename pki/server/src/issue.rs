@@ -85,7 +85,7 @@ impl Pki {
         self.refuse_while_frozen()?;
         let now = self.now();
         let signer = self.signer();
-        let (caller, granted, federation) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, granted, federation) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
             let granted = grants::granted(view, &caller.host.id)?;
             let permitted: Vec<String> = granted.keys().cloned().collect();
@@ -94,6 +94,7 @@ impl Pki {
         })?;
         let decide = |item| self.decide(&signer, &caller, &granted, item, remote);
         let mut decided = request.items.iter().map(decide).collect::<Result<Vec<Decided>, Refused>>()?;
+        self.heard_of_bundle(&caller.host.id, request.bundle_sequence);
         match self.note(&caller, request, &mut decided, unix_ms(now)) {
             // Shut out while these were signed: they are on record nowhere, so they must not leave.
             Ok(Some(host)) => check_standing(&host)?,
@@ -110,7 +111,7 @@ impl Pki {
             results,
             bundle: Some(trust_bundle(&signer)),
             server_time_unix_ms: self.now_ms(),
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
             tainted_roots: signer.tainted.clone(),
             tainted_intermediates: self.tainted_intermediates(),
             federation: Some(federation),

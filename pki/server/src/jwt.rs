@@ -53,7 +53,7 @@ impl Pki {
         self.refuse_while_frozen()?;
         check_audience(&request.audience)?;
         let now = unix(self.now());
-        let (caller, granted, trust) = self.state.database.read(|view| -> Result<_, Refused> {
+        let (caller, granted, trust) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
             let granted = grants::granted(view, &caller.host.id)?;
             Ok((caller, granted, trust::trust(view)?))

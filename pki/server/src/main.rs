@@ -76,6 +76,16 @@ enum Verb {
     Federation(cli::federation::Federation),
     /// What the PKI holds: authorities, hosts, open tokens, problems.
     Status(StatusArgs),
+    /// Copies of the database, made every hour and after each step of an authority.
+    #[command(subcommand)]
+    Backup(cli::backup::Backup),
+    /// Put a backup in the place of the database; the server must be stopped.
+    Restore(cli::backup::Restore),
+    /// Move the records between the file of one server and an etcd for several; no server may run.
+    Migrate(cli::replica::Migrate),
+    /// The servers of a PKI in etcd.
+    #[command(subcommand)]
+    Replica(cli::replica::Replica),
 }
 
 #[derive(Args)]
@@ -256,6 +266,10 @@ fn main() -> ExitCode {
         Verb::Import(command) => command.run(),
         Verb::Federation(command) => command.run(),
         Verb::Status(args) => return status(&args),
+        Verb::Backup(command) => command.run(),
+        Verb::Restore(args) => args.run(),
+        Verb::Migrate(args) => args.run(),
+        Verb::Replica(command) => command.run(),
     };
     finish(done.map(|()| ExitCode::SUCCESS))
 }

@@ -26,6 +26,13 @@ pub struct Metrics {
     pub(crate) attestors_bad: Gauge,
     pub(crate) clock_distrusted: Gauge,
     pub(crate) tls_failures: Counter,
+    pub(crate) leads: Gauge,
+    pub(crate) replicas: Gauge,
+    pub(crate) store_trouble: Gauge,
+    pub(crate) backup: Gauge,
+    pub(crate) backup_failures: Counter,
+    pub(crate) restored: Gauge,
+    pub(crate) hosts_ahead: Counter,
     pub(crate) connections: Gauge,
     pub(crate) health: HealthMetrics,
 }
@@ -44,6 +51,13 @@ impl Metrics {
             attestors_bad: Gauge::default(),
             clock_distrusted: Gauge::default(),
             tls_failures: Counter::default(),
+            leads: Gauge::default(),
+            replicas: Gauge::default(),
+            store_trouble: Gauge::default(),
+            backup: Gauge::default(),
+            backup_failures: Counter::default(),
+            restored: Gauge::default(),
+            hosts_ahead: Counter::default(),
             connections: Gauge::default(),
             health: HealthMetrics::default(),
         };
@@ -75,6 +89,17 @@ impl Metrics {
             m.clock_distrusted.clone(),
         );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
+        registry.register("leads", "1 where this server takes the steps of authorities", m.leads.clone());
+        registry.register("replicas", "Servers of this PKI that run", m.replicas.clone());
+        let trouble = "1 while nothing can be written to etcd; renewals go on";
+        registry.register("store_trouble", trouble, m.store_trouble.clone());
+        let made = "Unix time of the last backup this process made; 0 before the first";
+        registry.register("backup_timestamp_seconds", made, m.backup.clone());
+        registry.register("backup_failures", "Backups that could not be made", m.backup_failures.clone());
+        let restored = "Unix time at which a backup took the place of the database; 0 if none did";
+        registry.register("restored_timestamp_seconds", restored, m.restored.clone());
+        let ahead = "Times a host had a newer bundle than the PKI";
+        registry.register("hosts_ahead", ahead, m.hosts_ahead.clone());
         registry.register("connections", "Open connections", m.connections.clone());
         m.health = HealthMetrics::register(registry);
         metrics

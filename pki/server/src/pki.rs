@@ -18,20 +18,22 @@ use crate::deny::SignedDeny;
 use crate::federation::web::WebCertificate;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
+use crate::keeping::keeper::{Keeper, heal_state};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::Metrics;
 use crate::refused::Refused;
+use crate::replicas;
 use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
-use crate::state_dir::{StateDir, StateError};
+use crate::state_dir::{StateDir, StateError, lock};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tainted, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, unix, unix_ms};
 
 /// Records of certificates and tokens are kept this long after their end.
-const KEEP_S: i64 = 30 * 86_400;
+pub(crate) const KEEP_S: i64 = 30 * 86_400;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
 
@@ -96,6 +98,8 @@ pub struct Pki {
     pub metrics: Metrics,
     pub(crate) lifetimes: Lifetimes,
     pub(crate) advertise: Vec<String>,
+    /// Of all replicas.
+    addresses: RwLock<Arc<Vec<String>>>,
     clock: Clock,
     boot_time: BootTime,
     clock_guard: Mutex<ClockGuard>,
@@ -113,6 +117,7 @@ pub struct Pki {
     pub(crate) state: StateDir,
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
+    pub(crate) keeper: Keeper,
     /// Of the https_web endpoint, where this process serves one.
     web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
@@ -123,17 +128,20 @@ pub struct Pki {
 impl Pki {
     pub fn open(dir: &Path, options: Options) -> Result<Pki, PkiError> {
         options.lifetimes.check().map_err(PkiError::Lifetimes)?;
-        let state = StateDir::open(dir)?;
-        let running = state.lock()?;
-        state.check()?;
-        let kek = state.kek()?;
-        if !options.advertise.is_empty() {
-            let addresses = &options.advertise;
-            state
-                .database
-                .transaction(|records| settings::set_advertise(records, addresses).map_err(StateError::from))?;
-        }
         let now = (options.clock)();
+        let running = lock(dir)?;
+        let healed = heal_state(dir, now)?;
+        let state = StateDir::open_to_serve(dir)?;
+        state.check()?;
+        state.database.engine().join_replicas();
+        if let Some(event) = healed {
+            state.record(now, &[event])?;
+        }
+        let kek = state.kek()?;
+        replicas::register(&state, &options.advertise, now)?;
+        let lifetimes = &options.lifetimes;
+        let domain = &state.trust_domain;
+        let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
         let start = begin(&state, &kek, &options, now)?;
         let signer =
             Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
@@ -142,6 +150,7 @@ impl Pki {
             metrics: Metrics::new(),
             lifetimes: options.lifetimes,
             advertise: options.advertise,
+            addresses: RwLock::default(),
             clock: options.clock,
             boot_time: options.boot_time,
             clock_guard: Mutex::default(),
@@ -157,15 +166,18 @@ impl Pki {
             state,
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
+            keeper,
             web_certificate: RwLock::default(),
             health_seen: Mutex::default(),
             _running: running,
         };
         pki.look_at_clocks()?;
         pki.refresh_deny()?;
+        pki.refresh_replicas()?;
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
         pki.tell();
+        pki.keeper.keep(&pki.state, &pki.metrics, now);
         Ok(pki)
     }
 
@@ -176,6 +188,7 @@ impl Pki {
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
+        self.keeper.keep(&self.state, &self.metrics, now);
         if self.is_sure_of_clock() {
             self.forget_ended(now)?;
             self.record_good_time(now)?;
@@ -187,7 +200,7 @@ impl Pki {
         let due = self.start().record(unix(now));
         if let Some(time) = due {
             let record = |records: &mut dyn Records| settings::set_last_good(records, time).map_err(StateError::from);
-            self.state.database.transaction(record)?;
+            self.state.database.lead(record)?;
         }
         Ok(())
     }
@@ -196,7 +209,7 @@ impl Pki {
     fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
         self.prune_deny()?;
         let before = unix(now) - KEEP_S;
-        self.state.database.transaction(|records| -> Result<(), StateError> {
+        self.state.database.lead(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
             tainted::prune(records, unix(now))?;
             Ok(intermediates::prune(records, before)?)
@@ -220,8 +233,19 @@ impl Pki {
             self.show_health().map_err(StateError::from)?;
         }
         self.refresh_deny()?;
+        self.refresh_replicas()?;
         self.tell();
         Ok(())
+    }
+
+    pub(crate) fn rotator(&self) -> Rotator<'_> {
+        Rotator {
+            domain: &self.trust_domain,
+            kek: &self.kek,
+            lifetimes: &self.lifetimes,
+            clock_is_good: self.is_sure_of_clock(),
+            now: self.now(),
+        }
     }
 
     fn tell(&self) {
@@ -324,6 +348,15 @@ impl Pki {
         *self.deny.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(set);
     }
 
+    /// What hosts are told to use.
+    pub(crate) fn addresses(&self) -> Vec<String> {
+        self.addresses.read().unwrap_or_else(PoisonError::into_inner).to_vec()
+    }
+
+    pub(crate) fn set_addresses(&self, addresses: Vec<String>) {
+        *self.addresses.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(addresses);
+    }
+
     /// The trust bundle with this digest, or the latest.
     pub fn bundle(&self, digest: &[u8]) -> Result<v1::TrustBundle, Refused> {
         let found = self.state.database.read(|view| match digest.len() {
@@ -351,7 +384,7 @@ impl Pki {
         self.web_certificate.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(crate) fn now(&self) -> SystemTime {
+    pub fn now(&self) -> SystemTime {
         (self.clock)()
     }
 
@@ -411,12 +444,21 @@ fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Res
         ),
         Standing::Confirmed => rotate(state, kek, lifetimes, true, now)?,
     }
+    if !is_to_provide(state) {
+        return Ok(start);
+    }
     let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
     let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
     if !done.is_empty() {
         state.record(now, &done)?;
     }
     Ok(start)
+}
+
+/// Whether this server sees to what all share, although nobody can lead yet: no other leads, and it can be written.
+fn is_to_provide(state: &StateDir) -> bool {
+    let engine = state.database.engine();
+    engine.trouble().is_none() && engine.leader().is_none_or(|leader| leader == state.replica)
 }
 
 /// Takes every step that is due, one transaction each.
@@ -427,6 +469,9 @@ fn rotate(
     clock_is_good: bool,
     now: SystemTime,
 ) -> Result<(), PkiError> {
+    if !state.database.engine().leads() {
+        return Ok(());
+    }
     let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good, now };
     for _ in 0..MOST_STEPS {
         // Looked at without a lock first: most times nothing is due.
@@ -434,8 +479,8 @@ fn rotate(
         if !due {
             return Ok(());
         }
-        let event = state.database.transaction(|records| rotator.advance(records))?;
-        let Some(event) = event else { return Ok(()) };
+        let event = state.database.lead(|records| rotator.advance(records))?;
+        let Some(event) = event.flatten() else { return Ok(()) };
         tracing::info!(step = event.event, authority = event.authority, detail = event.detail, "rotation");
         if let Err(error) = state.record(now, &[event]) {
             tracing::error!(%error, "a rotation step was taken but is not in the audit log");

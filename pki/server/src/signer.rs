@@ -20,9 +20,12 @@ use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::hosts::Issued;
 use crate::store::intermediates::{self, Intermediate};
-use crate::store::{Records, trust};
+use crate::store::{DbError, Records, trust};
 use crate::sync::tainted;
 use crate::times::{Clock, TlsTime, from_unix, rfc3339, seconds, unix};
+
+/// After a replacement that failed.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// Replaced as a whole whenever a part of it is renewed, so that a certificate and the bundle that goes with it are
 /// never of different times.
@@ -31,7 +34,7 @@ pub(crate) struct Signer {
     pub(crate) bundle: Bundle,
     /// The same as hosts get it.
     pub(crate) wire: v1::TrustBundle,
-    /// The root that signed the intermediate.
+    /// The root that was active when this was made: it signed the intermediate, unless that could not be replaced.
     pub(crate) root: String,
     /// Roots whose key may be known to others.
     pub(crate) tainted: Vec<String>,
@@ -65,7 +68,7 @@ impl Signer {
         now: SystemTime,
     ) -> Result<Signer, SignerError> {
         let mut made = None;
-        let (trust, row) = state.database.transaction(|records| -> Result<_, StateError> {
+        let chosen = state.database.transaction(|records| -> Result<_, StateError> {
             let trust = trust::trust(records)?;
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
@@ -88,7 +91,19 @@ impl Signer {
                 }
             };
             Ok((trust, row))
-        })?;
+        });
+        let (trust, row, again_at) = match chosen {
+            Ok((trust, row)) => {
+                let again_at = replacement_time(&row, lifetimes);
+                (trust, row, again_at)
+            }
+            Err(StateError::Db(error)) => {
+                made = None;
+                let (trust, row) = still_good(state, lifetimes, now, error)?;
+                (trust, row, now + RETRY)
+            }
+            Err(error) => return Err(error.into()),
+        };
         if let Some(row) = made {
             note(state, &row, now);
         }
@@ -103,13 +118,13 @@ impl Signer {
                 jwks: bundle.to_jwks(),
             },
             bundle,
-            root: row.root.clone(),
+            root: trust.active().map_or_else(|| row.root.clone(), |root| root.id.clone()),
             tainted: tainted(&trust),
             tls,
             endpoint_not_after: endpoint.not_after,
             endpoint_serial: endpoint.serial,
             made_at: now,
-            replace_intermediate_at: replacement_time(&row, lifetimes),
+            replace_intermediate_at: again_at,
             replace_endpoint_at: now + lifetimes.endpoint_every,
         })
     }
@@ -174,6 +189,26 @@ impl Signer {
 fn joined_at(before: Option<&Intermediate>, trust: &Trust, now: SystemTime) -> i64 {
     let had_all = |row: &&Intermediate| trust.roots.iter().all(|root| root.published_sequence <= row.bundle_sequence);
     before.filter(had_all).map_or_else(|| unix(now), |row| row.joined_bundle_at.min(unix(now)))
+}
+
+/// What is on record, where nothing can be put there now: the intermediate lives four times as long as it is used.
+fn still_good(
+    state: &StateDir,
+    lifetimes: &Lifetimes,
+    now: SystemTime,
+    error: DbError,
+) -> Result<(Trust, Intermediate), StateError> {
+    let (trust, row) = state.database.read(|view| -> Result<_, DbError> {
+        Ok((trust::trust(view)?, intermediates::active(view, &state.replica)?))
+    })?;
+    let verifies = |row: &Intermediate| trust.in_bundle().any(|root| root.id == row.root);
+    match row.filter(|row| verifies(row) && now + lifetimes.leaf < from_unix(row.not_after)) {
+        Some(row) => {
+            tracing::error!(%error, "the intermediate cannot be replaced; the one in use goes on signing");
+            Ok((trust, row))
+        }
+        None => Err(error.into()),
+    }
 }
 
 /// What a replica hands out is on record before it does so: the rotation counts on it.

@@ -12,10 +12,12 @@ use rcgen::{KeyPair, PublicKeyData};
 
 use crate::audit::{Audit, Event};
 use crate::authority::AuthorityError;
+use crate::keeping::backups::BackupError;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::{Rotator, bundle_of};
-use crate::store::{Database, DbError, settings, trust};
+use crate::store::etcd::config::EtcdConfig;
+use crate::store::{Database, DbError, Records, settings, trust};
 use crate::times::unix;
 
 /// The only replica of a PKI with a database of its own.
@@ -35,6 +37,8 @@ pub enum StateError {
     Incomplete { dir: PathBuf, what: &'static str },
     #[error("cannot write the audit log {}: {source}", path.display())]
     Audit { path: PathBuf, source: io::Error },
+    #[error("it was done, but cannot be written to the audit log {}: {source}; see to its disk", path.display())]
+    Untold { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Db(#[from] DbError),
     #[error(transparent)]
@@ -43,6 +47,8 @@ pub enum StateError {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     #[error("cannot sign what hosts are told: {0}")]
     Sign(#[from] SignedError),
     #[error("cannot make the recovery key: {0}")]
@@ -77,7 +83,7 @@ pub fn init(
 ) -> Result<Initialised, StateError> {
     prepare_dir(dir)?;
     let database = dir.join("pki.db");
-    if Database::is_initialised(&database)? {
+    if EtcdConfig::read(dir)?.is_some() || Database::is_initialised(&database)? {
         return Err(StateError::Initialised { dir: dir.to_owned() });
     }
     let recovery_path = recovery_key.map_or_else(|| dir.join("recovery.key"), Path::to_owned);
@@ -122,11 +128,20 @@ fn fill(
 
 impl StateDir {
     pub fn open(dir: &Path) -> Result<StateDir, StateError> {
-        let database = Database::open(&dir.join("pki.db"))?;
+        StateDir::of(dir, Database::open(dir)?)
+    }
+
+    /// As a server does: it starts without etcd, too.
+    pub(crate) fn open_to_serve(dir: &Path) -> Result<StateDir, StateError> {
+        StateDir::of(dir, Database::open_to_serve(dir)?)
+    }
+
+    fn of(dir: &Path, database: Database) -> Result<StateDir, StateError> {
         let incomplete = |what| StateError::Incomplete { dir: dir.to_owned(), what };
         let trust_domain = database.read(settings::trust_domain)?.ok_or_else(|| incomplete("its trust domain"))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
-        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica: LOCAL_REPLICA.to_owned(), database, audit })
+        let replica = EtcdConfig::read(dir)?.map_or_else(|| LOCAL_REPLICA.to_owned(), |config| config.replica);
+        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica, database, audit })
     }
 
     pub fn dir(&self) -> &Path {
@@ -151,20 +166,59 @@ impl StateDir {
         StateError::Incomplete { dir: self.dir.clone(), what }
     }
 
-    /// Held while a server runs; a second one would rotate the same authorities.
-    pub(crate) fn lock(&self) -> Result<File, StateError> {
-        let path = self.dir.join("run.lock");
-        let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
-        let file = File::create(&path).map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: self.dir.clone() }),
-            Err(TryLockError::Error(source)) => Err(io(source)),
-        }
-    }
-
     pub(crate) fn record(&self, now: SystemTime, events: &[Event]) -> Result<(), StateError> {
         append(&self.audit, now, events)
+    }
+
+    /// Changes records, then puts into the audit log what the run of `act` told that counted: it may run more than once.
+    pub(crate) fn change<T, E: From<StateError> + From<DbError>>(
+        &self,
+        now: SystemTime,
+        mut act: impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let (done, told) = self.database.transaction(|records| telling(&mut act, records))?;
+        self.tell(now, &told)?;
+        Ok(done)
+    }
+
+    /// As `change`, for what only the leader may do; `None` when that is another server.
+    pub(crate) fn lead<T, E: From<StateError> + From<DbError>>(
+        &self,
+        now: SystemTime,
+        mut act: impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, E>,
+    ) -> Result<Option<T>, E> {
+        let Some((done, told)) = self.database.lead(|records| telling(&mut act, records))? else { return Ok(None) };
+        self.tell(now, &told)?;
+        Ok(Some(done))
+    }
+
+    fn tell(&self, now: SystemTime, told: &[Event]) -> Result<(), StateError> {
+        let untold = |source| StateError::Untold { path: self.audit.path().to_owned(), source };
+        self.audit.append(unix(now), told).map_err(untold)
+    }
+}
+
+fn telling<T, E>(
+    act: &mut impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, E>,
+    records: &mut dyn Records,
+) -> Result<(T, Vec<Event>), E> {
+    let mut told = Vec::new();
+    let done = act(records, &mut told)?;
+    Ok((done, told))
+}
+
+/// Held while a server runs; a second one would rotate the same authorities.
+pub(crate) fn lock(dir: &Path) -> Result<File, StateError> {
+    if !dir.is_dir() {
+        return Err(DbError::Missing { dir: dir.to_owned() }.into());
+    }
+    let path = dir.join("run.lock");
+    let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
+    let file = File::create(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
     }
 }
 
@@ -174,7 +228,7 @@ fn append(audit: &Audit, now: SystemTime, events: &[Event]) -> Result<(), StateE
 }
 
 /// The systemd credential when there is one, else the file beside the database.
-fn kek_path(dir: &Path) -> PathBuf {
+pub(crate) fn kek_path(dir: &Path) -> PathBuf {
     let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|found| Path::new(&found).join(CREDENTIAL));
     credential.filter(|path| path.exists()).unwrap_or_else(|| dir.join("kek"))
 }
@@ -184,7 +238,7 @@ fn load_or_create_kek(dir: &Path) -> Result<Kek, StateError> {
     Ok(if path.exists() { Kek::load(&path)? } else { Kek::create(&path)? })
 }
 
-fn prepare_dir(dir: &Path) -> Result<(), StateError> {
+pub(crate) fn prepare_dir(dir: &Path) -> Result<(), StateError> {
     let io = |action| move |source| StateError::Io { action, path: dir.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io("create"))?;
     let mode = fs::metadata(dir).map_err(io("read"))?.permissions().mode() & 0o777;

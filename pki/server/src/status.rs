@@ -16,7 +16,9 @@ use crate::federation::{self, commands::FederationStatus};
 use crate::health::Health;
 use crate::health::census::LeafState;
 use crate::issue::shorten;
+use crate::keeping::restored::Restored;
 use crate::lifetimes::Lifetimes;
+use crate::replicas::{self, ReplicaStatus};
 use crate::state_dir::StateDir;
 use crate::store::hosts::Host;
 use crate::store::tokens::Token;
@@ -35,6 +37,8 @@ pub struct Status {
     /// Every certificate and key the system uses, with its end.
     pub certificates: Vec<CertificateStatus>,
     pub valid_certificates: u64,
+    /// The servers, where there are several.
+    pub replicas: Vec<ReplicaStatus>,
     pub rotation: RotationStatus,
     /// Of hosts heard in the last 10 minutes.
     pub clocks: Option<ClockStatus>,
@@ -157,6 +161,15 @@ impl Status {
         if let Err(problem) = &audit {
             problems.push(problem.clone());
         }
+        problems.extend(Restored::read(dir).filter(|restored| !restored.seen).map(|restored| restored.problem()));
+        let replicas = replicas::of(&state)?;
+        for away in replicas.iter().filter(|one| !one.runs) {
+            let id = &away.id;
+            problems.push(format!("replica {id} is away; if it will not come back: `meshd-pki replica remove {id}`"));
+        }
+        if !replicas.is_empty() && !replicas.iter().any(|one| one.leads) {
+            problems.push("no replica leads: nothing is rotated".to_owned());
+        }
         let mut advice = judge::advice(&health);
         if dir.join("recovery.key").exists() {
             advice.push(format!("{} is still here; move it offline", dir.join("recovery.key").display()));
@@ -172,6 +185,7 @@ impl Status {
                 hosts::hosts(view)?.into_iter().map(|host| host_status(view, host)).collect::<Result<_, CommandError>>()
             })?,
             open_tokens: database.read(|view| tokens::open(view, now))?.into_iter().map(token_status).collect(),
+            replicas,
             valid_certificates: health.leaves.iter().filter(|held| held.state != LeafState::Ended).count() as u64,
             certificates: judge::certificates(&health, &servers),
             rotation: judge::rotation(&health, &servers),

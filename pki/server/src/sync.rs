@@ -45,7 +45,7 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::SyncReply, Refused> {
         let now = self.now();
-        let caller = match self.state.database.read(|view| self.caller(view, certificate)) {
+        let caller = match self.state.database.read_latest(|view| self.caller(view, certificate)) {
             // It is to stop being its workloads, and believes only what is signed.
             Err(_) if self.deny().sequence > report.deny_sequence && self.is_banned(certificate) => {
                 return Ok(self.last_word());
@@ -69,6 +69,7 @@ impl Pki {
             self.metrics.note_failures.inc();
             tracing::error!(%error, host = %caller.host.id, "a report is not on record");
         }
+        self.heard_of_bundle(&caller.host.id, report.bundle_sequence);
         if !report.deny_set.is_empty()
             && let Err(error) = self.learn_deny(&report.deny_set)
         {
@@ -95,7 +96,7 @@ impl Pki {
             want_deny_set: had.deny > deny.sequence,
             tainted_roots: signer.tainted.clone(),
             tainted_intermediates: self.tainted_intermediates(),
-            pki_addresses: self.advertise.clone(),
+            pki_addresses: self.addresses(),
             recovery: recovery.unwrap_or_default(),
             federation: (federation.revision != had.federation).then_some(federation),
         })
@@ -111,7 +112,7 @@ impl Pki {
 
     fn is_banned(&self, certificate: Option<&[u8]>) -> bool {
         let Some(Ok(info)) = certificate.map(inspect_svid) else { return false };
-        let host = self.state.database.read(|view| hosts::host(view, info.id.name()));
+        let host = self.state.database.read_latest(|view| hosts::host(view, info.id.name()));
         info.id.is_system() && host.ok().flatten().is_some_and(|host| host.state == HostState::Banned)
     }
 

@@ -1,11 +1,11 @@
 //! One subject, measured once.
 
 use std::fs;
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::load::{BulkReport, LoadReport, report};
+use meshd_tests::wait::rest;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -89,7 +89,7 @@ fn memory(bed: &Bed, running: &Running, sample: &mut Sample) -> Result<()> {
     if running.pids.is_empty() {
         return Ok(());
     }
-    thread::sleep(IDLE_FOR);
+    rest(IDLE_FOR);
     (sample.idle_mib, sample.idle_larger_mib) = resident(&running.pids)?;
     let program = bed.client(&["idle", "--target", &running.target, "--connections", IDLE]);
     let mut idle = bed.near().start_testkit(&program)?;

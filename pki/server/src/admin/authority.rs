@@ -14,7 +14,7 @@ use crate::rotation::decide::{Gate, Surroundings, activate_gates, decide, laggar
 use crate::rotation::trust::Urgency;
 use crate::rotation::{Root, RootState, Trust};
 use crate::store::intermediates::{self, Intermediate};
-use crate::store::{Records, View, hosts, tainted, trust};
+use crate::store::{Records, View, hosts, replicas, tainted, trust};
 use crate::times::unix;
 
 /// A step by an operator leads to a few more; a loop without an end would be a defect.
@@ -69,7 +69,7 @@ impl Desk<'_> {
     /// Takes the step, or refuses it with all that it waits for. Returns the root it was about.
     fn grant(&self, asked: &'static str, wish: &Wish) -> Result<String, AdminError> {
         let granted = self.with_rotator(|rotator| {
-            self.state.database.transaction(|records| {
+            self.lead(|records, told| {
                 let trust = trust::trust(records)?;
                 let step = self.look_around(records, |world| match judge(wish, &trust, world) {
                     Verdict::Take(step) => Ok(step),
@@ -85,9 +85,10 @@ impl Desk<'_> {
                 })??;
                 let event = rotator.take_wished(records, step)?;
                 let id = event.authority.clone().unwrap_or_default();
-                self.record(event)?;
+                told.push(event);
                 Ok(id)
-            })
+            })?
+            .map_or_else(|| Err(AdminError::NotNow(self.who_leads()?)), Ok)
         });
         if let Err(AdminError::NotNow(why)) = &granted {
             let detail = Some(why.clone());
@@ -98,21 +99,28 @@ impl Desk<'_> {
         Ok(id)
     }
 
-    /// Steps that the one just taken made possible: they are due, and nothing is gained by waiting for the server.
-    fn follow_up(&self) -> Result<(), AdminError> {
+    /// Steps that the one just taken made possible: they are due, and nothing is gained by waiting for the server. Says
+    /// who takes them if another server leads.
+    fn follow_up(&self) -> Result<Option<String>, AdminError> {
         self.with_rotator(|rotator| {
             for _ in 0..MOST_STEPS {
-                let event = self.state.database.transaction(|records| rotator.advance(records))?;
-                let Some(event) = event else { break };
-                self.record(event)?;
+                let taken = self.lead(|records, told| {
+                    told.extend(rotator.advance(records)?);
+                    Ok(!told.is_empty())
+                })?;
+                match taken {
+                    Some(true) => {}
+                    Some(false) => break,
+                    None => return Ok(Some(self.who_leads()?)),
+                }
             }
-            Ok(())
+            Ok(None)
         })
     }
 
     pub(super) fn authority_rotate(&self, force: bool) -> Result<wire::Done, AdminError> {
         let since = unix(self.now);
-        self.state.database.transaction(|records| {
+        self.change(|records, told| {
             let mut trust = trust::trust(records)?;
             if force && trust.in_state(RootState::Prepared).is_none_or(|root| root.tainted_at.is_some()) {
                 let why = "no root is prepared, so --force would cut off every host; run `meshd-pki authority rotate \
@@ -130,21 +138,22 @@ impl Desk<'_> {
                 true => format!("forced; hosts without the new root: {}", listed(&cut_off)),
                 false => "as soon as every live host has the new root".to_owned(),
             };
-            let event = Event { event: "root_rotate_now", result: "ok", detail: Some(detail), ..Event::default() };
-            Ok(self.record(event)?)
+            told.push(Event { event: "root_rotate_now", result: "ok", detail: Some(detail), ..Event::default() });
+            Ok(())
         })?;
-        self.follow_up()?;
+        let elsewhere = self.follow_up()?;
         let what = if force { "the prepared root is to sign now, whoever lacks it" } else { "emergency rotation" };
-        Ok(done(what.to_owned(), self.what_activation_waits_for()?))
+        let follows = elsewhere.into_iter().chain(self.what_activation_waits_for()?);
+        Ok(done(what.to_owned(), follows.collect()))
     }
 
     pub(super) fn authority_taint(&self, id: &str) -> Result<wire::Done, AdminError> {
         let now = unix(self.now);
-        let tainted = self.state.database.transaction(|records| {
+        let tainted = self.change(|records, told| {
             let mut trust = trust::trust(records)?;
             let what = match trust.roots.iter_mut().find(|root| root.id == id) {
                 Some(root) => taint_root(root, now)?,
-                None => return self.replace_intermediate(records, id).map(|what| (what, None)),
+                None => return self.replace_intermediate(records, told, id).map(|what| (what, None)),
             };
             if what == RootState::Active {
                 // Not forced: hosts that lack the new root would be cut off, and the operator has not said so.
@@ -152,7 +161,7 @@ impl Desk<'_> {
             }
             trust::put_trust(records, &trust)?;
             let (authority, detail) = (Some(id.to_owned()), Some(format!("it was {}", what.name())));
-            self.record(Event { event: "root_taint", result: "ok", authority, detail, ..Event::default() })?;
+            told.push(Event { event: "root_taint", result: "ok", authority, detail, ..Event::default() });
             Ok((format!("root {id} is tainted"), Some(what)))
         })?;
         let (what, state) = tainted;
@@ -164,19 +173,29 @@ impl Desk<'_> {
             );
             return Ok(done(what, vec![follows]));
         };
-        self.follow_up()?;
+        let elsewhere = self.follow_up()?;
         let moves = "hosts replace at once what they hold under it, and it leaves the bundle when no live host reports \
                      a certificate under it";
         let mut follows = match state {
             RootState::Active => self.what_activation_waits_for()?,
             _ => Vec::new(),
         };
-        follows.push(if state == RootState::Prepared { "it has left the bundle" } else { moves }.to_owned());
+        match elsewhere {
+            Some(who) => follows.push(who),
+            None if state == RootState::Prepared => follows.push("it has left the bundle".to_owned()),
+            None => {}
+        }
+        follows.extend((state != RootState::Prepared).then(|| moves.to_owned()));
         Ok(done(what, follows))
     }
 
     /// An intermediate needs no distribution: without it, its server makes another.
-    fn replace_intermediate(&self, records: &mut dyn Records, id: &str) -> Result<String, AdminError> {
+    fn replace_intermediate(
+        &self,
+        records: &mut dyn Records,
+        told: &mut Vec<Event>,
+        id: &str,
+    ) -> Result<String, AdminError> {
         let Some(mut one) = intermediates::all(records)?.into_iter().find(|one| one.id == id) else {
             let why = format!("there is no authority {id}; see `meshd-pki authority list`");
             return Err(AdminError::NotFound(why));
@@ -201,7 +220,7 @@ impl Desk<'_> {
         intermediates::put_intermediate(records, &one)?;
         let authority = Some(id.to_owned());
         let detail = Some(format!("of server `{}`; its key is destroyed", one.replica));
-        self.record(Event { event: "intermediate_taint", result: "ok", authority, detail, ..Event::default() })?;
+        told.push(Event { event: "intermediate_taint", result: "ok", authority, detail, ..Event::default() });
         Ok(format!("intermediate {id} signs no more"))
     }
 
@@ -232,6 +251,27 @@ impl Desk<'_> {
         })?;
         let signs = trust.active().map(|root| format!("root {} signs", root.id));
         Ok(stopped.or(signs).into_iter().collect())
+    }
+
+    /// Steps of authorities are taken by one server of several, so that none is taken twice.
+    fn who_leads(&self) -> Result<String, AdminError> {
+        let engine = self.state.database.engine();
+        if let Some(trouble) = engine.trouble() {
+            return Ok(format!("no step is taken now, for etcd cannot be written: {trouble}"));
+        }
+        let Some(leader) = engine.leader() else {
+            return Ok(
+                "no server of this PKI leads now, and only a leader takes this step; one that runs takes the lead \
+                       within a few seconds"
+                    .to_owned(),
+            );
+        };
+        let known = self.state.database.read(|view| replicas::replica(view, &leader))?;
+        let addresses = known.map(|replica| replica.addresses.join(" or ")).unwrap_or_default();
+        Ok(format!(
+            "replica `{leader}` leads and takes the steps that are due within 10 s; ask it for one that is not, at \
+             {addresses} (--server) or on its machine"
+        ))
     }
 
     fn explain(&self, gates: &[Gate], world: &Surroundings<'_>) -> Vec<wire::Gate> {

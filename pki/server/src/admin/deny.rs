@@ -42,7 +42,7 @@ impl Desk<'_> {
 
     pub(super) fn deny_add(&self, asked: &wire::DenyAdd) -> Result<wire::Done, AdminError> {
         let whom = whom(asked.whom.as_ref())?;
-        let what = self.state.database.transaction(|records| {
+        let what = self.change(|records, told| {
             let target = self.resolve(records, whom)?;
             if let Some(signs) = self.still_needed(records, &target.entries)? {
                 return Err(AdminError::NotNow(signs));
@@ -55,7 +55,7 @@ impl Desk<'_> {
             if deny::deny(records)?.sequence == before {
                 return Err(AdminError::NotNow(format!("{} is denied already", target.what)));
             }
-            self.record_deny("deny_add", &target, &asked.reason)?;
+            told.push(deny_event("deny_add", &target, &asked.reason));
             Ok(target.what)
         })?;
         let follows = vec![
@@ -69,7 +69,7 @@ impl Desk<'_> {
 
     pub(super) fn deny_remove(&self, asked: &wire::DenyRemove) -> Result<wire::Done, AdminError> {
         let whom = whom(asked.whom.as_ref())?;
-        let what = self.state.database.transaction(|records| {
+        let what = self.change(|records, told| {
             let target = self.resolve(records, whom)?;
             self.refuse_if_banned(records, &target)?;
             let before = deny::deny(records)?.sequence;
@@ -79,16 +79,10 @@ impl Desk<'_> {
                 let why = format!("{} is not in the deny set; see `meshd-pki deny list`", target.what);
                 return Err(AdminError::NotFound(why));
             }
-            self.record_deny("deny_remove", &target, "")?;
+            told.push(deny_event("deny_remove", &target, ""));
             Ok(target.what)
         })?;
         Ok(done(format!("no longer denied: {what}"), Vec::new()))
-    }
-
-    fn record_deny(&self, event: &'static str, target: &Target, reason: &str) -> Result<(), AdminError> {
-        let reason = if reason.trim().is_empty() { String::new() } else { format!(": {}", excerpt(reason.trim())) };
-        let (host, detail) = (target.host.clone(), Some(format!("{}{reason}", target.what)));
-        Ok(self.record(Event { event, result: "ok", host, detail, ..Event::default() })?)
     }
 
     fn resolve(&self, view: &mut dyn View, whom: &deny_whom::Whom) -> Result<Target, AdminError> {
@@ -206,6 +200,12 @@ impl Desk<'_> {
     pub(super) fn skew(&self) -> i64 {
         seconds(self.lifetimes.skew)
     }
+}
+
+fn deny_event(event: &'static str, target: &Target, reason: &str) -> Event {
+    let reason = if reason.trim().is_empty() { String::new() } else { format!(": {}", excerpt(reason.trim())) };
+    let (host, detail) = (target.host.clone(), Some(format!("{}{reason}", target.what)));
+    Event { event, result: "ok", host, detail, ..Event::default() }
 }
 
 fn whom(asked: Option<&wire::DenyWhom>) -> Result<&deny_whom::Whom, AdminError> {

@@ -80,7 +80,7 @@ impl Desk<'_> {
 
     pub(super) fn host_ban(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let (serials, shared) = self.state.database.transaction(|records| {
+        let (serials, shared) = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state == HostState::Banned {
                 return Err(AdminError::NotNow(format!("host `{name}` is banned already")));
@@ -92,8 +92,9 @@ impl Desk<'_> {
             let entries = of_host(records, name, Some(&id), unix(self.now), longest, self.skew())?;
             let serials = entries.len() - 1;
             self.change_deny(records, |all| entries.iter().for_each(|one| super::deny::put(all, one.clone())))?;
-            self.record_host("host_ban", name, &id, format!("{serials} certificates denied{}", because(reason)))?;
-            Ok::<_, AdminError>((serials, tokens::shared_by(records, name, unix(self.now))?))
+            let detail = format!("{serials} certificates denied{}", because(reason));
+            told.push(host_event("host_ban", name, &id, detail));
+            Ok((serials, tokens::shared_by(records, name, unix(self.now))?))
         })?;
         let mut follows = vec![
             format!("its identity and its {serials} valid certificates are refused, and what is open is closed"),
@@ -106,7 +107,7 @@ impl Desk<'_> {
 
     pub(super) fn host_unban(&self, name: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let state = self.state.database.transaction(|records| {
+        let state = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state != HostState::Banned {
                 return Err(AdminError::NotNow(format!("host `{name}` is not banned; it is {}", host.state.name())));
@@ -116,7 +117,7 @@ impl Desk<'_> {
             let longest = self.longest_leaf(records)?;
             let entries = of_host(records, name, Some(&id), 0, longest, self.skew())?;
             self.change_deny(records, |all| all.retain(|one| !entries.iter().any(|gone| gone.whom == one.whom)))?;
-            self.record_host("host_unban", name, &id, String::new())?;
+            told.push(host_event("host_unban", name, &id, String::new()));
             Ok(host.state)
         })?;
         let follows = match state {
@@ -133,7 +134,7 @@ impl Desk<'_> {
 
     pub(super) fn host_evict(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let (host, valid, shared) = self.state.database.transaction(|records| {
+        let (host, valid, shared) = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state != HostState::Active {
                 let state = host.state.name();
@@ -143,9 +144,10 @@ impl Desk<'_> {
             hosts::put_host(records, &host)?;
             // With the token it joined by, it could repeat that.
             tokens::end_those_of(records, name, unix(self.now))?;
-            self.record_host("host_evict", name, &id, because(reason).trim_start_matches(": ").to_owned())?;
+            let detail = because(reason).trim_start_matches(": ").to_owned();
+            told.push(host_event("host_evict", name, &id, detail));
             let valid = hosts::issued(records, name)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
-            Ok::<_, AdminError>((host, valid, tokens::shared_by(records, name, unix(self.now))?))
+            Ok((host, valid, tokens::shared_by(records, name, unix(self.now))?))
         })?;
         let mut follows = vec![
             match host.enrolled_by.as_str() {
@@ -161,12 +163,6 @@ impl Desk<'_> {
         ];
         follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is evicted, and its join tokens have ended"), follows))
-    }
-
-    fn record_host(&self, event: &'static str, name: &str, id: &SpiffeId, detail: String) -> Result<(), AdminError> {
-        let (host, identity) = (Some(name.to_owned()), Some(id.to_string()));
-        let detail = Some(detail).filter(|text| !text.is_empty());
-        Ok(self.record(Event { event, result: "ok", host, identity, detail, ..Event::default() })?)
     }
 
     pub(super) fn host_blast_radius(&self, name: &str) -> Result<wire::BlastRadius, AdminError> {
@@ -201,6 +197,12 @@ impl Desk<'_> {
             })
         })
     }
+}
+
+fn host_event(event: &'static str, name: &str, id: &SpiffeId, detail: String) -> Event {
+    let (host, identity) = (Some(name.to_owned()), Some(id.to_string()));
+    let detail = Some(detail).filter(|text| !text.is_empty());
+    Event { event, result: "ok", host, identity, detail, ..Event::default() }
 }
 
 /// Whoever has been on the host may know their secrets.

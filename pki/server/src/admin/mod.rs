@@ -30,7 +30,7 @@ use crate::rotation::step::Rotator;
 use crate::start::{Standing, Start};
 use crate::state_dir::{StateDir, StateError};
 pub use crate::store::roles::Role;
-use crate::store::{DbError, settings};
+use crate::store::{DbError, Records, settings};
 use crate::times::{rfc3339, unix};
 
 /// The name of the socket, in the state directory unless told otherwise.
@@ -141,6 +141,33 @@ impl Desk<'_> {
     fn record(&self, event: Event) -> Result<(), StateError> {
         let by = Some(self.actor.name.clone());
         self.state.record(self.now, &[Event { by, ..event }])
+    }
+
+    /// Changes records, and tells the audit log of it with who asked for it.
+    fn change<T>(
+        &self,
+        mut act: impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, AdminError>,
+    ) -> Result<T, AdminError> {
+        self.state.change(self.now, |records, told| self.signed(records, told, &mut act))
+    }
+
+    /// As `change`, for what only the leader may do; `None` when that is another server.
+    fn lead<T>(
+        &self,
+        mut act: impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, AdminError>,
+    ) -> Result<Option<T>, AdminError> {
+        self.state.lead(self.now, |records, told| self.signed(records, told, &mut act))
+    }
+
+    fn signed<T>(
+        &self,
+        records: &mut dyn Records,
+        told: &mut Vec<Event>,
+        act: &mut impl FnMut(&mut dyn Records, &mut Vec<Event>) -> Result<T, AdminError>,
+    ) -> Result<T, AdminError> {
+        let done = act(records, told)?;
+        told.iter_mut().for_each(|event| event.by = Some(self.actor.name.clone()));
+        Ok(done)
     }
 
     fn with_rotator<T>(&self, act: impl FnOnce(&Rotator<'_>) -> Result<T, AdminError>) -> Result<T, AdminError> {

@@ -43,7 +43,7 @@ impl Desk<'_> {
         let key = VerifyingKey::from_spki(&signer).ok_or_else(|| invalid("the key that signed is not P-256"))?;
         let statement: RecoveryStatement = signed::verify(&asked.statement, &[key])
             .map_err(|error| AdminError::Invalid(format!("the statement is not taken over: {error}")))?;
-        self.state.database.transaction(|records| {
+        self.change(|records, told| {
             self.check_statement(records, &statement)?;
             let keys = settings::recovery_keys(records)?;
             match keys.iter().position(|known| *known == signer) {
@@ -54,12 +54,8 @@ impl Desk<'_> {
             statements.push(asked.statement.clone());
             settings::set_recovery_statements(records, &statements)?;
             let detail = Some(format!("signed by recovery key {}: {}", id(&signer), self.says(&asked.statement)));
-            Ok::<_, AdminError>(self.record(Event {
-                event: "recovery_import",
-                result: "ok",
-                detail,
-                ..Event::default()
-            })?)
+            told.push(Event { event: "recovery_import", result: "ok", detail, ..Event::default() });
+            Ok(())
         })?;
         let follows =
             "hosts that pin the key take it over when they report next, those that were away when they return";

@@ -82,13 +82,13 @@ impl Desk<'_> {
                 crate::enrol::excerpt(&asked.role)
             ))
         })?;
-        let holders = self.state.database.transaction(|records| {
+        let holders = self.change(|records, told| {
             roles::grant(records, id.as_str(), role)?;
-            self.record_role("role_grant", id.as_str(), role.name())?;
+            told.push(role_event("role_grant", id.as_str(), role.name()));
             let mut holders = Vec::from_iter(grants::holders(records, id.as_str())?);
             let by_labels = grants::label_entries(records)?.into_iter().filter(|entry| entry.spiffe_id == id.as_str());
             holders.extend(by_labels.map(|entry| format!("all to come with {}", grants::labels_text(&entry.labels))));
-            Ok::<_, AdminError>(holders)
+            Ok(holders)
         })?;
         let holders = if holders.is_empty() { "none yet".to_owned() } else { holders.join(", ") };
         let follows = format!("root on each host that may hold it has that role: {holders}");
@@ -97,18 +97,19 @@ impl Desk<'_> {
 
     pub(super) fn role_revoke(&self, identity: &str) -> Result<wire::Done, AdminError> {
         let id = workload(&self.state.trust_domain, identity)?;
-        self.state.database.transaction(|records| {
+        self.change(|records, told| {
             if !roles::revoke(records, id.as_str())? {
                 return Err(AdminError::NotFound(format!("{id} has no role; see `meshd-pki role list`")));
             }
-            self.record_role("role_revoke", id.as_str(), "")
+            told.push(role_event("role_revoke", id.as_str(), ""));
+            Ok(())
         })?;
         Ok(done(format!("{id} has no role any more"), Vec::new()))
     }
+}
 
-    fn record_role(&self, event: &'static str, identity: &str, role: &str) -> Result<(), AdminError> {
-        let detail = Some(role.to_owned()).filter(|text| !text.is_empty());
-        let identity = Some(identity.to_owned());
-        Ok(self.record(Event { event, result: "ok", identity, detail, ..Event::default() })?)
-    }
+fn role_event(event: &'static str, identity: &str, role: &str) -> Event {
+    let detail = Some(role.to_owned()).filter(|text| !text.is_empty());
+    let identity = Some(identity.to_owned());
+    Event { event, result: "ok", identity, detail, ..Event::default() }
 }

@@ -90,7 +90,7 @@ pub fn add(dir: &Path, asked: &Asked<'_>, now: SystemTime) -> Result<(), Federat
         )),
         ..Event::default()
     };
-    state.database.transaction(|records| -> Result<(), FederationError> {
+    state.change(now, |records, told| -> Result<(), FederationError> {
         if let Profile::HttpsSpiffe { spiffe_id } = &relationship.profile {
             let verified_by = trust_domain_of(spiffe_id);
             let is_own = verified_by.as_ref() == Some(&state.trust_domain);
@@ -107,7 +107,8 @@ pub fn add(dir: &Path, asked: &Asked<'_>, now: SystemTime) -> Result<(), Federat
             federation::put_held(records, domain, held, unix_ms(now))?;
         }
         ask_now(records, domain)?;
-        Ok(state.record(now, std::slice::from_ref(&event))?)
+        told.push(event.clone());
+        Ok(())
     })
 }
 
@@ -115,11 +116,12 @@ pub fn remove(dir: &Path, domain: &TrustDomain, now: SystemTime) -> Result<(), F
     let state = StateDir::open(dir)?;
     let event =
         Event { event: "federation_remove", result: "ok", detail: Some(domain.to_string()), ..Event::default() };
-    state.database.transaction(|records| -> Result<(), FederationError> {
+    state.change(now, |records, told| -> Result<(), FederationError> {
         if !federation::remove(records, domain, unix_ms(now))? {
             return Err(FederationError::Unknown(domain.clone()));
         }
-        Ok(state.record(now, std::slice::from_ref(&event))?)
+        told.push(event.clone());
+        Ok(())
     })
 }
 

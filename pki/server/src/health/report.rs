@@ -43,7 +43,11 @@ impl Pki {
             distrust: distrust.map(|why| why.to_string()),
             renewals: self.renewals(),
         };
-        self.state.database.transaction(|records| servers::put_server(records, &server))?;
+        // Only `status` lacks it, and the database's trouble is told by itself.
+        let told = self.state.database.transaction(|records| servers::put_server(records, &server));
+        if let Err::<(), DbError>(error) = told {
+            tracing::warn!(%error, "this server's word for `status` is not on record");
+        }
         *self.health_seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         Ok(())
     }

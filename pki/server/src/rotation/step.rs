@@ -130,6 +130,16 @@ impl Rotator<'_> {
         Ok(event)
     }
 
+    /// Publishes the same bundle under a sequence above this one, for hosts that have a newer one than the database.
+    pub(crate) fn republish(&self, records: &mut dyn Records, above: u64) -> Result<Event, StateError> {
+        let mut trust = trust::trust(records)?;
+        trust.sequence = trust.sequence.max(above);
+        self.publish(records, &mut trust)?;
+        trust::put_trust(records, &trust)?;
+        let detail = Some(format!("sequence {}", trust.sequence));
+        Ok(Event { event: "bundle_republish", result: "ok", detail, ..Event::default() })
+    }
+
     /// Takes over an intermediate from outside. A root that is new waits as a prepared one of our own does.
     pub(crate) fn import(
         &self,

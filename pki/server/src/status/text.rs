@@ -21,6 +21,14 @@ impl Status {
         writeln!(text, "bundle         sequence {}, sha256 {}", self.bundle_sequence, self.bundle_sha256)?;
         let ended = self.certificates.iter().filter(|one| one.state == "ended").count();
         writeln!(text, "certificates   {} valid, {ended} ended", self.valid_certificates)?;
+        for one in &self.replicas {
+            let state = match (one.leads, one.runs) {
+                (true, _) => "leads",
+                (false, true) => "runs",
+                (false, false) => "away",
+            };
+            writeln!(text, "replica        {} {state}, {}", one.id, one.addresses.join(", "))?;
+        }
         writeln!(text, "\n{:<14} {:<10} {:<34} NOT AFTER", "AUTHORITY", "STATE", "ID")?;
         for one in &self.authorities {
             writeln!(text, "{:<14} {:<10} {:<34} {}", one.kind, one.state, one.id, one.not_after)?;

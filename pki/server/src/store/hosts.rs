@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::grants::{self, Terms};
-use super::{DbError, Records, View, base64, get, list, put};
+use super::{DbError, Records, View, base64, get, glance, list, put};
 
 /// Ended certificates stay on record this long, for whoever looks into what happened.
 pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
+/// Per host, the newest: 500 identities renewed thrice a day, and one value of etcd (1.5 MiB).
+const MOST_ISSUED: usize = 2000;
 /// A bundle never has as many roots, and no identifier of one is as long.
 const MOST_ROOTS_TOLD: usize = 16;
 const LONGEST_ROOT_ID: usize = 64;
@@ -125,7 +127,7 @@ pub(crate) fn host(view: &mut dyn View, id: &str) -> Result<Option<Host>, DbErro
 }
 
 pub(crate) fn hosts(view: &mut dyn View) -> Result<Vec<Host>, DbError> {
-    let found: Vec<(String, Host)> = list(view, "host/")?;
+    let found: Vec<(String, Host)> = glance(view, "host/")?;
     Ok(found.into_iter().map(|(id, host)| Host { id, ..host }).collect())
 }
 
@@ -195,6 +197,7 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
     all.retain(|one| one.not_after > now - KEEP_ENDED_S);
     all.extend(new);
+    all.drain(..all.len().saturating_sub(MOST_ISSUED));
     put(records, &key, &all)
 }
 
@@ -205,7 +208,7 @@ pub(crate) fn issued(view: &mut dyn View, host: &str) -> Result<Vec<Issued>, DbE
 
 /// Certificates on record that have not ended, with their hosts.
 pub(crate) fn valid_issued(view: &mut dyn View, now: i64) -> Result<Vec<(String, Issued)>, DbError> {
-    let found: Vec<(String, Vec<Issued>)> = list(view, "issued/")?;
+    let found: Vec<(String, Vec<Issued>)> = glance(view, "issued/")?;
     let of_hosts = found.into_iter().flat_map(|(host, all)| all.into_iter().map(move |one| (host.clone(), one)));
     Ok(of_hosts.filter(|(_, one)| one.not_after > now).collect())
 }

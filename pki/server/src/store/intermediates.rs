@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{DbError, Records, View, base64, list, put};
+use super::{DbError, Records, View, base64, decode, encode, list, put};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Intermediate {
@@ -27,6 +27,13 @@ pub(crate) struct Intermediate {
     /// Brought by the operator.
     #[serde(default)]
     pub(crate) from_outside: bool,
+}
+
+impl Intermediate {
+    fn retire(&mut self, now: i64) {
+        self.replaced_at = Some(now);
+        self.wrapped_key.clear();
+    }
 }
 
 fn key(one: &Intermediate) -> String {
@@ -55,16 +62,37 @@ pub(crate) fn active(view: &mut dyn View, replica: &str) -> Result<Option<Interm
 pub(crate) fn replace(records: &mut dyn Records, new: &Intermediate) -> Result<(), DbError> {
     let before = all(records)?.into_iter().filter(|one| one.replica == new.replica && one.replaced_at.is_none());
     for mut old in before {
-        old.replaced_at = Some(new.activated_at);
-        old.wrapped_key.clear();
+        old.retire(new.activated_at);
         put_intermediate(records, &old)?;
     }
     put_intermediate(records, new)
 }
 
+/// Nothing signs with what this replica had.
+pub(crate) fn retire(records: &mut dyn Records, replica: &str, now: i64) -> Result<(), DbError> {
+    for mut one in all(records)?.into_iter().filter(|one| one.replica == replica && one.replaced_at.is_none()) {
+        one.retire(now);
+        put_intermediate(records, &one)?;
+    }
+    Ok(())
+}
+
+/// Nothing signs with any of these: among all records of a PKI of which no server runs.
+pub(crate) fn retire_all(records: &mut [(String, Vec<u8>)], now: i64) -> Result<(), DbError> {
+    for (key, value) in records.iter_mut().filter(|(key, _)| key.starts_with("intermediate/")) {
+        let mut one: Intermediate = decode(key, value)?;
+        if one.replaced_at.is_none() {
+            one.retire(now);
+            *value = encode(key, &one)?;
+        }
+    }
+    Ok(())
+}
+
 /// Forgets those that ended before `before`.
 pub(crate) fn prune(records: &mut dyn Records, before: i64) -> Result<(), DbError> {
-    for one in all(records)?.into_iter().filter(|one| one.not_after < before) {
+    // One transaction of etcd takes 128 changes; what is left goes the next time.
+    for one in all(records)?.into_iter().filter(|one| one.not_after < before).take(50) {
         records.delete(&key(&one))?;
     }
     Ok(())

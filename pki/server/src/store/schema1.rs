@@ -1,6 +1,6 @@
 //! Reads the tables of the first version once, and writes them as records.
 
-use rusqlite::{Connection, params};
+use rusqlite::Connection;
 use serde::Serialize;
 
 use super::bundles::StoredBundle;
@@ -36,8 +36,7 @@ pub(super) fn convert(connection: &mut Connection, table: &str) -> Result<(), Db
 fn put(connection: &Connection, key: &str, value: &impl Serialize) -> Result<(), DbError> {
     let value = serde_json::to_string(value)
         .map_err(|error| DbError::Record { key: key.to_owned(), detail: error.to_string() })?;
-    connection.execute("INSERT INTO record VALUES (?1, ?2)", params![key, value])?;
-    Ok(())
+    super::sqlite::put(connection, key, &value)
 }
 
 fn rows<T>(
@@ -221,7 +220,7 @@ mod tests {
         let domain: TrustDomain = "prod.example.org".parse().unwrap();
         // Twice: the second time it is a database like any other.
         for _ in 0..2 {
-            let database = Database::open(&path).unwrap();
+            let database = Database::open_file(&path).unwrap();
             let checked = database.read(|view| -> Result<(), crate::store::DbError> {
                 assert_eq!(settings::trust_domain(view)?, Some(domain.clone()));
                 assert_eq!(settings::advertise(view)?, ["a:1", "b:2"]);

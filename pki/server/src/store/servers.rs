@@ -28,11 +28,18 @@ pub(crate) struct ServerCertificate {
     pub(crate) not_after: i64,
 }
 
+pub(crate) const PREFIX: &str = "server/";
+
 pub(crate) fn put_server(records: &mut dyn Records, server: &Server) -> Result<(), DbError> {
-    put(records, &format!("server/{}", server.replica), server)
+    put(records, &format!("{PREFIX}{}", server.replica), server)
+}
+
+/// It will not come back.
+pub(crate) fn forget(records: &mut dyn Records, replica: &str) -> Result<(), DbError> {
+    records.delete(&format!("{PREFIX}{replica}")).map(drop)
 }
 
 pub(crate) fn servers(view: &mut dyn View) -> Result<Vec<Server>, DbError> {
-    let found: Vec<(String, Server)> = list(view, "server/")?;
+    let found: Vec<(String, Server)> = list(view, PREFIX)?;
     Ok(found.into_iter().map(|(replica, server)| Server { replica, ..server }).collect())
 }

@@ -6,15 +6,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{Committed, DbError, Engine, Records, SCHEMA, Transaction, View, schema1};
+use super::{Committed, DbError, Engine, Records, SCHEMA, Transaction, View, schema1, schema2};
 
 /// The command line and the server share the file; either waits this long for the other's write.
 const BUSY: Duration = Duration::from_secs(5);
 
-const TABLE: &str =
-    "CREATE TABLE IF NOT EXISTS record (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID";
+/// `sum` because SQLite notices damage to its pages, not to what is in them.
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS record (key TEXT PRIMARY KEY, value TEXT NOT NULL, sum BLOB NOT NULL) \
+     STRICT, WITHOUT ROWID";
+
+/// What a later version may write: such a file is not for this one to judge.
+const LAST_SCHEMA: i64 = 255;
 
 pub(super) struct Sqlite {
     path: PathBuf,
@@ -25,10 +29,7 @@ pub(super) struct Sqlite {
 
 impl Sqlite {
     pub(super) fn create(path: &Path) -> Result<Sqlite, DbError> {
-        // Made beforehand for its mode; SQLite gives its side files the same.
-        let mut options = OpenOptions::new();
-        let made = options.write(true).create(true).truncate(false).mode(0o600).open(path);
-        made.map_err(|source| DbError::Create { path: path.to_owned(), source })?;
+        private_file(path)?;
         let connection = connect(path)?;
         connection.execute_batch(TABLE)?;
         connection.pragma_update(None, "user_version", SCHEMA)?;
@@ -41,13 +42,18 @@ impl Sqlite {
             return Ok(None);
         }
         let mut connection = connect(path)?;
-        let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        let unknown = |found: String| DbError::Schema { path: path.to_owned(), found };
-        match version {
+        match version(&connection)? {
             SCHEMA => {}
+            schema2::VERSION => schema2::convert(&mut connection, TABLE)?,
             0 if schema1::is_in(&connection)? => schema1::convert(&mut connection, TABLE)?,
             0 => return Ok(None),
-            other => return Err(unknown(other.to_string())),
+            other if (1..=LAST_SCHEMA).contains(&other) => {
+                return Err(DbError::Schema { path: path.to_owned(), found: other.to_string() });
+            }
+            other => {
+                let detail = format!("its header names schema {other}, which no meshd-pki ever writes");
+                return Err(DbError::Damaged { path: path.to_owned(), detail });
+            }
         }
         let records: i64 = connection.query_row("SELECT count(*) FROM record", [], |row| row.get(0))?;
         if records == 0 { Ok(None) } else { Sqlite::new(path, connection).map(Some) }
@@ -75,8 +81,24 @@ impl Engine for Sqlite {
 
     fn check(&self) -> Result<(), DbError> {
         let detail: String = lock(&self.reader).query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-        if detail == "ok" { Ok(()) } else { Err(DbError::Damaged { path: self.path.clone(), detail }) }
+        if detail != "ok" {
+            return Err(DbError::Damaged { path: self.path.clone(), detail });
+        }
+        self.view()?.list("").map(drop)
     }
+
+    fn copy_to(&self, path: &Path) -> Result<(), DbError> {
+        private_file(path)?;
+        let path = path
+            .to_str()
+            .ok_or_else(|| DbError::Damaged { path: path.to_owned(), detail: "its name is not text".to_owned() })?;
+        lock(&self.reader).execute("VACUUM INTO ?1", [path])?;
+        Ok(())
+    }
+}
+
+pub(super) fn version(connection: &Connection) -> Result<i64, DbError> {
+    Ok(connection.pragma_query_value(None, "user_version", |row| row.get(0))?)
 }
 
 /// A panic while it was held rolled its transaction back.
@@ -91,28 +113,26 @@ struct Open<'a> {
 
 impl View for Open<'_> {
     fn get(&mut self, key: &str) -> Result<Option<Vec<u8>>, DbError> {
-        let mut query = self.connection.prepare_cached("SELECT value FROM record WHERE key = ?1")?;
-        let value: Option<String> = query.query_row([key], |row| row.get(0)).optional()?;
-        Ok(value.map(String::into_bytes))
+        let mut query = self.connection.prepare_cached("SELECT key, value, sum FROM record WHERE key = ?1")?;
+        let row = query.query_row([key], stored).optional()?;
+        row.map(|row| row.whole().map(|(_, value)| value)).transpose()
     }
 
     fn list(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
         // Keys are ASCII, so nothing below the prefix sorts after this.
         let end = format!("{prefix}\u{7f}");
-        let select = "SELECT key, value FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key";
+        let select = "SELECT key, value, sum FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key";
         let mut query = self.connection.prepare_cached(select)?;
-        let rows = query.query_map([prefix, &end], |row| Ok((row.get(0)?, row.get::<_, String>(1)?.into_bytes())))?;
-        Ok(rows.collect::<Result<_, _>>()?)
+        let rows = query.query_map([prefix, &end], stored)?;
+        rows.map(|row| row?.whole()).collect()
     }
 }
 
 impl Records for Open<'_> {
     fn put(&mut self, key: &str, value: &[u8]) -> Result<(), DbError> {
-        let insert = "INSERT INTO record VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value";
         let value = std::str::from_utf8(value)
             .map_err(|error| DbError::Record { key: key.to_owned(), detail: error.to_string() })?;
-        self.connection.prepare_cached(insert)?.execute(params![key, value])?;
-        Ok(())
+        put(&self.connection, key, value)
     }
 
     fn delete(&mut self, key: &str) -> Result<bool, DbError> {
@@ -135,6 +155,60 @@ impl Drop for Open<'_> {
             _ = self.connection.execute_batch("ROLLBACK");
         }
     }
+}
+
+pub(super) fn put(connection: &Connection, key: &str, value: &str) -> Result<(), DbError> {
+    let insert = "INSERT INTO record VALUES (?1, ?2, ?3) \
+         ON CONFLICT (key) DO UPDATE SET value = excluded.value, sum = excluded.sum";
+    connection.prepare_cached(insert)?.execute(params![key, value, sum(key, value)])?;
+    Ok(())
+}
+
+/// A new file with these records.
+pub(super) fn write_copy(path: &Path, records: &[(String, Vec<u8>)]) -> Result<(), DbError> {
+    let sqlite = Sqlite::create(path)?;
+    let mut transaction = sqlite.begin()?;
+    for (key, value) in records {
+        transaction.put(key, value)?;
+    }
+    transaction.commit()?;
+    // A copy is one file, without a log of changes beside it.
+    drop(sqlite.reader);
+    let writer = lock(&sqlite.writer);
+    writer.pragma_update(None, "journal_mode", "DELETE")?;
+    Ok(())
+}
+
+/// A record as it is on disk.
+struct Stored {
+    key: String,
+    value: String,
+    sum: Vec<u8>,
+}
+
+fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
+    Ok(Stored { key: row.get(0)?, value: row.get(1)?, sum: row.get(2)? })
+}
+
+impl Stored {
+    fn whole(self) -> Result<(String, Vec<u8>), DbError> {
+        if self.sum == sum(&self.key, &self.value) {
+            return Ok((self.key, self.value.into_bytes()));
+        }
+        Err(DbError::Record { key: self.key, detail: "its checksum is wrong".to_owned() })
+    }
+}
+
+/// Finds damage, not malice: 64 bits of SHA-256 are plenty.
+fn sum(key: &str, value: &str) -> Vec<u8> {
+    meshd_identity::sha256(format!("{key}\0{value}").as_bytes())[..8].to_vec()
+}
+
+/// Made beforehand for its mode; SQLite gives its side files the same.
+fn private_file(path: &Path) -> Result<(), DbError> {
+    let mut options = OpenOptions::new();
+    let made = options.write(true).create(true).truncate(false).mode(0o600).open(path);
+    made.map(drop).map_err(|source| DbError::Create { path: path.to_owned(), source })
 }
 
 fn connect(path: &Path) -> Result<Connection, DbError> {
@@ -181,6 +255,27 @@ mod tests {
         let mut view = sqlite.view().unwrap();
         assert_eq!(view.get("host/a").unwrap().unwrap(), b"1");
         assert_eq!(view.get("host/b").unwrap().unwrap(), b"1");
+    }
+
+    #[test]
+    fn a_bit_that_flips_inside_a_record_is_noticed() {
+        let (_dir, sqlite) = filled();
+        lock(&sqlite.writer).execute("UPDATE record SET value = '2' WHERE key = 'host/b'", []).unwrap();
+        assert!(matches!(sqlite.check(), Err(DbError::Record { key, .. }) if key == "host/b"));
+        assert!(sqlite.view().unwrap().get("host/b").is_err());
+        assert_eq!(sqlite.view().unwrap().get("host/a").unwrap().unwrap(), b"1");
+    }
+
+    #[test]
+    fn a_copy_is_private_and_holds_the_same_records() {
+        let (dir, sqlite) = filled();
+        let path = dir.path().join("copy.db");
+        sqlite.copy_to(&path).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+        let copy = Sqlite::open(&path).unwrap().unwrap();
+        copy.check().unwrap();
+        assert_eq!(copy.view().unwrap().list("").unwrap(), sqlite.view().unwrap().list("").unwrap());
     }
 
     #[test]

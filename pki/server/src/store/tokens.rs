@@ -6,7 +6,7 @@ use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{DbError, Records, View, base64, get, list, put};
+use super::{DbError, Records, View, base64, get, glance, list, put};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Token {
@@ -107,7 +107,7 @@ pub(crate) fn end_those_of(records: &mut dyn Records, host: &str, now: i64) -> R
 pub(crate) fn shared_by(view: &mut dyn View, host: &str, now: i64) -> Result<Vec<String>, DbError> {
     let mut shared = Vec::new();
     for token in open(view, now)?.into_iter().filter(|token| token.max_uses > 1) {
-        let seats: Vec<(String, Seat)> = list(view, &seats(&token.id))?;
+        let seats: Vec<(String, Seat)> = glance(view, &seats(&token.id))?;
         if seats.iter().any(|(_, seat)| seat.host == host) {
             shared.push(token.id);
         }
@@ -115,13 +115,20 @@ pub(crate) fn shared_by(view: &mut dyn View, host: &str, now: i64) -> Result<Vec
     Ok(shared)
 }
 
+/// One transaction of etcd takes 128 changes; what is left goes the next time.
+const PRUNED_AT_ONCE: usize = 50;
+
 /// Forgets tokens that ended before `before`.
 pub(crate) fn prune(records: &mut dyn Records, before: i64) -> Result<(), DbError> {
-    for token in all(records)?.into_iter().filter(|token| token.expires_at < before) {
-        for (seat, _) in records.list(&seats(&token.id))? {
-            records.delete(&seat)?;
-        }
-        records.delete(&format!("token/{}", token.id))?;
+    let ended = all(records)?.into_iter().filter(|token| token.expires_at < before).take(PRUNED_AT_ONCE);
+    let mut keys = Vec::new();
+    for token in ended {
+        // Its seats first: without the token nobody would find them.
+        keys.extend(records.list(&seats(&token.id))?.into_iter().map(|(seat, _)| seat));
+        keys.push(format!("token/{}", token.id));
+    }
+    for key in keys.iter().take(PRUNED_AT_ONCE) {
+        records.delete(key)?;
     }
     Ok(())
 }

@@ -91,17 +91,14 @@ pub(super) fn take_over(
     let checked = check(chain, key, &state.trust_domain, lifetimes, now)?;
     let kek = state.kek()?;
     let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
-    let (imported, event) = state.database.transaction(|records| -> Result<_, UpstreamError> {
+    state.change(now, |records, told| -> Result<_, UpstreamError> {
         let (imported, event) = rotator.import(records, &checked)?;
         if imported == Imported::TooManyRoots {
             return Err(UpstreamError::TooManyRoots);
         }
         upstream::forget_pending(records, &checked.intermediate.id)?;
         upstream::set_refused(records, None)?;
-        Ok((imported, event))
-    })?;
-    if let Some(event) = event {
-        state.record(now, &[event])?;
-    }
-    Ok(imported)
+        told.extend(event);
+        Ok(imported)
+    })
 }

@@ -15,6 +15,7 @@ mod http;
 mod impostors;
 mod inventory;
 mod join_tokens;
+mod keeping;
 mod operation;
 mod profile;
 mod records;

@@ -25,9 +25,9 @@ pub(crate) const DAY: u64 = 24 * HOUR;
 /// A PKI without a server, whose clock only the test moves.
 pub(crate) struct Desk {
     pub(crate) dir: TempDir,
-    pki: Option<Pki>,
+    pub(crate) pki: Option<Pki>,
     start: SystemTime,
-    passed: Arc<AtomicU64>,
+    pub(crate) passed: Arc<AtomicU64>,
     /// How far its wall clock is ahead, in seconds.
     pub(crate) ahead: Arc<AtomicU64>,
     pub(crate) lifetimes: Lifetimes,
@@ -131,13 +131,20 @@ impl Desk {
         host: &str,
         certificate: Option<&[u8]>,
     ) -> Result<v1::IssueBatchReply, Refused> {
+        let request = v1::IssueBatchRequest { bundle_sequence, ..self.renewal(host) };
+        self.pki().issue_batch(certificate, &request, "test")
+    }
+
+    pub(crate) fn renewal(&self, host: &str) -> v1::IssueBatchRequest {
         let spiffe_id = SpiffeId::host(&domain(), host).unwrap().to_string();
         let csr = request_over(&KeyPair::generate().unwrap());
         let items = vec![v1::IssueItem { spiffe_id, csr }];
-        let host_time_unix_ms = unix_ms(self.now());
-        let request =
-            v1::IssueBatchRequest { items, host_time_unix_ms, bundle_sequence, ..v1::IssueBatchRequest::default() };
-        self.pki().issue_batch(certificate, &request, "test")
+        v1::IssueBatchRequest {
+            items,
+            host_time_unix_ms: unix_ms(self.now()),
+            bundle_sequence: self.status().bundle_sequence,
+            ..v1::IssueBatchRequest::default()
+        }
     }
 
     pub(crate) fn status(&self) -> Status {

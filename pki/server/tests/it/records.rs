@@ -4,10 +4,11 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use meshd_identity::sha256;
 use meshd_identity::signed;
 use meshd_identity::statements::RecoveryStatement;
 use rcgen::KeyPair;
-use rusqlite::{Connection, OptionalExtension};
+use rusqlite::{Connection, OptionalExtension, params};
 
 pub(crate) fn unix(time: SystemTime) -> i64 {
     i64::try_from(time.duration_since(UNIX_EPOCH).unwrap().as_secs()).unwrap()
@@ -25,14 +26,15 @@ pub(crate) fn record(state: &Path, key: &str) -> Option<String> {
 }
 
 pub(crate) fn put_record(state: &Path, key: &str, value: &str) {
-    let statement = "INSERT OR REPLACE INTO record VALUES (?1, ?2)";
-    assert_eq!(database(state).execute(statement, [key, value]).unwrap(), 1);
+    let statement = "INSERT OR REPLACE INTO record VALUES (?1, ?2, ?3)";
+    let sum = &sha256(format!("{key}\0{value}").as_bytes())[..8];
+    assert_eq!(database(state).execute(statement, params![key, value, sum]).unwrap(), 1);
 }
 
 pub(crate) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
-    for file in fs::read_dir(from).unwrap() {
-        let file = file.unwrap();
+    let files = fs::read_dir(from).unwrap().map(Result::unwrap);
+    for file in files.filter(|file| file.file_type().unwrap().is_file()) {
         fs::copy(file.path(), to.join(file.file_name())).unwrap();
     }
 }

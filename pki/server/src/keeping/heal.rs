@@ -1,0 +1,213 @@
+//! A database that is damaged is put aside, and the newest good backup takes its place. No host notices: what hosts
+//! hold goes on, and what was lost of the authorities is in the mirror. The operator gets an alarm.
+
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rusqlite::ErrorCode;
+
+use super::backups::{Backup, Backups, stamp};
+use super::restored::Restored;
+use crate::state_dir::StateError;
+use crate::store::{Database, DbError};
+use crate::times::unix;
+
+/// Called before a server opens its database, which nobody else serves then.
+pub(crate) fn heal(dir: &Path, now: SystemTime) -> Result<Option<Restored>, StateError> {
+    let backups = Backups::new(dir).list()?;
+    let damage = match check_file(&dir.join("pki.db")) {
+        // Without a backup it was never started: `init` is what is missing.
+        Err(DbError::Missing { .. } | DbError::Empty { .. }) if backups.is_empty() => return Ok(None),
+        Err(error) if is_damage(&error) => error,
+        // What cannot be judged now is not replaced; opening it says what is wrong.
+        _ => return Ok(None),
+    };
+    let good = backups.iter().find(|backup| check_file(&backup.path).is_ok());
+    let Some(backup) = good else { return Err(damage.into()) };
+    put_in_place(dir, backup, damage.to_string(), now).map(Some)
+}
+
+/// Whether the file holds a whole PKI.
+pub(crate) fn check_file(path: &Path) -> Result<(), DbError> {
+    match Database::open_file(path) {
+        Ok(database) => database.check(),
+        Err(DbError::Missing { .. }) if path.exists() => Err(DbError::Empty { path: path.to_owned() }),
+        Err(error) => Err(error),
+    }
+}
+
+/// Damage, and nothing that passes or that an older backup would not help against.
+fn is_damage(error: &DbError) -> bool {
+    match error {
+        DbError::Damaged { .. } | DbError::Record { .. } | DbError::Missing { .. } | DbError::Empty { .. } => true,
+        DbError::Sqlite(error) => !matches!(
+            error.sqlite_error_code(),
+            Some(
+                ErrorCode::DatabaseBusy
+                    | ErrorCode::DatabaseLocked
+                    | ErrorCode::DiskFull
+                    | ErrorCode::OutOfMemory
+                    | ErrorCode::PermissionDenied
+                    | ErrorCode::SystemIoFailure
+            )
+        ),
+        _ => false,
+    }
+}
+
+/// Puts the database aside and a backup in its place.
+pub(crate) fn put_in_place(
+    dir: &Path,
+    backup: &Backup,
+    reason: String,
+    now: SystemTime,
+) -> Result<Restored, StateError> {
+    let io = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| StateError::Io { action, path, source }
+    };
+    let partial = dir.join("pki.partial");
+    fs::copy(&backup.path, &partial).map_err(io("copy", &backup.path))?;
+    File::open(&partial).and_then(|file| file.sync_all()).map_err(io("sync", &partial))?;
+    let restored = Restored {
+        at: unix(now),
+        backup: backup.path.clone(),
+        reason,
+        put_aside: put_aside(dir, now)?,
+        published: false,
+        seen: false,
+    };
+    // Said before it is done: a crash in between restores once more.
+    restored.write(dir).map_err(io("write", dir))?;
+    let path = dir.join("pki.db");
+    fs::rename(&partial, &path).map_err(io("rename", &partial))?;
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("sync", dir))?;
+    Ok(restored)
+}
+
+/// Also the side files: a log of changes would be applied to the backup.
+fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
+    let aside = dir.join(format!("damaged-{}", stamp(now)));
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&aside);
+    made.map_err(|source| StateError::Io { action: "create", path: aside.clone(), source })?;
+    for name in ["pki.db", "pki.db-wal", "pki.db-shm"] {
+        let path = dir.join(name);
+        if path.exists() {
+            fs::rename(&path, aside.join(name)).map_err(|source| StateError::Io { action: "move", path, source })?;
+        }
+    }
+    Ok(aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::state_dir::{StateDir, init};
+    use crate::store::hosts;
+    use crate::times::from_unix;
+
+    const PAGE: u64 = 4096;
+
+    fn now() -> SystemTime {
+        from_unix(1_790_000_000)
+    }
+
+    type All = Vec<(String, Vec<u8>)>;
+
+    fn records(dir: &Path) -> All {
+        let database = Database::open(dir).unwrap();
+        database.read(|view| -> Result<All, DbError> { view.list("") }).unwrap()
+    }
+
+    /// A PKI of some pages with one backup, and its records.
+    fn backed_up() -> (TempDir, All) {
+        let dir = tempfile::tempdir().unwrap();
+        init(dir.path(), &"prod.example.org".parse().unwrap(), None, now()).unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let permit = |n: i64| {
+            state.database.transaction(|records| -> Result<(), DbError> {
+                for m in 0..100 {
+                    hosts::permit(records, &format!("host-{n}"), &format!("spiffe://a/ns/a/sa/{m}"), n)?;
+                }
+                Ok(())
+            })
+        };
+        (0..4).for_each(|n| permit(n).unwrap());
+        Backups::new(dir.path()).create(&state.database, now()).unwrap();
+        drop(state);
+        let records = records(dir.path());
+        (dir, records)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn overwritten_pages_are_noticed_and_the_backup_takes_their_place(
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<[u8; 32]>()), 1..4),
+            whole in any::<bool>(),
+        ) {
+            thread_local!(static PKI: (TempDir, All) = backed_up());
+            PKI.with(|(dir, before)| {
+                let path = dir.path().join("pki.db");
+                let length = fs::metadata(&path).unwrap().len();
+                let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+                for (place, bytes) in &damage {
+                    if whole {
+                        let page = place.index(usize::try_from(length / PAGE).unwrap()) as u64;
+                        file.write_all_at(&bytes.repeat(128), page * PAGE).unwrap();
+                    } else {
+                        let at = place.index(usize::try_from(length - 32).unwrap()) as u64;
+                        file.write_all_at(bytes, at).unwrap();
+                    }
+                }
+                drop(file);
+                heal(dir.path(), now()).unwrap();
+                assert_eq!(&records(dir.path()), before);
+            });
+        }
+    }
+
+    #[test]
+    fn a_damaged_backup_is_passed_over_and_without_a_good_one_nothing_is_touched() {
+        let (dir, before) = backed_up();
+        let state = StateDir::open(dir.path()).unwrap();
+        let newest =
+            Backups::new(dir.path()).create(&state.database, now() + std::time::Duration::from_secs(5)).unwrap();
+        drop(state);
+        let spoil = |path: &Path| {
+            let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+            file.write_all_at(&[0xa5; 5000], PAGE / 2).unwrap();
+        };
+        spoil(&newest.path);
+        spoil(&dir.path().join("pki.db"));
+        let restored = heal(dir.path(), now()).unwrap().unwrap();
+        assert_ne!(restored.backup, newest.path);
+        assert_eq!(records(dir.path()), before);
+        assert!(restored.put_aside.join("pki.db").exists());
+        assert!(heal(dir.path(), now()).unwrap().is_none(), "what was restored is whole");
+
+        spoil(&restored.backup);
+        spoil(&dir.path().join("pki.db"));
+        let damaged = fs::read(dir.path().join("pki.db")).unwrap();
+        heal(dir.path(), now()).unwrap_err();
+        assert_eq!(fs::read(dir.path().join("pki.db")).unwrap(), damaged);
+    }
+
+    #[test]
+    fn a_database_that_is_gone_or_emptied_comes_back_from_its_backup() {
+        let (dir, before) = backed_up();
+        fs::remove_file(dir.path().join("pki.db")).unwrap();
+        heal(dir.path(), now()).unwrap().unwrap();
+        assert_eq!(records(dir.path()), before);
+        File::create(dir.path().join("pki.db")).unwrap();
+        heal(dir.path(), now()).unwrap().unwrap();
+        assert_eq!(records(dir.path()), before);
+    }
+}

@@ -1,0 +1,209 @@
+//! Moves all records of a PKI between its file and etcd, while no server runs: whole, counted and compared, or not at all.
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, ensure};
+use data_encoding::HEXLOWER;
+use meshd_identity::{TrustDomain, sha256};
+
+use super::backups::stamp;
+use super::heal::check_file;
+use super::restored::Restored;
+use crate::audit::{Audit, Event};
+use crate::authority::new_id;
+use crate::keys::Kek;
+use crate::rotation::Trust;
+use crate::state_dir::{StateDir, kek_path, lock, prepare_dir};
+use crate::store::etcd::config::EtcdConfig;
+use crate::store::etcd::transfer::Transfer;
+use crate::store::{self, Database, DbError, intermediates, replicas, servers};
+use crate::times::unix;
+
+pub(crate) type All = Vec<(String, Vec<u8>)>;
+
+/// What was moved.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Moved {
+    pub records: usize,
+    pub sha256: String,
+}
+
+fn sum_up(records: &All) -> Moved {
+    let mut text = Vec::new();
+    for (key, value) in records {
+        text.extend_from_slice(&sha256(key.as_bytes()));
+        text.extend_from_slice(&sha256(value));
+    }
+    Moved { records: records.len(), sha256: HEXLOWER.encode(&sha256(&text)) }
+}
+
+pub(crate) fn records_of(path: &Path) -> Result<All, DbError> {
+    check_file(path)?;
+    Database::open_file(path)?.read(|view| view.list(""))
+}
+
+/// The file's records into etcd, which from then on is what the state directory uses.
+pub fn to_etcd(dir: &Path, mut config: EtcdConfig, now: SystemTime) -> anyhow::Result<Moved> {
+    let _running = lock(dir)?;
+    ensure!(EtcdConfig::read(dir)?.is_none(), "{} is in etcd already", dir.display());
+    let path = dir.join("pki.db");
+    let mut records = records_of(&path)?;
+    config.trust_domain = StateDir::open(dir)?.trust_domain.to_string();
+    config.replica = new_id()?[..8].to_owned();
+    // No server runs, so nothing signs; each makes an intermediate of its own when it starts.
+    intermediates::retire_all(&mut records, unix(now))?;
+    forget_servers(&mut records);
+    let moved = fill(&Transfer::new(&config)?, &records)?;
+    config.write(dir)?;
+    put_aside(dir, "migrated", now)?;
+    note(dir, now, "migrate", format!("{} records to etcd, sha256 {}", moved.records, moved.sha256))?;
+    Ok(moved)
+}
+
+/// They have other names where the records go.
+fn forget_servers(records: &mut All) {
+    records.retain(|(key, _)| !key.starts_with(replicas::PREFIX) && !key.starts_with(servers::PREFIX));
+}
+
+/// Uploads, and reads back what arrived.
+fn fill(etcd: &Transfer, records: &All) -> anyhow::Result<Moved> {
+    etcd.upload(records)?;
+    let (sent, found) = (sum_up(records), sum_up(&etcd.records()?));
+    if sent != found {
+        etcd.clear()?;
+        anyhow::bail!(
+            "etcd holds {} records (sha256 {}) where {} (sha256 {}) were sent; they were removed, try again",
+            found.records,
+            found.sha256,
+            sent.records,
+            sent.sha256
+        );
+    }
+    Ok(sent)
+}
+
+/// etcd's records into the file, and out of etcd.
+pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
+    let _running = lock(dir)?;
+    let config = EtcdConfig::read(dir)?.with_context(|| format!("{} is not in etcd", dir.display()))?;
+    let etcd = Transfer::new(&config)?;
+    refuse_while_running(&etcd)?;
+    let mut records = etcd.records()?;
+    ensure!(!records.is_empty(), "etcd holds no PKI; restore a backup into it first: `meshd-pki restore`");
+    intermediates::retire_all(&mut records, unix(now))?;
+    forget_servers(&mut records);
+    let partial = dir.join("pki.partial");
+    _ = fs::remove_file(&partial);
+    store::write_copy(&partial, &records)?;
+    let (sent, found) = (sum_up(&records), sum_up(&records_of(&partial)?));
+    ensure!(sent == found, "{} is not what etcd holds; try again", partial.display());
+    fs::File::open(&partial)?.sync_all()?;
+    fs::rename(&partial, dir.join("pki.db"))?;
+    fs::rename(EtcdConfig::path(dir), dir.join("etcd.toml.migrated"))?;
+    fs::File::open(dir)?.sync_all()?;
+    etcd.clear()?;
+    note(dir, now, "migrate", format!("{} records from etcd, sha256 {}", sent.records, sent.sha256))?;
+    Ok(sent)
+}
+
+/// A backup in the place of what etcd holds.
+pub(crate) fn restore_etcd(
+    dir: &Path,
+    config: &EtcdConfig,
+    backup: &Path,
+    now: SystemTime,
+) -> anyhow::Result<Restored> {
+    let etcd = Transfer::new(config)?;
+    refuse_while_running(&etcd)?;
+    let mut records = records_of(backup)?;
+    intermediates::retire_all(&mut records, unix(now))?;
+    let before = etcd.records()?;
+    let aside = dir.join(format!("damaged-{}", stamp(now)));
+    DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
+    if !before.is_empty() {
+        store::write_copy(&aside.join("pki.db"), &before)?;
+    }
+    let restored = Restored {
+        at: unix(now),
+        backup: backup.to_owned(),
+        reason: "the operator asked for it".to_owned(),
+        put_aside: aside,
+        published: false,
+        seen: false,
+    };
+    restored.write(dir)?;
+    etcd.clear()?;
+    fill(&etcd, &records)?;
+    Ok(restored)
+}
+
+/// Makes a state directory for one more server of a PKI in etcd. The wrapping key must be there already.
+pub fn init_replica(dir: &Path, domain: &TrustDomain, mut config: EtcdConfig) -> anyhow::Result<String> {
+    prepare_dir(dir)?;
+    ensure!(
+        EtcdConfig::read(dir)?.is_none() && !dir.join("pki.db").exists(),
+        "{} already holds a PKI; choose an empty directory",
+        dir.display()
+    );
+    config.trust_domain = domain.to_string();
+    config.replica = new_id()?[..8].to_owned();
+    let path = kek_path(dir);
+    ensure!(
+        path.exists(),
+        "the wrapping key is missing; copy `kek` of another replica to {}, 0600, by a way nobody else reads",
+        path.display()
+    );
+    let kek = Kek::load(&path)?;
+    let records = Transfer::new(&config)?.records()?;
+    let trust = records.iter().find(|(key, _)| key == "trust");
+    let (_, trust) = trust.with_context(|| format!("etcd holds no PKI of {domain}; see `meshd-pki migrate`"))?;
+    let trust: Trust = serde_json::from_slice(trust)?;
+    for root in trust.roots.iter().filter(|root| !root.wrapped_key.is_empty()) {
+        kek.unwrap(&root.id, &root.wrapped_key)?;
+    }
+    config.write(dir)?;
+    Ok(config.replica)
+}
+
+/// Takes a server that will not come back off the record: rotation waits for it no longer.
+pub fn remove_replica(dir: &Path, id: &str, now: SystemTime) -> anyhow::Result<()> {
+    let state = StateDir::open(dir)?;
+    let running = state.database.engine().live_replicas();
+    ensure!(!running.iter().any(|one| one == id), "replica {id} runs; stop it first");
+    let known = state.database.transaction(|records| -> Result<bool, DbError> {
+        intermediates::retire(records, id, unix(now))?;
+        servers::forget(records, id)?;
+        replicas::forget(records, id)
+    })?;
+    ensure!(known, "there is no replica {id}; see `meshd-pki replica list`");
+    note(dir, now, "replica_remove", id.to_owned())
+}
+
+fn refuse_while_running(etcd: &Transfer) -> anyhow::Result<()> {
+    let live = etcd.live()?;
+    ensure!(
+        live.is_empty(),
+        "replicas run: {}; stop them first (one that was killed counts until its lease ends)",
+        live.join(", ")
+    );
+    Ok(())
+}
+
+fn put_aside(dir: &Path, why: &str, now: SystemTime) -> anyhow::Result<PathBuf> {
+    let aside = dir.join(format!("{why}-{}", stamp(now)));
+    DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
+    for name in ["pki.db", "pki.db-wal", "pki.db-shm"] {
+        if dir.join(name).exists() {
+            fs::rename(dir.join(name), aside.join(name))?;
+        }
+    }
+    Ok(aside)
+}
+
+fn note(dir: &Path, now: SystemTime, event: &'static str, detail: String) -> anyhow::Result<()> {
+    let event = Event { event, result: "ok", detail: Some(detail), ..Event::default() };
+    Ok(Audit::new(dir.join("audit.jsonl")).append(unix(now), &[event])?)
+}

@@ -1,0 +1,56 @@
+//! That a backup is in use: in a file of its own, for the operator to see until they say so.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::keys::replace_private;
+use crate::times::rfc3339;
+
+/// After so long hosts have told all they know.
+const LISTENS_S: i64 = 30 * 86_400;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Restored {
+    pub(crate) at: i64,
+    pub(crate) backup: PathBuf,
+    pub(crate) reason: String,
+    /// Where the database is that was replaced.
+    pub(crate) put_aside: PathBuf,
+    /// A bundle with a new sequence was published since: hosts may have newer ones than the backup.
+    pub(crate) published: bool,
+    /// The operator knows.
+    pub(crate) seen: bool,
+}
+
+impl Restored {
+    pub(crate) fn read(dir: &Path) -> Option<Restored> {
+        serde_json::from_slice(&fs::read(file(dir)).ok()?).ok()
+    }
+
+    pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
+        replace_private(&file(dir), &serde_json::to_vec(self)?)
+    }
+
+    /// Whether hosts may still know more than the PKI.
+    pub(crate) fn is_recent(&self, now: i64) -> bool {
+        now < self.at + LISTENS_S
+    }
+
+    pub(crate) fn problem(&self) -> String {
+        format!(
+            "restored at {} from {} ({}); hosts, tokens and entries made since that backup are gone: look into \
+             audit.jsonl, then run `meshd-pki restore --seen`; the database before is in {}",
+            rfc3339(self.at),
+            self.backup.display(),
+            self.reason,
+            self.put_aside.display()
+        )
+    }
+}
+
+fn file(dir: &Path) -> PathBuf {
+    dir.join("restored.json")
+}

@@ -1,0 +1,71 @@
+//! All records at once, from one engine to another.
+
+use meshd_etcd::api::TxnRequest;
+use meshd_etcd::{Client, Prefix, absent, delete, put};
+
+use super::cache::{LIVE, RECORDS, Snapshot};
+use super::config::EtcdConfig;
+use crate::store::DbError;
+
+/// Written last: an upload that was cut short is no PKI.
+const LAST: &str = "trust";
+const BATCH: usize = 50;
+
+/// A connection for moving records while nobody serves them.
+pub(crate) struct Transfer {
+    runtime: tokio::runtime::Runtime,
+    client: Client,
+    base: String,
+}
+
+impl Transfer {
+    pub(crate) fn new(config: &EtcdConfig) -> Result<Transfer, DbError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| DbError::Etcd(error.to_string()))?;
+        Ok(Transfer { runtime, client: Client::new(config.settings())?, base: config.base()? })
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, DbError> {
+        let listed = self.runtime.block_on(self.client.list(&Prefix::new(self.base.clone())))?;
+        Ok(Snapshot::from_list(&self.base, listed))
+    }
+
+    /// Replicas that run now.
+    pub(crate) fn live(&self) -> Result<Vec<String>, DbError> {
+        Ok(self.snapshot()?.below(LIVE).map(|(key, _)| key[LIVE.len()..].to_owned()).collect())
+    }
+
+    pub(crate) fn records(&self) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+        let snapshot = self.snapshot()?;
+        let records = snapshot.below(RECORDS);
+        Ok(records.map(|(key, value)| (key[RECORDS.len()..].to_owned(), value.bytes.clone())).collect())
+    }
+
+    /// Refuses where there is a PKI already. What an upload that was cut short left is overwritten.
+    pub(crate) fn upload(&self, records: &[(String, Vec<u8>)]) -> Result<(), DbError> {
+        let trust = format!("{}{RECORDS}{LAST}", self.base);
+        let (last, rest): (Vec<_>, Vec<_>) = records.iter().partition(|(key, _)| key == LAST);
+        for batch in rest.chunks(BATCH).chain([last.as_slice()]) {
+            let puts = batch.iter().map(|(key, value)| put(format!("{}{RECORDS}{key}", self.base), value.clone(), 0));
+            let request =
+                TxnRequest { compare: vec![absent(trust.clone())], success: puts.collect(), failure: Vec::new() };
+            if !self.runtime.block_on(self.client.txn(request))?.succeeded {
+                return Err(DbError::Etcd(format!("{trust} is there already; another PKI uses it")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes every record, the one first without which the rest is no PKI.
+    pub(crate) fn clear(&self) -> Result<(), DbError> {
+        let remove = |operation| TxnRequest { success: vec![operation], ..TxnRequest::default() };
+        let trust = remove(delete(format!("{}{RECORDS}{LAST}", self.base)));
+        self.runtime.block_on(self.client.txn(trust))?;
+        let prefix = Prefix::new(self.base.clone());
+        let range = meshd_etcd::api::DeleteRangeRequest { key: prefix.key, range_end: prefix.end };
+        let all = meshd_etcd::api::request_op::Request::RequestDeleteRange(range);
+        let all = meshd_etcd::api::RequestOp { request: Some(all) };
+        self.runtime.block_on(self.client.txn(remove(all)))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,147 @@
+//! What etcd can do to the PKI.
+
+use meshd_pki::Refused;
+use meshd_pki::commands::add_entry;
+use meshd_pki::keeping::command::restore;
+use meshd_pki::status::Status;
+use meshd_pki::store::etcd::config::EtcdConfig;
+use nix::sys::signal::Signal;
+
+use crate::cluster::{Cluster, until};
+use crate::desk::{Desk, HOUR, enrol, metric, metric_like, renew};
+
+fn in_trouble(pki: &meshd_pki::Pki) -> bool {
+    _ = pki.refresh();
+    metric(pki, "store_trouble") == "1"
+}
+
+#[test]
+fn killing_or_stopping_the_member_that_leads_etcd_costs_no_renewal() {
+    let mut desk = Desk::new();
+    let pki = desk.open("a");
+    let mut chain = enrol(&pki, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    for n in 0..2 {
+        let leader = desk.cluster.leader();
+        let token = desk.token("a", &format!("host-{n}"));
+        match n {
+            0 => desk.cluster.kill_member(leader),
+            _ => desk.cluster.signal_member(leader, Signal::SIGSTOP),
+        }
+        chain = renew(&pki, "web", &chain).unwrap();
+        until("a new host gets in", || {
+            chain = renew(&pki, "web", &chain).unwrap();
+            enrol(&pki, &token).is_ok()
+        });
+        match n {
+            0 => desk.cluster.start_member(leader),
+            _ => desk.cluster.signal_member(leader, Signal::SIGCONT),
+        }
+        desk.cluster.healthy();
+    }
+}
+
+#[test]
+fn without_a_majority_renewals_go_on_also_across_a_restart_and_nobody_new_gets_in() {
+    let mut desk = Desk::new();
+    let pki = desk.open("a");
+    let chain = enrol(&pki, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    let token = desk.token("a", "db");
+    pki.maintain().unwrap();
+    // The host is in a backup, as it is after an hour.
+    meshd_pki::keeping::command::create(&desk.state("a"), desk.now() + std::time::Duration::from_secs(1)).unwrap();
+    desk.cluster.kill_member(0);
+    desk.cluster.kill_member(1);
+    let chain = renew(&pki, "web", &chain).unwrap();
+    until("the trouble shows", || in_trouble(&pki));
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    let chain = renew(&pki, "web", &chain).unwrap();
+    assert_ne!(metric(&pki, "note_failures_total"), "0");
+    drop(pki);
+    let pki = desk.open("a");
+    assert!(in_trouble(&pki));
+    let mut chain = renew(&pki, "web", &chain).unwrap();
+    // Past the time at which the intermediate would be replaced, and past the end of the PKI's own server certificate.
+    for _ in 0..15 {
+        desk.pass(8 * HOUR);
+        pki.maintain().unwrap();
+        chain = renew(&pki, "web", &chain).unwrap();
+    }
+    let ends: u64 = metric_like(&pki, "certificate_not_after_seconds{kind=\"endpoint\"").parse().unwrap();
+    assert!(ends > desk.now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap().as_secs() + 8 * HOUR);
+    desk.cluster.start_member(0);
+    desk.cluster.start_member(1);
+    until("the trouble is over", || !in_trouble(&pki));
+    let token = desk.token("a", "cache");
+    until("new hosts get in again", || enrol(&pki, &token).is_ok());
+}
+
+#[test]
+fn what_was_compacted_while_a_server_looked_away_is_read_anew() {
+    let mut desk = Desk::new();
+    // `b` uses one member only, which goes away.
+    let one = EtcdConfig { endpoints: desk.cluster.endpoints()[..1].to_vec(), ..desk.cluster.config() };
+    desk.replica("b", one).unwrap();
+    let (a, b) = (desk.open("a"), desk.open("b"));
+    let chain = enrol(&a, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    until("both know the host", || renew(&b, "web", &chain).is_ok());
+    desk.cluster.kill_member(0);
+    until("the server that is cut off notices", || in_trouble(&b));
+    for n in 0..20 {
+        add_entry(&desk.state("a"), "web", &format!("ns/shop/sa/w{n}"), desk.now()).unwrap();
+    }
+    let status = desk.cluster.must(&["endpoint", "status", "-w", "json"]);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let revision = status[0]["Status"]["header"]["revision"].as_u64().unwrap();
+    desk.cluster.must(&["compact", &revision.to_string()]);
+    desk.cluster.start_member(0);
+    until("the trouble is over", || !in_trouble(&b));
+    let token = desk.token("a", "db");
+    until("it follows again", || enrol(&b, &token).is_ok());
+    let known = Status::read(&desk.state("b"), desk.now()).unwrap();
+    assert_eq!(known.hosts.iter().find(|host| host.id == "web").unwrap().identities.len(), 20);
+}
+
+#[test]
+fn an_etcd_that_is_full_costs_no_renewal() {
+    let desk = Desk::with(|dir| Cluster::start_with(dir, Some(8 << 20)));
+    let pki = desk.open("a");
+    let chain = enrol(&pki, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    let token = desk.token("a", "db");
+    let junk = "x".repeat(100_000);
+    until("etcd is full", || !desk.cluster.root(&["put", "/junk", &junk]).status.success());
+    let chain = renew(&pki, "web", &chain).unwrap();
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    renew(&pki, "web", &chain).unwrap();
+    desk.cluster.must(&["del", "/junk"]);
+    let status = desk.cluster.must(&["endpoint", "status", "-w", "json"]);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let revision = status[0]["Status"]["header"]["revision"].as_u64().unwrap();
+    desk.cluster.must(&["compact", &revision.to_string()]);
+    desk.cluster.must(&["defrag"]);
+    desk.cluster.must(&["alarm", "disarm"]);
+    until("new hosts get in again", || enrol(&pki, &token).is_ok());
+}
+
+#[test]
+fn an_etcd_that_was_wiped_is_not_believed_and_a_backup_brings_it_back() {
+    let desk = Desk::new();
+    let pki = desk.open("a");
+    let chain = enrol(&pki, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    let token = desk.token("a", "db");
+    meshd_pki::keeping::command::create(&desk.state("a"), desk.now() + std::time::Duration::from_secs(1)).unwrap();
+    desk.cluster.must(&["del", "--prefix", "/meshd/"]);
+    until("the trouble shows", || in_trouble(&pki));
+    let chain = renew(&pki, "web", &chain).unwrap();
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    drop(pki);
+    let pki = desk.open("a");
+    let chain = renew(&pki, "web", &chain).unwrap();
+    drop(pki);
+    restore(&desk.state("a"), None, desk.now()).unwrap();
+    let pki = desk.open("a");
+    assert!(!in_trouble(&pki));
+    renew(&pki, "web", &chain).unwrap();
+    enrol(&pki, &token).unwrap();
+    let status = Status::read(&desk.state("a"), desk.now()).unwrap();
+    assert!(status.problems.iter().any(|problem| problem.contains("restored at")), "{:?}", status.problems);
+}

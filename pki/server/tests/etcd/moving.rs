@@ -1,0 +1,105 @@
+//! From a file into etcd and back.
+
+use std::path::Path;
+use std::process::Command;
+
+use meshd_pki::keeping::moving::{to_etcd, to_sqlite};
+use meshd_pki::store::etcd::config::EtcdConfig;
+use rcgen::KeyPair;
+
+use crate::cluster::Cluster;
+use crate::desk::{Desk, enrol, renew};
+
+#[test]
+fn a_pki_moves_into_etcd_and_back_and_its_hosts_do_not_notice() {
+    let desk = Desk::in_a_file(Cluster::start);
+    let a = desk.state("a");
+    let file = desk.open("a");
+    let chain = enrol(&file, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    let refused = to_etcd(&a, desk.cluster.config(), desk.now()).unwrap_err();
+    assert!(refused.to_string().contains("another meshd-pki runs"), "{refused}");
+    drop(file);
+
+    let moved = to_etcd(&a, desk.cluster.config(), desk.now()).unwrap();
+    assert!(moved.records > 5, "{moved:?}");
+    assert!(!a.join("pki.db").exists());
+    assert!(to_etcd(&a, desk.cluster.config(), desk.now()).unwrap_err().to_string().contains("in etcd already"));
+    let pki = desk.open("a");
+    let chain = renew(&pki, "web", &chain).unwrap();
+    enrol(&pki, &desk.token("a", "db")).unwrap();
+    let refused = to_sqlite(&a, desk.now()).unwrap_err();
+    assert!(refused.to_string().contains("another meshd-pki runs"), "{refused}");
+    let status = meshd_pki::status::Status::read(&a, desk.now()).unwrap();
+    assert!(status.problems.is_empty(), "{:?}", status.problems);
+    assert!(status.to_text().contains("leads, a.example.org:15012"), "{}", status.to_text());
+    drop(pki);
+
+    to_sqlite(&a, desk.now()).unwrap();
+    assert_eq!(desk.cluster.must(&["get", "--prefix", "/meshd/"]), "", "nothing stays that another server could use");
+    let pki = desk.open("a");
+    renew(&pki, "web", &chain).unwrap();
+    assert_eq!(meshd_pki::status::Status::read(&a, desk.now()).unwrap().hosts.len(), 2);
+}
+
+#[test]
+fn etcd_never_sees_a_private_key() {
+    let desk = Desk::new();
+    let pki = desk.open("a");
+    enrol(&pki, &desk.token("a", "web")).unwrap();
+    let stored = desk.cluster.must(&["get", "--prefix", "/meshd/", "--print-value-only"]);
+    let words = stored.split('"').filter_map(|word| data_encoding::BASE64.decode(word.as_bytes()).ok());
+    let keys: Vec<Vec<u8>> = words.filter(|bytes| KeyPair::try_from(bytes.as_slice()).is_ok()).collect();
+    assert!(stored.contains("wrapped_key"), "{stored}");
+    assert_eq!(keys, Vec::<Vec<u8>>::new());
+    let kek = std::fs::read(desk.state("a").join("kek")).unwrap();
+    assert!(!stored.contains(&data_encoding::BASE64.encode(&kek)));
+}
+
+#[test]
+fn a_second_server_needs_the_wrapping_key_and_rights_in_etcd() {
+    let desk = Desk::new();
+    let stranger = EtcdConfig { user: None, password_file: None, ..desk.cluster.config_by_password() };
+    let none = desk.replica("c", stranger).unwrap_err().to_string();
+    assert!(none.contains("etcd refused"), "{none}");
+    desk.replica("b", desk.cluster.config_by_password()).unwrap();
+    let (a, b) = (desk.open("a"), desk.open("b"));
+    let reply = enrol(&b, &desk.token("a", "web")).unwrap();
+    a.refresh().unwrap();
+    renew(&a, "web", &reply.svid.unwrap().chain).unwrap();
+    drop((a, b));
+    std::fs::write(desk.state("b").join("kek"), [7; 32]).unwrap();
+    let wrong = desk.try_open("b").err().unwrap().to_string();
+    assert!(wrong.contains("does not open with this wrapping key"), "{wrong}");
+}
+
+#[test]
+fn the_commands_say_what_they_did_and_what_is_wrong() {
+    let desk = Desk::in_a_file(Cluster::start);
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_meshd-pki")).args(arguments).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let state = text(&desk.state("a"));
+    let config = desk.cluster.config();
+    let (ca, cert, key) = (text(&config.ca.unwrap()), text(&config.cert.unwrap()), text(&config.key.unwrap()));
+    let etcd = ["--etcd", &config.endpoints[0], &config.endpoints[1], "--etcd-ca", &ca, "--etcd-cert", &cert];
+    let (ok, said) = run(&[&["migrate", "--state", &state, "--to", "etcd"], &etcd[..]].concat());
+    assert!(!ok && said.contains("go together"), "{said}");
+    let with_key = [&etcd[..], &["--etcd-key", &key]].concat();
+    let (ok, said) = run(&[&["migrate", "--state", &state, "--to", "etcd"], &with_key[..]].concat());
+    assert!(ok && said.contains("records moved, all the same on both sides"), "{said}");
+    let other = text(&desk.state("b"));
+    let init = ["replica", "init", "--state", &other, "--trust-domain", "prod.example.org"];
+    let (ok, said) = run(&[&init, &with_key[..]].concat());
+    assert!(!ok && said.contains("copy `kek`"), "{said}");
+    std::fs::copy(desk.state("a").join("kek"), desk.state("b").join("kek")).unwrap();
+    let (ok, said) = run(&[&init, &with_key[..]].concat());
+    assert!(ok && said.contains("is ready"), "{said}");
+    let (ok, said) = run(&["replica", "list", "--state", &other]);
+    assert!(ok && said.contains("REPLICA"), "{said}");
+    let (ok, said) = run(&["replica", "remove", "--state", &other, "nobody"]);
+    assert!(!ok && said.contains("no replica nobody"), "{said}");
+    let (ok, said) = run(&["migrate", "--state", &other, "--to", "sqlite"]);
+    assert!(ok && said.contains("records moved"), "{said}");
+}

@@ -1,0 +1,157 @@
+//! What hosts see, and do not see, when the PKI's database is damaged or goes back in time.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::SeqCst;
+
+use meshd_pki::keeping::command::{acknowledge, create, restore};
+use meshd_pki_api::v1;
+
+use crate::operation::{Desk, chain_of};
+
+const HOUR: u64 = 3600;
+const DAY: u64 = 24 * HOUR;
+
+fn backups(desk: &Desk) -> Vec<PathBuf> {
+    let found = fs::read_dir(desk.dir.path().join("backups")).unwrap();
+    let mut found: Vec<PathBuf> = found.map(|entry| entry.unwrap().path()).collect();
+    found.sort();
+    found
+}
+
+fn roots(desk: &Desk) -> Vec<(String, String)> {
+    let authorities = desk.status().authorities.into_iter();
+    authorities.filter(|one| one.kind == "root").map(|one| (one.id, one.state)).collect()
+}
+
+/// Stops the PKI without any other sign.
+fn stop(desk: &mut Desk) {
+    desk.pki = None;
+}
+
+fn spoil(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let from = bytes.len().min(4096);
+    bytes[from..].fill(0xa5);
+    fs::write(path, bytes).unwrap();
+}
+
+fn renew_with(desk: &Desk, certificate: &[u8], sequence: u64) -> v1::IssueBatchReply {
+    let request = v1::IssueBatchRequest { bundle_sequence: sequence, ..desk.renewal("web") };
+    desk.pki().issue_batch(Some(certificate), &request, "test").unwrap()
+}
+
+#[test]
+fn backups_are_made_every_hour_and_after_each_step_of_an_authority() {
+    let desk = Desk::new();
+    assert_eq!(backups(&desk).len(), 1);
+    desk.pass(60);
+    assert_eq!(backups(&desk).len(), 1, "nothing changed");
+    desk.pass(HOUR + 1);
+    assert_eq!(backups(&desk).len(), 2);
+    let prepared = |desk: &Desk| roots(desk).len() == 2;
+    desk.pass(7 * DAY - HOUR - 100);
+    let before = backups(&desk).len();
+    assert!(!prepared(&desk));
+    desk.pass(100);
+    assert!(prepared(&desk));
+    assert_eq!(backups(&desk).len(), before + 1);
+    create(desk.dir.path(), desk.now() + std::time::Duration::from_secs(1)).unwrap();
+    assert_eq!(backups(&desk).len(), before + 2);
+    assert!(desk.pki().metrics.encode().contains("meshd_pki_backup_failures_total 0"));
+}
+
+#[test]
+fn a_damaged_database_comes_back_by_itself_and_hosts_renew_with_an_alarm_for_the_operator() {
+    let mut desk = Desk::new();
+    let chain = desk.enrol("web");
+    create(desk.dir.path(), desk.now()).unwrap();
+    let sequence = desk.status().bundle_sequence;
+    stop(&mut desk);
+    spoil(&desk.dir.path().join("pki.db"));
+    desk.passed.fetch_add(5, SeqCst);
+    desk.open();
+    let reply = renew_with(&desk, &chain[0], sequence);
+    let bundle = reply.bundle.clone().unwrap();
+    assert!(bundle.sequence > sequence, "no host holds a newer bundle");
+    chain_of(reply);
+    let alarm = |desk: &Desk| desk.status().problems.iter().any(|problem| problem.contains("restored at"));
+    assert!(alarm(&desk), "{:?}", desk.status().problems);
+    assert!(!desk.pki().metrics.encode().contains("meshd_pki_restored_timestamp_seconds 0"));
+    let log = fs::read_to_string(desk.dir.path().join("audit.jsonl")).unwrap();
+    assert!(log.contains("\"event\":\"restore\",\"result\":\"alarm\""), "{log}");
+    assert!(acknowledge(desk.dir.path(), desk.now()).unwrap());
+    assert!(!alarm(&desk) && !acknowledge(desk.dir.path(), desk.now()).unwrap());
+    let again = desk.status().bundle_sequence;
+    desk.open();
+    assert_eq!(desk.status().bundle_sequence, again, "it is published anew once");
+}
+
+#[test]
+fn a_log_of_changes_that_lost_its_end_makes_the_pki_forget_no_authority() {
+    let mut desk = Desk::new();
+    let chain = desk.enrol("web");
+    let database = desk.dir.path().join("pki.db");
+    // What a crash and a truncated log leave: the state of an earlier time, whole in itself.
+    let before = fs::read(&database).unwrap();
+    let log = fs::read(desk.dir.path().join("pki.db-wal")).unwrap();
+    desk.pass(7 * DAY);
+    desk.pass(HOUR);
+    let known = (roots(&desk), desk.status().bundle_sequence);
+    assert_eq!(known.0.len(), 2);
+    stop(&mut desk);
+    fs::write(&database, before).unwrap();
+    fs::write(desk.dir.path().join("pki.db-wal"), &log[..log.len() * 9 / 10]).unwrap();
+    desk.open();
+    assert_eq!((roots(&desk), desk.status().bundle_sequence), known);
+    assert!(desk.pki().issue_batch(Some(&chain[0]), &desk.renewal("web"), "test").is_err(), "it ended days ago");
+    let log = fs::read_to_string(desk.dir.path().join("audit.jsonl")).unwrap();
+    assert!(log.contains("authority_recall"), "{log}");
+}
+
+#[test]
+fn after_a_restore_of_an_older_backup_sequences_and_roots_go_on_from_where_they_were() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    let old = create(desk.dir.path(), desk.now()).unwrap();
+    // A whole rotation later, the first root is old and the second signs.
+    desk.pass(7 * DAY);
+    for _ in 0..9 {
+        desk.pass(6 * HOUR);
+    }
+    let known = roots(&desk);
+    assert_eq!(known.iter().map(|(_, state)| state.as_str()).collect::<Vec<_>>(), ["old", "active"]);
+    let sequence = desk.status().bundle_sequence;
+    let chain = desk.enrol("late");
+    let refused = restore(desk.dir.path(), Some(&old.path), desk.now()).unwrap_err();
+    assert!(refused.to_string().contains("another meshd-pki runs"), "{refused}");
+    stop(&mut desk);
+    restore(desk.dir.path(), Some(Path::new(&old.name())), desk.now()).unwrap();
+    desk.open();
+    assert_eq!(roots(&desk), known, "no root that signed is forgotten");
+    assert!(desk.status().bundle_sequence > sequence);
+    assert_eq!(desk.enrol("web")[1], chain[1], "the intermediate in use is not forgotten either");
+}
+
+#[test]
+fn hosts_ahead_of_a_backup_put_into_an_empty_directory_are_caught_up_with() {
+    let mut desk = Desk::new();
+    let chain = desk.enrol("web");
+    let old = create(desk.dir.path(), desk.now()).unwrap();
+    stop(&mut desk);
+    let elsewhere = desk.dir.path().join("old.db");
+    fs::rename(&old.path, &elsewhere).unwrap();
+    for file in ["pki.db", "pki.db-wal", "pki.db-shm", "authorities.json"] {
+        _ = fs::remove_file(desk.dir.path().join(file));
+    }
+    fs::remove_dir_all(desk.dir.path().join("backups")).unwrap();
+    restore(desk.dir.path(), Some(&elsewhere), desk.now()).unwrap();
+    desk.open();
+    // This PKI's clock was once ahead, by less than the skew that is forgiven.
+    let ahead = desk.status().bundle_sequence + 60_000;
+    renew_with(&desk, &chain[0], ahead);
+    assert_eq!(desk.status().bundle_sequence, ahead + 1);
+    renew_with(&desk, &chain[0], ahead + 10 * DAY * 1000);
+    assert_eq!(desk.status().bundle_sequence, ahead + 1, "nobody pushes the sequence into the far future");
+    assert!(desk.pki().metrics.encode().contains("meshd_pki_hosts_ahead_total 1"));
+}
