@@ -61,6 +61,7 @@ faults! {
     PeerReset       "peer_reset"       Peer false "The peer broke the stream."
     AppReset        "app_reset"        App  false "The local application broke the connection."
     Internal        "internal"         Us   false "A defect in meshd; the log has more."
+    Unfederated     "unfederated"      Us   true  "The peer is of another trust domain, with which this identity has no dealings."
 }
 
 impl Fault {
@@ -76,7 +77,7 @@ impl Fault {
     /// The HTTP status a refusal travels with (docs/wire.md).
     pub fn status(self) -> u16 {
         match self {
-            Fault::Denied | Fault::Banned => 403,
+            Fault::Denied | Fault::Banned | Fault::Unfederated => 403,
             Fault::UnknownTarget | Fault::NoService => 404,
             Fault::Misdirected => 421,
             Fault::Limit => 429,

@@ -16,6 +16,7 @@ mod dns;
 mod enrol;
 mod enrolment;
 mod entries;
+mod federation;
 mod hasty;
 mod heal;
 mod identify;

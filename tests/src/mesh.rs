@@ -63,10 +63,19 @@ impl Mesh {
 
     /// With environment variables of its own, say another clock.
     pub fn start_pki_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
+        self.run_pki(environment, &[])
+    }
+
+    /// With options of its own, say another port it serves on.
+    pub fn start_pki_serving(&mut self, options: &[&str]) -> Result<()> {
+        self.run_pki(&[], options)
+    }
+
+    fn run_pki(&mut self, environment: &[(&str, &str)], options: &[&str]) -> Result<()> {
         let listen = self.pki_address();
         let lifetimes = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
         let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(lifetimes);
-        program = program.args(&self.plan.pki_options);
+        program = program.args(&self.plan.pki_options).args(options);
         if !environment.is_empty() {
             // A clock behind the one at `init` would be distrusted.
             program = program.args(["--clock-is-right"]);

@@ -28,6 +28,7 @@ pub const FOR_LABS: &[Package] = &[
     package("tcpdump", "tcpdump"),
     package("faketime", "faketime"),
     package("haproxy", "haproxy"),
+    package("openssl", "openssl"),
 ];
 
 /// What it takes to boot machines with a systemd of their own, beside what labs need.

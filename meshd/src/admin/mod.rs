@@ -2,6 +2,7 @@
 
 mod client;
 mod control;
+mod federation;
 mod intercept;
 mod ledger;
 mod pki;
@@ -13,8 +14,10 @@ mod withheld;
 
 pub use client::{AdminError, fetch, order};
 pub use control::{ApplyOrder, Control, Reload};
+pub use federation::FederationView;
 pub use intercept::{InterceptPlan, InterceptStatus};
 pub use ledger::{CallerView, LedgerView, PortView, ledger};
+pub use pki::PkiView;
 pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 pub use server::{bind, bind_with_mode, serve_metrics, serve_socket};
 pub use show::{edges, status};

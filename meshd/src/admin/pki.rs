@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use meshd_pki_client::{Credentials, RenewalMetrics};
 use serde::{Deserialize, Serialize};
 
+use super::federation::{self, FederationView};
 use crate::proxy::Shared;
 use crate::telemetry::Exposition;
+use crate::unix_time::unix_now;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct PkiView {
@@ -29,6 +31,14 @@ pub struct PkiView {
     pub banned: Option<String>,
     /// Identities for which this host's handshake with itself fails, and why.
     pub self_handshake_failing: BTreeMap<String, String>,
+    /// Other trust domains believed here.
+    #[serde(default)]
+    pub federation: Vec<FederationView>,
+    /// Bundles of other trust domains that the PKI sent and that are not taken over, and why.
+    #[serde(default)]
+    pub federation_refused: BTreeMap<String, String>,
+    #[serde(default)]
+    pub federation_refusals: u64,
 }
 
 impl PkiView {
@@ -46,6 +56,9 @@ impl PkiView {
             readmissions: renewals.readmissions(),
             banned: credentials.banned.then(|| credentials.why_banned()),
             self_handshake_failing: failing.map(|(id, error)| (id.to_string(), error)).collect(),
+            federation: federation::views(credentials, renewals),
+            federation_refused: credentials.federation.refused.clone(),
+            federation_refusals: renewals.federation_refused(),
         }
     }
 
@@ -64,12 +77,16 @@ impl PkiView {
         for (id, error) in &self.self_handshake_failing {
             page += &format!("  ‼ {id}: this host would not believe itself, nor will peers: {error}\n");
         }
+        page += &federation::show(&self.federation, unix_now().cast_signed());
+        for (domain, reason) in &self.federation_refused {
+            page += &format!("  ‼ the bundle sent for {domain} is refused: {reason}\n");
+        }
         page
     }
 
     pub(super) fn metrics(&self) -> Vec<Exposition> {
         let gauge = |name, help, value: f64| Exposition::gauge(name, help, vec![(Vec::new(), value)]);
-        vec![
+        let mut metrics = vec![
             gauge("meshd_pki_connected", "1 while the conversation with the PKI is held", f64::from(self.connected)),
             gauge(
                 "meshd_pki_last_heard_timestamp_seconds",
@@ -98,7 +115,9 @@ impl PkiView {
                 "Times this host came back by the key it enrolled with, because its certificate was not good any more",
                 vec![(Vec::new(), self.readmissions as f64)],
             ),
-        ]
+        ];
+        metrics.extend(federation::metrics(&self.federation, self.federation_refusals));
+        metrics
     }
 }
 

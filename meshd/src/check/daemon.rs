@@ -8,11 +8,12 @@ use meshd_pki_client::Credentials;
 use super::finding::Finding;
 use super::rules::RuleFacts;
 use super::ruleset::Chain;
-use crate::admin::{AdminError, StatusView};
+use crate::admin::{AdminError, PkiView, StatusView};
 use crate::attest::Sight;
 use crate::capture::{self, Applied, BackendKind, CaptureError, StateFile, Wanted};
 use crate::config::Config;
 use crate::enrol::{EnrolError, Enrolment};
+use crate::unix_time::unix_now;
 
 /// A PKI address that does not answer within this time is reported.
 const PKI_TIMEOUT: Duration = Duration::from_secs(2);
@@ -159,8 +160,24 @@ pub(super) fn decisions(config: &Config) -> Vec<Finding> {
 pub(super) fn running(status: &Result<StatusView, AdminError>) -> Vec<Finding> {
     let check = "the daemon is running";
     match status {
-        Ok(status) => vec![Finding::ok(check, ""), sources(status)],
+        Ok(status) => vec![Finding::ok(check, ""), sources(status), federation(&status.pki, unix_now().cast_signed())],
         Err(error) => vec![Finding::failed(check, error.to_string(), "")],
+    }
+}
+
+fn federation(pki: &PkiView, now: i64) -> Finding {
+    let check = "bundles of federated trust domains are fresh";
+    let refused =
+        pki.federation_refused.iter().map(|(domain, why)| format!("that sent for {domain} is refused: {why}"));
+    let stale = pki.federation.iter().filter_map(|one| one.stale(now));
+    let problems: Vec<String> = refused.chain(stale).collect();
+    match problems.is_empty() {
+        true => Finding::ok(check, format!("{} of them", pki.federation.len())),
+        false => Finding::warning(
+            check,
+            problems.join("; "),
+            "the last good bundle stays in force; `meshd-pki federation list` says why",
+        ),
     }
 }
 
@@ -182,6 +199,7 @@ fn sources(status: &StatusView) -> Finding {
 mod tests {
     use super::super::finding::Verdict;
     use super::*;
+    use crate::admin::FederationView;
     use crate::capture::CaptureConfig;
 
     #[test]
@@ -196,6 +214,21 @@ mod tests {
         let wanted = CaptureConfig::default().bare(15001);
         let applied = backend.map(|backend| Applied { backend, wanted });
         judge_rules(Ok(applied), has_chains, Some(Ok(routed))).verdict
+    }
+
+    #[test]
+    fn a_bundle_that_is_refused_or_not_refreshed_is_a_warning() {
+        let fresh = FederationView {
+            trust_domain: "other.example".to_owned(),
+            refresh_every_s: 300,
+            last_good_unix: Some(1000),
+            ..FederationView::default()
+        };
+        let mut pki = PkiView { federation: vec![fresh], ..PkiView::default() };
+        assert_eq!(federation(&pki, 1100).verdict, Verdict::Ok);
+        assert_eq!(federation(&pki, 9000).verdict, Verdict::Warning);
+        pki.federation_refused.insert("third.example".to_owned(), "no root".to_owned());
+        assert_eq!(federation(&pki, 1100).verdict, Verdict::Warning);
     }
 
     #[test]

@@ -255,8 +255,8 @@ enum Outcome {
 fn broken(slot: &Slot, error: &h2::Error, bytes_sent: bool) -> Failure {
     // Once the connection itself is gone, its last GOAWAY is reported for streams that were under way, too.
     let told_off = error.is_go_away() && error.is_remote() && !slot.ended();
-    if slot.banned() {
-        return Failure { fault: Fault::Banned, delivered: bytes_sent };
+    if let Some(fault) = slot.cut() {
+        return Failure { fault, delivered: bytes_sent };
     }
     let untouched = told_off || error.reason() == Some(h2::Reason::REFUSED_STREAM);
     slot.retire();

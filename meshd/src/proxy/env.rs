@@ -25,6 +25,7 @@ use super::work::Work;
 use super::worker::Teammate;
 use crate::capture::{Flow, Recoverer};
 use crate::lifecycle::Lifecycle;
+use crate::telemetry::Direction;
 use crate::transport::dial::Dialer;
 use crate::transport::pool::Pool;
 
@@ -59,9 +60,17 @@ pub(super) struct Env {
 
 impl Env {
     /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
+    /// Outbound connections ended because of who the peer is.
+    pub(super) fn count_cut(&self, cut: u64) {
+        self.shared.telemetry.handshakes.cut[Direction::Outbound as usize].fetch_add(cut, Ordering::Relaxed);
+    }
+
     pub(super) fn sweep(&self) {
         self.measure();
-        self.pool.sweep(&self.shared.tls.load(), Instant::now());
+        let tls = self.shared.tls.load();
+        // One dialled while the federation ended.
+        self.count_cut(self.pool.cut_unfederated(&tls));
+        self.pool.sweep(&tls, Instant::now());
         let directory = self.shared.directory.load();
         self.balancers.borrow_mut().retain(|(_, name, port), balancer| {
             let service = directory.get(name);

@@ -26,7 +26,7 @@ use crate::enrol::Delivery;
 use crate::fault::Fault;
 use crate::lifecycle::Stage;
 use crate::telemetry::{Direction, Tls};
-use crate::transport::dial::tls_fault;
+use crate::transport::dial::{tls_fault, tls_reason};
 use crate::transport::mesh::{self, Server};
 use crate::transport::secure_io::SecureIo;
 use crate::transport::tls::{PeerCertificate, TlsState};
@@ -50,8 +50,17 @@ struct PeerFacts {
     /// The peer chose by SNI which identity it wanted to see.
     chosen: bool,
     version: WireVersion,
-    /// It came onto the deny list while the connection was open.
-    banned: Cell<bool>,
+    /// Why the connection was cut, if it was: the peer is one no longer to be talked to.
+    cut: Cell<Option<Fault>>,
+}
+
+impl PeerFacts {
+    /// Whether the peer's trust domain is one of ours to deal with, for the identity it chose if it chose one. Each stream
+    /// is asked for its own again.
+    fn is_dealt_with(&self, tls: &TlsState) -> bool {
+        let domain = self.id.trust_domain();
+        if self.chosen { tls.deals(&self.presented, domain) } else { tls.knows(domain) }
+    }
 }
 
 /// One peer connection, from handshake to its last stream.
@@ -90,7 +99,7 @@ fn refuse_peer(env: &Env, address: SocketAddr, refusal: &Refusal) {
         let remedy = match refusal.fault {
             Fault::CertExpired => "; look at `meshd check` on that host, and at both clocks",
             Fault::Banned => "; `meshd-pki deny list` says why",
-            Fault::IdentityMismatch => "; that host belongs to another trust domain",
+            Fault::Unfederated => "; if its identities are to be believed: `meshd-pki federation add`",
             Fault::TlsHandshake => "; a host of another mesh, or something that is no meshd, dials this port",
             _ => "",
         };
@@ -104,13 +113,13 @@ async fn handshake(tls: &TlsState, socket: StdStream, address: SocketAddr) -> Re
     let socket = TcpStream::from_std(socket).map_err(|error| Refusal::of(Fault::Internal, error))?;
     let dialled = socket.local_addr().map_err(|error| Refusal::of(Fault::Internal, error))?;
     let accepting = TlsAcceptor::from(tls.server.clone()).accept(socket);
-    let stream = accepting.await.map_err(|error| Refusal::of(tls_fault(&error), error))?;
+    let stream = accepting.await.map_err(|error| Refusal::of(tls_fault(&error), tls_reason(&error)))?;
     let (socket, session) = stream.into_inner();
     let version = WireVersion::from_alpn(session.alpn_protocol()).ok_or_else(|| broken("no common wire version"))?;
     let certificate = tls.peer(session.peer_certificates()).ok_or_else(|| broken("no SVID"))?;
     let (presented, chosen) = tls.presented(session.server_name()).ok_or_else(|| broken("no such identity here"))?;
-    let (id, presented, banned) = (certificate.id.clone(), presented.clone(), Cell::new(false));
-    let facts = PeerFacts { id, address, dialled, presented, chosen, version, banned };
+    let (id, presented, cut) = (certificate.id.clone(), presented.clone(), Cell::new(None));
+    let facts = PeerFacts { id, address, dialled, presented, chosen, version, cut };
     let own = tls.identity(&facts.presented).map_or(SystemTime::UNIX_EPOCH, |identity| identity.not_after);
     let server = mesh::server(SecureIo::new(socket, session.into()))
         .await
@@ -124,6 +133,7 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
     let mut lifecycle = env.lifecycle.clone();
     let mut rotated = env.tls_generation.clone();
     let mut denied = tls.denied().clone();
+    let mut renewed = env.tls_generation.clone();
     let lifetime = peer.expires.duration_since(SystemTime::now()).unwrap_or_default();
     let mut farewell = false;
     let expiry = tokio::time::sleep_until(Instant::now() + lifetime);
@@ -140,7 +150,10 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
             biased;
             // First: a peer that keeps us busy is cut all the same.
             () = denied.changed() => if denied.denies(&peer.certificate.marks) {
-                return cut(&env, &peer);
+                return cut(&env, &peer, Fault::Banned);
+            },
+            Ok(()) = renewed.changed() => if !peer.facts.is_dealt_with(&env.shared.tls.load()) {
+                return cut(&env, &peer, Fault::Unfederated);
             },
             incoming = peer.server.accept() => match incoming {
                 Some(Ok((request, respond))) => spawn_stream(&env, &peer.facts, request, respond),
@@ -158,12 +171,17 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
     }
 }
 
-/// Everything on the connection ends with it, at once: it is not served to its end for somebody who is denied.
-fn cut(env: &Env, peer: &Peer) {
-    peer.facts.banned.set(true);
+/// Everything on the connection ends with it, at once: it is not served to its end for somebody who is denied, or not
+/// believed any more.
+fn cut(env: &Env, peer: &Peer, why: Fault) {
+    peer.facts.cut.set(Some(why));
     env.shared.telemetry.handshakes.cut[Direction::Inbound as usize].fetch_add(1, Ordering::Relaxed);
     let (address, peer) = (peer.facts.address, &peer.facts.id);
-    tracing::warn!(%address, %peer, "closed a connection: the peer is on the deny list");
+    let reason = match why {
+        Fault::Unfederated => "its trust domain is not federated any more",
+        _ => "the peer is on the deny list",
+    };
+    tracing::warn!(%address, %peer, "closed a connection: {reason}");
 }
 
 fn spawn_stream(env: &Rc<Env>, facts: &Rc<PeerFacts>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
@@ -199,7 +217,7 @@ async fn stream(
             Err(fault)
         }
     };
-    report.finish(outcome.map_err(|fault| if peer.banned.get() { Fault::Banned } else { fault }));
+    report.finish(outcome.map_err(|fault| peer.cut.get().unwrap_or(fault)));
 }
 
 /// None: not a CONNECT, or not one of this wire version.
@@ -215,7 +233,7 @@ async fn accept_target(env: &Env, peer: &PeerFacts, target: Target, report: &mut
     let delivery = deliver::find(&enrolment, &target, peer.dialled, &peer.presented, peer.chosen)?;
     report.unit(&delivery.owner.unit);
     report.target(&delivery.service, delivery.port);
-    let permit = authorize::check(Policy::default(), &peer.id, &delivery)?;
+    let permit = authorize::check(Policy::default(), &env.shared.tls.load(), &peer.id, &delivery)?;
     let caller = deliver::Caller { id: &peer.id, address: peer.address };
     let delivered = deliver::connect(&env.dialer, &delivery, &caller, permit).await?;
     report.connected(delivery.deliver, Tls::Mutual);

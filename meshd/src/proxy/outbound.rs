@@ -140,7 +140,7 @@ async fn serve(
     match &mut connected.upstream {
         Upstream::Mesh { send, receive, slot } => {
             let served = serve::opaque(app, send, receive, already_read.chunks, &watch).await;
-            served.map_err(|fault| if slot.banned() { Fault::Banned } else { fault })
+            served.map_err(|fault| slot.cut().unwrap_or(fault))
         }
         Upstream::Plain(far) => Box::pin(serve::plain(app, far, already_read.chunks, &watch)).await,
     }

@@ -184,6 +184,7 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
     }
     let mut lifecycle = env.lifecycle.clone();
     let mut denied = env.shared.tls.load().denied().clone();
+    let mut renewed = env.tls_generation.clone();
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
         tokio::select! {
@@ -194,8 +195,10 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
             },
             _ = sweep.tick() => env.sweep(),
             () = denied.changed() => {
-                let cut = env.pool.cut(&denied);
-                env.shared.telemetry.handshakes.cut[Direction::Outbound as usize].fetch_add(cut, Ordering::Relaxed);
+                env.count_cut(env.pool.cut_denied(&denied));
+            }
+            Ok(()) = renewed.changed() => {
+                env.count_cut(env.pool.cut_unfederated(&env.shared.tls.load()));
             }
             () = lifecycle.reached(Stage::Stopped) => return Ok(()),
         }

@@ -19,6 +19,7 @@ use tokio_rustls::TlsConnector;
 use super::mesh::{self, ClientDriver, MeshError};
 use super::secure_io::SecureIo;
 use super::tls::{PeerCertificate, TlsState};
+use super::trust::unfederated;
 use super::wire::{ALPN_HBONE, ALPN_MESHD, WireVersion};
 use crate::fault::Fault;
 use crate::telemetry::Telemetry;
@@ -125,6 +126,9 @@ impl Dialer {
         if own <= SystemTime::now() {
             return Err(Fault::CertExpired);
         }
+        if !tls.deals(&key.source, key.expected.trust_domain()) {
+            return Err(Fault::Unfederated);
+        }
         let config = client_config(tls, key).ok_or(Fault::Internal)?;
         let socket = self.tcp(key.address).await?;
         let (io, peer) = timeout(self.connect_timeout, handshake(tls, config, key, socket))
@@ -145,6 +149,7 @@ fn remedy(fault: Fault) -> &'static str {
         Fault::ConnectRefused => "is meshd running there, on this port?",
         Fault::ConnectTimeout => "is the host up, and does a firewall between drop this port?",
         Fault::IdentityMismatch => "check `identity` of this endpoint in its MeshService, and who listens there",
+        Fault::Unfederated => "that trust domain is not federated for the caller; see `meshd status`",
         Fault::CertExpired => "run `meshd check` on both hosts, and look at their clocks",
         Fault::TlsHandshake => "are both hosts of the same trust domain, and is that port meshd's?",
         Fault::Loop => {
@@ -192,12 +197,22 @@ pub fn tls_fault(error: &io::Error) -> Fault {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Fault::CertExpired,
             CertificateError::NotValidForName => Fault::IdentityMismatch,
             CertificateError::Revoked => Fault::Banned,
+            reason if unfederated(reason).is_some() => Fault::Unfederated,
             _ => Fault::TlsHandshake,
         },
         Some(rustls::Error::AlertReceived(AlertDescription::CertificateExpired)) => Fault::CertExpired,
         Some(rustls::Error::AlertReceived(AlertDescription::CertificateRevoked)) => Fault::Banned,
         _ => Fault::TlsHandshake,
     }
+}
+
+/// The same in words.
+pub fn tls_reason(error: &io::Error) -> String {
+    let reason = match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(reason)) => unfederated(reason),
+        _ => None,
+    };
+    reason.map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// A connection that broke before the peer answered on it: in TLS 1.3 that is how a server refuses a client.

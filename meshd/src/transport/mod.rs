@@ -1,6 +1,6 @@
 //! How bytes travel between hosts: docs/wire.md, normative.
 //!
-//! `wire` holds the protocol's names and limits, `tls` the certificates' side of it, `secure_io` the
+//! `wire` holds the protocol's names and limits, `tls` the certificates' side of it, `trust` whom it believes, `secure_io` the
 //! encrypted byte stream, `mesh` one HTTP/2 connection over it, `dial` opens them and `pool` shares them; `chunk` reads a local
 //! application's bytes.
 
@@ -12,4 +12,5 @@ pub mod pool;
 pub mod secure_io;
 pub mod self_check;
 pub mod tls;
+pub mod trust;
 pub mod wire;

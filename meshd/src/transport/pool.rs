@@ -46,8 +46,8 @@ pub struct Link {
     used: Cell<Instant>,
     peer: Marks,
     driver: OnceCell<AbortHandle>,
-    /// Cut because the peer is on the deny list.
-    banned: Cell<bool>,
+    /// Why it was cut, if it was.
+    cut: Cell<Option<Fault>>,
     /// Set when the peer let a stream time out: no new streams until it is heard again.
     suspected: Cell<Option<Instant>>,
 }
@@ -79,9 +79,9 @@ impl Slot {
         self.0.ended.get()
     }
 
-    /// The peer came onto the deny list while the connection was open.
-    pub fn banned(&self) -> bool {
-        self.0.banned.get()
+    /// Why the connection was cut: the peer is one no longer to be talked to.
+    pub fn cut(&self) -> Option<Fault> {
+        self.0.cut.get()
     }
 
     /// The peer let a stream time out.
@@ -107,8 +107,8 @@ impl Link {
     }
 
     /// Ends the connection with everything on it.
-    fn cut(&self) {
-        self.banned.set(true);
+    fn cut(&self, why: Fault) {
+        self.cut.set(Some(why));
         self.retired.set(true);
         self.ended.set(true);
         if let Some(driver) = self.driver.get() {
@@ -171,7 +171,7 @@ impl Pool {
             suspected: Cell::new(None),
             peer: opened.peer.marks,
             driver: OnceCell::new(),
-            banned: Cell::new(false),
+            cut: Cell::new(None),
         });
         let slot = Slot::take(&link);
         self.links.borrow_mut().entry(key.clone()).or_default().push(link.clone());
@@ -203,11 +203,20 @@ impl Pool {
     }
 
     /// Ends connections to peers that are denied now; how many.
-    pub fn cut(&self, denied: &Denied) -> u64 {
+    pub fn cut_denied(&self, denied: &Denied) -> u64 {
+        self.cut(Fault::Banned, |_, peer| denied.denies(peer))
+    }
+
+    /// Ends connections to peers of trust domains that are not federated any more; how many.
+    pub fn cut_unfederated(&self, tls: &TlsState) -> u64 {
+        self.cut(Fault::Unfederated, |key, peer| !tls.deals(&key.source, peer.id.trust_domain()))
+    }
+
+    fn cut(&self, why: Fault, is_over: impl Fn(&PoolKey, &Marks) -> bool) -> u64 {
         let mut cut = 0;
-        for link in self.links.borrow().values().flatten() {
-            if !link.banned.get() && denied.denies(&link.peer) {
-                link.cut();
+        for (key, links) in self.links.borrow().iter() {
+            for link in links.iter().filter(|link| link.cut.get().is_none() && is_over(key, &link.peer)) {
+                link.cut(why);
                 cut += 1;
             }
         }

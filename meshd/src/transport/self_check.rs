@@ -15,10 +15,20 @@ const MOST_TURNS: usize = 8;
 
 /// Whether `id` can be served, and believed, with the certificates, roots and deny set in use.
 pub fn handshake(tls: &TlsState, id: &SpiffeId) -> Result<(), String> {
-    let config = tls.client(id, id, ALPN_MESHD).ok_or("there is no certificate")?;
-    let name = ServerName::try_from(server_name(id)).map_err(|error| error.to_string())?;
+    shake(tls, id, tls, id)
+}
+
+/// `source` of one host dials `expected` of another.
+pub(super) fn shake(
+    dialling: &TlsState,
+    source: &SpiffeId,
+    serving: &TlsState,
+    expected: &SpiffeId,
+) -> Result<(), String> {
+    let config = dialling.client(source, expected, ALPN_MESHD).ok_or("there is no certificate")?;
+    let name = ServerName::try_from(server_name(expected)).map_err(|error| error.to_string())?;
     let mut client = ClientConnection::new(config.into(), name).map_err(|error| error.to_string())?;
-    let mut server = ServerConnection::new(tls.server.clone()).map_err(|error| error.to_string())?;
+    let mut server = ServerConnection::new(serving.server.clone()).map_err(|error| error.to_string())?;
     for _ in 0..MOST_TURNS {
         if !client.is_handshaking() && !server.is_handshaking() {
             return Ok(());

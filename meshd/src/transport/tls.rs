@@ -9,21 +9,20 @@ use std::time::SystemTime;
 use meshd_identity::denial::Marks;
 use meshd_identity::{SpiffeId, TrustDomain, inspect_svid, server_name};
 use meshd_pki_client::{Credentials, Judgement, ServerJudge, Svid};
+use rustls::client::Resumption;
 use rustls::client::danger::HandshakeSignatureValid;
-use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{
-    ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
-};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible, ServerConfig,
     SignatureScheme,
 };
 
 use super::denied::Denied;
+use super::trust::Trust;
 use super::wire::{ALPN_HBONE, ALPN_MESHD};
 
 /// Everything handshakes need, of one generation of certificates.
@@ -35,15 +34,6 @@ pub struct TlsState {
     default_identity: Option<SpiffeId>,
     trust: Arc<Trust>,
     provider: Arc<CryptoProvider>,
-}
-
-/// Whom we believe.
-#[derive(Debug)]
-struct Trust {
-    anchors: Arc<RootCertStore>,
-    /// The same as certificates.
-    roots: Vec<Vec<u8>>,
-    denied: Denied,
 }
 
 /// A certificate ready to sign with.
@@ -82,8 +72,7 @@ impl TlsState {
         denied: Denied,
     ) -> Result<TlsState, TlsError> {
         let provider = Arc::new(provider());
-        let anchors = Arc::new(roots(credentials)?);
-        let trust = Arc::new(Trust { anchors, roots: credentials.bundle.roots.clone(), denied });
+        let trust = Arc::new(Trust::new(credentials, denied, &provider)?);
         let mut keys = HashMap::new();
         for (id, svid) in &credentials.workloads {
             let key = Arc::new(certified_key(svid, &provider)?);
@@ -95,7 +84,7 @@ impl TlsState {
             keys: by_sni.iter().map(|(sni, id)| (sni.clone(), keys[id].key.clone())).collect(),
             default: default_identity.as_ref().map(|id| keys[id].key.clone()),
         };
-        let server = server_config(&credentials.trust_domain, &trust, &provider, resolver)?;
+        let server = server_config(&trust, &provider, resolver)?;
         Ok(TlsState { generation, server: Arc::new(server), keys, by_sni, default_identity, trust, provider })
     }
 
@@ -127,10 +116,20 @@ impl TlsState {
         &self.trust.denied
     }
 
+    /// Whether our identity may have dealings with a trust domain: always with our own, with others as the PKI says.
+    pub fn deals(&self, own: &SpiffeId, domain: &TrustDomain) -> bool {
+        self.trust.deals(own, domain)
+    }
+
+    /// Whether identities of a trust domain can be verified at all.
+    pub fn knows(&self, domain: &TrustDomain) -> bool {
+        self.trust.knows(domain)
+    }
+
     /// To dial as `source` and accept nobody but `expected`. None: we hold no certificate for `source`.
     pub fn client(&self, source: &SpiffeId, expected: &SpiffeId, alpn: &[u8]) -> Option<ClientConfig> {
         let identity = self.keys.get(source)?;
-        let judgement = exactly(expected.clone(), self.trust.clone(), &self.provider);
+        let judgement = exactly(expected.clone(), self.trust.clone());
         let verifier = ServerJudge::new(self.provider.clone(), judgement);
         let mut config = ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -145,23 +144,6 @@ impl TlsState {
     }
 }
 
-impl Trust {
-    fn marks(&self, chain: &[CertificateDer<'_>]) -> Option<Marks> {
-        let chain: Vec<&[u8]> = chain.iter().map(AsRef::as_ref).collect();
-        Marks::read(&chain, self.roots.iter().map(Vec::as_slice))
-    }
-
-    /// Refuses a peer that is on the deny list, although its chain verifies.
-    fn refuse_denied(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>]) -> Result<(), Error> {
-        let chain: Vec<CertificateDer<'_>> = std::iter::once(leaf).chain(rest).cloned().collect();
-        let marks = self.marks(&chain).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        match self.denied.denies(&marks) {
-            true => Err(Error::InvalidCertificate(CertificateError::Revoked)),
-            false => Ok(()),
-        }
-    }
-}
-
 /// AES-GCM only, as ztunnel; hybrid post-quantum key exchange preferred.
 fn provider() -> CryptoProvider {
     use aws_lc_rs::{cipher_suite, kx_group};
@@ -172,14 +154,6 @@ fn provider() -> CryptoProvider {
     }
 }
 
-fn roots(credentials: &Credentials) -> Result<RootCertStore, TlsError> {
-    let mut store = RootCertStore::empty();
-    for root in &credentials.bundle.roots {
-        store.add(CertificateDer::from(root.clone())).map_err(|error| TlsError::Roots(error.to_string()))?;
-    }
-    Ok(store)
-}
-
 fn certified_key(svid: &Svid, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
     let unusable = |source| TlsError::Key { id: svid.id.clone(), source };
     let key = provider.key_provider.load_private_key(svid.key.clone_key()).map_err(unusable)?;
@@ -187,16 +161,12 @@ fn certified_key(svid: &Svid, provider: &CryptoProvider) -> Result<CertifiedKey,
 }
 
 fn server_config(
-    trust_domain: &TrustDomain,
     trust: &Arc<Trust>,
     provider: &Arc<CryptoProvider>,
     resolver: SniResolver,
 ) -> Result<ServerConfig, TlsError> {
     let unusable = |error: &dyn fmt::Display| TlsError::Roots(error.to_string());
-    let chain = WebPkiClientVerifier::builder_with_provider(trust.anchors.clone(), provider.clone())
-        .build()
-        .map_err(|error| unusable(&error))?;
-    let verifier = MeshClient { chain, trust_domain: trust_domain.clone(), trust: trust.clone() };
+    let verifier = MeshClient { trust: trust.clone(), provider: provider.clone() };
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| unusable(&error))?
@@ -225,27 +195,23 @@ impl ResolvesServerCert for SniResolver {
     }
 }
 
-/// Believes a server that chains to our roots and proves exactly the identity the endpoint record names.
-fn exactly(expected: SpiffeId, trust: Arc<Trust>, provider: &Arc<CryptoProvider>) -> impl Judgement + 'static {
-    let algorithms = provider.signature_verification_algorithms.all;
-    move |leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime| {
-        let certificate = ParsedCertificate::try_from(leaf)?;
-        verify_server_cert_signed_by_trust_anchor(&certificate, &trust.anchors, rest, now, algorithms)?;
-        trust.refuse_denied(leaf, rest)?;
-        let info = inspect_svid(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        match info.id == expected {
-            true => Ok(()),
-            false => Err(Error::InvalidCertificate(CertificateError::NotValidForName)),
-        }
+/// Believes a server that proves exactly the identity the endpoint record names.
+fn exactly(expected: SpiffeId, trust: Arc<Trust>) -> impl Judgement + 'static {
+    move |leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime| match trust
+        .verify_server(leaf, rest, now)?
+        .id
+        == expected
+    {
+        true => Ok(()),
+        false => Err(Error::InvalidCertificate(CertificateError::NotValidForName)),
     }
 }
 
-/// Believes clients that chain to our roots and hold one identity of our own trust domain.
+/// Believes clients of our own trust domain and of federated ones; whom they may reach is decided per stream.
 #[derive(Debug)]
 struct MeshClient {
-    chain: Arc<dyn ClientCertVerifier>,
-    trust_domain: TrustDomain,
     trust: Arc<Trust>,
+    provider: Arc<CryptoProvider>,
 }
 
 impl ClientCertVerifier for MeshClient {
@@ -260,22 +226,16 @@ impl ClientCertVerifier for MeshClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
-        self.trust.refuse_denied(end_entity, intermediates)?;
-        let info = inspect_svid(end_entity).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        if *info.id.trust_domain() != self.trust_domain {
-            return Err(Error::InvalidCertificate(CertificateError::NotValidForName));
-        }
-        Ok(verified)
+        self.trust.verify_client(end_entity, intermediates, now)
     }
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, certificate, signature)
+        Err(PeerIncompatible::Tls12NotOffered.into())
     }
 
     fn verify_tls13_signature(
@@ -284,10 +244,10 @@ impl ClientCertVerifier for MeshClient {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, certificate, signature)
+        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }

@@ -78,9 +78,10 @@ impl Target {
 }
 
 /// What a peer may say of itself (docs/wire.md).
-const REFUSALS: [Fault; 10] = [
+const REFUSALS: [Fault; 11] = [
     Fault::Denied,
     Fault::Banned,
+    Fault::Unfederated,
     Fault::UnknownTarget,
     Fault::NoService,
     Fault::Misdirected,

@@ -29,11 +29,13 @@ pub trait JwtSource: Send + Sync {
     /// A token of `identity` for `audience` (never empty), in JWS compact serialisation.
     fn issue(&self, identity: SpiffeId, audience: Vec<String>) -> Issued;
 
-    /// A JWK Set per trust domain, of keys that verify tokens and no others. Changes together with the credentials.
-    fn keys(&self) -> BTreeMap<TrustDomain, Vec<u8>>;
+    /// A JWK Set per trust domain that `identity` has dealings with, of keys that verify tokens and no others. Changes
+    /// together with the credentials.
+    fn keys(&self, identity: &SpiffeId) -> BTreeMap<TrustDomain, Vec<u8>>;
 
-    /// What a token says, if it is one for `audience` and valid now; else what is wrong with it.
-    fn verify(&self, token: &str, audience: &str) -> Result<Verified, String>;
+    /// What a token says, if it is one for `audience` and valid now, of a trust domain that `identity` has dealings with;
+    /// else what is wrong with it.
+    fn verify(&self, token: &str, audience: &str, identity: &SpiffeId) -> Result<Verified, String>;
 }
 
 /// What a valid token says.

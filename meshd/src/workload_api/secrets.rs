@@ -17,28 +17,38 @@ pub(super) const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_
 const VALIDATOR: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig";
 /// The caller's certificate, under a name that does not depend on who it is.
 const DEFAULT: &str = "default";
-/// Who may be believed: our trust domain, and everybody's we know.
-const ROOTS: [&str; 2] = ["ROOTCA", "ALL"];
+/// Whom to believe: our trust domain, and all we have dealings with.
+const OWN_ROOTS: &str = "ROOTCA";
+const ALL_ROOTS: &str = "ALL";
 
 /// One secret per name; all there are if no name is given.
 pub(super) fn secrets(names: &[String], holding: &Holding) -> Result<Vec<Any>, Refused> {
     let (svid, bundle) = (&holding.svid, &holding.credentials.bundle);
-    let (own, domain) = (svid.id.to_string(), format!("spiffe://{}", bundle.trust_domain));
+    let own = svid.id.to_string();
+    let mut all: Vec<&Bundle> = holding.credentials.federation.of(&svid.id).chain([bundle]).collect();
+    all.sort_by(|one, other| one.trust_domain.cmp(&other.trust_domain));
     let of_name = |name: &str| match name {
         _ if name == DEFAULT || name == own => Some(certificate(name, svid)),
-        _ if ROOTS.contains(&name) || name == domain => Some(validation(name, bundle)),
-        _ => None,
+        OWN_ROOTS => Some(validation(name, &[bundle])),
+        ALL_ROOTS => Some(validation(name, &all)),
+        _ => all.iter().find(|bundle| name == resource(bundle)).map(|bundle| validation(name, &[*bundle])),
     };
+    let domains: Vec<String> = all.iter().map(|bundle| resource(bundle)).collect();
     if names.iter().all(String::is_empty) {
-        return Ok([domain.as_str(), own.as_str()].into_iter().filter_map(of_name).collect());
+        return Ok(domains.iter().chain([&own]).filter_map(|name| of_name(name)).collect());
     }
     let unknown = |name: &String| {
         let name: String = name.chars().take(200).flat_map(char::escape_debug).collect();
         Refused::Invalid(format!(
-            "`{name}` is no secret of {own}; it has `default`, `ROOTCA`, `ALL`, its own SPIFFE ID and `{domain}`"
+            "`{name}` is no secret of {own}; it has `default`, `ROOTCA`, `ALL`, its own SPIFFE ID and `{}`",
+            domains.join("`, `")
         ))
     };
     names.iter().filter(|name| !name.is_empty()).map(|name| of_name(name).ok_or_else(|| unknown(name))).collect()
+}
+
+fn resource(bundle: &Bundle) -> String {
+    format!("spiffe://{}", bundle.trust_domain)
 }
 
 fn certificate(name: &str, svid: &Svid) -> Any {
@@ -48,11 +58,13 @@ fn certificate(name: &str, svid: &Svid) -> Any {
     packed(name, secret::Type::TlsCertificate(certificate))
 }
 
-/// Envoy's own SPIFFE validator (since 1.18): it checks the trust domain, too.
-fn validation(name: &str, bundle: &Bundle) -> Any {
-    let roots: String = bundle.roots.iter().map(|root| pem("CERTIFICATE", root)).collect();
-    let own = TrustDomain { name: bundle.trust_domain.to_string(), trust_bundle: inline(roots) };
-    let validator = SpiffeCertValidatorConfig { trust_domains: vec![own] };
+/// Envoy's own SPIFFE validator (since 1.18): it verifies a peer under the bundle of the trust domain it claims.
+fn validation(name: &str, bundles: &[&Bundle]) -> Any {
+    let domain = |bundle: &&Bundle| {
+        let roots: String = bundle.roots.iter().map(|root| pem("CERTIFICATE", root)).collect();
+        TrustDomain { name: bundle.trust_domain.to_string(), trust_bundle: inline(roots) }
+    };
+    let validator = SpiffeCertValidatorConfig { trust_domains: bundles.iter().map(domain).collect() };
     let typed_config = Some(Any { type_url: VALIDATOR.to_owned(), value: validator.encode_to_vec() });
     let validator = TypedExtensionConfig { name: "envoy.tls.cert_validator.spiffe".to_owned(), typed_config };
     let context = CertificateValidationContext { custom_validator_config: Some(validator) };
@@ -139,6 +151,33 @@ mod tests {
         }
         assert_eq!(asked(&holding, &[]).unwrap().len(), 2);
         assert_eq!(asked(&holding, &["default", "ROOTCA"]).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn each_federated_domain_has_a_context_and_all_have_one_together() {
+        let mut holding = holding();
+        let other: meshd_identity::TrustDomain = "other.example".parse().unwrap();
+        let foreign = FakeCa::new(&other);
+        let mut credentials = (*holding.credentials).clone();
+        credentials.federation = foreign.federated_for(std::slice::from_ref(&holding.svid.id));
+        holding.credentials = Arc::new(credentials);
+        let domains_of = |name: &str| -> Vec<(String, CertificateDer<'static>)> {
+            let [Secret { r#type: Some(secret::Type::ValidationContext(context)), .. }] =
+                &asked(&holding, &[name]).unwrap()[..]
+            else {
+                panic!("{name} is no validation context");
+            };
+            let config = context.custom_validator_config.as_ref().unwrap().typed_config.as_ref().unwrap();
+            let config = SpiffeCertValidatorConfig::decode(&config.value[..]).unwrap();
+            let root = |domain: &TrustDomain| CertificateDer::from_pem_slice(text(&domain.trust_bundle)).unwrap();
+            config.trust_domains.iter().map(|domain| (domain.name.clone(), root(domain))).collect()
+        };
+        let ours = ("mesh.example".to_owned(), holding.credentials.bundle.roots[0].clone().into());
+        let theirs = ("other.example".to_owned(), foreign.bundle().roots[0].clone().into());
+        assert_eq!(domains_of("spiffe://other.example"), std::slice::from_ref(&theirs));
+        assert_eq!(domains_of("ROOTCA"), std::slice::from_ref(&ours));
+        assert_eq!(domains_of("ALL"), [ours, theirs]);
+        assert_eq!(asked(&holding, &[]).unwrap().len(), 3);
     }
 
     #[test]

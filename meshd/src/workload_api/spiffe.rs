@@ -28,8 +28,7 @@ impl SpiffeWorkloadApi for Spiffe {
     async fn fetch_x509svid(&self, _: Request<X509svidRequest>) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
         let answer = |session: &Session| {
             let holding = session.holding()?;
-            let hint = holding.credentials.hints.get(&holding.svid.id);
-            Ok(x509::svids(&holding.svid, &holding.credentials.bundle, hint))
+            Ok(x509::svids(&holding.svid, &holding.credentials))
         };
         Ok(Response::new(self.0.answers(answer).await?))
     }
@@ -38,7 +37,10 @@ impl SpiffeWorkloadApi for Spiffe {
         &self,
         _: Request<X509BundlesRequest>,
     ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
-        let answer = |session: &Session| Ok(x509::bundles(&session.holding()?.credentials.bundle));
+        let answer = |session: &Session| {
+            let holding = session.holding()?;
+            Ok(x509::bundles(&holding.svid.id, &holding.credentials))
+        };
         Ok(Response::new(self.0.answers(answer).await?))
     }
 
@@ -66,8 +68,8 @@ impl SpiffeWorkloadApi for Spiffe {
         _: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
         let answer = |session: &Session| {
-            session.identity()?;
-            Ok(jwt::bundles(tokens(session)?.keys()))
+            let identity = session.identity()?;
+            Ok(jwt::bundles(tokens(session)?.keys(&identity)))
         };
         Ok(Response::new(self.0.answers(answer).await?))
     }
@@ -79,8 +81,8 @@ impl SpiffeWorkloadApi for Spiffe {
         let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
         check_audience(std::slice::from_ref(&audience))?;
         self.0.look().await;
-        self.0.identity()?;
-        let verified = tokens(&self.0)?.verify(&svid, &audience).map_err(Refused::Invalid)?;
+        let identity = self.0.identity()?;
+        let verified = tokens(&self.0)?.verify(&svid, &audience, &identity).map_err(Refused::Invalid)?;
         Ok(Response::new(jwt::validated(verified)))
     }
 }

@@ -1,6 +1,5 @@
 //! What a workload is given of the credentials this host holds. Pure.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -25,24 +24,31 @@ pub(super) fn svid<'a>(
 }
 
 /// Everything at once, every time: what is missing was taken away.
-pub(super) fn svids(svid: &Svid, bundle: &Bundle, hint: Option<&String>) -> X509svidResponse {
+pub(super) fn svids(svid: &Svid, credentials: &Credentials) -> X509svidResponse {
     let only = X509svid {
         spiffe_id: svid.id.to_string(),
         x509_svid: svid.chain.iter().flat_map(|certificate| certificate.iter().copied()).collect(),
         x509_svid_key: svid.key.secret_der().to_vec(),
-        bundle: bundle.roots.concat(),
-        hint: hint.cloned().unwrap_or_default(),
+        bundle: credentials.bundle.roots.concat(),
+        hint: credentials.hints.get(&svid.id).cloned().unwrap_or_default(),
     };
-    X509svidResponse { svids: vec![only], crl: Vec::new(), federated_bundles: HashMap::new() }
+    let federated_bundles = credentials.federation.of(&svid.id).map(named).collect();
+    X509svidResponse { svids: vec![only], crl: Vec::new(), federated_bundles }
 }
 
-pub(super) fn bundles(bundle: &Bundle) -> X509BundlesResponse {
-    let own = (format!("spiffe://{}", bundle.trust_domain), bundle.roots.concat());
-    X509BundlesResponse { crl: Vec::new(), bundles: HashMap::from([own]) }
+/// Ours, and those of the trust domains that the identity has dealings with; each by itself.
+pub(super) fn bundles(identity: &SpiffeId, credentials: &Credentials) -> X509BundlesResponse {
+    let all = credentials.federation.of(identity).chain([&credentials.bundle]);
+    X509BundlesResponse { crl: Vec::new(), bundles: all.map(named).collect() }
+}
+
+fn named(bundle: &Bundle) -> (String, Vec<u8>) {
+    (format!("spiffe://{}", bundle.trust_domain), bundle.roots.concat())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
     use std::time::Duration;
 
     use meshd_identity::TrustDomain;
@@ -69,12 +75,34 @@ mod tests {
     fn an_answer_holds_chain_key_and_roots_as_the_standard_says() {
         let domain: TrustDomain = "mesh.example".parse().unwrap();
         let ca = FakeCa::new(&domain);
-        let svid = ca.svid(&SpiffeId::workload(&domain, "shop", "web").unwrap());
-        let answer = svids(&svid, &ca.bundle(), Some(&"internal".to_owned()));
+        let id = SpiffeId::workload(&domain, "shop", "web").unwrap();
+        let mut held = ca.credentials("host", std::slice::from_ref(&id));
+        held.hints.insert(id.clone(), "internal".to_owned());
+        let svid = &held.workloads[&id];
+        let answer = svids(svid, &held);
         let [only] = &answer.svids[..] else { panic!("{} identities", answer.svids.len()) };
         assert_eq!((&*only.spiffe_id, &*only.hint), ("spiffe://mesh.example/ns/shop/sa/web", "internal"));
         assert_eq!(only.x509_svid, [svid.chain[0].as_ref(), svid.chain[1].as_ref()].concat());
         assert_eq!((&only.x509_svid_key[..], &only.bundle), (svid.key.secret_der(), &ca.bundle().roots[0]));
-        assert_eq!(bundles(&ca.bundle()).bundles["spiffe://mesh.example"], ca.bundle().roots[0]);
+        assert_eq!(bundles(&id, &held).bundles["spiffe://mesh.example"], ca.bundle().roots[0]);
+        assert!(answer.federated_bundles.is_empty() && bundles(&id, &held).bundles.len() == 1);
+    }
+
+    #[test]
+    fn foreign_roots_go_to_those_who_have_dealings_with_them_and_stay_apart() {
+        let (domain, other): (TrustDomain, TrustDomain) =
+            ("mesh.example".parse().unwrap(), "other.example".parse().unwrap());
+        let [web, billing] = ["web", "billing"].map(|name| SpiffeId::workload(&domain, "shop", name).unwrap());
+        let foreign = FakeCa::new(&other);
+        let mut held = FakeCa::new(&domain).credentials("host", &[web.clone(), billing.clone()]);
+        held.federation = foreign.federated_for(std::slice::from_ref(&web));
+        let answer = svids(&held.workloads[&web], &held);
+        assert_eq!(answer.svids[0].bundle, held.bundle.roots[0]);
+        let theirs = foreign.bundle().roots.concat();
+        assert_eq!(answer.federated_bundles, HashMap::from([("spiffe://other.example".to_owned(), theirs.clone())]));
+        let told = bundles(&web, &held).bundles;
+        assert_eq!((told.len(), &told["spiffe://other.example"]), (2, &theirs));
+        assert!(svids(&held.workloads[&billing], &held).federated_bundles.is_empty());
+        assert_eq!(bundles(&billing, &held).bundles.len(), 1);
     }
 }

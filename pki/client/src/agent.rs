@@ -229,6 +229,7 @@ impl Agent {
             host_time_unix_ms: unix_ms((self.surroundings.clock)()),
             bundle_sequence: held.bundle.sequence,
             inventory: Some(inventory(held)),
+            federation_revision: held.federation.revision,
         };
         let mut pki = self.connect_anywhere().await?;
         let reply = call(pki.issue_batch(request)).await.map_err(|status| refused(&status))?;
@@ -278,6 +279,7 @@ impl Agent {
         }
         // What nobody wanted any more was not renewed; it goes when it has ended.
         held.workloads.retain(|_, svid| svid.not_after > now);
+        self.metrics.federation.hear(&mut held.federation, reply.federation, &held.trust_domain, now);
         if !reply.pki_addresses.is_empty() {
             held.pki = reply.pki_addresses;
         }
@@ -310,6 +312,9 @@ impl Agent {
                 Err(error) => tracing::error!(%error, "the PKI pushed a bundle that is not taken over"),
             }
         }
+        let held = &mut next.credentials;
+        changed |= self.metrics.federation.hear(&mut held.federation, reply.federation, &held.trust_domain, now);
+        self.metrics.federation.refreshed(&reply.federation_freshness);
         if !reply.pki_addresses.is_empty() && reply.pki_addresses != next.credentials.pki {
             next.credentials.pki = reply.pki_addresses;
             changed = true;

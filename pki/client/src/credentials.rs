@@ -6,6 +6,8 @@ use std::time::SystemTime;
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+use crate::Federation;
+
 /// One identity with the certificate and key that prove it.
 #[derive(Clone)]
 pub struct Svid {
@@ -38,6 +40,8 @@ pub struct Credentials {
     pub hints: BTreeMap<SpiffeId, String>,
     /// The deny set in force, which the PKI has signed, names this host: it has given up its workloads' identities.
     pub banned: bool,
+    /// Other trust domains, each with its own bundle.
+    pub federation: Federation,
     /// `host:port` of the PKI servers.
     pub pki: Vec<String>,
 }

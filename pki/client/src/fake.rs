@@ -12,7 +12,7 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use crate::{Credentials, Svid};
+use crate::{Credentials, Federated, Federation, Svid};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -87,8 +87,16 @@ impl FakeCa {
             selectors: BTreeMap::new(),
             hints: BTreeMap::new(),
             banned: false,
+            federation: Federation::default(),
             pki: vec!["127.0.0.1:15012".to_owned()],
         }
+    }
+
+    /// What a host is told whose identities `ids` have to do with this trust domain.
+    pub fn federated_for(&self, ids: &[SpiffeId]) -> Federation {
+        let identities = ids.iter().cloned().collect();
+        let one = Federated { bundle: self.bundle(), identities, since: SystemTime::now() };
+        Federation { revision: 1, domains: BTreeMap::from([(self.trust_domain.clone(), one)]), ..Federation::default() }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::schedule::retry_delay;
 use crate::state::{State, from_unix_ms, unix_ms};
 use crate::store::{Store, StoreError};
 use crate::surroundings::{Clock, Surroundings};
-use crate::{Credentials, refusal_text};
+use crate::{Credentials, Federation, refusal_text};
 
 /// The key of an enrolment under way. Kept so that a second try proves to be the same host: the token is bound to
 /// the key of its first use, and the reply to that one may have been lost.
@@ -221,6 +221,7 @@ fn read_enrolment(
         selectors: BTreeMap::new(),
         hints: BTreeMap::new(),
         banned: false,
+        federation: Federation::default(),
         pki: if reply.pki_addresses.is_empty() { pin.pki.clone() } else { reply.pki_addresses },
     };
     let recovery = Pins::new(reply.recovery_keys);

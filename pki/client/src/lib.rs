@@ -8,7 +8,8 @@
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
-//! `link` is the conversation, `deny` whom to refuse,
+//! `link` is the conversation, `deny` whom to refuse, `federation` whose bundles to
+//! believe beside our own,
 //! `come_back` readmits a host that was away, by `transitions` and `recovery` (what may be believed then),
 //! `state` and `store` are the disk.
 
@@ -21,6 +22,7 @@ mod deny;
 mod error;
 #[cfg(feature = "testing")]
 pub mod fake;
+mod federation;
 mod inventory;
 mod join;
 mod judge;
@@ -41,6 +43,7 @@ mod verify;
 
 pub use agent::Agent;
 pub use credentials::{Credentials, Svid};
+pub use federation::{Federated, Federation, Freshness};
 pub use join::{JoinError, join, join_by, join_in};
 pub use judge::{Judgement, ServerJudge};
 pub use metrics::RenewalMetrics;

@@ -160,8 +160,7 @@ impl Link {
             deny_sequence: facts.deny_sequence,
             inventory: Some(inventory(&facts.credentials)),
             deny_set: facts.deny_set,
-            // Bundles of other trust domains are not held yet.
-            federation_revision: 0,
+            federation_revision: facts.credentials.federation.revision,
         }
     }
 

@@ -1,5 +1,12 @@
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use meshd_identity::TrustDomain;
+use meshd_pki_api::v1;
+
+use crate::{Federation, Freshness};
 
 /// How renewal fares. Written by the agent, read by whoever exports metrics.
 #[derive(Debug, Default)]
@@ -13,6 +20,14 @@ pub struct RenewalMetrics {
     last_heard_unix: AtomicI64,
     is_connected: AtomicBool,
     last_error: Mutex<Option<String>>,
+    pub(crate) federation: FederationMetrics,
+}
+
+/// How the bundles of other trust domains come here.
+#[derive(Debug, Default)]
+pub(crate) struct FederationMetrics {
+    refused: AtomicU64,
+    freshness: Mutex<BTreeMap<TrustDomain, Freshness>>,
 }
 
 impl RenewalMetrics {
@@ -62,6 +77,16 @@ impl RenewalMetrics {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Bundles of other trust domains that were not taken over.
+    pub fn federation_refused(&self) -> u64 {
+        self.federation.refused.load(Relaxed)
+    }
+
+    /// How the PKI fares in following each trust domain, as it said last; empty before that.
+    pub fn federation_freshness(&self) -> BTreeMap<TrustDomain, Freshness> {
+        self.federation.freshness.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     pub(crate) fn succeeded(&self, host_ms: u64, pki_ms: u64) {
         self.refreshes_ok.fetch_add(1, Relaxed);
         self.last_success_unix.store(self.compare(host_ms, pki_ms), Relaxed);
@@ -96,5 +121,31 @@ impl RenewalMetrics {
 
     pub(crate) fn store_failed(&self) {
         self.store_failures.fetch_add(1, Relaxed);
+    }
+}
+
+impl FederationMetrics {
+    /// Takes over what was told, if anything was; whether that changed anything.
+    pub(crate) fn hear(
+        &self,
+        held: &mut Federation,
+        told: Option<v1::Federation>,
+        own: &TrustDomain,
+        now: SystemTime,
+    ) -> bool {
+        let Some(told) = told else { return false };
+        let next = held.replaced_by(told, own, now);
+        self.refused.fetch_add(next.refused.len() as u64, Relaxed);
+        let changed = next != *held;
+        *held = next;
+        changed
+    }
+
+    pub(crate) fn refreshed(&self, told: &[v1::FederationFreshness]) {
+        let read = |one: &v1::FederationFreshness| {
+            let fresh = Freshness { last_good_unix: one.last_good_unix, next_unix: one.next_unix };
+            Some((one.trust_domain.parse().ok()?, fresh))
+        };
+        *self.freshness.lock().unwrap_or_else(PoisonError::into_inner) = told.iter().filter_map(read).collect();
     }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use crate::federation::{self, Federation};
 use crate::recovery::Pins;
 use crate::{Credentials, Svid};
 
@@ -44,6 +45,8 @@ struct Document {
     selectors: BTreeMap<SpiffeId, Vec<String>>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     hints: BTreeMap<SpiffeId, String>,
+    #[serde(default)]
+    federation: federation::Document,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -70,6 +73,7 @@ impl State {
             refused: held.refused.clone(),
             selectors: held.selectors.clone(),
             hints: held.hints.clone(),
+            federation: held.federation.to_document(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
     }
@@ -89,6 +93,7 @@ impl State {
             hints: document.hints,
             // Told by the deny set, which has a file of its own.
             banned: false,
+            federation: Federation::from_document(document.federation)?,
             pki: document.pki,
         };
         let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;
@@ -163,6 +168,8 @@ pub(crate) mod tests {
         let id = SpiffeId::workload(&domain, "shop", "payments").unwrap();
         let mut credentials = FakeCa::new(&domain).credentials(host_id, &[id]);
         credentials.refused.insert(SpiffeId::workload(&domain, "shop", "other").unwrap(), "not permitted".to_owned());
+        let foreign = FakeCa::new("other.example".parse::<TrustDomain>().unwrap());
+        credentials.federation = foreign.federated_for(&[credentials.host.id.clone()]);
         State {
             credentials,
             recovery: Pins { keys: vec![vec![1, 2, 3], vec![4]], heard_at: 5 },
@@ -184,7 +191,7 @@ pub(crate) mod tests {
     #[test]
     fn a_state_from_before_enrolled_keys_is_read() {
         let mut json: serde_json::Value = serde_json::from_slice(&sample("web").to_json()).unwrap();
-        for field in ["enrolled_key", "recovery_heard_at"] {
+        for field in ["enrolled_key", "recovery_heard_at", "federation"] {
             json.as_object_mut().unwrap().remove(field).unwrap();
         }
         let read = State::from_json(json.to_string().as_bytes()).unwrap();

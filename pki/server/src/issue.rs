@@ -114,7 +114,7 @@ impl Pki {
             pki_addresses: self.addresses(),
             tainted_roots: signer.tainted.clone(),
             tainted_intermediates: self.tainted_intermediates(),
-            federation: Some(federation),
+            federation: federation.unless_known(request.federation_revision),
         })
     }
 

@@ -178,7 +178,7 @@ impl Conversation {
                     let act = move |pki: &Pki| pki.sync_news(&host, known);
                     let reply = run(self.pki.clone(), &self.permits, "sync_push", act).await;
                     // What was told is not told again with the next change.
-                    had = Some(if reply.is_ok() { known.and(told) } else { known });
+                    had = Some(reply.as_ref().map_or(known, |reply| known.and(told, reply)));
                     reply
                 }
             };

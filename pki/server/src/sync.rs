@@ -22,9 +22,11 @@ pub(crate) struct Had {
 }
 
 impl Had {
-    pub(crate) fn and(self, told: Had) -> Had {
-        // Of federation a host has what it was told last, older or not.
-        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation: told.federation }
+    /// After this reply to whoever was told all there is.
+    pub(crate) fn and(self, told: Had, reply: &v1::SyncReply) -> Had {
+        // Of federation each host has its own, that it was told last.
+        let federation = reply.federation.as_ref().map_or(self.federation, |told| told.revision);
+        Had { bundle: self.bundle.max(told.bundle), deny: self.deny.max(told.deny), federation }
     }
 }
 
@@ -98,7 +100,8 @@ impl Pki {
             tainted_intermediates: self.tainted_intermediates(),
             pki_addresses: self.addresses(),
             recovery: recovery.unwrap_or_default(),
-            federation: (federation.revision != had.federation).then_some(federation),
+            federation: federation.unless_known(had.federation),
+            federation_freshness: federation.freshness,
         })
     }
 

@@ -108,6 +108,9 @@ fn advice(report: &Report) -> Option<String> {
         Fault::UnknownTarget | Fault::Misdirected | Fault::IdentityMismatch => {
             "the endpoint's host does not serve it under this identity: `meshd enrol --list` there".to_owned()
         }
+        Fault::Unfederated => {
+            "see the trust domains in `meshd status` on both hosts, and `meshd-pki federation list`".to_owned()
+        }
         Fault::Denied | Fault::Banned => "the far side's policy refuses this identity".to_owned(),
         _ => "see the logs of meshd on both hosts".to_owned(),
     };
