@@ -19,6 +19,7 @@ mod csr;
 mod deny;
 pub mod enrol;
 pub mod entries;
+mod failpoint;
 pub mod federation;
 mod files;
 mod health;
