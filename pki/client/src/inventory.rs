@@ -19,6 +19,12 @@ pub(crate) fn roots_under(svid: &Svid, bundle: &Bundle) -> Vec<String> {
     roots_of(last, bundle.roots.iter().map(Vec::as_slice)).into_iter().map(root_id).collect()
 }
 
+/// The identifiers of all authorities above a leaf.
+pub(crate) fn authorities_of(svid: &Svid, bundle: &Bundle) -> Vec<String> {
+    let intermediates = svid.chain.iter().skip(1).map(|certificate| root_id(certificate));
+    intermediates.chain(roots_under(svid, bundle)).collect()
+}
+
 /// Whether the root a chain ends in is in the bundle.
 pub(crate) fn is_rooted(svid: &Svid, bundle: &Bundle) -> bool {
     !roots_under(svid, bundle).is_empty()

@@ -7,12 +7,14 @@
 //! - [`JoinToken`]: what an operator carries to a new host.
 //! - [`jwt`]: tokens that others sign.
 //! - [`signed`] and [`statements`]: what the PKI says under a signature, and how to verify it.
+//! - [`ProcessSelector`]: what processes of a host are known by.
 //! - [`denial`]: whom to refuse although their certificates are valid.
 
 mod authority;
 mod bundle;
 pub mod denial;
 pub mod jwt;
+mod selector;
 pub mod signed;
 mod spiffe_id;
 pub mod statements;
@@ -24,6 +26,7 @@ pub use authority::{digest_id, root_id, roots_of};
 pub use bundle::{
     Bundle, BundleError, JwtKey, KeyParameters, MAX_BUNDLE_BYTES, jwks_of_jwt_keys, keys_of_jwks, sha256,
 };
+pub use selector::{ProcessSelector, SelectorError};
 pub use spiffe_id::{IdError, SYSTEM_NAMESPACE, SpiffeId, server_name};
 pub use svid::{SvidError, SvidInfo, inspect_svid};
 pub use token::{JoinToken, PkiPin, Secret, TokenError};

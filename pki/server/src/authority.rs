@@ -113,7 +113,7 @@ impl Authority {
         self.issue_named(id, &[], public_key, life, now)
     }
 
-    /// With names besides, for who asks for them (proxies of Istio).
+    /// The same, with names beside the identity: for clients that look at nothing else.
     pub(crate) fn issue_named(
         &self,
         id: &SpiffeId,

@@ -28,7 +28,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use self::cli::Place;
+use self::cli::{Place, Terms};
 
 /// The PKI of the mesh: enrols hosts and issues their certificates.
 #[derive(Parser)]
@@ -208,12 +208,8 @@ enum Entry {
 struct EntryAdd {
     #[command(flatten)]
     entry: EntryArgs,
-    /// Which processes of the host: systemd:unit:NAME.service or unix:uid:NUMBER. Without one the host decides.
-    #[arg(long)]
-    selector: Vec<String>,
-    /// Life of the certificates, if shorter than that of others.
-    #[arg(long, value_parser = parse_duration)]
-    ttl: Option<Duration>,
+    #[command(flatten)]
+    terms: Terms,
 }
 
 #[derive(Args)]
@@ -410,10 +406,9 @@ fn pin(args: &Pin) -> anyhow::Result<()> {
 }
 
 fn add_entry(args: EntryAdd) -> anyhow::Result<()> {
-    let EntryAdd { entry: EntryArgs { place, host, label, identity }, selector, ttl } = args;
+    let EntryAdd { entry: EntryArgs { place, host, label, identity }, terms } = args;
     let (host, labels) = (host.unwrap_or_default(), texts(&label));
-    let ttl_s = ttl.map(|ttl| ttl.as_secs());
-    place.run(Command::EntryAdd(wire::EntryAdd { host, identity, labels, selectors: selector, ttl_s }))
+    place.run(Command::EntryAdd(terms.of(wire::EntryAdd { host, identity, labels, ..wire::EntryAdd::default() })))
 }
 
 fn remove_entry(args: EntryArgs) -> anyhow::Result<()> {

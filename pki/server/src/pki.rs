@@ -28,7 +28,7 @@ use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
 use crate::state_dir::{RunLock, StateDir, StateError, lock};
-use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
+use crate::store::{Records, bundles, hosts, intermediates, settings, tainted, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, seconds, unix, unix_ms};
 use crate::upstream::watch::{UpstreamFiles, look_ahead};
@@ -217,6 +217,7 @@ impl Pki {
         let before = unix(now) - seconds(self.lifetimes.hold);
         self.state.database.lead(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
+            tainted::prune(records, unix(now))?;
             Ok(intermediates::prune(records, before)?)
         })?;
         Ok(())
@@ -259,7 +260,7 @@ impl Pki {
         let signer = self.signer();
         let newest =
             Had { bundle: signer.bundle.sequence, deny: self.deny().sequence, federation: self.federation_revision() };
-        let current = Current { newest, tainted: signer.tainted.clone() };
+        let current = Current { newest, tainted: [&signer.tainted[..], &self.tainted_intermediates()].concat() };
         self.current.send_if_modified(|known| {
             let is_news = *known != current;
             *known = current;

@@ -142,7 +142,20 @@ impl Signer {
         life: Duration,
         now: SystemTime,
     ) -> Result<(v1::Svid, Issued), AuthorityError> {
-        let leaf = self.intermediate.issue(id, key, life, now)?;
+        self.issue_named(id, &[], key, life, now)
+    }
+
+    pub(crate) fn issue_named(
+        &self,
+        id: &SpiffeId,
+        dns_names: &[String],
+        key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<(v1::Svid, Issued), AuthorityError> {
+        let name = |name: &String| name.as_str().try_into().map(SanType::DnsName);
+        let names = dns_names.iter().map(name).collect::<Result<Vec<_>, _>>().map_err(AuthorityError::from)?;
+        let leaf = self.intermediate.issue_named(id, &names, key, life, now)?;
         let chain = vec![leaf.certificate, self.intermediate.certificate.clone()];
         let issued = Issued {
             serial: leaf.serial,

@@ -18,6 +18,7 @@ mod schema2;
 pub(crate) mod servers;
 pub(crate) mod settings;
 mod sqlite;
+pub(crate) mod tainted;
 pub(crate) mod tokens;
 pub(crate) mod trust;
 pub(crate) mod upstream;

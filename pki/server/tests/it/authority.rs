@@ -267,8 +267,12 @@ fn a_tainted_intermediate_signs_nothing_more() {
     let done = desk.done(taint(&id));
     assert!(done.follows[0].contains(&format!("deny add --authority {id}")), "{done:?}");
     assert_ne!(desk.enrol("db")[1], before[1]);
-    assert!(desk.refusal(taint(&id)).contains("signs no more since"));
+    assert!(desk.refusal(taint(&id)).contains("is tainted already"));
     assert_eq!(desk.audit_lines("intermediate_taint").len(), 1);
+    assert_eq!(desk.report(&before[0], &[]).tainted_intermediates, [id.as_str()]);
+    // Until nothing it has signed can be valid.
+    desk.pass(16 * DAY);
+    assert_eq!(desk.report(&desk.enrol("later")[0], &[]).tainted_intermediates, <[&str; 0]>::default());
 }
 
 #[test]
