@@ -95,7 +95,8 @@ impl Lab {
         let (pki, stop, server) = self.running.take().expect("the server runs");
         stop.send(()).unwrap();
         timeout(PATIENCE, server).await.expect("the server stops in time").unwrap();
-        assert_eq!(Arc::strong_count(&pki), 1, "something of the stopped server still runs");
+        // A call of a host that went away a moment ago ends by itself.
+        eventually("nothing of the stopped server runs on", || Arc::strong_count(&pki) == 1).await;
     }
 
     /// Clocks of this lab, for whoever takes part in it.
