@@ -207,6 +207,31 @@ async fn a_peer_that_falls_silent_after_the_handshake_is_left() {
     assert!(started.elapsed() < LEFT_WITHIN);
 }
 
+#[tokio::test]
+async fn a_peer_that_lets_go_of_a_fresh_connection_is_dialled_once_more() {
+    let web = Web::new(LONG);
+    let far = FarSide::new(&web.authority.svid(&identity("payments")), &[b"meshd/1"]).await;
+    let address = far.address();
+    tokio::spawn(async move {
+        far.leave().await;
+        let mut stays = far.connection().await;
+        while stays.accept().await.is_some() {}
+    });
+    assert!(web.dial(address, WireVersion::Meshd1).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_peer_that_lets_go_of_every_connection_is_leaving() {
+    let web = Web::new(LONG);
+    let far = FarSide::new(&web.authority.svid(&identity("payments")), &[b"meshd/1"]).await;
+    let address = far.address();
+    tokio::spawn(async move {
+        far.leave().await;
+        far.leave().await;
+    });
+    assert_eq!(web.refused(address).await, Fault::Drain);
+}
+
 /// A pool's connections are driven by tasks of its own thread.
 async fn on_a_worker(test: impl Future<Output = ()>) {
     LocalSet::new().run_until(test).await;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::http;
@@ -13,6 +14,8 @@ use meshd_tests::wait::until;
 
 use crate::{DEADLINE, pypi};
 
+/// Two lives of a leaf and what they wait for.
+const ROTATION: Duration = Duration::from_secs(120);
 const TLS: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3";
 
 /// An Envoy in a unit of a host, passing on what it accepts.
@@ -123,6 +126,32 @@ fn two_envoys_speak_mutual_tls_across_renewals_and_only_with_whom_they_should() 
         !answered || renewed(&server) && renewed(&checkout)
     })?;
     ensure!(answers > 1, "a connection failed around a renewal");
+    Ok(())
+}
+
+#[test]
+fn envoys_follow_the_root_from_one_to_the_next() -> Result<()> {
+    let mesh = Mesh::start(Plan { rehearse: Some("10s"), ..Plan::shop_with_one_server() })?;
+    let (server, checkout) = (server(&mesh), client(&mesh, "checkout", 10000, 9901));
+    let _running = [server.start(&mesh)?, checkout.start(&mesh)?];
+    let signs = || {
+        let status = mesh.pki_status().ok()?;
+        let roots = status["authorities"].as_array()?.iter();
+        let mut active = roots.filter(|one| one["kind"] == "root" && one["state"] == "active");
+        active.next()?["id"].as_str().map(str::to_owned)
+    };
+    let first = signs().context("no active root")?;
+    let updates = || checkout.stat(&mesh, "ALL.update_success").unwrap_or(0);
+    let mut since = None;
+    until(ROTATION, "the next root, and every certificate under it", || {
+        let answered = ask(&mesh, 10000).is_ok_and(|body| body.starts_with("payments on api-1"));
+        if since.is_none() && signs().is_some_and(|id| id != first) {
+            since = Some(updates());
+        }
+        // The root before leaves the bundle after every certificate under it has ended.
+        !answered || since.is_some_and(|since| updates() > since)
+    })?;
+    ensure!(ask(&mesh, 10000)?.starts_with("payments on api-1"), "an Envoy lost its peer while roots were replaced");
     Ok(())
 }
 

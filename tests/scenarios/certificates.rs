@@ -1,9 +1,7 @@
 //! Peers with certificates that must not be believed.
 
-use std::fs;
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
+use meshd_tests::clock::fake_time;
 use meshd_tests::lab::Lab;
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::{HostPlan, Plan, ServicePlan, Workload};
@@ -76,11 +74,4 @@ fn expired_certificates_are_refused_and_the_reason_is_told() -> Result<()> {
         check.stdout
     );
     Ok(())
-}
-
-fn fake_time() -> Result<String> {
-    let places = fs::read_dir("/usr/lib")?.filter_map(|entry| Some(entry.ok()?.path()));
-    let candidates = places.chain([PathBuf::from("/usr/lib")]).map(|place| place.join("faketime/libfaketime.so.1"));
-    let found = candidates.into_iter().find(|path| path.exists()).context("no libfaketime under /usr/lib")?;
-    Ok(found.display().to_string())
 }

@@ -80,6 +80,7 @@ impl Lab {
             end_processes_in(&netns);
             try_run("ip", &["netns", "delete", &netns]);
         }
+        unmount_below(&directory_of(name));
         let _ = fs::remove_dir_all(directory_of(name));
     }
 
@@ -176,6 +177,15 @@ impl Drop for Lab {
 
 fn directory_of(name: &str) -> PathBuf {
     Path::new(DIRECTORY).join(name)
+}
+
+/// Disks of a test that was killed.
+fn unmount_below(directory: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for place in places.filter(|place| Path::new(place).starts_with(directory)) {
+        try_run("umount", &["--lazy", place]);
+    }
 }
 
 fn namespaces() -> Vec<String> {

@@ -12,12 +12,15 @@ use anyhow::{Context, Result, ensure};
 use crate::binaries;
 use crate::daemon::Daemon;
 use crate::host::Host;
+use crate::http;
 use crate::lab::Lab;
+use crate::metrics::Metrics;
 use crate::plan::{self, HostPlan, PKI_PORT, Plan, ServicePlan, Workload};
 use crate::process::{Finished, Process, Program};
 use crate::wait::until;
 
 pub const PKI_UID: u32 = 991;
+const PKI_METRICS: ([u8; 4], u16) = ([127, 0, 0, 1], 15021);
 const READY: Duration = Duration::from_secs(30);
 
 // Fields drop in order: programs first, the lab they run in last.
@@ -72,9 +75,20 @@ impl Mesh {
     }
 
     fn run_pki(&mut self, environment: &[(&str, &str)], options: &[&str]) -> Result<()> {
+        self.spawn_pki(environment, options)?;
+        let process = self.pki.as_mut().context("the PKI does not run")?;
+        until(READY, "meshd-pki ready", || process.output().contains("meshd-pki ready") || !process.is_running())?;
+        ensure!(process.is_running(), "meshd-pki ended:\n{}", process.output());
+        Ok(())
+    }
+
+    /// Starts the PKI without waiting for it.
+    pub fn spawn_pki(&mut self, environment: &[(&str, &str)], options: &[&str]) -> Result<()> {
         let listen = self.pki_address();
-        let lifetimes = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
-        let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(lifetimes);
+        let leaf = self.plan.leaf_ttl.into_iter().flat_map(|ttl| ["--leaf-ttl", ttl]);
+        let rehearsal = self.plan.rehearse.into_iter().flat_map(|leaf| ["--rehearse", leaf]);
+        let mut program = self.pki_program(&["run"]).args(["--listen", &listen]).args(leaf).args(rehearsal);
+        program = program.args(["--metrics", &SocketAddr::from(PKI_METRICS).to_string()]);
         program = program.args(&self.plan.pki_options).args(options);
         if !environment.is_empty() {
             // A clock behind the one at `init` would be distrusted.
@@ -83,16 +97,38 @@ impl Mesh {
         for (name, value) in environment {
             program = program.env(name, value);
         }
-        let mut process = self.pki_host().spawn(&program)?;
-        until(READY, "meshd-pki ready", || process.output().contains("meshd-pki ready") || !process.is_running())?;
-        ensure!(process.is_running(), "meshd-pki ended:\n{}", process.output());
-        self.pki = Some(process);
+        self.pki = Some(self.pki_host().spawn(&program)?);
         Ok(())
     }
 
     pub fn stop_pki(&mut self) -> Result<()> {
         self.pki.take().context("the PKI does not run")?.stop()?;
         Ok(())
+    }
+
+    /// SIGKILL, and the end of it.
+    pub fn kill_pki(&mut self) -> Result<()> {
+        self.pki_process()?.kill()
+    }
+
+    /// The server of the PKI, running or ended.
+    pub fn pki_process(&mut self) -> Result<&mut Process> {
+        self.pki.as_mut().context("the PKI was never started")
+    }
+
+    /// What is in its state directory, as its operator sees it; no server needed. Problems are part of it.
+    pub fn pki_status(&self) -> Result<serde_json::Value> {
+        let finished = self.pki_host().run(&self.pki_program(&["status"]).args(["-o", "json"]))?;
+        serde_json::from_str(&finished.stdout).with_context(|| format!("meshd-pki status: {finished:?}"))
+    }
+
+    pub fn pki_metrics(&self) -> Result<Metrics> {
+        let (_, text) = self.pki_host().within(|| http::get(SocketAddr::from(PKI_METRICS), "/metrics"))??;
+        Ok(Metrics::parse(&text))
+    }
+
+    pub fn pki_state(&self) -> PathBuf {
+        self.pki_directory().join("state")
     }
 
     /// Has the running PKI deny somebody: `whom` is an option of `meshd-pki deny add`, with its value.
@@ -113,6 +149,11 @@ impl Mesh {
         Ok(token.trim().to_owned())
     }
 
+    pub fn token_of(&self, host: &str) -> Result<String> {
+        let planned = self.plan.hosts.iter().find(|planned| planned.name == host);
+        self.token(planned.with_context(|| format!("no host {host} is planned"))?)
+    }
+
     /// A verb of meshd-pki as its operator runs it, beside the running server.
     pub fn pki(&self, verb: &[&str]) -> Result<String> {
         let words = verb.iter().position(|word| word.starts_with('-')).unwrap_or(verb.len());
@@ -121,23 +162,30 @@ impl Mesh {
     }
 
     pub fn join_all(&self) -> Result<()> {
-        for (host, daemon) in self.plan.hosts.iter().zip(&self.daemons) {
-            daemon.join(&self.token(host)?)?.expect_success(&format!("meshd join on {}", host.name))?;
-        }
+        self.plan.hosts.iter().try_for_each(|host| self.join(&host.name))
+    }
+
+    pub fn join(&self, host: &str) -> Result<()> {
+        self.daemon(host).join(&self.token_of(host)?)?.expect_success(&format!("meshd join on {host}"))?;
         Ok(())
     }
 
     /// The programs behind the mesh, then every meshd at once.
     pub fn start_all(&mut self) -> Result<()> {
-        for host in self.plan.hosts.clone() {
+        let names: Vec<String> = self.plan.hosts.iter().map(|host| host.name.clone()).collect();
+        self.start_hosts(&names.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    pub fn start_hosts(&mut self, names: &[&str]) -> Result<()> {
+        for host in self.plan.hosts.clone().iter().filter(|host| names.contains(&host.name.as_str())) {
             for workload in &host.workloads {
                 self.start_app(&host.name, workload)?;
             }
         }
-        for daemon in &self.daemons {
-            daemon.spawn()?;
+        for name in names {
+            self.daemon(name).spawn()?;
         }
-        self.daemons.iter().try_for_each(Daemon::wait_ready)
+        names.iter().try_for_each(|name| self.daemon(name).wait_ready())
     }
 
     pub fn lab(&self) -> &Arc<Lab> {

@@ -21,6 +21,8 @@ pub struct Plan {
     pub ipv6_only: bool,
     /// Life of certificates, as meshd-pki takes it; its default otherwise.
     pub leaf_ttl: Option<&'static str>,
+    /// Instead: a leaf's life of which everything else of the PKI follows, roots included.
+    pub rehearse: Option<&'static str>,
     /// More options of `meshd-pki run`.
     pub pki_options: Vec<String>,
 }
@@ -88,6 +90,7 @@ impl Plan {
             threads: 2,
             ipv6_only: false,
             leaf_ttl: None,
+            rehearse: None,
             pki_options: Vec::new(),
         }
     }

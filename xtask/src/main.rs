@@ -5,6 +5,7 @@ mod built;
 mod demo;
 mod interrupt;
 mod lint;
+mod soak;
 mod summary;
 mod test;
 
@@ -19,6 +20,8 @@ enum Verb {
     Demo(demo::Args),
     /// Everything needed to trust a change: format, clippy, unit, property and scenario tests
     Test(test::Args),
+    /// The long form of tests that have one: hours of faults, rotations and fleets, with figures
+    Soak(soak::Args),
     /// The same work through nothing, HAProxy, Envoy and meshd
     Bench(bench::Args),
     /// Format, clippy and dependency checks only
@@ -31,6 +34,7 @@ fn main() -> ExitCode {
     let outcome = match verb {
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Lint => lint::run(),
     };

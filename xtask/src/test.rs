@@ -17,11 +17,14 @@ const TIER: &str = "MESHD_XTASK_TIER";
 const PROGRAM: &str = "MESHD_XTASK_PROGRAM";
 const SKIPPED: &str = "skipped: ";
 
+/// Set for the long form of tests that have two.
+pub(crate) const SOAK: &str = "MESHD_SOAK";
+
 /// Tests that need root.
-struct Tier {
+pub(crate) struct Tier {
     /// Its `[[test]]` in `tests/`.
     test: &'static str,
-    name: &'static str,
+    pub(crate) name: &'static str,
     packages: &'static [&'static [Package]],
     /// At once: each is mostly waiting, and has hosts of its own.
     threads: u8,
@@ -39,6 +42,17 @@ const SCENARIOS: Tier = Tier {
     packages: &[packages::FOR_LABS],
     threads: 4,
     backends: &BACKENDS,
+    preflight: || Ok(()),
+    required: true,
+};
+
+pub(crate) const RELIABILITY: Tier = Tier {
+    test: "reliability",
+    name: "faults under load on namespace hosts",
+    packages: &[packages::FOR_LABS, packages::FOR_TESTS],
+    threads: 5,
+    // The PKI and the clock do not care how connections are captured.
+    backends: &[("nft-tproxy", &[])],
     preflight: || Ok(()),
     required: true,
 };
@@ -76,7 +90,7 @@ const KUBERNETES: Tier = Tier {
     required: false,
 };
 
-const TIERS: [Tier; 4] = [SCENARIOS, CLIENTS, KUBERNETES, MACHINES];
+const TIERS: [Tier; 5] = [SCENARIOS, RELIABILITY, CLIENTS, KUBERNETES, MACHINES];
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API,
 /// the deny set, federation and recovery have nothing to do with capture: once is enough.
@@ -156,12 +170,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
         summary.add("unit and property tests", unit);
     }
-    ensure!(
-        cargo(&["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests", "-p", "meshd-workload-client"])?,
-        "the build failed"
-    );
+    build()?;
     for tier in TIERS {
-        summary.add(tier.name, as_root(&tier, args)?);
+        summary.add(tier.name, as_root(&tier, args.only.as_deref(), false)?);
     }
     if let Some(only) = &args.only
         && summary.is_empty()
@@ -171,7 +182,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(summary.print())
 }
 
-fn as_root(tier: &Tier, args: &Args) -> Result<Outcome> {
+/// The programs of a lab.
+pub(crate) fn build() -> Result<()> {
+    let wanted = ["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests", "-p", "meshd-workload-client"];
+    ensure!(cargo(&wanted)?, "the build failed");
+    Ok(())
+}
+
+pub(crate) fn as_root(tier: &Tier, only: Option<&str>, long: bool) -> Result<Outcome> {
     let built = built::describe()?;
     let program = test_program(tier)?;
     if let Some(reason) = cannot_have_root() {
@@ -186,9 +204,10 @@ fn as_root(tier: &Tier, args: &Args) -> Result<Outcome> {
     for (name, value) in built.marks() {
         command.arg(format!("{name}={value}"));
     }
+    command.args(long.then(|| format!("{SOAK}=1")));
     command.arg(format!("{TIER}={}", tier.test)).arg(format!("{PROGRAM}={}", program.display()));
     command.arg(std::env::current_exe()?).arg("test");
-    command.args(args.only.iter().flat_map(|only| ["--only", only]));
+    command.args(only.iter().flat_map(|only| ["--only", only]));
     Ok(match run_tests(command)? {
         Outcome::Skipped(reason) if tier.required => skip_unless_ci(reason),
         skipped @ Outcome::Skipped(_) => skipped,
@@ -229,7 +248,12 @@ fn run_as_root(tier: &Tier, program: &PathBuf, only: Option<&str>) -> Result<boo
             println!("{LEFT_OUT}{name}: {left_out}");
         }
         let mut command = Command::new(program);
-        command.arg(format!("--test-threads={}", tier.threads)).args(only);
+        if std::env::var_os(SOAK).is_some() {
+            // One at a time and with all it tells: what is measured there is reported.
+            command.args(["--test-threads=1", "--nocapture"]).args(only);
+        } else {
+            command.arg(format!("--test-threads={}", tier.threads)).args(only);
+        }
         command.current_dir(&built.target).env(backend::VARIABLE, name);
         command.args(skipped.iter().flat_map(|skipped| ["--skip", skipped]));
         // Where in the harness an error arose says nothing about the mesh.
@@ -272,7 +296,7 @@ fn test_program(tier: &Tier) -> Result<PathBuf> {
 }
 
 /// Runs tests with their output shown, and counts what libtest says in the end.
-fn run_tests(mut command: Command) -> Result<Outcome> {
+pub(crate) fn run_tests(mut command: Command) -> Result<Outcome> {
     let mut child = command.stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn()?;
     let output = child.stdout.take().context("no stdout")?;
     let mut counts = Counts::default();

@@ -107,7 +107,11 @@ impl Dialer {
 
     /// A mesh connection to a peer that has proven to be whom `key` expects.
     pub async fn mesh(&self, tls: &TlsState, key: &PoolKey) -> Result<Opened, Fault> {
-        let opened = self.open(tls, key).await;
+        let mut opened = self.open(tls, key).await;
+        // A peer that took over a new certificate during the handshake says goodbye, and means: once more.
+        if matches!(opened, Err(Fault::Drain)) {
+            opened = self.open(tls, key).await;
+        }
         let counters = &self.telemetry.handshakes;
         match &opened {
             Ok(_) => counters.dialled.fetch_add(1, Ordering::Relaxed),
@@ -220,6 +224,7 @@ fn mesh_fault(error: &MeshError) -> Fault {
     match error {
         MeshError::Io(error) => tls_fault(error),
         MeshError::Http2(error) => error.get_io().map_or(Fault::TlsHandshake, tls_fault),
+        MeshError::Leaving => Fault::Drain,
         MeshError::Silent(_) => Fault::ConnectTimeout,
     }
 }

@@ -28,6 +28,8 @@ pub enum MeshError {
     Http2(#[from] h2::Error),
     #[error(transparent)]
     Io(#[from] std::io::Error),
+    #[error("the peer let go of the connection before anything was asked on it")]
+    Leaving,
     #[error("the peer does not answer, and has been silent for {0:?}")]
     Silent(Duration),
 }
@@ -60,7 +62,7 @@ impl ClientDriver {
         self.keepalive.ask();
         poll_fn(|cx| match self.poll(cx, true) {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Ready(Ok(())) => Poll::Ready(Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into())),
+            Poll::Ready(Ok(())) => Poll::Ready(Err(MeshError::Leaving)),
             Poll::Pending if self.keepalive.asked.is_none() => Poll::Ready(Ok(())),
             Poll::Pending => Poll::Pending,
         })

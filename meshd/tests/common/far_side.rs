@@ -11,6 +11,7 @@ use http::{Request, Response};
 use meshd_pki_client::Svid;
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -45,6 +46,16 @@ impl FarSide {
 
     pub(crate) async fn connection(&self) -> Connection<TlsStream<TcpStream>, Bytes> {
         h2::server::handshake(self.tls().await.unwrap()).await.unwrap()
+    }
+
+    /// Says goodbye on the next connection before it answers anything, and reads until the dialler has gone.
+    pub(crate) async fn leave(&self) {
+        const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let mut stream = self.tls().await.unwrap();
+        stream.write_all(&[&SETTINGS[..], &GOAWAY].concat()).await.unwrap();
+        // However it ends.
+        _ = stream.read_to_end(&mut Vec::new()).await;
     }
 }
 

@@ -61,8 +61,7 @@ impl ClockGuard {
         offsets_ms: &[i64],
         skew: Duration,
     ) -> Option<Distrust> {
-        let since_epoch = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let ahead = signed_ms(since_epoch) - signed_ms(boot);
+        let ahead = ahead_ms(wall, boot);
         if let Some(last) = self.last.replace(ahead) {
             self.jumped_ms += ahead - last;
         }
@@ -78,6 +77,16 @@ impl ClockGuard {
             _ => None,
         }
     }
+
+    /// A jump since the last look, of which nobody knows yet.
+    pub(crate) fn jumped(&self, wall: SystemTime, boot: Duration, skew: Duration) -> Option<Distrust> {
+        let jumped_ms = self.jumped_ms + ahead_ms(wall, boot) - self.last?;
+        (jumped_ms.abs() > signed_ms(skew)).then_some(Distrust::Jumped { seconds: jumped_ms / 1000 })
+    }
+}
+
+fn ahead_ms(wall: SystemTime, boot: Duration) -> i64 {
+    signed_ms(wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()) - signed_ms(boot)
 }
 
 pub(crate) fn median(offsets_ms: &[i64]) -> Option<i64> {
@@ -105,6 +114,8 @@ mod tests {
         let mut guard = ClockGuard::default();
         assert_eq!(guard.look(at(0), up(0), &[], SKEW), None);
         assert_eq!(guard.look(at(10), up(10), &[], SKEW), None);
+        assert_eq!(guard.jumped(at(11), up(11), SKEW), None);
+        assert_eq!(guard.jumped(at(3611), up(11), SKEW), Some(Distrust::Jumped { seconds: 3600 }), "before any look");
         assert_eq!(guard.look(at(3620), up(20), &[], SKEW), Some(Distrust::Jumped { seconds: 3600 }));
         assert!(guard.look(at(3630), up(30), &[], SKEW).is_some(), "it does not wear off");
         assert_eq!(guard.look(at(40), up(40), &[], SKEW), None);

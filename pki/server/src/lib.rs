@@ -20,6 +20,7 @@ mod csr;
 mod deny;
 pub mod enrol;
 pub mod entries;
+mod failpoint;
 pub mod federation;
 mod files;
 mod health;

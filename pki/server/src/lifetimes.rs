@@ -96,6 +96,35 @@ impl Lifetimes {
         all
     }
 
+    /// The whole life of a PKI in minutes, for rehearsals and tests: everything follows from the life of a leaf, roots are
+    /// replaced as fast as that allows, a bundle never holds more than three.
+    pub fn rehearsal(leaf: Duration) -> Lifetimes {
+        let least = Duration::from_secs(1);
+        Lifetimes {
+            root: leaf * 24,
+            root_every: leaf * 2,
+            first_root: leaf,
+            intermediate: leaf * 4,
+            intermediate_every: leaf,
+            leaf,
+            endpoint: leaf,
+            endpoint_every: (leaf / 3).max(least),
+            jwt_key: leaf * 6,
+            jwt_key_every: leaf * 3,
+            jwt_key_wait: leaf,
+            jwt: (leaf / 2).max(least),
+            skew: least,
+            hold: leaf,
+            last_call: leaf * 4,
+            refresh_hint: least,
+        }
+    }
+
+    /// How often to look whether a step is due. Every 10 s unless a leaf lives for less than 200 s.
+    pub(crate) fn look_every(&self) -> Duration {
+        (self.leaf / 20).clamp(Duration::from_millis(200), Duration::from_secs(10))
+    }
+
     pub fn check(&self) -> Result<(), String> {
         let seconds = Duration::as_secs;
         if self.leaf < Duration::from_secs(2) {
@@ -132,6 +161,14 @@ mod tests {
     #[test]
     fn the_defaults_hold_their_own_ratios() {
         Lifetimes::default().check().unwrap();
+    }
+
+    #[test]
+    fn a_rehearsal_holds_the_same_ratios() {
+        for leaf in [2, 5, 20, 3600] {
+            Lifetimes::rehearsal(Duration::from_secs(leaf)).check().unwrap();
+        }
+        assert_eq!(Lifetimes::default().look_every(), Duration::from_secs(10));
     }
 
     #[test]

@@ -144,6 +144,9 @@ struct Run {
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
+    /// Live in minutes what takes years: everything as short as this life of a leaf allows. For tests.
+    #[arg(long, hide = true, conflicts_with = "leaf_ttl", value_parser = parse_duration)]
+    rehearse: Option<Duration>,
     /// Believe this machine's clock, whatever the PKI has on record. For once, after a clock was wrong for long.
     #[arg(long)]
     clock_is_right: bool,
@@ -322,7 +325,9 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let options = Options {
-        lifetimes: Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() },
+        lifetimes: args
+            .rehearse
+            .map_or(Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() }, Lifetimes::rehearsal),
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
         attestors: args.attestors.clone(),

@@ -1,6 +1,5 @@
 //! The running PKI, independent of how requests reach it.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -15,6 +14,7 @@ use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
+use crate::failpoint;
 use crate::federation::web::WebCertificate;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
@@ -27,13 +27,11 @@ use crate::replicas;
 use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
-use crate::state_dir::{StateDir, StateError, lock};
+use crate::state_dir::{RunLock, StateDir, StateError, lock};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
 use crate::sync::{Current, Had};
-use crate::times::{Clock, unix, unix_ms};
+use crate::times::{Clock, seconds, unix, unix_ms};
 
-/// Records of certificates and tokens are kept this long after their end.
-pub(crate) const KEEP_S: i64 = 30 * 86_400;
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
 
@@ -122,7 +120,7 @@ pub struct Pki {
     web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
     pub(crate) health_seen: Mutex<Option<i64>>,
-    _running: File,
+    _running: RunLock,
 }
 
 impl Pki {
@@ -208,7 +206,8 @@ impl Pki {
     /// What has ended by a wrong clock has not ended: only a good one may say so.
     fn forget_ended(&self, now: SystemTime) -> Result<(), PkiError> {
         self.prune_deny()?;
-        let before = unix(now) - KEEP_S;
+        // Tokens and intermediates stay on record as long as roots do.
+        let before = unix(now) - seconds(self.lifetimes.hold);
         self.state.database.lead(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
             Ok(intermediates::prune(records, before)?)
@@ -312,9 +311,15 @@ impl Pki {
         self.distrust.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Seconds pass between looks, and a certificate of a wrong time lasts for a day.
+    fn jumped_just_now(&self) -> Option<Distrust> {
+        let guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.jumped(self.now(), (self.boot_time)(), self.lifetimes.skew)
+    }
+
     /// Hosts live on what they have: that is better than certificates of a wrong time.
     pub(crate) fn refuse_while_frozen(&self) -> Result<(), Refused> {
-        match self.distrust() {
+        match self.distrust().or_else(|| self.jumped_just_now()) {
             Some(why) => Err(Refused::Unavailable(format!("the PKI issues nothing now: {why}"))),
             None => Ok(()),
         }
@@ -478,12 +483,19 @@ fn rotate(
         if !due {
             return Ok(());
         }
-        let event = state.database.lead(|records| rotator.advance(records))?;
+        let event = state.database.lead(|records| {
+            let event = rotator.advance(records)?;
+            failpoint::reach(event.as_ref().map_or("", |event| event.event), "uncommitted");
+            Ok::<_, StateError>(event)
+        })?;
         let Some(event) = event.flatten() else { return Ok(()) };
+        let step = event.event;
+        failpoint::reach(step, "committed");
         tracing::info!(step = event.event, authority = event.authority, detail = event.detail, "rotation");
         if let Err(error) = state.record(now, &[event]) {
             tracing::error!(%error, "a rotation step was taken but is not in the audit log");
         }
+        failpoint::reach(step, "recorded");
     }
     Ok(())
 }

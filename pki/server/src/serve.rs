@@ -32,7 +32,6 @@ const HEADER_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_CONNECTIONS: usize = 16 * 1024;
 const MAX_STREAMS: u32 = 32;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-const MAINTAIN_EVERY: Duration = Duration::from_secs(10);
 /// A ban is on its way to every host within this time.
 const REFRESH_EVERY: Duration = Duration::from_secs(1);
 const DRAIN: Duration = Duration::from_secs(10);
@@ -42,7 +41,7 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     let router = router(pki.clone());
     let graceful = GracefulShutdown::new();
     let mut maintenance = JoinSet::new();
-    maintenance.spawn(every(MAINTAIN_EVERY, "rotation", pki.clone(), Pki::maintain));
+    maintenance.spawn(every(pki.lifetimes.look_every(), "rotation", pki.clone(), Pki::maintain));
     maintenance.spawn(every(REFRESH_EVERY, "taking over what changed", pki.clone(), Pki::refresh));
     maintenance.spawn(poll::follow(pki.clone()));
     maintenance.spawn(every(REFRESH_EVERY, "reading how hosts may attest", pki.clone(), Pki::read_attestors));

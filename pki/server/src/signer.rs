@@ -12,6 +12,7 @@ use rustls::{RootCertStore, ServerConfig};
 
 use crate::audit::Event;
 use crate::authority::{self, Authority, AuthorityError};
+use crate::failpoint;
 use crate::keys::Kek;
 use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
 use crate::rotation::step::bundle_of;
@@ -86,6 +87,7 @@ impl Signer {
                 None => {
                     let row = new_intermediate(state, kek, lifetimes, root, (&trust, joined), now)?;
                     intermediates::replace(records, &row)?;
+                    failpoint::reach("intermediate", "uncommitted");
                     made = Some(row.clone());
                     row
                 }
@@ -105,7 +107,9 @@ impl Signer {
             Err(error) => return Err(error.into()),
         };
         if let Some(row) = made {
+            failpoint::reach("intermediate", "committed");
             note(state, &row, now);
+            failpoint::reach("intermediate", "recorded");
         }
         let intermediate = unwrap(kek, &row, lifetimes)?;
         let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;

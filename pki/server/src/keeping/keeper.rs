@@ -12,12 +12,12 @@ use super::restored::Restored;
 use super::roster::Roster;
 use crate::audit::Event;
 use crate::metrics::Metrics;
-use crate::pki::{KEEP_S, Pki, PkiError};
+use crate::pki::{Pki, PkiError};
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::etcd::config::EtcdConfig;
 use crate::store::trust;
-use crate::times::{rfc3339, unix};
+use crate::times::{rfc3339, seconds, unix};
 
 const BACKUP_EVERY: Duration = Duration::from_secs(3600);
 
@@ -29,6 +29,8 @@ pub(crate) struct Keeper {
     restored: Mutex<Option<Restored>>,
     /// The highest sequence of a host that was told of.
     told_of: AtomicU64,
+    /// What is forgotten because it ended so long ago is not missed.
+    hold_s: i64,
 }
 
 /// Before the database is opened: replaces a damaged one.
@@ -53,6 +55,7 @@ impl Keeper {
             owed: AtomicBool::default(),
             told_of: AtomicU64::default(),
             restored: Mutex::default(),
+            hold_s: seconds(rotator.lifetimes.hold),
         };
         if let Some(mirror) = keeper.mirror.read() {
             keeper.remind(state, &mirror, rotator.now)?;
@@ -69,7 +72,7 @@ impl Keeper {
     }
 
     fn remind(&self, state: &StateDir, mirror: &Mirror, now: SystemTime) -> Result<(), PkiError> {
-        let keep_after = unix(now) - KEEP_S;
+        let keep_after = unix(now) - self.hold_s;
         let missing = |view: &mut dyn crate::store::View| mirror.is_remembered(view, keep_after);
         if state.database.read(missing).map_err(StateError::from)? {
             return Ok(());

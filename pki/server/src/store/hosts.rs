@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::grants::{self, Terms};
 use super::{DbError, Records, View, base64, get, glance, list, put};
 
-/// Ended certificates stay on record this long, for whoever looks into what happened.
+/// Ended certificates stay on record for so many of their lives, a week by default, for whoever looks into what happened.
+const LIVES_ON_RECORD: i64 = 7;
+/// The newest certificate of each identity is told of this long after its end.
 pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
 /// Per host, the newest: 500 identities renewed thrice a day, and one value of etcd (1.5 MiB).
 const MOST_ISSUED: usize = 2000;
@@ -198,7 +200,7 @@ pub(crate) fn note_issued(records: &mut dyn Records, host: &str, new: Vec<Issued
     super::leaves::note(records, host, &new, now)?;
     let key = format!("issued/{host}");
     let mut all: Vec<Issued> = get(records, &key)?.unwrap_or_default();
-    all.retain(|one| one.not_after > now - KEEP_ENDED_S);
+    all.retain(|one| one.not_after + LIVES_ON_RECORD * (one.not_after - one.issued_at) > now);
     all.extend(new);
     all.drain(..all.len().saturating_sub(MOST_ISSUED));
     put(records, &key, &all)

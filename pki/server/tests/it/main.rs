@@ -22,6 +22,8 @@ mod profile;
 mod records;
 mod recovery;
 mod renewal;
+mod rotations;
 mod shut_out;
 mod support;
 mod upstream;
+mod verifiers;

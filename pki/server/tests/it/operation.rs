@@ -194,6 +194,21 @@ fn a_pki_that_was_off_for_months_starts_by_itself() {
 }
 
 #[test]
+fn a_pki_that_was_off_until_its_roots_had_ended_starts_with_a_new_one_and_enrols() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    let (before, sequence) = (desk.status().authorities.remove(0).id, desk.status().bundle_sequence);
+    desk.passed.fetch_add(2 * 365 * DAY, SeqCst);
+    desk.open();
+    let chain = desk.enrol("web");
+    assert!(inspect_svid(&chain[0]).unwrap().not_after > desk.now() + Duration::from_secs(23 * HOUR));
+    let status = desk.status();
+    let active: Vec<_> = status.authorities.iter().filter(|one| one.kind == "root" && one.state == "active").collect();
+    assert!(active.len() == 1 && active[0].id != before, "{active:?}");
+    assert!(status.bundle_sequence > sequence);
+}
+
+#[test]
 fn a_certificate_is_judged_at_each_message_not_at_the_handshake() {
     let desk = Desk::new();
     let chain = desk.enrol("web");

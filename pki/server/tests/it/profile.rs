@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::SystemTime;
 
+use meshd_pki::times::unix;
 use meshd_pki_client::Svid;
 
 use crate::support::{Lab, openssl, workload};
@@ -14,12 +16,24 @@ fn pem(der: &[u8]) -> String {
 }
 
 async fn verifies(dir: &Path, root: &[u8], svid: &Svid, purpose: &str) -> Result<(), String> {
+    verifies_at(dir, &[root.to_vec()], &svid.chain, purpose, SystemTime::now()).await
+}
+
+pub(crate) async fn verifies_at(
+    dir: &Path,
+    roots: &[Vec<u8>],
+    chain: &[impl AsRef<[u8]>],
+    purpose: &str,
+    at: SystemTime,
+) -> Result<(), String> {
     let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
-    fs::write(path("root.pem"), pem(root)).unwrap();
-    fs::write(path("chain.pem"), pem(&svid.chain[1])).unwrap();
-    fs::write(path("leaf.pem"), pem(&svid.chain[0])).unwrap();
-    let (root, chain, leaf) = (path("root.pem"), path("chain.pem"), path("leaf.pem"));
-    let arguments = ["verify", "-x509_strict", "-purpose", purpose, "-CAfile", &root, "-untrusted", &chain, &leaf];
+    fs::write(path("roots.pem"), roots.iter().map(|root| pem(root)).collect::<String>()).unwrap();
+    fs::write(path("chain.pem"), pem(chain[1].as_ref())).unwrap();
+    fs::write(path("leaf.pem"), pem(chain[0].as_ref())).unwrap();
+    let (roots, chain, leaf) = (path("roots.pem"), path("chain.pem"), path("leaf.pem"));
+    let at = unix(at).to_string();
+    let judged = ["verify", "-x509_strict", "-purpose", purpose, "-attime", &at];
+    let arguments = [&judged[..], &["-CAfile", &roots, "-untrusted", &chain, &leaf]].concat();
     let output = openssl(&arguments, b"").await;
     let text = [output.stdout, output.stderr].concat();
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&text).into_owned()) }

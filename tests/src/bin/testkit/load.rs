@@ -26,7 +26,7 @@ pub(crate) struct Args {
     #[arg(long)]
     per_request: bool,
     /// Requests per second, started when due however slow the answers are
-    #[arg(long, conflicts_with = "per_request")]
+    #[arg(long)]
     rate: Option<u32>,
     #[arg(long, default_value_t = 1024)]
     size: usize,
@@ -44,6 +44,7 @@ struct Load {
     request: Vec<u8>,
     limit: Duration,
     left: Cell<u64>,
+    per_request: bool,
     stop: Rc<Stop>,
     report: RefCell<LoadReport>,
     latencies: RefCell<Vec<u32>>,
@@ -56,6 +57,7 @@ pub(crate) async fn run(args: Args, stop: Rc<Stop>) -> Result<()> {
         request: client::request(args.size, &args.target, !args.per_request),
         limit: Duration::from_millis(args.timeout_ms),
         left: Cell::new(args.requests.unwrap_or(u64::MAX)),
+        per_request: args.per_request,
         stop: stop.clone(),
         report: RefCell::default(),
         latencies: RefCell::default(),
@@ -114,6 +116,9 @@ impl Load {
             }
             let result = self.on(&mut stream, &mut buffer).await;
             self.count(due, result);
+            if self.per_request {
+                self.see_closed(stream.take(), &mut buffer).await;
+            }
         }
     }
 
@@ -123,10 +128,14 @@ impl Load {
             let (start, mut stream) = (Instant::now(), None);
             let result = self.on(&mut stream, &mut buffer).await;
             self.count(start, result);
-            if let Some(mut stream) = stream {
-                // The server closes first, so that its side keeps the port; the answer was complete before that.
-                let _ = tokio::time::timeout(self.limit, stream.read_buf(&mut buffer)).await;
-            }
+            self.see_closed(stream, &mut buffer).await;
+        }
+    }
+
+    /// The server closes first, so that its side keeps the port; the answer was complete before that.
+    async fn see_closed(&self, stream: Option<TcpStream>, buffer: &mut Vec<u8>) {
+        if let Some(mut stream) = stream {
+            let _ = tokio::time::timeout(self.limit, stream.read_buf(buffer)).await;
         }
     }
 
