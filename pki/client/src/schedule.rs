@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
-use crate::inventory::{is_rooted, root_of};
+use crate::inventory::{is_rooted, roots_under};
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -70,9 +70,11 @@ pub(crate) struct Circumstances {
 
 impl Circumstances {
     /// When a certificate is to be replaced: by the calendar, or soon when it hangs on a tainted root.
-    fn renew_at(&self, host_id: &str, svid: &Svid) -> SystemTime {
+    fn renew_at(&self, held: &Credentials, svid: &Svid) -> SystemTime {
+        let host_id = &held.host_id;
         let planned = renew_at(host_id, svid);
-        let since = root_of(svid).and_then(|root| self.tainted.get(&root).copied());
+        let known = || roots_under(svid, &held.bundle).iter().filter_map(|root| self.tainted.get(root).copied()).min();
+        let since = if self.tainted.is_empty() { None } else { known() };
         let Some(since) = since else { return planned };
         // A PKI whose next root does not sign yet issues under the tainted one again: then it is asked again.
         let since = since.max(svid.issued_at);
@@ -89,7 +91,7 @@ pub(crate) fn due(
     told: &Circumstances,
     now: SystemTime,
 ) -> Vec<SpiffeId> {
-    let is_due = |svid: &Svid| told.renew_at(&held.host_id, svid) <= now || !is_rooted(svid, &held.bundle);
+    let is_due = |svid: &Svid| told.renew_at(held, svid) <= now || !is_rooted(svid, &held.bundle);
     let mut due = Vec::new();
     if is_due(&held.host) {
         due.push(held.host.id.clone());
@@ -112,7 +114,7 @@ pub(crate) fn next_wake(
     now: SystemTime,
 ) -> Duration {
     let renewals = wanted.iter().filter_map(|id| held.workloads.get(id)).chain([&held.host]);
-    let times = renewals.map(|svid| told.renew_at(&held.host_id, svid)).chain(told.waiting.values().copied());
+    let times = renewals.map(|svid| told.renew_at(held, svid)).chain(told.waiting.values().copied());
     times.filter_map(|at| at.duration_since(now).ok()).min().unwrap_or(TICK).min(TICK)
 }
 
@@ -169,19 +171,19 @@ mod tests {
     #[test]
     fn what_hangs_on_a_tainted_root_is_replaced_soon_and_again_while_it_still_does() {
         let held = FakeCa::new(domain()).credentials("web", &[]);
-        let root = root_of(&held.host).unwrap();
+        let root = roots_under(&held.host, &held.bundle).remove(0);
         let since = held.host.issued_at + Duration::from_secs(3600);
         let told = Circumstances { tainted: BTreeMap::from([(root, since)]), ..Circumstances::default() };
-        let at = told.renew_at("web", &held.host);
+        let at = told.renew_at(&held, &held.host);
         assert!(at >= since && at <= since + TAINT_SPLAY, "{at:?}");
         assert_eq!(due(&held, &BTreeSet::new(), &told, at), vec![held.host.id.clone()]);
         let issued_at = since + Duration::from_secs(60);
         let replaced = Svid { issued_at, ..Svid::clone(&held.host) };
-        let again = told.renew_at("web", &replaced);
+        let again = told.renew_at(&held, &replaced);
         assert!(again >= issued_at && again <= issued_at + TAINT_SPLAY, "{again:?}");
         let other =
             Circumstances { tainted: BTreeMap::from([("other".to_owned(), since)]), ..Circumstances::default() };
-        assert_eq!(other.renew_at("web", &held.host), renew_at("web", &held.host));
+        assert_eq!(other.renew_at(&held, &held.host), renew_at("web", &held.host));
     }
 
     #[test]

@@ -18,8 +18,8 @@ use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
-use meshd_pki::upstream::watch::UpstreamFiles;
-use meshd_pki::{Options, Pki, admin, commands, state_dir, upstream};
+use meshd_pki::upstream::watch::{self, UpstreamFiles};
+use meshd_pki::{Options, Pki, admin, commands, state_dir};
 use meshd_pki_api::admin as wire;
 use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
@@ -324,6 +324,9 @@ fn run(args: Run) -> anyhow::Result<()> {
 async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let (upstream_chain, upstream_key) = (args.upstream_chain.clone(), args.upstream_key.clone());
+    let roots = args.upstream_roots.clone();
+    let upstream = upstream_chain.zip(upstream_key).map(|(chain, key)| UpstreamFiles { chain, key, roots });
     let options = Options {
         lifetimes: args
             .rehearse
@@ -331,6 +334,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
         attestors: args.attestors.clone(),
+        upstream: upstream.clone(),
         ..Options::default()
     };
     let readers = admin::Readers::parse(&args.admin_readers).map_err(|why| anyhow!("--admin-readers: {why}"))?;
@@ -346,10 +350,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
     }
-    let upstream = args.upstream_chain.zip(args.upstream_key).map(|(chain, key)| {
-        let files = UpstreamFiles { chain, key, roots: args.upstream_roots };
-        tokio::spawn(upstream::watch::watch(pki.clone(), files))
-    });
+    let upstream = upstream.map(|files| tokio::spawn(watch::watch(pki.clone(), files)));
     let bundles = match (args.bundle_listen, args.bundle_cert, args.bundle_key) {
         (Some(address), Some(chain), Some(key)) => {
             let certificate =

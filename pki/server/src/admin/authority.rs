@@ -155,6 +155,10 @@ impl Desk<'_> {
                 Some(root) => taint_root(root, now)?,
                 None => return self.replace_intermediate(records, told, id).map(|what| (what, None)),
             };
+            if let Some(urgent) = trust.urgent.as_mut().filter(|_| what == RootState::Prepared) {
+                // It was this root that was to sign whoever lacked it, not the next, which everybody lacks.
+                urgent.force = false;
+            }
             if what == RootState::Active {
                 // Not forced: hosts that lack the new root would be cut off, and the operator has not said so.
                 trust.urgent.get_or_insert(Urgency { since: now, force: false });
@@ -314,7 +318,7 @@ fn listed(names: &[String]) -> String {
 }
 
 /// SHA-256 of the key in a certificate, as the deny set has it.
-pub(super) fn key_sha256(certificate: &[u8]) -> String {
+pub(crate) fn key_sha256(certificate: &[u8]) -> String {
     let parsed = X509Certificate::from_der(certificate);
     parsed.map(|(_, parsed)| HEXLOWER.encode(&sha256(parsed.public_key().raw))).unwrap_or_default()
 }

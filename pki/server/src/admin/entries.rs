@@ -85,6 +85,8 @@ impl Desk<'_> {
 
     pub(super) fn entry_remove(&self, asked: &wire::EntryRemove) -> Result<wire::Done, AdminError> {
         let identity = &asked.identity;
+        let reach = BTreeSet::from([self.spiffe_id(identity)?]);
+        self.state.database.read(|view| self.check_reach(view, &reach))?;
         let labels = labels(&asked.labels)?;
         let parent = parent(&asked.host, &labels)?;
         match parent {

@@ -9,6 +9,7 @@ pub(crate) mod federation;
 pub(crate) mod grants;
 pub(crate) mod hosts;
 pub(crate) mod intermediates;
+pub(crate) mod istio;
 pub(crate) mod leaves;
 pub(crate) mod replicas;
 pub(crate) mod roles;
