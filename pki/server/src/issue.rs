@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use meshd_identity::{SpiffeId, inspect_svid, sha256};
+use meshd_identity::{SpiffeId, SvidInfo, inspect_svid, sha256};
 use meshd_pki_api::{MAX_BATCH, v1};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use crate::adoption::check_time;
 use crate::audit::Event;
 use crate::csr::Request;
 use crate::enrol::{check_standing, excerpt};
@@ -26,6 +27,7 @@ const LISTED: usize = 10;
 pub(crate) struct Caller {
     pub(crate) host: Host,
     pub(crate) id: SpiffeId,
+    pub(crate) certificate: SvidInfo,
     pub(crate) key_id: [u8; 32],
 }
 
@@ -87,6 +89,7 @@ impl Pki {
         let signer = self.signer();
         let (caller, granted, federation) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
+            self.wait_for_others(view, &caller.host, &caller.certificate)?;
             let granted = grants::granted(view, &caller.host.id)?;
             let permitted: Vec<String> = granted.keys().cloned().collect();
             let federation = self.federation_for(view, &permitted)?;
@@ -145,6 +148,9 @@ impl Pki {
             }
             host.saw(&sighting);
             host.used_key(&caller.key_id);
+            if !issued.is_empty() {
+                host.adopted_until = None;
+            }
             if next.is_some() {
                 host.next.clone_from(&next);
             }
@@ -174,6 +180,7 @@ impl Pki {
             return unknown(format!("host `{name}` is not enrolled here; run `meshd-pki token create --host {name}`"));
         };
         check_standing(&host)?;
+        check_time(&host, unix(self.now()))?;
         // Whoever stole an earlier one would else renew it for ever.
         if unix(info.not_before + LEAF_BACKDATE) < host.enrolled_at {
             return unknown(format!(
@@ -182,7 +189,8 @@ impl Pki {
         }
         let (_, parsed) = X509Certificate::from_der(certificate)
             .map_err(|error| Refused::Unauthenticated(format!("unreadable certificate: {error}")))?;
-        Ok(Caller { host, id: info.id, key_id: sha256(parsed.public_key().raw) })
+        let key_id = sha256(parsed.public_key().raw);
+        Ok(Caller { host, id: info.id.clone(), certificate: info, key_id })
     }
 
     fn decide(

@@ -223,6 +223,7 @@ fn record(id: usize) -> Host {
         clock_offset_ms: 0,
         labels: Default::default(),
         enrolled_by: String::new(),
+        adopted_until: None,
         roots_in_use: vec![],
     }
 }

@@ -51,8 +51,14 @@ pub(super) fn problems(health: &Health, servers: &[Server]) -> Vec<String> {
 pub(super) fn advice(health: &Health) -> Vec<String> {
     let skewed = host_clocks::far_off(&health.hosts, health.now);
     let mut advice: Vec<String> = clocks_of(skewed.into_iter()).into_iter().collect();
-    let forgotten =
-        health.hosts.iter().filter(|host| host.state == HostState::Active && host.last_seen < health.now - FORGOTTEN_S);
+    let active = || health.hosts.iter().filter(|host| host.state == HostState::Active);
+    let (come, adopted): (Vec<&Host>, Vec<&Host>) = active().partition(|host| host.adopted_until.is_none());
+    if let Some(until) = adopted.iter().filter_map(|host| host.adopted_until).max() {
+        let names: Vec<&str> = adopted.iter().map(|host| host.id.as_str()).collect();
+        let (count, names, until) = (names.len(), listed(&names), rfc3339(until));
+        advice.push(format!("{count} hosts of the PKI before have not come back; they may until {until}: {names}"));
+    }
+    let forgotten = come.into_iter().filter(|host| host.last_seen < health.now - FORGOTTEN_S);
     let names: Vec<&str> = forgotten.map(|host| host.id.as_str()).collect();
     if !names.is_empty() {
         advice.push(format!("not heard for 30 days: {}", listed(&names)));

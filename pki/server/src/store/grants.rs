@@ -45,7 +45,7 @@ impl Terms {
 }
 
 /// That hosts with these labels may hold an identity.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LabelEntry {
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) spiffe_id: String,

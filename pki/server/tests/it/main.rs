@@ -2,6 +2,7 @@
 
 mod absence;
 mod admin_api;
+mod adoption;
 mod alerts;
 mod attestors;
 mod authority;
