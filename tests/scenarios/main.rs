@@ -29,6 +29,7 @@ mod loops;
 mod probe;
 mod raw;
 mod recovery;
+mod selectors;
 mod slow_readers;
 mod stop;
 mod strict;

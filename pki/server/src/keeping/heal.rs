@@ -218,6 +218,19 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_key_that_hides_what_sorts_behind_it_is_noticed() {
+        let (dir, before) = backed_up();
+        let path = dir.path().join("pki.db");
+        let mut bytes = fs::read(&path).unwrap();
+        let key = b"entry/host-2/spiffe://a/ns/a/sa/50";
+        let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+        bytes[at] = 0x7f;
+        fs::write(&path, bytes).unwrap();
+        heal(dir.path(), now()).unwrap().unwrap();
+        assert_eq!(records(dir.path()), before);
+    }
+
+    #[test]
     fn a_damaged_backup_is_passed_over_and_without_a_good_one_nothing_is_touched() {
         let (dir, before) = backed_up();
         let state = StateDir::open(dir.path()).unwrap();

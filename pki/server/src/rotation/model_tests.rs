@@ -113,6 +113,7 @@ impl World {
                 self.activations += 1;
                 self.despite.extend(despite);
             }
+            Some(Step::Speak { root }) => self.trust.speak(&root),
             Some(Step::Remove { root }) => self.trust.remove(&root, self.now),
             Some(Step::Retire { root }) => self.trust.retire(&root),
             None => {}

@@ -246,6 +246,7 @@ impl Cut {
         let desk = Desk::new();
         desk.pass(7 * DAY);
         let chain = desk.enrol("web");
+        desk.off_for(60);
         create(desk.dir(), desk.now()).unwrap();
         for n in 0..20 {
             desk.enrol(&format!("host-{n}"));

@@ -18,6 +18,7 @@ mod inventory;
 mod join_tokens;
 mod keeping;
 mod operation;
+mod outside;
 mod profile;
 mod records;
 mod recovery;
