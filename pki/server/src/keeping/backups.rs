@@ -170,10 +170,11 @@ fn is_stamp(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::state_dir::{StateDir, init};
     use crate::times::from_unix;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn names_sort_as_times_do() {
