@@ -1,5 +1,5 @@
 //! Hosts of a PKI that was lost come back to the one in its place: by the key they enrolled, as its list of hosts has
-//! it, for as long as the operator says. See docs/adr/0009.
+//! it, for as long as the operator says. See docs/adr/0010.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
