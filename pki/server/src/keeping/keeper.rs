@@ -142,7 +142,7 @@ impl Keeper {
         }
         let stepped = self.mirror.write(&current)?;
         let roster = state.database.read(|view| Roster::of(view, &state.trust_domain))?;
-        roster.write(state.dir())?;
+        roster.write(state.dir(), now)?;
         let shut_out = ShutOut { deny: state.database.read(deny::deny)?.sequence, hosts: roster.shut_out() };
         let known = self.shut_out.lock().unwrap_or_else(PoisonError::into_inner).replace(shut_out.clone());
         if stepped || known.is_some_and(|known| known != shut_out) {
