@@ -285,12 +285,12 @@ impl Pki {
     }
 
     fn look_at_clocks(&self) -> Result<(), PkiError> {
-        let now = self.now();
+        // One right after the other: what lies between them looks like a jump.
+        let (now, boot) = (self.now(), (self.boot_time)());
         let lately = unix(now) - HEARD_LATELY_S..=unix(now);
         let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
         let offsets: Vec<i64> =
             hosts.iter().filter(|host| lately.contains(&host.last_seen)).map(|host| host.clock_offset_ms).collect();
-        let boot = (self.boot_time)();
         let was_sure = self.start().is_confirmed();
         let standing = self.start().judge(unix(now), boot, &hosts, &self.lifetimes);
         let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);
