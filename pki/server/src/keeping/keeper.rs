@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use anyhow::Context;
+
 use super::backups::{Backups, stamp};
 use super::heal::heal;
 use super::mirror::{Mirror, MirrorFile};
 use super::restored::Restored;
-use super::roster::Roster;
+use super::roster::{self, Roster};
 use crate::audit::Event;
 use crate::metrics::Metrics;
 use crate::pki::{Pki, PkiError};
@@ -127,7 +129,7 @@ impl Keeper {
             self.owed.store(true, Ordering::Relaxed);
             self.lock_last().failed = Some(moment.boot);
             metrics.backup_failures.inc();
-            tracing::error!(%error, "no backup could be made");
+            tracing::error!(error = format!("{error:#}"), "backup, list of hosts or authorities cannot be kept");
         }
         let restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner);
         metrics.restored.set(restored.as_ref().map_or(0, |restored| restored.at));
@@ -140,9 +142,10 @@ impl Keeper {
             // etcd went back in time under a running server.
             return Ok(self.remind(state, &known, now)?);
         }
-        let stepped = self.mirror.write(&current)?;
+        let cannot_write = |path: &Path| format!("cannot write {}; is there room?", path.display());
+        let stepped = self.mirror.write(&current).with_context(|| cannot_write(self.mirror.path()))?;
         let roster = state.database.read(|view| Roster::of(view, &state.trust_domain))?;
-        roster.write(state.dir(), now)?;
+        roster.write(state.dir(), now).with_context(|| cannot_write(&state.dir().join(roster::FILE)))?;
         let shut_out = ShutOut { deny: state.database.read(deny::deny)?.sequence, hosts: roster.shut_out() };
         let known = self.shut_out.lock().unwrap_or_else(PoisonError::into_inner).replace(shut_out.clone());
         if stepped || known.is_some_and(|known| known != shut_out) {
