@@ -85,7 +85,7 @@ const KUBERNETES: Tier = Tier {
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
     threads: 2,
     backends: &[("auto", &[])],
-    preflight: || servers::kube_apiserver().map(drop),
+    preflight: || servers::kube_apiserver().and_then(|_| servers::istio_client()).map(drop),
     // No package has it: not everywhere is there a Go toolchain to build it with.
     required: false,
 };
