@@ -6,7 +6,7 @@ use meshd_identity::TrustDomain;
 use serde::Deserialize;
 
 use crate::name::{NameError, check_label};
-use crate::{FilesSource, Source};
+use crate::{Belief, FilesSource, Source};
 
 /// One `[[source]]`; their order in meshd.toml is their precedence, first wins.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -19,14 +19,31 @@ pub struct SourceConfig {
     pub dir: PathBuf,
     /// Namespaces whose `MeshService` documents are believed when they come from this source. None by default.
     #[serde(default)]
-    pub authority: Authority,
+    pub authority: Namespaces,
+    #[serde(default)]
+    pub provides: Provides,
+}
+
+/// What else a source is believed about, by kind.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provides {
+    /// Namespaces for whose services it may say where they run. All by default: who may serve is not up to it.
+    #[serde(default = "Namespaces::everything")]
+    pub endpoints: Namespaces,
+}
+
+impl Default for Provides {
+    fn default() -> Provides {
+        Provides { endpoints: Namespaces::everything() }
+    }
 }
 
 /// The source of a meshd.toml that names none: root's own files, which may say everything.
 impl Default for SourceConfig {
     fn default() -> SourceConfig {
-        let (kind, name, dir, authority) = (SourceKind::Files, "files".into(), resources_d(), Authority::everything());
-        SourceConfig { kind, name, dir, authority }
+        let (kind, name, dir, authority) = (SourceKind::Files, "files".into(), resources_d(), Namespaces::everything());
+        SourceConfig { kind, name, dir, authority, provides: Provides::default() }
     }
 }
 
@@ -43,7 +60,9 @@ pub enum SourceKind {
 /// A source and what it is trusted with.
 pub struct Configured {
     pub source: Box<dyn Source>,
-    pub authority: Authority,
+    pub authority: Namespaces,
+    pub provides: Provides,
+    pub belief: Belief,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,10 +76,12 @@ pub enum ConfigError {
 impl SourceConfig {
     pub fn open(&self, trust_domain: &TrustDomain) -> Result<Configured, ConfigError> {
         check_label("name", &self.name).map_err(ConfigError::Name)?;
-        let source: Box<dyn Source> = match self.kind {
-            SourceKind::Files => Box::new(FilesSource::new(&self.name, self.dir.clone(), trust_domain.clone())),
+        let (source, belief): (Box<dyn Source>, Belief) = match self.kind {
+            SourceKind::Files => {
+                (Box::new(FilesSource::new(&self.name, self.dir.clone(), trust_domain.clone())), Belief::Always)
+            }
         };
-        Ok(Configured { source, authority: self.authority.clone() })
+        Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief })
     }
 
     /// Opens all of them; two may not share a name, because messages and metrics name the source.
@@ -77,18 +98,18 @@ impl SourceConfig {
 /// The namespaces for which a source may say what a service is: names, or `*` for all.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(try_from = "Vec<String>")]
-pub struct Authority {
+pub struct Namespaces {
     all: bool,
     namespaces: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("authority: {0}; list namespaces, or \"*\" for all of them")]
-pub struct AuthorityError(#[from] NameError);
+pub struct NamespacesError(#[from] NameError);
 
-impl Authority {
-    pub fn new<T: Into<String>>(patterns: impl IntoIterator<Item = T>) -> Result<Authority, AuthorityError> {
-        let mut authority = Authority::default();
+impl Namespaces {
+    pub fn new<T: Into<String>>(patterns: impl IntoIterator<Item = T>) -> Result<Namespaces, NamespacesError> {
+        let mut authority = Namespaces::default();
         for pattern in patterns {
             let pattern = pattern.into();
             if pattern == "*" {
@@ -101,8 +122,8 @@ impl Authority {
         Ok(authority)
     }
 
-    pub fn everything() -> Authority {
-        Authority { all: true, namespaces: Vec::new() }
+    pub fn everything() -> Namespaces {
+        Namespaces { all: true, namespaces: Vec::new() }
     }
 
     pub fn covers(&self, namespace: &str) -> bool {
@@ -110,11 +131,11 @@ impl Authority {
     }
 }
 
-impl TryFrom<Vec<String>> for Authority {
-    type Error = AuthorityError;
+impl TryFrom<Vec<String>> for Namespaces {
+    type Error = NamespacesError;
 
-    fn try_from(patterns: Vec<String>) -> Result<Authority, AuthorityError> {
-        Authority::new(patterns)
+    fn try_from(patterns: Vec<String>) -> Result<Namespaces, NamespacesError> {
+        Namespaces::new(patterns)
     }
 }
 

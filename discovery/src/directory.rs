@@ -1,12 +1,14 @@
-use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use rpds::RedBlackTreeMapSync;
 
 use crate::{Service, ServiceName};
 
-/// An immutable picture of all services, shared by `Arc`. Between two versions an unchanged service is the same `Arc`.
+/// An immutable picture of all services. A changed one is made of the old one without copying what did not change:
+/// versions share their parts, and an unchanged service is the same `Arc` in both.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Directory {
-    services: BTreeMap<ServiceName, Arc<Service>>,
+    services: RedBlackTreeMapSync<ServiceName, Arc<Service>>,
 }
 
 impl Directory {
@@ -33,16 +35,19 @@ impl Directory {
     }
 
     pub fn len(&self) -> usize {
-        self.services.len()
+        self.services.size()
     }
 
     pub fn is_empty(&self) -> bool {
         self.services.is_empty()
     }
 
-    /// True when every service is the same allocation in both: nothing to publish.
-    pub(crate) fn is_same_as(&self, other: &Directory) -> bool {
-        self.len() == other.len()
-            && self.services().zip(other.services()).all(|(ours, theirs)| Arc::ptr_eq(ours, theirs))
+    /// The same picture with one service replaced, or taken out.
+    pub(crate) fn with(&self, name: &ServiceName, service: Option<Arc<Service>>) -> Directory {
+        let services = match service {
+            Some(service) => self.services.insert(name.clone(), service),
+            None => self.services.remove(name),
+        };
+        Directory { services }
     }
 }

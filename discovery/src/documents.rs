@@ -1,14 +1,13 @@
 //! The `MeshService` document: what may be in it, and what it means. Pure; docs/resources.md is its reference.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use meshd_identity::{SYSTEM_NAMESPACE, SpiffeId, TrustDomain};
 
 use crate::name::check_label;
 use crate::yaml::{self, Field, Fields, Problem};
-use crate::{Endpoint, Health, Protocol, Service, ServiceName, ServicePort, Transport};
+use crate::{Definition, Health, Place, PortTarget, Protocol, Record, ServiceName, ServicePort, Transport};
 
 /// Where a mesh listener is unless an endpoint says otherwise.
 pub const DEFAULT_MESH_PORT: u16 = 15008;
@@ -17,24 +16,38 @@ const MAX_WEIGHT: u32 = 1_000_000;
 const API_VERSION: &str = "meshd.dev/v1alpha1";
 const KIND: &str = "MeshService";
 
-/// What a document is read with.
-#[derive(Clone)]
-pub(crate) struct Context {
-    pub(crate) trust_domain: TrustDomain,
-    pub(crate) source: Arc<str>,
-}
-
 /// One document of a file, good or not.
 pub(crate) struct Document {
     pub(crate) line: u64,
     /// Known even of a bad document, as long as its name can be read.
     pub(crate) name: Option<ServiceName>,
-    pub(crate) outcome: Result<Service, Vec<Problem>>,
+    pub(crate) outcome: Result<Described, Vec<Problem>>,
+}
+
+/// A good document.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Described {
+    pub(crate) service: ServiceName,
+    pub(crate) definition: Definition,
+    pub(crate) places: Vec<Arc<Place>>,
+}
+
+impl Described {
+    /// Its key is the service: a source has one document of each.
+    pub(crate) fn record(&self, origin: Arc<str>) -> Record {
+        Record {
+            key: self.service.as_str().into(),
+            origin,
+            service: self.service.clone(),
+            definition: Some(Arc::new(self.definition.clone())),
+            places: self.places.clone(),
+        }
+    }
 }
 
 /// Reads all documents of a file, each on its own: an error in one does not touch the next.
-pub(crate) fn parse(text: &str, context: &Context) -> Vec<Document> {
-    split(text).into_iter().map(|(line, text)| read_document(text, line, context)).collect()
+pub(crate) fn parse(text: &str, trust_domain: &TrustDomain) -> Vec<Document> {
+    split(text).into_iter().map(|(line, text)| read_document(text, line, trust_domain)).collect()
 }
 
 /// Cuts at `---` lines. YAML forbids such a line inside any scalar, so this needs no parser, and broken syntax in one
@@ -58,7 +71,7 @@ fn split(text: &str) -> Vec<(u64, &str)> {
     chunks
 }
 
-fn read_document(text: &str, first_line: u64, context: &Context) -> Document {
+fn read_document(text: &str, first_line: u64, trust_domain: &TrustDomain) -> Document {
     let node = match yaml::parse(text, first_line) {
         Ok(node) => node,
         Err(problem) => return Document { line: problem.line, name: None, outcome: Err(vec![problem]) },
@@ -73,7 +86,7 @@ fn read_document(text: &str, first_line: u64, context: &Context) -> Document {
     check_constant(&fields, "kind", KIND, &mut problems);
     let name = read_name(&fields, &mut problems);
     let spec = fields.require("spec", "spec: { ports: [ { port: 80 } ] }", &mut problems);
-    let service = name.as_ref().zip(spec).and_then(|(name, spec)| read_spec(name, &spec, context, &mut problems));
+    let service = name.as_ref().zip(spec).and_then(|(name, spec)| read_spec(name, &spec, trust_domain, &mut problems));
     let outcome = match service {
         Some(service) if problems.is_empty() => Ok(service),
         _ => Err(problems),
@@ -109,24 +122,20 @@ fn label<'n>(metadata: &Fields<'n>, key: &'static str, example: &str, problems: 
     Some(text)
 }
 
-fn read_spec(name: &ServiceName, spec: &Field<'_>, context: &Context, problems: &mut Vec<Problem>) -> Option<Service> {
+fn read_spec(
+    name: &ServiceName,
+    spec: &Field<'_>,
+    trust_domain: &TrustDomain,
+    problems: &mut Vec<Problem>,
+) -> Option<Described> {
     let fields = spec.mapping(&["ports", "identities", "allowPlaintext", "addresses", "endpoints"], problems)?;
     let ports = read_ports(&fields, problems);
-    let identities = read_identities(&fields, name, context, problems);
+    let identities = read_identities(&fields, name, trust_domain, problems);
     let allow_plaintext = fields.get("allowPlaintext").and_then(|field| field.boolean(problems)).unwrap_or(false);
-    let mut service = Service {
-        name: name.clone(),
-        ports,
-        identities,
-        allow_plaintext,
-        addresses: read_addresses(&fields, problems),
-        source: context.source.clone(),
-        endpoints: vec![],
-    };
-    if let Some(endpoints) = fields.get("endpoints").and_then(|field| field.list(problems)) {
-        service.endpoints = read_endpoints(&endpoints, &service, context, problems);
-    }
-    Some(service)
+    let definition = Definition { ports, identities, allow_plaintext, addresses: read_addresses(&fields, problems) };
+    let endpoints = fields.get("endpoints").and_then(|field| field.list(problems)).unwrap_or_default();
+    let places = read_places(&endpoints, name, &definition, trust_domain, problems);
+    Some(Described { service: name.clone(), definition, places })
 }
 
 fn read_ports(fields: &Fields<'_>, problems: &mut Vec<Problem>) -> Vec<ServicePort> {
@@ -156,12 +165,12 @@ fn read_port(item: &Field<'_>, problems: &mut Vec<Problem>) -> Option<ServicePor
 fn read_identities(
     fields: &Fields<'_>,
     name: &ServiceName,
-    context: &Context,
+    trust_domain: &TrustDomain,
     problems: &mut Vec<Problem>,
 ) -> Vec<SpiffeId> {
     let Some(field) = fields.get("identities") else {
         // A service name is two DNS labels, which are always valid segments of an identity.
-        return SpiffeId::workload(&context.trust_domain, name.namespace(), name.name()).into_iter().collect();
+        return SpiffeId::workload(trust_domain, name.namespace(), name.name()).into_iter().collect();
     };
     let Some(items) = field.list(problems) else { return Vec::new() };
     if items.is_empty() {
@@ -172,7 +181,7 @@ fn read_identities(
     }
     let mut identities = Vec::new();
     for item in items {
-        let Some(identity) = read_identity(&item, context, problems) else { continue };
+        let Some(identity) = read_identity(&item, trust_domain, problems) else { continue };
         if identities.contains(&identity) {
             item.refuse(problems, format!("`{}` is listed twice; remove one of them", identity.short()));
         }
@@ -181,8 +190,8 @@ fn read_identities(
     identities
 }
 
-fn read_identity(field: &Field<'_>, context: &Context, problems: &mut Vec<Problem>) -> Option<SpiffeId> {
-    match SpiffeId::parse_in(&context.trust_domain, field.text(problems)?) {
+fn read_identity(field: &Field<'_>, trust_domain: &TrustDomain, problems: &mut Vec<Problem>) -> Option<SpiffeId> {
+    match SpiffeId::parse_in(trust_domain, field.text(problems)?) {
         Ok(identity) if identity.is_system() => {
             field.refuse(problems, format!("`{}` is a host, which serves nothing; name a workload", identity.short()));
             None
@@ -208,82 +217,63 @@ fn read_addresses(fields: &Fields<'_>, problems: &mut Vec<Problem>) -> Vec<IpAdd
     addresses
 }
 
-fn read_endpoints(
+fn read_places(
     items: &[Field<'_>],
-    service: &Service,
-    context: &Context,
+    name: &ServiceName,
+    definition: &Definition,
+    trust_domain: &TrustDomain,
     problems: &mut Vec<Problem>,
-) -> Vec<Arc<Endpoint>> {
-    let mut endpoints = Vec::new();
-    let mut seen = BTreeSet::new();
+) -> Vec<Arc<Place>> {
+    let mut places: Vec<Arc<Place>> = Vec::new();
     for item in items {
-        let Some(place) = read_place(item, service, context, problems) else { continue };
-        if !seen.insert((place.address, place.mesh_port, place.target_port, place.identity.clone())) {
+        let Some(place) = read_place(item, name, definition, trust_domain, problems) else { continue };
+        if places.iter().any(|earlier| earlier.is_same_as(&place)) {
             item.refuse(problems, format!("endpoint {} is listed twice; remove one of them", place.address));
             continue;
         }
-        endpoints.extend(service.ports.iter().map(|port| Arc::new(place.endpoint(service, port.port))));
+        places.push(Arc::new(place));
     }
-    endpoints
+    places
 }
 
-/// An element of `endpoints`: it serves every port of the service.
-struct Place {
-    address: IpAddr,
-    mesh_port: u16,
-    target_port: Option<u16>,
-    transport: Transport,
-    identity: SpiffeId,
-    network: String,
-    zone: String,
-    weight: u32,
-}
-
-impl Place {
-    fn endpoint(&self, service: &Service, port: u16) -> Endpoint {
-        let target = SocketAddr::new(self.address, self.target_port.unwrap_or(port));
-        let dial = match self.transport {
-            Transport::Plaintext => target,
-            Transport::Meshd | Transport::Hbone => SocketAddr::new(self.address, self.mesh_port),
-        };
-        Endpoint {
-            service: service.name.clone(),
-            port,
-            dial,
-            target,
-            transport: self.transport,
-            identity: self.identity.clone(),
-            network: self.network.clone(),
-            zone: self.zone.clone(),
-            weight: self.weight,
-            health: Health::Healthy,
-            source: service.source.clone(),
-            epoch: 0,
-        }
-    }
-}
-
-fn read_place(item: &Field<'_>, service: &Service, context: &Context, problems: &mut Vec<Problem>) -> Option<Place> {
+fn read_place(
+    item: &Field<'_>,
+    name: &ServiceName,
+    definition: &Definition,
+    trust_domain: &TrustDomain,
+    problems: &mut Vec<Problem>,
+) -> Option<Place> {
     let known = ["address", "meshPort", "identity", "transport", "targetPort", "network", "zone", "weight"];
     let fields = item.mapping(&known, problems)?;
-    let transport = read_transport(&fields, service, problems);
+    let transport = read_transport(&fields, definition, problems);
     let mesh_port = fields.get("meshPort").and_then(|field| field.port(problems)).unwrap_or(DEFAULT_MESH_PORT);
-    let target_port = read_target_port(&fields, service, problems);
-    let network = tag(&fields, "network", problems);
-    let zone = tag(&fields, "zone", problems);
+    let ports = read_ports_served(&fields, definition, problems);
+    let network = tag(&fields, "network", problems).into();
+    let zone = tag(&fields, "zone", problems).into();
     let weight = fields.get("weight").and_then(|field| field.integer(0..=MAX_WEIGHT, problems));
-    let identity = endpoint_identity(item, &fields, service, context, problems);
+    let identity = endpoint_identity(item, &fields, name, definition, trust_domain, problems);
     let address = fields.require("address", "address: 10.87.0.12", problems).and_then(|f| address(&f, problems));
     let (address, identity) = (address?, identity?);
-    let weight = weight.unwrap_or(DEFAULT_WEIGHT);
-    Some(Place { address, mesh_port, target_port, transport, identity, network, zone, weight })
+    let (weight, identity) = (weight.unwrap_or(DEFAULT_WEIGHT), Some(identity));
+    Some(Place {
+        address,
+        mesh_port,
+        ports,
+        transport,
+        identity,
+        network,
+        zone,
+        weight,
+        health: Health::Healthy,
+        epoch: 0,
+    })
 }
 
-fn read_transport(fields: &Fields<'_>, service: &Service, problems: &mut Vec<Problem>) -> Transport {
+fn read_transport(fields: &Fields<'_>, definition: &Definition, problems: &mut Vec<Problem>) -> Transport {
     let Some(field) = fields.get("transport") else { return Transport::default() };
     let transport = field.choice(&Transport::NAMES, problems).unwrap_or_default();
     if transport == Transport::Plaintext {
-        if !service.allow_plaintext {
+        if !definition.allow_plaintext {
             field.refuse(
                 problems,
                 "plaintext is not allowed for this service; set `spec.allowPlaintext: true` if traffic to this \
@@ -297,32 +287,36 @@ fn read_transport(fields: &Fields<'_>, service: &Service, problems: &mut Vec<Pro
     transport
 }
 
-fn read_target_port(fields: &Fields<'_>, service: &Service, problems: &mut Vec<Problem>) -> Option<u16> {
-    let field = fields.get("targetPort")?;
-    let port = field.port(problems);
-    if service.ports.len() > 1 {
+/// An endpoint serves all ports of the service, on the same numbers unless told otherwise.
+fn read_ports_served(fields: &Fields<'_>, definition: &Definition, problems: &mut Vec<Problem>) -> Vec<PortTarget> {
+    let Some(field) = fields.get("targetPort") else { return Vec::new() };
+    let target = field.port(problems);
+    if definition.ports.len() > 1 {
         field.refuse(
             problems,
             format!(
                 "the service has {} ports and one targetPort cannot stand for all of them; remove it, or make a service per port",
-                service.ports.len()
+                definition.ports.len()
             ),
         );
     }
-    port
+    let served = target.zip(definition.ports.first()).map(|(target, port)| PortTarget { port: port.port, target });
+    served.into_iter().collect()
 }
 
 fn endpoint_identity(
     item: &Field<'_>,
     fields: &Fields<'_>,
-    service: &Service,
-    context: &Context,
+    name: &ServiceName,
+    definition: &Definition,
+    trust_domain: &TrustDomain,
     problems: &mut Vec<Problem>,
 ) -> Option<SpiffeId> {
-    let allowed =
-        || service.identities.iter().map(|id| format!("`{}`", shown(id, context))).collect::<Vec<_>>().join(", ");
+    let allowed = || {
+        definition.identities.iter().map(|id| format!("`{}`", shown(id, trust_domain))).collect::<Vec<_>>().join(", ")
+    };
     let Some(field) = fields.get("identity") else {
-        return match service.identities.as_slice() {
+        return match definition.identities.as_slice() {
             [only] => Some(only.clone()),
             // Refused already, where the identities are listed.
             [] => None,
@@ -335,12 +329,12 @@ fn endpoint_identity(
             }
         };
     };
-    let identity = read_identity(&field, context, problems)?;
-    if !service.identities.is_empty() && !service.identities.contains(&identity) {
+    let identity = read_identity(&field, trust_domain, problems)?;
+    if !definition.identities.is_empty() && !definition.identities.contains(&identity) {
         let reason = format!(
             "`{}` may not serve {}; use one of {}, or add it to spec.identities",
-            shown(&identity, context),
-            service.name,
+            shown(&identity, trust_domain),
+            name,
             allowed()
         );
         field.refuse(problems, reason);
@@ -349,8 +343,8 @@ fn endpoint_identity(
 }
 
 /// Short within our trust domain, in full elsewhere.
-fn shown<'i>(identity: &'i SpiffeId, context: &Context) -> &'i str {
-    if *identity.trust_domain() == context.trust_domain { identity.short() } else { identity.as_str() }
+fn shown<'i>(identity: &'i SpiffeId, trust_domain: &TrustDomain) -> &'i str {
+    if identity.trust_domain() == trust_domain { identity.short() } else { identity.as_str() }
 }
 
 fn address(field: &Field<'_>, problems: &mut Vec<Problem>) -> Option<IpAddr> {

@@ -1,8 +1,7 @@
 use super::*;
 
-fn context() -> Context {
-    Context { trust_domain: crate::fake::trust_domain(), source: "files".into() }
-}
+use crate::Service;
+use crate::fake::trust_domain;
 
 const HEAD: &str = "apiVersion: meshd.dev/v1alpha1\nkind: MeshService\nmetadata: { name: payments, namespace: shop }\n";
 
@@ -12,14 +11,15 @@ fn with_spec(spec: &str) -> String {
 }
 
 fn service(spec: &str) -> Service {
-    let mut documents = parse(&with_spec(spec), &context());
+    let mut documents = parse(&with_spec(spec), &trust_domain());
     assert_eq!(documents.len(), 1);
-    documents.remove(0).outcome.unwrap()
+    let record = documents.remove(0).outcome.unwrap().record("payments.yaml:1".into());
+    crate::merge::tests::alone("files", record)
 }
 
 /// All problems of a document as `line: field: reason`.
 fn problems(text: &str) -> Vec<String> {
-    let documents = parse(text, &context());
+    let documents = parse(text, &trust_domain());
     let found = documents.iter().filter_map(|document| document.outcome.as_ref().err()).flatten();
     found.map(|problem| format!("{}: {}: {}", problem.line, problem.field, problem.reason)).collect()
 }
@@ -61,7 +61,7 @@ fn every_field_of_an_endpoint_is_taken() {
     ));
     let [hbone, plaintext, mapped] = service.endpoints.as_slice() else { panic!("{:?}", service.endpoints) };
     assert_eq!((hbone.dial, hbone.target), ("[fd00::7]:15009".parse().unwrap(), "[fd00::7]:8080".parse().unwrap()));
-    assert_eq!((hbone.network.as_str(), hbone.zone.as_str(), hbone.weight), ("dc-1", "a", 5));
+    assert_eq!((&*hbone.network, &*hbone.zone, hbone.weight), ("dc-1", "a", 5));
     assert_eq!((hbone.transport, hbone.identity.as_str()), (Transport::Hbone, "spiffe://other.org/ns/x/sa/y"));
     assert_eq!(
         (plaintext.dial, plaintext.target),
@@ -262,7 +262,7 @@ fn documents_of_a_file_are_read_one_by_one_with_lines_of_the_file() {
         good("b").replace("80", "zero"),
         good("c")
     );
-    let documents = parse(&text, &context());
+    let documents = parse(&text, &trust_domain());
     let names: Vec<_> = documents.iter().map(|document| document.name.as_ref().map(ServiceName::as_str)).collect();
     assert_eq!(names, [Some("a.shop"), None, Some("b.shop"), Some("c.shop")]);
     let good: Vec<bool> = documents.iter().map(|document| document.outcome.is_ok()).collect();
@@ -283,13 +283,13 @@ fn a_repeated_key_is_refused_at_its_line() {
 #[test]
 fn empty_files_and_comments_hold_no_documents() {
     for text in ["", "\n\n", "# only a comment\n", "---\n", "---\n---\n# x\n...\n"] {
-        assert_eq!(parse(text, &context()).len(), 0, "{text:?}");
+        assert_eq!(parse(text, &trust_domain()).len(), 0, "{text:?}");
     }
 }
 
 #[test]
 fn a_marker_inside_a_block_scalar_is_text_only_when_indented() {
-    let documents = parse("a: |\n  ---\n  text\n", &context());
+    let documents = parse("a: |\n  ---\n  text\n", &trust_domain());
     assert_eq!(documents.len(), 1);
 }
 
@@ -306,7 +306,7 @@ fn an_alias_bomb_is_refused_quickly() {
 proptest::proptest! {
     #[test]
     fn nonsense_is_an_error_and_never_a_panic(text in "[-a-z0-9:{}\\[\\]\"'|>&*!%@,# \n\t]{0,200}") {
-        for document in parse(&text, &context()) {
+        for document in parse(&text, &trust_domain()) {
             proptest::prop_assert!(document.outcome.is_err());
         }
     }
@@ -320,6 +320,6 @@ fn the_examples_of_the_reference_are_valid() {
     assert_eq!(examples.len(), 2);
     for example in examples {
         assert_eq!(problems(example), [""; 0], "{example}");
-        assert_eq!(parse(example, &context()).len(), 1);
+        assert_eq!(parse(example, &trust_domain()).len(), 1);
     }
 }

@@ -1,15 +1,15 @@
 //! A source that says what a test tells it to, and services to say.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use meshd_identity::{SpiffeId, TrustDomain};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::Configured;
 use crate::{
-    Authority, DEFAULT_MESH_PORT, Endpoint, Health, Offer, Protocol, Service, ServiceName, ServicePort, Sink, Source,
-    SourceEvent, SourceFuture, Transport,
+    Belief, DEFAULT_MESH_PORT, Definition, Endpoint, Epoch, Health, Listing, Namespaces, Place, Protocol, Provides,
+    Record, Scope, Service, ServiceName, ServicePort, Sink, Source, SourceEvent, SourceFuture, Transport, Wanted,
 };
 
 pub const TRUST_DOMAIN: &str = "example.org";
@@ -18,15 +18,21 @@ pub fn trust_domain() -> TrustDomain {
     TRUST_DOMAIN.parse().expect("a constant")
 }
 
-/// A scripted source with authority over everything. It ends when its script is dropped.
+/// A scripted source with authority over everything, believed at once. It ends when its script is dropped.
 pub fn source(name: &str) -> (Script, Configured) {
     let (events, inbox) = mpsc::channel(16);
-    let source = Box::new(Scripted { name: name.to_owned(), inbox });
-    (Script { events }, Configured { source, authority: Authority::everything() })
+    let (tell, wanted) = oneshot::channel();
+    let source = Box::new(Scripted { name: name.to_owned(), inbox, tell });
+    let authority = Namespaces::everything();
+    (
+        Script { events, wanted: Mutex::new(Some(wanted)) },
+        Configured { source, authority, provides: Provides::default(), belief: Belief::Always },
+    )
 }
 
 pub struct Script {
     events: mpsc::Sender<SourceEvent>,
+    wanted: Mutex<Option<oneshot::Receiver<watch::Receiver<Wanted>>>>,
 }
 
 impl Script {
@@ -34,10 +40,17 @@ impl Script {
         self.events.send(event).await.expect("the watcher runs");
     }
 
-    /// Everything the source offers from now on.
-    pub async fn publish(&self, services: impl IntoIterator<Item = Arc<Service>>) {
-        let offer = |service: Arc<Service>| Offer { origin: format!("fake/{}", service.name).into(), service };
-        self.send(SourceEvent::Snapshot { offers: services.into_iter().map(offer).collect(), problems: vec![] }).await;
+    /// Everything the source says from now on.
+    pub async fn publish(&self, records: impl IntoIterator<Item = Record>) {
+        let records = records.into_iter().collect();
+        let (scope, epoch) = (Scope::Everything, Epoch::default());
+        self.send(SourceEvent::Listed(Listing { scope, epoch, records, refused: vec![] })).await;
+    }
+
+    /// What the source is asked for, once.
+    pub async fn wanted(&self) -> watch::Receiver<Wanted> {
+        let told = self.wanted.lock().expect("no test panics with it").take().expect("asked once");
+        told.await.expect("the watcher runs")
     }
 
     pub async fn fail(&self, error: &str) {
@@ -48,6 +61,7 @@ impl Script {
 struct Scripted {
     name: String,
     inbox: mpsc::Receiver<SourceEvent>,
+    tell: oneshot::Sender<watch::Receiver<Wanted>>,
 }
 
 impl Source for Scripted {
@@ -59,8 +73,10 @@ impl Source for Scripted {
         "fake"
     }
 
-    fn watch(mut self: Box<Self>, sink: Sink) -> SourceFuture {
+    fn watch(mut self: Box<Self>, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
         Box::pin(async move {
+            // Most scripts do not care.
+            let _ = self.tell.send(wanted);
             while let Some(event) = self.inbox.recv().await {
                 sink.send(event).await;
             }
@@ -82,11 +98,13 @@ pub fn service(name: &str, source: &str, addresses: &[&str]) -> Arc<Service> {
             target: (dial.ip(), 80).into(),
             transport: Transport::Meshd,
             identity: identity.clone(),
-            network: String::new(),
-            zone: String::new(),
+            network: "".into(),
+            zone: "".into(),
             weight: 100,
             health: Health::Healthy,
             source: source.into(),
+            rank: 0,
+            stale: false,
             epoch: 0,
         })
     };
@@ -99,4 +117,39 @@ pub fn service(name: &str, source: &str, addresses: &[&str]) -> Arc<Service> {
         endpoints: addresses.iter().map(endpoint).collect(),
         name: name.clone(),
     })
+}
+
+/// A document that defines a service on port 80, with a place on the default mesh port per address.
+pub fn record(name: &str, addresses: &[&str]) -> Record {
+    let service: ServiceName = name.parse().expect("a service name");
+    let identity =
+        SpiffeId::workload(&trust_domain(), service.namespace(), service.name()).expect("a service name is valid");
+    let definition = Definition {
+        ports: vec![ServicePort { port: 80, protocol: Protocol::Detect }],
+        identities: vec![identity],
+        allow_plaintext: false,
+        addresses: vec![],
+    };
+    Record {
+        key: name.into(),
+        origin: format!("fake/{name}").into(),
+        service,
+        definition: Some(Arc::new(definition)),
+        places: addresses.iter().map(|address| Arc::new(place(address))).collect(),
+    }
+}
+
+pub fn place(address: &str) -> Place {
+    Place {
+        address: address.parse().expect("an address"),
+        mesh_port: DEFAULT_MESH_PORT,
+        ports: vec![],
+        transport: Transport::Meshd,
+        identity: None,
+        network: "".into(),
+        zone: "".into(),
+        weight: 100,
+        health: Health::Healthy,
+        epoch: 0,
+    }
 }

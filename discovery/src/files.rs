@@ -16,11 +16,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use meshd_identity::TrustDomain;
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use crate::documents::{self, Context, Document};
+use crate::documents::{self, Described, Document};
 use crate::yaml::Problem;
-use crate::{Offer, Service, ServiceName, Sink, Source, SourceEvent, SourceFuture};
+use crate::{Epoch, Listing, Record, Refused, Scope, ServiceName, Sink, Source, SourceEvent, SourceFuture, Wanted};
 
 const POLL: Duration = Duration::from_millis(500);
 /// How often an unchanged directory is reported as such.
@@ -31,14 +32,14 @@ const MAX_PROBLEMS_PER_FILE: usize = 20;
 
 /// `kind = "files"`: the `*.yaml` and `*.yml` files of one directory.
 pub struct FilesSource {
-    name: Arc<str>,
+    name: String,
     dir: PathBuf,
     trust_domain: TrustDomain,
 }
 
 impl FilesSource {
     pub fn new(name: &str, dir: PathBuf, trust_domain: TrustDomain) -> FilesSource {
-        FilesSource { name: name.into(), dir, trust_domain }
+        FilesSource { name: name.to_owned(), dir, trust_domain }
     }
 }
 
@@ -51,9 +52,9 @@ impl Source for FilesSource {
         "files"
     }
 
-    fn watch(self: Box<Self>, sink: Sink) -> SourceFuture {
-        let context = Context { trust_domain: self.trust_domain, source: self.name };
-        Box::pin(poll(Files::new(self.dir, context), sink))
+    /// Says everything, wanted or not: it is here already.
+    fn watch(self: Box<Self>, _wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+        Box::pin(poll(Files::new(self.dir, self.trust_domain), sink))
     }
 }
 
@@ -72,7 +73,9 @@ async fn poll(mut files: Files, sink: Sink) {
         let Ok((same, seen)) = look.await else { return };
         files = same;
         let event = match seen {
-            Look::Changed(offers, problems) => SourceEvent::Snapshot { offers, problems },
+            Look::Changed(records, refused) => {
+                SourceEvent::Listed(Listing { scope: Scope::Everything, epoch: Epoch::default(), records, refused })
+            }
             Look::Unreadable(error) if unreadable.as_ref() == Some(&error) => continue,
             Look::Unreadable(error) => SourceEvent::Unavailable { error },
             Look::Unchanged if unreadable.is_none() && reported.elapsed() < IN_SYNC_EVERY => continue,
@@ -87,7 +90,7 @@ async fn poll(mut files: Files, sink: Sink) {
 /// What one look at the directory showed.
 #[derive(Debug, PartialEq)]
 enum Look {
-    Changed(Vec<Offer>, Vec<String>),
+    Changed(Vec<Record>, Vec<Refused>),
     Unchanged,
     Unreadable(String),
 }
@@ -95,14 +98,14 @@ enum Look {
 /// The directory as last believed.
 struct Files {
     dir: PathBuf,
-    context: Context,
+    trust_domain: TrustDomain,
     files: BTreeMap<OsString, File>,
-    said: Option<(Vec<Offer>, Vec<String>)>,
+    said: Option<(Vec<Record>, Vec<Refused>)>,
 }
 
 impl Files {
-    fn new(dir: PathBuf, context: Context) -> Files {
-        Files { dir, context, files: BTreeMap::new(), said: None }
+    fn new(dir: PathBuf, trust_domain: TrustDomain) -> Files {
+        Files { dir, trust_domain, files: BTreeMap::new(), said: None }
     }
 
     fn look(&mut self) -> Look {
@@ -117,12 +120,12 @@ impl Files {
             let path = self.dir.join(&name);
             let file = self.files.entry(name).or_default();
             file.missing = false;
-            changed |= file.look(&path, at_once, &self.context);
+            changed |= file.look(&path, at_once, &self.trust_domain);
         }
         if !changed && !at_once {
             return Look::Unchanged;
         }
-        let now = self.offers();
+        let now = self.records();
         if self.said.as_ref() == Some(&now) {
             return Look::Unchanged;
         }
@@ -137,24 +140,29 @@ impl Files {
     }
 
     /// All good documents in the order of file names and lines; of a service defined twice, the first holds.
-    fn offers(&self) -> (Vec<Offer>, Vec<String>) {
-        let (mut offers, mut problems) = (Vec::new(), Vec::new());
+    fn records(&self) -> (Vec<Record>, Vec<Refused>) {
+        let (mut records, mut refused) = (Vec::new(), Vec::new());
         let mut defined: BTreeMap<&ServiceName, Arc<str>> = BTreeMap::new();
         for (name, file) in &self.files {
             let path = self.dir.join(name);
-            problems.extend(file.problems.iter().cloned());
+            let mut problems = file.problems.clone();
             for good in &file.good {
                 let origin: Arc<str> = format!("{}:{}", path.display(), good.line).into();
-                match defined.entry(&good.service.name) {
-                    Entry::Occupied(first) => problems.push(duplicate(&origin, &good.service.name, first.get())),
+                match defined.entry(&good.described.service) {
+                    Entry::Occupied(first) => problems.push(duplicate(&origin, &good.described.service, first.get())),
                     Entry::Vacant(free) => {
                         free.insert(origin.clone());
-                        offers.push(Offer { service: good.service.clone(), origin });
+                        records.push(good.described.record(origin));
                     }
                 }
             }
+            if !problems.is_empty() {
+                refused.push(Refused { key: path.display().to_string().into(), problems });
+            }
+            let failed = file.failed.iter().filter(|service| !file.holds(service));
+            refused.extend(failed.map(|service| Refused { key: service.as_str().into(), problems: Vec::new() }));
         }
-        (offers, problems)
+        (records, refused)
     }
 }
 
@@ -191,12 +199,14 @@ struct File {
     applied: Option<Fingerprint>,
     missing: bool,
     good: Vec<Good>,
+    /// Documents of which only the name is good: what is known of them stays, also what an earlier life knew.
+    failed: BTreeSet<ServiceName>,
     problems: Vec<String>,
 }
 
 struct Good {
     line: u64,
-    service: Arc<Service>,
+    described: Described,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -220,7 +230,7 @@ impl Fingerprint {
 
 impl File {
     /// True when there is something new to say about this file.
-    fn look(&mut self, path: &Path, at_once: bool, context: &Context) -> bool {
+    fn look(&mut self, path: &Path, at_once: bool, trust_domain: &TrustDomain) -> bool {
         let fingerprint = match fs::metadata(path) {
             Ok(metadata) => Fingerprint::of(&metadata),
             Err(error) => return self.fail(unreadable_file(path, &error.to_string())),
@@ -232,7 +242,7 @@ impl File {
             return false;
         }
         match read(path) {
-            Ok(text) => self.apply(path, documents::parse(&text, context)),
+            Ok(text) => self.apply(path, documents::parse(&text, trust_domain)),
             Err(reason) => return self.fail(unreadable_file(path, &reason)),
         }
         // Taken at first sight: it may still be being written, so the next look reads it again.
@@ -255,7 +265,7 @@ impl File {
         let (mut good, mut failed, mut problems) = (Vec::new(), BTreeSet::new(), Vec::new());
         for document in documents {
             match document.outcome {
-                Ok(service) => good.push(Good { line: document.line, service: self.reuse(service) }),
+                Ok(described) => good.push(Good { line: document.line, described }),
                 Err(found) => {
                     let kept = document.name.as_ref().map_or(!self.good.is_empty(), |name| self.holds(name));
                     problems.extend(found.iter().map(|problem| message(path, problem, kept)));
@@ -263,22 +273,18 @@ impl File {
                 }
             }
         }
-        let replaced: BTreeSet<ServiceName> = good.iter().map(|good| good.service.name.clone()).collect();
+        let replaced: BTreeSet<ServiceName> = good.iter().map(|good| good.described.service.clone()).collect();
         let stays = |name: &ServiceName| {
             !replaced.contains(name) && (failed.contains(name) || (nameless && !named.contains(name)))
         };
-        good.extend(std::mem::take(&mut self.good).into_iter().filter(|old| stays(&old.service.name)));
+        good.extend(std::mem::take(&mut self.good).into_iter().filter(|old| stays(&old.described.service)));
         self.good = good;
+        self.failed = failed;
         self.problems = capped(path, problems);
     }
 
     fn holds(&self, name: &ServiceName) -> bool {
-        self.good.iter().any(|good| good.service.name == *name)
-    }
-
-    fn reuse(&self, service: Service) -> Arc<Service> {
-        let same = self.good.iter().find(|good| *good.service == service);
-        same.map_or_else(|| Arc::new(service), |good| good.service.clone())
+        self.good.iter().any(|good| good.described.service == *name)
     }
 }
 

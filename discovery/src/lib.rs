@@ -2,30 +2,37 @@
 //! [`Directory`].
 //!
 //! ```text
-//! Source (files, ...) --SourceEvent--> Watcher --merge--> Directory  (watch::Receiver<Arc<Directory>>)
-//!                                         \-------------> SourceHealth, shown by `meshd status`
+//! Source (files, ...) --SourceEvent--> Held (what is believed of it) --merge--> Directory  (watch::Receiver)
+//!                                          \-------------------------------> SourceHealth, shown by `meshd status`
 //! ```
-//! A source that fails never empties the directory: what it said last stays in force and its health says why.
+//! A source that fails never empties the directory: what it said last stays in force and its health says why. Nor does
+//! one that suddenly says less: `belief.rs`.
 
+mod belief;
 mod config;
 mod directory;
 mod documents;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 mod files;
+mod held;
 mod merge;
 mod name;
+mod record;
+mod saved;
 mod source;
 mod types;
 mod watch;
 mod yaml;
 
-pub use config::{Authority, AuthorityError, ConfigError, Configured, SourceConfig, SourceKind};
+pub use belief::{Belief, REPEATED_FOR};
+pub use config::{ConfigError, Configured, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
 pub use directory::Directory;
 pub use documents::DEFAULT_MESH_PORT;
 pub use files::FilesSource;
-pub use merge::{Layer, LayerReport, Merged, merge};
 pub use name::{NameError, ServiceName};
-pub use source::{Offer, Sink, Source, SourceEvent, SourceFuture};
+pub use record::{Definition, Place, PortTarget, Record};
+pub use saved::Keep;
+pub use source::{Change, Epoch, Listing, Refused, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};
 pub use types::{Endpoint, Health, Protocol, Service, ServicePort, Transport};
-pub use watch::{SourceHealth, Watcher, settled};
+pub use watch::{Losses, SourceHealth, Watcher, settled};

@@ -1,186 +1,289 @@
-//! Several sources become one directory. Pure.
+//! What all sources say of one service becomes one service. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::{Authority, Directory, Offer, Service, ServiceName};
+use meshd_identity::{SpiffeId, TrustDomain};
+
+use crate::held::{Entry, Held};
+use crate::{Definition, Endpoint, Namespaces, Place, Protocol, Service, ServiceName, ServicePort, Transport};
 
 /// One source's contribution; layers are given in order of precedence, first wins.
 #[derive(Debug, Clone, Copy)]
-pub struct Layer<'a> {
-    pub source: &'a str,
-    pub authority: &'a Authority,
-    pub offers: &'a [Offer],
+pub(crate) struct Layer<'a> {
+    pub(crate) source: &'a Arc<str>,
+    /// Where it may say what a service is.
+    pub(crate) authority: &'a Namespaces,
+    /// Where it may say that a service runs.
+    pub(crate) endpoints: &'a Namespaces,
+    pub(crate) held: &'a Held,
 }
 
-/// What became of one layer.
+/// What became of what one source says of one service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LayerReport {
-    pub accepted: usize,
-    /// Defined by a source of higher precedence as well, which holds.
-    pub shadowed: Vec<ServiceName>,
-    /// Offered without authority for the namespace; full messages.
-    pub refused: Vec<String>,
+pub(crate) struct Part {
+    /// It says what the service is, and holds.
+    pub(crate) defines: bool,
+    /// It says what the service is, and a source of higher precedence holds.
+    pub(crate) shadowed: bool,
+    pub(crate) endpoints: usize,
+    /// Full messages.
+    pub(crate) refused: Vec<String>,
 }
 
-#[derive(Debug, Clone)]
-pub struct Merged {
-    pub directory: Directory,
-    pub reports: Vec<LayerReport>,
+#[derive(Debug)]
+pub(crate) struct Merged {
+    pub(crate) service: Option<Arc<Service>>,
+    /// One for each layer.
+    pub(crate) parts: Vec<Part>,
 }
 
-/// A service is taken whole from the first layer that offers it and has authority for its namespace. Services and
-/// endpoints equal to those of `previous` keep their allocation.
-pub fn merge(previous: &Directory, layers: &[Layer<'_>]) -> Merged {
-    let mut taken: BTreeMap<ServiceName, Arc<Service>> = BTreeMap::new();
-    let reports = layers.iter().map(|layer| take_layer(layer, previous, &mut taken)).collect();
-    Merged { directory: Directory::from_services(taken.into_values()), reports }
+/// The definition is that of the first layer that has one and authority for the namespace. Endpoints are those of all
+/// layers, as far as the definition lets them serve; of a place that two name, the first. A service that nobody
+/// defines has its default identity and the ports its places name. What equals `previous` keeps its allocation.
+pub(crate) fn merge(
+    name: &ServiceName,
+    trust_domain: &TrustDomain,
+    previous: Option<&Arc<Service>>,
+    layers: &[Layer<'_>],
+) -> Merged {
+    let mut parts = vec![Part::default(); layers.len()];
+    let defined = define(name, layers, &mut parts);
+    let (definition, source) = match defined {
+        Some(found) => found,
+        None => match implied(name, trust_domain, layers) {
+            Some(found) => found,
+            None => {
+                explain_undefined(name, layers, &mut parts);
+                return Merged { service: None, parts };
+            }
+        },
+    };
+    let mut service = Service {
+        name: name.clone(),
+        ports: definition.ports.clone(),
+        identities: definition.identities.clone(),
+        allow_plaintext: definition.allow_plaintext,
+        addresses: definition.addresses.clone(),
+        source,
+        endpoints: Vec::new(),
+    };
+    let mut seen = Seen::new();
+    for (rank, (layer, part)) in layers.iter().zip(&mut parts).enumerate() {
+        add_endpoints(&mut service, rank, layer, part, &mut seen);
+    }
+    Merged { service: Some(reuse(previous, service)), parts }
 }
 
-fn take_layer(layer: &Layer<'_>, previous: &Directory, taken: &mut BTreeMap<ServiceName, Arc<Service>>) -> LayerReport {
-    let mut report = LayerReport::default();
-    for offer in layer.offers {
-        let name = &offer.service.name;
-        if !layer.authority.covers(name.namespace()) {
-            report.refused.push(no_authority(layer.source, offer));
-        } else if taken.contains_key(name) {
-            report.shadowed.push(name.clone());
-        } else {
-            taken.insert(name.clone(), reuse(previous.get(name), &offer.service));
-            report.accepted += 1;
+fn define(name: &ServiceName, layers: &[Layer<'_>], parts: &mut [Part]) -> Option<(Arc<Definition>, Arc<str>)> {
+    let mut found: Option<(Arc<Definition>, Arc<str>)> = None;
+    for (layer, part) in layers.iter().zip(parts) {
+        let mut origin: Option<&Arc<str>> = None;
+        for entry in layer.held.of(name) {
+            let Some(definition) = entry.definition() else { continue };
+            if !layer.authority.covers(name.namespace()) {
+                part.refused.push(no_authority(layer.source, name, &entry.record.origin));
+            } else if let Some(first) = origin {
+                part.refused.push(duplicate(&entry.record.origin, name, first));
+            } else if found.is_some() {
+                part.shadowed = true;
+            } else {
+                found = Some((definition.clone(), layer.source.clone()));
+                (origin, part.defines) = (Some(&entry.record.origin), true);
+            }
         }
     }
-    report
+    found
 }
 
-fn no_authority(source: &str, offer: &Offer) -> String {
-    let namespace = offer.service.name.namespace();
+/// A service that runs somewhere and that nobody describes: who may serve it is not up to the source then.
+fn implied(
+    name: &ServiceName,
+    trust_domain: &TrustDomain,
+    layers: &[Layer<'_>],
+) -> Option<(Arc<Definition>, Arc<str>)> {
+    let (mut ports, mut source): (Vec<ServicePort>, Option<Arc<str>>) = (Vec::new(), None);
+    for layer in layers.iter().filter(|layer| layer.endpoints.covers(name.namespace())) {
+        for (place, _) in layer.held.of(name).filter(|entry| entry.definition().is_none()).flat_map(places) {
+            for served in &place.ports {
+                source.get_or_insert_with(|| layer.source.clone());
+                if !ports.iter().any(|port| port.port == served.port) {
+                    ports.push(ServicePort { port: served.port, protocol: Protocol::default() });
+                }
+            }
+        }
+    }
+    ports.sort_by_key(|port| port.port);
+    let identity = SpiffeId::workload(trust_domain, name.namespace(), name.name()).ok()?;
+    let definition = Definition { ports, identities: vec![identity], allow_plaintext: false, addresses: Vec::new() };
+    Some((Arc::new(definition), source?))
+}
+
+/// Says of every layer that names places why nobody uses them.
+fn explain_undefined(name: &ServiceName, layers: &[Layer<'_>], parts: &mut [Part]) {
+    for (layer, part) in layers.iter().zip(parts) {
+        let may = layer.endpoints.covers(name.namespace());
+        for entry in layer.held.of(name).filter(|entry| entry.definition().is_none()) {
+            part.refused.push(match may {
+                false => no_endpoints(layer.source, name, &entry.record.origin),
+                true => format!(
+                    "{}: service {name} is defined nowhere, and no port is named here; add a MeshService document to a \
+                     source with authority for `{}`, or name the ports",
+                    entry.record.origin,
+                    name.namespace()
+                ),
+            });
+        }
+    }
+}
+
+/// The places of a record, those it is doubted to have lost last.
+fn places(entry: &Entry) -> impl Iterator<Item = (&Arc<Place>, bool)> {
+    let live = entry.record.places.iter().map(|place| (place, false));
+    live.chain(entry.stale.iter().map(|(place, _)| (place, true)))
+}
+
+/// Which endpoint stands for a place.
+type Seen = HashMap<(u16, SocketAddr, SocketAddr, SpiffeId), usize>;
+
+fn add_endpoints(service: &mut Service, rank: usize, layer: &Layer<'_>, part: &mut Part, seen: &mut Seen) {
+    let may = layer.endpoints.covers(service.name.namespace());
+    let may_define = layer.authority.covers(service.name.namespace());
+    let name = service.name.clone();
+    for entry in layer.held.of(&name) {
+        // Places inside a document are as much as its definition; without authority it was refused as a whole.
+        if entry.definition().is_some() && !may_define {
+            continue;
+        }
+        if entry.definition().is_none() && !may {
+            part.refused.push(no_endpoints(layer.source, &name, &entry.record.origin));
+            continue;
+        }
+        for (place, stale) in places(entry) {
+            match check(place, service) {
+                Ok(identity) => part.endpoints += add_place(service, place, identity, stale, rank, layer, seen),
+                Err(reason) => part.refused.push(format!("{}: {}: {reason}", entry.record.origin, place.address)),
+            }
+        }
+    }
+}
+
+/// Who answers at a place, if it may serve.
+fn check(place: &Place, service: &Service) -> Result<SpiffeId, String> {
+    if place.transport == Transport::Plaintext && !service.allow_plaintext {
+        return Err(format!(
+            "plaintext is not allowed for {}; set `spec.allowPlaintext: true` in its MeshService if traffic may go \
+             unencrypted and unauthenticated",
+            service.name
+        ));
+    }
+    let allowed = || service.identities.iter().map(|id| format!("`{}`", id.as_str())).collect::<Vec<_>>().join(", ");
+    match (&place.identity, service.identities.as_slice()) {
+        (Some(identity), identities) if identities.contains(identity) => Ok(identity.clone()),
+        (Some(identity), _) => Err(format!(
+            "`{}` may not serve {}; use one of {}, or add it to spec.identities of its MeshService",
+            identity.as_str(),
+            service.name,
+            allowed()
+        )),
+        (None, [only]) => Ok(only.clone()),
+        (None, _) => Err(format!(
+            "no identity is named, and {} has several; say which one answers here: {}",
+            service.name,
+            allowed()
+        )),
+    }
+}
+
+fn add_place(
+    service: &mut Service,
+    place: &Place,
+    identity: SpiffeId,
+    stale: bool,
+    rank: usize,
+    layer: &Layer<'_>,
+    seen: &mut Seen,
+) -> usize {
+    let before = service.endpoints.len();
+    for ServicePort { port, .. } in &service.ports {
+        let target = match place.ports.as_slice() {
+            [] => *port,
+            ports => match ports.iter().find(|served| served.port == *port) {
+                Some(served) => served.target,
+                None => continue,
+            },
+        };
+        let target = SocketAddr::new(place.address, target);
+        let dial = match place.transport {
+            Transport::Plaintext => target,
+            Transport::Meshd | Transport::Hbone => SocketAddr::new(place.address, place.mesh_port),
+        };
+        let endpoint = Endpoint {
+            service: service.name.clone(),
+            port: *port,
+            dial,
+            target,
+            transport: place.transport,
+            identity: identity.clone(),
+            network: place.network.clone(),
+            zone: place.zone.clone(),
+            weight: place.weight,
+            health: place.health,
+            source: layer.source.clone(),
+            rank: rank as u8,
+            stale,
+            epoch: place.epoch,
+        };
+        match seen.entry((*port, dial, target, identity.clone())) {
+            Slot::Vacant(free) => {
+                free.insert(service.endpoints.len());
+                service.endpoints.push(Arc::new(endpoint));
+            }
+            Slot::Occupied(known) => {
+                let known = &mut service.endpoints[*known.get()];
+                // What a source is sure of holds against what another one, or an earlier life of it, is not.
+                if known.stale && !stale
+                    || (known.rank, known.stale) == (rank as u8, stale) && known.epoch < place.epoch
+                {
+                    *known = Arc::new(endpoint);
+                }
+            }
+        }
+    }
+    service.endpoints.len() - before
+}
+
+fn no_authority(source: &str, name: &ServiceName, origin: &str) -> String {
+    let namespace = name.namespace();
     format!(
         "{origin}: metadata.namespace: source `{source}` has no authority for namespace `{namespace}`, so service \
          `{name}` is not believed; add \"{namespace}\" to `authority` of the [[source]] named \"{source}\" in meshd.toml, \
-         or remove the document",
-        origin = offer.origin,
-        name = offer.service.name,
+         or remove the document"
     )
 }
 
-fn reuse(old: Option<&Arc<Service>>, new: &Arc<Service>) -> Arc<Service> {
+fn no_endpoints(source: &str, name: &ServiceName, origin: &str) -> String {
+    let namespace = name.namespace();
+    format!(
+        "{origin}: source `{source}` provides no endpoints for namespace `{namespace}`, so what it says of `{name}` is not \
+         used; add \"{namespace}\" to `provides.endpoints` of the [[source]] named \"{source}\" in meshd.toml"
+    )
+}
+
+fn duplicate(origin: &str, service: &ServiceName, first: &str) -> String {
+    format!("{origin}: metadata.name: service {service} is already defined at {first}, which holds; remove one of them")
+}
+
+fn reuse(old: Option<&Arc<Service>>, new: Service) -> Arc<Service> {
     match old {
-        None => new.clone(),
-        Some(old) if Arc::ptr_eq(old, new) || old == new => old.clone(),
+        None => Arc::new(new),
+        Some(old) if **old == new => old.clone(),
         Some(old) => Arc::new(new.keeping_endpoints_of(old)),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::fake;
-
-    fn everything() -> Authority {
-        Authority::everything()
-    }
-
-    fn offer(name: &str, source: &str, addresses: &[&str]) -> Offer {
-        Offer { service: fake::service(name, source, addresses), origin: format!("{name}.yaml:1").into() }
-    }
-
-    #[test]
-    fn the_first_source_that_defines_a_service_holds_and_the_other_is_told() {
-        let (first, second) =
-            (vec![offer("a.shop", "one", &["10.0.0.1"])], vec![offer("a.shop", "two", &["10.0.0.2"])]);
-        let authority = everything();
-        let layers = [
-            Layer { source: "one", authority: &authority, offers: &first },
-            Layer { source: "two", authority: &authority, offers: &second },
-        ];
-        let merged = merge(&Directory::default(), &layers);
-        assert_eq!(&*merged.directory.find("a.shop").unwrap().source, "one");
-        assert_eq!((merged.reports[0].accepted, merged.reports[1].accepted), (1, 0));
-        assert_eq!(merged.reports[1].shadowed[0].as_str(), "a.shop");
-    }
-
-    #[test]
-    fn a_source_without_authority_is_refused_and_does_not_shadow_the_one_that_has_it() {
-        let (first, second) =
-            (vec![offer("a.shop", "one", &["10.0.0.1"])], vec![offer("a.shop", "two", &["10.0.0.2"])]);
-        let (billing, shop) = (Authority::new(["billing"]).unwrap(), Authority::new(["shop"]).unwrap());
-        let layers = [
-            Layer { source: "one", authority: &billing, offers: &first },
-            Layer { source: "two", authority: &shop, offers: &second },
-        ];
-        let merged = merge(&Directory::default(), &layers);
-        assert_eq!(&*merged.directory.find("a.shop").unwrap().source, "two");
-        let message = &merged.reports[0].refused[0];
-        assert!(message.starts_with("a.shop.yaml:1: metadata.namespace: "), "{message}");
-        assert!(
-            message.contains("add \"shop\" to `authority` of the [[source]] named \"one\" in meshd.toml"),
-            "{message}"
-        );
-    }
-
-    #[test]
-    fn a_changed_service_keeps_the_allocation_of_its_unchanged_endpoints() {
-        let authority = everything();
-        let before = vec![offer("a.shop", "one", &["10.0.0.1", "10.0.0.2"])];
-        let first = merge(&Directory::default(), &[Layer { source: "one", authority: &authority, offers: &before }]);
-        let after = vec![offer("a.shop", "one", &["10.0.0.2", "10.0.0.3"])];
-        let second = merge(&first.directory, &[Layer { source: "one", authority: &authority, offers: &after }]);
-        let (old, new) = (first.directory.find("a.shop").unwrap(), second.directory.find("a.shop").unwrap());
-        assert!(!Arc::ptr_eq(old, new));
-        assert!(Arc::ptr_eq(&old.endpoints[1], &new.endpoints[0]));
-        assert!(!second.directory.is_same_as(&first.directory));
-    }
-
-    /// (layer, service, address) triples: small ranges so that layers overlap often.
-    fn scenario() -> impl Strategy<Value = Vec<Vec<(u8, u8)>>> {
-        prop::collection::vec(prop::collection::vec((0u8..6, 0u8..4), 0..6), 1..4)
-    }
-
-    fn build(layers: &[Vec<(u8, u8)>]) -> Vec<Vec<Offer>> {
-        let one = |source: usize, (service, address): &(u8, u8)| {
-            offer(&format!("s{service}.ns{}", service % 2), &format!("source{source}"), &[&format!("10.0.0.{address}")])
-        };
-        layers.iter().enumerate().map(|(source, offers)| offers.iter().map(|o| one(source, o)).collect()).collect()
-    }
-
-    proptest! {
-        #[test]
-        fn each_service_comes_from_the_first_layer_that_may_define_it(scenario in scenario(), denied in 0usize..4) {
-            let offers = build(&scenario);
-            let only_one = Authority::new(["ns1"]).unwrap();
-            let all = everything();
-            let names: Vec<String> = (0..offers.len()).map(|index| format!("source{index}")).collect();
-            let authority = |index: usize| if index == denied { &only_one } else { &all };
-            let layers: Vec<Layer<'_>> = offers.iter().enumerate()
-                .map(|(index, offers)| Layer { source: &names[index], authority: authority(index), offers }).collect();
-            let merged = merge(&Directory::default(), &layers);
-
-            let mut expected: BTreeMap<&str, &Service> = BTreeMap::new();
-            for layer in &layers {
-                for offer in layer.offers.iter().filter(|offer| layer.authority.covers(offer.service.name.namespace())) {
-                    expected.entry(offer.service.name.as_str()).or_insert(&offer.service);
-                }
-            }
-            prop_assert_eq!(merged.directory.len(), expected.len());
-            for (name, service) in expected {
-                prop_assert_eq!(&**merged.directory.find(name).unwrap(), service);
-            }
-            for (layer, report) in layers.iter().zip(&merged.reports) {
-                prop_assert_eq!(report.accepted + report.shadowed.len() + report.refused.len(), layer.offers.len());
-            }
-        }
-
-        #[test]
-        fn merging_equal_content_again_changes_no_allocation(scenario in scenario()) {
-            let all = everything();
-            let (first_offers, second_offers) = (build(&scenario), build(&scenario));
-            let layer = |offers| Layer { source: "x", authority: &all, offers };
-            let first = merge(&Directory::default(), &first_offers.iter().map(|o| layer(o)).collect::<Vec<_>>());
-            let second = merge(&first.directory, &second_offers.iter().map(|o| layer(o)).collect::<Vec<_>>());
-            prop_assert!(second.directory.is_same_as(&first.directory));
-        }
-    }
-}
+#[path = "merge_tests.rs"]
+pub(crate) mod tests;

@@ -1,10 +1,12 @@
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, watch};
 
-use crate::Service;
+use crate::{Record, ServiceName};
 
 /// What a source's `watch` returns; a box so that sources can be mixed.
 pub type SourceFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -12,19 +14,20 @@ pub type SourceFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// One configured discovery backend.
 ///
 /// `watch` runs for as long as the daemon does: it lists, watches, backs off and resyncs as its backend needs, and
-/// reports through `sink`. It sends a [`SourceEvent::Snapshot`] only for a state it believes; trouble is
-/// [`SourceEvent::Unavailable`], which changes no service.
+/// reports through `sink`. It says what it read; what of it is believed at once is decided elsewhere (`belief.rs`).
+/// Trouble is [`SourceEvent::Unavailable`], which changes no service.
 ///
 /// ```
-/// use meshd_discovery::{Sink, Source, SourceEvent, SourceFuture};
+/// use meshd_discovery::{Epoch, Listing, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};
+/// use tokio::sync::watch;
 ///
 /// struct Nothing;
 /// impl Source for Nothing {
 ///     fn name(&self) -> &str { "nothing" }
 ///     fn kind(&self) -> &'static str { "example" }
-///     fn watch(self: Box<Self>, sink: Sink) -> SourceFuture {
+///     fn watch(self: Box<Self>, _wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
 ///         Box::pin(async move {
-///             sink.send(SourceEvent::Snapshot { offers: Vec::new(), problems: Vec::new() }).await;
+///             sink.send(SourceEvent::Listed(Listing::empty(Scope::Everything, Epoch::default()))).await;
 ///             std::future::pending().await
 ///         })
 ///     }
@@ -34,23 +37,97 @@ pub type SourceFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub trait Source: Send {
     fn name(&self) -> &str;
     fn kind(&self) -> &'static str;
-    fn watch(self: Box<Self>, sink: Sink) -> SourceFuture;
+    /// A source that reads from another machine keeps to what is `wanted`.
+    fn watch(self: Box<Self>, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture;
 }
 
-/// A service as a source offers it, and where it was read, for messages.
+/// What this host uses of the mesh.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Declared with `*`.
+    pub everything: bool,
+    /// Declared with `*.namespace`.
+    pub namespaces: BTreeSet<String>,
+    /// Declared by name, or looked up here.
+    pub services: BTreeSet<ServiceName>,
+    /// Grows with every request to read all again, for instance because an endpoint cannot be reached.
+    pub resync: u64,
+}
+
+impl Wanted {
+    pub fn covers(&self, service: &ServiceName) -> bool {
+        self.everything || self.namespaces.contains(service.namespace()) || self.services.contains(service)
+    }
+}
+
+/// What a list was a list of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    Everything,
+    Namespace(String),
+    Service(ServiceName),
+}
+
+impl Scope {
+    pub fn holds(&self, service: &ServiceName) -> bool {
+        match self {
+            Scope::Everything => true,
+            Scope::Namespace(namespace) => service.namespace() == namespace,
+            Scope::Service(name) => name == service,
+        }
+    }
+}
+
+/// Which life of the store a list was read from, and how far it had come: etcd's cluster id and revision, Consul's
+/// index, the resourceVersion of Kubernetes. Another store, or a lower position, is a store that was put back.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Epoch {
+    pub store: Arc<str>,
+    pub position: u64,
+}
+
+/// All there is of one scope.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Offer {
-    pub service: Arc<Service>,
-    /// `payments.yaml:3`, or a key in a remote store.
-    pub origin: Arc<str>,
+pub struct Listing {
+    pub scope: Scope,
+    pub epoch: Epoch,
+    pub records: Vec<Record>,
+    pub refused: Vec<Refused>,
+}
+
+impl Listing {
+    pub fn empty(scope: Scope, epoch: Epoch) -> Listing {
+        Listing { scope, epoch, records: Vec::new(), refused: Vec::new() }
+    }
+}
+
+/// Something that cannot be understood; what its key said before stays in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    pub key: Arc<str>,
+    /// Full messages for the operator.
+    pub problems: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// New, or says something else now.
+    Set(Record),
+    /// By its key.
+    Removed(Arc<str>),
+    Refused(Refused),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceEvent {
-    /// Everything the source offers now. Replaces all it said before; an empty one is believed.
-    /// `problems` are entries it had to refuse (each a full message for the operator).
-    Snapshot { offers: Vec<Offer>, problems: Vec<String> },
-    /// Reached and unchanged since the last snapshot.
+    /// What was said before of this scope, and is not in it, is gone.
+    Listed(Listing),
+    /// What happened since the list of this scope, up to a position.
+    Changed { scope: Scope, position: u64, changes: Vec<Change> },
+    /// Nobody wants it any more, so it is not watched.
+    Dropped(Scope),
+    /// Reached and unchanged.
     InSync,
     /// Cannot be read now. What it said before stays in force.
     Unavailable { error: String },

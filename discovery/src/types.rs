@@ -2,12 +2,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use meshd_identity::SpiffeId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::ServiceName;
 
 /// What the bytes of a port are declared to be. A declaration wins over detection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     #[default]
@@ -31,7 +31,7 @@ impl Protocol {
 }
 
 /// How an endpoint is reached. A property of its record, never the outcome of a failed dial.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     #[default]
@@ -46,7 +46,7 @@ impl Transport {
 }
 
 /// What the source says about an endpoint, as opposed to what dialling it shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Health {
     #[default]
@@ -67,17 +67,21 @@ pub struct Endpoint {
     pub transport: Transport,
     /// Who must answer there.
     pub identity: SpiffeId,
-    pub network: String,
-    pub zone: String,
+    pub network: Arc<str>,
+    pub zone: Arc<str>,
     pub weight: u32,
     pub health: Health,
     /// The name of the source that said so.
     pub source: Arc<str>,
-    /// Fences records of an earlier life of the source; always 0 for files.
+    /// The precedence of that source; 0 comes first.
+    pub rank: u8,
+    /// Its source no longer names it, which is not believed yet (`belief.rs`).
+    pub stale: bool,
+    /// Fences what an earlier life of the program's registration said; always 0 for files.
     pub epoch: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServicePort {
     pub port: u16,
     pub protocol: Protocol,

@@ -1,27 +1,38 @@
 //! The loop between sources and everybody who asks the directory.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use meshd_identity::TrustDomain;
 use serde::{Serialize, Serializer};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{Id, JoinError, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use crate::belief::REPEATED_FOR;
 use crate::config::Configured;
-use crate::merge::{Layer, LayerReport, merge};
-use crate::{Directory, Offer, ServiceName, Sink, SourceEvent};
+use crate::held::{Held, Touched};
+use crate::merge::{Layer, Part, merge};
+use crate::saved::{self, Keep, SAVE_EVERY, Saver};
+use crate::{Directory, Namespaces, ServiceName, Sink, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
+/// More messages than this tell an operator nothing; the rest is counted.
+const MOST_ERRORS: usize = 50;
 
 /// How one source is doing, for `meshd status` and `meshd check`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceHealth {
     pub name: String,
     pub kind: &'static str,
-    /// Services in the directory that come from this source.
+    /// Services in the directory that this source defines, or that nobody defines and it alone serves.
     pub services: usize,
+    /// Endpoints in the directory that come from it.
+    pub endpoints: usize,
+    /// Those it no longer names, which is not believed yet.
+    pub stale: usize,
     /// Services another source of higher precedence defines as well.
     pub shadowed: Vec<ServiceName>,
     /// When what it offers changed.
@@ -40,39 +51,83 @@ fn unix_seconds<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Resu
 
 /// Runs the sources, merges what they say and publishes it.
 pub struct Watcher {
+    trust_domain: TrustDomain,
     sources: Vec<Configured>,
-    states: Vec<State>,
+    layers: Vec<State>,
+    keep: Option<Arc<dyn Keep>>,
+    losses: (mpsc::Sender<Acceptance>, mpsc::Receiver<Acceptance>),
+    wanted: watch::Sender<Wanted>,
     directory: watch::Sender<Arc<Directory>>,
     health: watch::Sender<Arc<Vec<SourceHealth>>>,
 }
 
-/// What one source said last.
-#[derive(Default)]
+/// Where an operator says that what a source lost is gone indeed.
+#[derive(Debug, Clone)]
+pub struct Losses(mpsc::Sender<Acceptance>);
+
+#[derive(Debug)]
+struct Acceptance {
+    source: String,
+    answer: oneshot::Sender<Result<(), String>>,
+}
+
+impl Losses {
+    /// Returns when what the source no longer says is out of the directory.
+    pub async fn accept(&self, source: String) -> Result<(), String> {
+        let gone = || "meshd is stopping".to_owned();
+        let (answer, answered) = oneshot::channel();
+        self.0.send(Acceptance { source, answer }).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}
+
+/// One source, as the watcher sees it.
 struct State {
-    offers: Vec<Offer>,
-    problems: Vec<String>,
+    name: Arc<str>,
+    kind: &'static str,
+    authority: Namespaces,
+    endpoints: Namespaces,
+    held: Held,
+    /// What became of its say on each service, where there is something to tell.
+    parts: BTreeMap<ServiceName, Part>,
     unavailable: Option<String>,
     /// The source's task is over. Its last events may still be in the inbox then, and do not bring it back.
     ended: Option<String>,
+    /// It changed since it was saved.
+    unsaved: bool,
     last_change: Option<SystemTime>,
     last_ok: Option<SystemTime>,
 }
 
 impl Watcher {
     /// `sources` in order of precedence, first wins.
-    pub fn new(sources: Vec<Configured>) -> Watcher {
-        let states = sources.iter().map(|_| State::default()).collect();
-        let health = sources.iter().map(|configured| SourceHealth {
-            name: configured.source.name().to_owned(),
-            kind: configured.source.kind(),
-            services: 0,
-            shadowed: Vec::new(),
-            last_change: None,
-            last_ok: None,
-            errors: Vec::new(),
-        });
-        let health = watch::Sender::new(Arc::new(health.collect()));
-        Watcher { sources, states, directory: watch::Sender::default(), health }
+    pub fn new(sources: Vec<Configured>, trust_domain: TrustDomain) -> Watcher {
+        let layers: Vec<State> = sources.iter().map(State::of).collect();
+        let health = watch::Sender::new(Arc::new(layers.iter().map(State::health).collect()));
+        Watcher {
+            trust_domain,
+            sources,
+            layers,
+            keep: None,
+            losses: mpsc::channel(1),
+            wanted: watch::Sender::default(),
+            directory: watch::Sender::default(),
+            health,
+        }
+    }
+
+    /// Begins with what an earlier life knew, and saves what this one learns.
+    pub fn keeping(mut self, keep: Arc<dyn Keep>) -> Watcher {
+        let mut touched = Touched::new();
+        for layer in &mut self.layers {
+            match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held) {
+                Ok(known) => touched.extend(known),
+                Err(problem) => tracing::warn!("{problem}"),
+            }
+        }
+        self.keep = Some(keep);
+        self.publish(&touched);
+        self
     }
 
     pub fn directory(&self) -> watch::Receiver<Arc<Directory>> {
@@ -83,53 +138,118 @@ impl Watcher {
         self.health.subscribe()
     }
 
+    pub fn losses(&self) -> Losses {
+        Losses(self.losses.0.clone())
+    }
+
     /// Never returns. Dropping the future ends the sources.
     pub async fn run(mut self) {
         let (events, mut inbox) = mpsc::channel(INBOX);
-        let (mut tasks, mut indexes, mut authorities) = (JoinSet::new(), HashMap::new(), Vec::new());
+        let (mut tasks, mut indexes) = (JoinSet::new(), HashMap::new());
         for (index, configured) in std::mem::take(&mut self.sources).into_iter().enumerate() {
-            let task = tasks.spawn(configured.source.watch(Sink::new(index, events.clone())));
+            let task = tasks.spawn(configured.source.watch(self.wanted.subscribe(), Sink::new(index, events.clone())));
             indexes.insert(task.id(), index);
-            authorities.push(configured.authority);
         }
+        let mut saver = self.keep.clone().map(Saver::new);
+        let mut saves = interval(SAVE_EVERY);
+        saves.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut doubts = interval(REPEATED_FOR / 4);
+        doubts.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let mut touched = Touched::new();
             tokio::select! {
                 // `events` stays open above, so the inbox never ends.
                 Some((index, event)) = inbox.recv() => {
-                    self.states[index].note(event);
+                    touched.extend(self.layers[index].note(event));
                     // One merge for everything that is already waiting.
                     while let Ok((index, event)) = inbox.try_recv() {
-                        self.states[index].note(event);
+                        touched.extend(self.layers[index].note(event));
                     }
                 }
                 Some(ended) = tasks.join_next_with_id(), if !tasks.is_empty() => {
                     let (id, reason) = why_it_ended(ended);
-                    self.states[indexes[&id]].ended = Some(reason);
+                    self.layers[indexes[&id]].ended = Some(reason);
+                }
+                // We hold a sender, so these never end either.
+                Some(Acceptance { source, answer }) = self.losses.1.recv() => {
+                    let (gone, result) = self.accept(&source);
+                    touched = gone;
+                    // Who asked may have left.
+                    let _ = answer.send(result);
+                }
+                // What is doubted is settled by another list, so one is asked for.
+                _ = doubts.tick(), if self.layers.iter().any(|layer| layer.held.stale() > 0) => {
+                    self.wanted.send_modify(|wanted| wanted.resync += 1);
+                    continue;
+                }
+                _ = saves.tick(), if saver.is_some() && self.layers.iter().any(|layer| layer.unsaved) => {
+                    self.save(saver.as_mut()).await;
+                    continue;
                 }
             }
-            self.publish(&authorities);
+            self.publish(&touched);
         }
     }
 
-    fn publish(&self, authorities: &[crate::Authority]) {
-        let before = self.health.borrow().clone();
-        let layers: Vec<Layer<'_>> = (self.states.iter().zip(authorities).zip(before.iter()))
-            .map(|((state, authority), health)| Layer { source: &health.name, authority, offers: &state.offers })
-            .collect();
-        let previous = self.directory.borrow().clone();
-        let merged = merge(&previous, &layers);
-        if !merged.directory.is_same_as(&previous) {
-            tracing::info!(services = merged.directory.len(), "directory changed");
-            self.directory.send_replace(Arc::new(merged.directory));
+    fn accept(&mut self, source: &str) -> (Touched, Result<(), String>) {
+        let Some(layer) = self.layers.iter_mut().find(|layer| &*layer.name == source) else {
+            let names: Vec<&str> = self.layers.iter().map(|layer| &*layer.name).collect();
+            return (Touched::new(), Err(format!("there is no source `{source}`; there are: {}", names.join(", "))));
+        };
+        layer.unsaved = true;
+        (layer.held.accept_losses(), Ok(()))
+    }
+
+    async fn save(&mut self, saver: Option<&mut Saver>) {
+        let Some(saver) = saver else { return };
+        for layer in self.layers.iter_mut().filter(|layer| layer.unsaved) {
+            layer.unsaved = false;
+            if let Some(text) = saved::text(layer.kind, &layer.held) {
+                saver.put(&layer.name, text);
+            }
         }
-        let now = (before.iter().zip(&self.states).zip(merged.reports))
-            .map(|((old, state), report)| state.health(old, report))
-            .collect::<Vec<_>>();
-        for (old, new) in before.iter().zip(&now) {
-            log_difference(old, new);
+        saver.save().await;
+    }
+
+    fn publish(&mut self, touched: &Touched) {
+        let mut directory = (**self.directory.borrow()).clone();
+        let mut changed = false;
+        for name in touched {
+            changed |= self.merge_one(name, &mut directory);
         }
+        if changed {
+            tracing::info!(services = directory.len(), "directory changed");
+            self.directory.send_replace(Arc::new(directory));
+        }
+        self.tell_health();
+    }
+
+    /// True when the service is another one now.
+    fn merge_one(&mut self, name: &ServiceName, directory: &mut Directory) -> bool {
+        let previous = directory.get(name).cloned();
+        let layers: Vec<Layer<'_>> = self.layers.iter().map(State::layer).collect();
+        let merged = merge(name, &self.trust_domain, previous.as_ref(), &layers);
+        for (layer, part) in self.layers.iter_mut().zip(merged.parts) {
+            layer.take_part(name, part);
+        }
+        let same = match (&previous, &merged.service) {
+            (Some(old), Some(new)) => Arc::ptr_eq(old, new),
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            *directory = directory.with(name, merged.service);
+        }
+        !same
+    }
+
+    fn tell_health(&self) {
+        let now: Vec<SourceHealth> = self.layers.iter().map(State::health).collect();
         self.health.send_if_modified(|current| {
             let changed = **current != now;
+            for (old, new) in current.iter().zip(&now).filter(|_| changed) {
+                log_difference(old, new);
+            }
             *current = Arc::new(now);
             changed
         });
@@ -137,33 +257,70 @@ impl Watcher {
 }
 
 impl State {
-    fn note(&mut self, event: SourceEvent) {
-        let now = SystemTime::now();
-        match event {
-            SourceEvent::Snapshot { offers, problems } => {
-                if self.last_change.is_none() || self.offers != offers {
-                    self.last_change = Some(now);
-                }
-                (self.offers, self.problems, self.unavailable) = (offers, problems, None);
-                self.last_ok = Some(now);
-            }
-            SourceEvent::InSync => (self.last_ok, self.unavailable) = (Some(now), None),
-            SourceEvent::Unavailable { error } => self.unavailable = Some(error),
+    fn of(configured: &Configured) -> State {
+        State {
+            name: configured.source.name().into(),
+            kind: configured.source.kind(),
+            authority: configured.authority.clone(),
+            endpoints: configured.provides.endpoints.clone(),
+            held: Held::new(configured.belief),
+            parts: BTreeMap::new(),
+            unavailable: None,
+            ended: None,
+            unsaved: false,
+            last_change: None,
+            last_ok: None,
         }
     }
 
-    fn health(&self, old: &SourceHealth, report: LayerReport) -> SourceHealth {
-        let own = self.ended.iter().chain(&self.unavailable).cloned();
-        let errors = own.chain(report.refused).chain(self.problems.iter().cloned());
+    fn layer(&self) -> Layer<'_> {
+        Layer { source: &self.name, authority: &self.authority, endpoints: &self.endpoints, held: &self.held }
+    }
+
+    fn note(&mut self, event: SourceEvent) -> Touched {
+        match &event {
+            SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
+            _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),
+        }
+        let listed = matches!(event, SourceEvent::Listed(_));
+        let touched = self.held.apply(event, Instant::now());
+        if !touched.is_empty() || (listed && self.last_change.is_none()) {
+            (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
+        }
+        touched
+    }
+
+    fn take_part(&mut self, name: &ServiceName, part: Part) {
+        if part == Part::default() {
+            self.parts.remove(name);
+        } else {
+            self.parts.insert(name.clone(), part);
+        }
+    }
+
+    fn health(&self) -> SourceHealth {
+        let own = self.ended.iter().chain(&self.unavailable);
+        let refused = self.parts.values().flat_map(|part| &part.refused);
+        let mut errors: Vec<String> =
+            own.chain(self.held.problems()).chain(refused).take(MOST_ERRORS + 1).cloned().collect();
+        if errors.len() > MOST_ERRORS {
+            errors[MOST_ERRORS] = format!("and more than these {MOST_ERRORS}: mend them to see the rest");
+        }
         SourceHealth {
-            name: old.name.clone(),
-            kind: old.kind,
-            services: report.accepted,
-            shadowed: report.shadowed,
+            name: self.name.to_string(),
+            kind: self.kind,
+            services: self.parts.values().filter(|part| part.defines).count(),
+            endpoints: self.parts.values().map(|part| part.endpoints).sum(),
+            stale: self.held.stale(),
+            shadowed: self.shadowed(),
             last_change: self.last_change,
             last_ok: self.last_ok,
-            errors: errors.collect(),
+            errors,
         }
+    }
+
+    fn shadowed(&self) -> Vec<ServiceName> {
+        self.parts.iter().filter(|(_, part)| part.shadowed).map(|(name, _)| name.clone()).collect()
     }
 }
 

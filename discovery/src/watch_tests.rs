@@ -1,5 +1,5 @@
 use super::*;
-use crate::{Authority, fake};
+use crate::{Belief, Epoch, Listing, Namespaces, Scope, fake};
 
 struct Running {
     directory: watch::Receiver<Arc<Directory>>,
@@ -8,7 +8,7 @@ struct Running {
 }
 
 fn start(sources: Vec<Configured>) -> Running {
-    let watcher = Watcher::new(sources);
+    let watcher = Watcher::new(sources, fake::trust_domain());
     let (directory, health) = (watcher.directory(), watcher.health());
     let mut task = JoinSet::new();
     task.spawn(watcher.run());
@@ -29,9 +29,9 @@ impl Running {
 async fn what_a_source_publishes_is_in_the_directory_until_it_publishes_something_else() {
     let (script, source) = fake::source("one");
     let mut running = start(vec![source]);
-    script.publish([fake::service("a.shop", "one", &["10.0.0.1"])]).await;
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
     running.directory_with(|directory| directory.find("a.shop").is_some()).await;
-    script.publish([fake::service("b.shop", "one", &[])]).await;
+    script.publish([fake::record("b.shop", &[])]).await;
     let directory = running.directory_with(|directory| directory.find("b.shop").is_some()).await;
     assert!(directory.find("a.shop").is_none());
     script.publish([]).await;
@@ -42,7 +42,7 @@ async fn what_a_source_publishes_is_in_the_directory_until_it_publishes_somethin
 async fn an_unavailable_source_keeps_its_services_and_says_why_until_it_is_back() {
     let (script, source) = fake::source("one");
     let mut running = start(vec![source]);
-    script.publish([fake::service("a.shop", "one", &["10.0.0.1"])]).await;
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
     script.fail("connection refused").await;
     let health = running.health_with(|health| !health[0].errors.is_empty()).await;
     assert_eq!(health[0].errors, ["connection refused"]);
@@ -63,39 +63,39 @@ async fn a_source_that_ends_or_panics_leaves_its_services_and_does_not_touch_the
         fn kind(&self) -> &'static str {
             "fake"
         }
-        fn watch(self: Box<Self>, _: Sink) -> crate::SourceFuture {
+        fn watch(self: Box<Self>, _: watch::Receiver<Wanted>, _: Sink) -> crate::SourceFuture {
             Box::pin(async { panic!("expected by this test") })
         }
     }
     let (ending, first) = fake::source("ending");
     let (living, third) = fake::source("living");
-    let second = Configured { source: Box::new(Panics), authority: Authority::everything() };
+    let second = Configured { source: Box::new(Panics), ..fake::source("panics").1 };
     let mut running = start(vec![first, second, third]);
-    ending.publish([fake::service("a.shop", "ending", &[])]).await;
+    ending.publish([fake::record("a.shop", &[])]).await;
     drop(ending);
     let health = running.health_with(|health| health[..2].iter().all(|source| !source.errors.is_empty())).await;
     assert!(health[0].errors[0].contains("ended by itself"), "{health:?}");
     assert!(health[1].errors[0].contains("expected by this test"), "{health:?}");
-    living.publish([fake::service("b.shop", "living", &[])]).await;
+    living.publish([fake::record("b.shop", &[])]).await;
     let directory = running.directory_with(|directory| directory.find("b.shop").is_some()).await;
     assert!(directory.find("a.shop").is_some());
 }
 
 #[test]
 fn the_end_of_a_source_outlasts_what_it_sent_before() {
-    let mut state = State { ended: Some("over".into()), ..State::default() };
-    state.note(SourceEvent::Snapshot { offers: Vec::new(), problems: Vec::new() });
+    let mut state = State::of(&fake::source("one").1);
+    state.ended = Some("over".into());
+    state.note(SourceEvent::Listed(Listing::empty(Scope::Everything, Epoch::default())));
     state.note(SourceEvent::InSync);
-    let before = Watcher::new(vec![fake::source("one").1]).health().borrow()[0].clone();
-    assert_eq!(state.health(&before, LayerReport::default()).errors, ["over"]);
+    assert_eq!(state.health().errors, ["over"]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_service_outside_the_authority_of_its_source_is_an_error_in_its_health() {
     let (script, mut source) = fake::source("one");
-    source.authority = Authority::new(["billing"]).unwrap();
+    source.authority = Namespaces::new(["billing"]).unwrap();
     let mut running = start(vec![source]);
-    script.publish([fake::service("a.shop", "one", &[]), fake::service("b.billing", "one", &[])]).await;
+    script.publish([fake::record("a.shop", &[]), fake::record("b.billing", &[])]).await;
     let health = running.health_with(|health| health[0].services == 1).await;
     assert!(health[0].errors[0].contains("no authority for namespace `shop`"), "{health:?}");
     assert!(running.directory.borrow().find("a.shop").is_none());
@@ -106,8 +106,8 @@ async fn the_next_source_takes_over_a_service_the_first_no_longer_defines() {
     let (one, first) = fake::source("one");
     let (two, second) = fake::source("two");
     let mut running = start(vec![first, second]);
-    one.publish([fake::service("a.shop", "one", &["10.0.0.1"])]).await;
-    two.publish([fake::service("a.shop", "two", &["10.0.0.2"])]).await;
+    one.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    two.publish([fake::record("a.shop", &["10.0.0.2"])]).await;
     let health = running.health_with(|health| !health[1].shadowed.is_empty()).await;
     assert_eq!((health[0].services, health[1].services), (1, 0));
     assert_eq!(&*running.directory.borrow().find("a.shop").unwrap().source, "one");
@@ -119,7 +119,7 @@ async fn the_next_source_takes_over_a_service_the_first_no_longer_defines() {
 async fn publishing_the_same_again_wakes_nobody_and_keeps_every_allocation() {
     let (script, source) = fake::source("one");
     let mut running = start(vec![source]);
-    let services = || ["a.shop", "b.shop"].map(|name| fake::service(name, "one", &["10.0.0.1"]));
+    let services = || ["a.shop", "b.shop"].map(|name| fake::record(name, &["10.0.0.1"]));
     script.publish(services()).await;
     let before = running.directory_with(|directory| directory.len() == 2).await;
     running.directory.mark_unchanged();
@@ -129,7 +129,7 @@ async fn publishing_the_same_again_wakes_nobody_and_keeps_every_allocation() {
     assert!(!running.directory.has_changed().unwrap());
 
     let [a, _] = services();
-    script.publish([a, fake::service("b.shop", "one", &["10.0.0.9"])]).await;
+    script.publish([a, fake::record("b.shop", &["10.0.0.9"])]).await;
     running.directory.changed().await.unwrap();
     let after = running.directory.borrow().clone();
     assert!(Arc::ptr_eq(before.find("a.shop").unwrap(), after.find("a.shop").unwrap()));
@@ -155,11 +155,126 @@ fn health_is_shown_with_times_in_unix_seconds() {
         name: "files".into(),
         kind: "files",
         services: 1,
+        endpoints: 4,
+        stale: 2,
         shadowed: vec!["a.shop".parse().unwrap()],
         last_change: Some(UNIX_EPOCH + std::time::Duration::from_millis(12_345)),
         last_ok: None,
         errors: vec!["x".into()],
     };
-    let expected = r#"{"name":"files","kind":"files","services":1,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"errors":["x"]}"#;
+    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"stale":2,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"errors":["x"]}"#;
     assert_eq!(serde_json::to_string(&health).unwrap(), expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_lost_everything_is_asked_again_and_believed_after_a_minute() {
+    let (script, mut source) = fake::source("one");
+    source.belief = Belief::Guarded;
+    let mut running = start(vec![source]);
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    running.directory_with(|directory| directory.find("a.shop").is_some()).await;
+    let mut wanted = script.wanted().await;
+    wanted.mark_unchanged();
+    script.publish([]).await;
+    let health = running.health_with(|health| health[0].stale == 1).await;
+    assert_eq!(health[0].endpoints, 1);
+    let directory = running.directory_with(|directory| directory.find("a.shop").unwrap().endpoints[0].stale).await;
+    assert_eq!(directory.find("a.shop").unwrap().endpoints.len(), 1);
+    let start = Instant::now();
+    while running.directory.borrow().find("a.shop").is_some() {
+        // Each time another list is asked for, it says the same.
+        wanted.changed().await.unwrap();
+        script.publish([]).await;
+        script.send(SourceEvent::InSync).await;
+        tokio::task::yield_now().await;
+    }
+    assert!(start.elapsed() >= REPEATED_FOR && start.elapsed() <= REPEATED_FOR * 2, "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn endpoints_of_several_sources_serve_one_service_in_the_order_of_the_sources() {
+    let (one, first) = fake::source("one");
+    let (two, second) = fake::source("two");
+    let mut running = start(vec![first, second]);
+    two.publish([fake::record("a.shop", &["10.0.0.2", "10.0.0.1"])]).await;
+    one.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    let directory =
+        running.directory_with(|directory| directory.find("a.shop").is_some_and(|s| &*s.source == "one")).await;
+    let shown: Vec<_> = directory
+        .find("a.shop")
+        .unwrap()
+        .endpoints
+        .iter()
+        .map(|endpoint| (endpoint.dial.ip().to_string(), &*endpoint.source, endpoint.rank))
+        .collect();
+    assert_eq!(shown, [("10.0.0.1".to_owned(), "one", 0), ("10.0.0.2".to_owned(), "two", 1)]);
+}
+
+#[derive(Default)]
+struct Memory(std::sync::Mutex<HashMap<String, String>>);
+
+impl Keep for Memory {
+    fn load(&self, source: &str) -> std::io::Result<Option<String>> {
+        Ok(self.0.lock().unwrap().get(source).cloned())
+    }
+    fn save(&self, source: &str, text: &str) -> std::io::Result<()> {
+        self.0.lock().unwrap().insert(source.to_owned(), text.to_owned());
+        Ok(())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_starts_while_its_sources_are_away_knows_what_it_knew() {
+    let memory = Arc::new(Memory::default());
+    let run = |source| {
+        let watcher = Watcher::new(vec![source], fake::trust_domain()).keeping(memory.clone());
+        let (directory, health) = (watcher.directory(), watcher.health());
+        let mut task = JoinSet::new();
+        task.spawn(watcher.run());
+        Running { directory, health, _task: task }
+    };
+    let (script, source) = fake::source("one");
+    let first = run(source);
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    tokio::time::sleep(SAVE_EVERY).await;
+    while memory.load("one").unwrap().is_none() {
+        tokio::task::yield_now().await;
+    }
+    let before = first.directory.borrow().clone();
+    drop(first);
+
+    let (script, source) = fake::source("one");
+    let mut second = run(source);
+    assert_eq!(*second.directory.borrow(), before);
+    script.fail("no route to host").await;
+    second.health_with(|health| !health[0].errors.is_empty()).await;
+    assert_eq!(*second.directory.borrow(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_last_good_state_that_cannot_be_read_stops_nothing() {
+    let memory = Arc::new(Memory::default());
+    for text in ["{", r#"{"schema":99,"kind":"fake","epochs":[],"records":[]}"#] {
+        memory.save("one", text).unwrap();
+        let (_script, source) = fake::source("one");
+        let watcher = Watcher::new(vec![source], fake::trust_domain()).keeping(memory.clone());
+        assert!(watcher.directory().borrow().is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_who_accepts_a_loss_does_not_wait_for_it_to_be_repeated() {
+    let (script, mut source) = fake::source("one");
+    source.belief = Belief::Guarded;
+    let watcher = Watcher::new(vec![source], fake::trust_domain());
+    let (directory, health, losses) = (watcher.directory(), watcher.health(), watcher.losses());
+    let mut task = JoinSet::new();
+    task.spawn(watcher.run());
+    let mut running = Running { directory, health, _task: task };
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    script.publish([]).await;
+    running.health_with(|health| health[0].stale == 1).await;
+    assert!(losses.accept("tow".into()).await.unwrap_err().contains("there are: one"));
+    losses.accept("one".into()).await.unwrap();
+    running.directory_with(|directory| directory.is_empty()).await;
 }

@@ -64,6 +64,7 @@ macro_rules! start {
 
 mod certificates;
 mod intent;
+mod last_known;
 mod listeners;
 mod reload;
 mod self_check;
@@ -71,6 +72,7 @@ mod self_check;
 pub use intent::wanted;
 
 use certificates::{Certificates, default_identity, wait_for_certificates};
+use last_known::LastKnown;
 use listeners::{Captured, bind_dns, start_capture};
 use reload::{Reloader, load_enrolment, withhold};
 
@@ -114,8 +116,9 @@ impl App {
         withhold(&mut enrolment, &credentials.borrow(), attestor.sight());
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
-        let watcher = Watcher::new(sources);
-        let (directory, mut health) = (watcher.directory(), watcher.health());
+        let known = Arc::new(LastKnown::new(&config.state_dir));
+        let watcher = Watcher::new(sources, credentials.borrow().trust_domain.clone()).keeping(known);
+        let (directory, mut health, losses) = (watcher.directory(), watcher.health(), watcher.losses());
         let vips = Arc::new(start!(
             Vips::open(&config.state_dir.join("vips.json"), config.capture.vip4, config.capture.vip6),
             "virtual IPs"
@@ -173,7 +176,7 @@ impl App {
         let view = Arc::new(view);
         tokio::spawn(admin::serve_metrics(metrics, view.clone()));
         let (reload, reloads) = mpsc::channel(1);
-        let control = Control { keeper: keeper.clone(), reload };
+        let control = Control { keeper: keeper.clone(), reload, losses };
         tokio::spawn(admin::serve_socket(admin_socket, view, control));
         if config.workload_api.enabled {
             let path = config.api_socket();

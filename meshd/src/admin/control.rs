@@ -13,13 +13,14 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::serve::IncomingStream;
+use meshd_discovery::Losses;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
-use super::probe;
 use super::view::View;
+use super::{endpoints, probe};
 use crate::capture::KeeperHandle;
 
 /// Where verbs that change something are carried out.
@@ -28,6 +29,7 @@ pub struct Control {
     pub keeper: KeeperHandle,
     /// Reads the configuration's directories again; answered when what they say is in force.
     pub reload: mpsc::Sender<Reload>,
+    pub losses: Losses,
 }
 
 /// A request to reload, and whom to tell how it went.
@@ -63,11 +65,13 @@ impl Connected<IncomingStream<'_, UnixListener>> for Operator {
 
 /// Those that have nothing to tell answer with 204; what fails answers `{"error": "..."}`.
 pub(super) fn routes(control: Control, view: Arc<View>) -> Router {
+    let losses = control.losses.clone();
     Router::new()
         .route("/reload", post(reload))
         .route("/intercept/apply", post(apply))
         .route("/intercept/follow", post(follow))
         .with_state(control)
+        .merge(endpoints::orders(losses))
         .merge(probe::routes(view))
         .layer(middleware::from_fn(for_root))
 }

@@ -2,6 +2,7 @@
 
 mod client;
 mod control;
+mod endpoints;
 mod federation;
 mod intercept;
 mod ledger;
@@ -14,6 +15,7 @@ mod withheld;
 
 pub use client::{AdminError, fetch, order};
 pub use control::{ApplyOrder, Control, Reload};
+pub use endpoints::{AcceptOrder, EndpointView, endpoints};
 pub use federation::FederationView;
 pub use intercept::{InterceptPlan, InterceptStatus};
 pub use ledger::{CallerView, LedgerView, PortView, ledger};

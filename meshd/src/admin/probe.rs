@@ -149,7 +149,7 @@ fn row(endpoint: &Endpoint) -> ProbeEndpoint {
         dial: endpoint.dial,
         identity: endpoint.identity.to_string(),
         transport: format!("{:?}", endpoint.transport).to_lowercase(),
-        zone: endpoint.zone.clone(),
+        zone: endpoint.zone.to_string(),
         health: format!("{:?}", endpoint.health).to_lowercase(),
     }
 }

@@ -13,8 +13,8 @@ use axum::{Json, Router};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::control::{self, Control, Operator};
-use super::ledger;
 use super::view::View;
+use super::{endpoints, ledger};
 use crate::lifecycle::Stage;
 use crate::telemetry;
 
@@ -41,6 +41,7 @@ pub async fn serve_socket(listener: UnixListener, view: Arc<View>, control: Cont
         .route("/intercept", get(|State(view): State<Arc<View>>| async move { Json(view.capture()) }))
         .route("/edges", get(|State(view): State<Arc<View>>| async move { Json(view.edges()) }))
         .with_state(view.clone())
+        .merge(endpoints::routes(view.clone()))
         .merge(ledger::routes(view.clone(), control.keeper.clone()))
         .merge(control::routes(control, view))
         .into_make_service_with_connect_info::<Operator>();

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use super::endpoints::{self, EndpointView};
 use super::ledger::{Callers, LedgerView};
 use super::pki::PkiView;
 use super::withheld::WithheldView;
@@ -249,6 +250,10 @@ impl View {
             .collect()
     }
 
+    pub fn endpoints(&self) -> Vec<EndpointView> {
+        endpoints::rows(&self.shared, &self.sources)
+    }
+
     pub fn edges(&self) -> Vec<EdgeView> {
         let rows = self.shared.telemetry.edges.rows();
         rows.into_iter()
@@ -310,6 +315,16 @@ impl View {
                 "meshd_source_services",
                 "Services by source",
                 per_source(&|health| health.services as f64),
+            ),
+            Exposition::gauge(
+                "meshd_source_endpoints",
+                "Endpoints by source",
+                per_source(&|health| health.endpoints as f64),
+            ),
+            Exposition::gauge(
+                "meshd_source_stale_endpoints",
+                "Endpoints a source no longer names, which is not believed yet",
+                per_source(&|health| health.stale as f64),
             ),
             Exposition::gauge(
                 "meshd_source_errors",

@@ -1,6 +1,7 @@
 //! The verbs of the command line, one file per family.
 
 pub(crate) mod bypass;
+pub(crate) mod endpoints;
 pub(crate) mod enrol;
 pub(crate) mod inspect;
 pub(crate) mod intercept;

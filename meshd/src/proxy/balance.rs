@@ -182,6 +182,12 @@ impl Balancer {
         let untried = |member: &&Rc<Member>| !tried.iter().any(|other| Rc::ptr_eq(other, member));
         let usable = |member: &&Rc<Member>| member.endpoint.weight > 0 && member.endpoint.health != Health::Unhealthy;
         let mut left: Vec<&Rc<Member>> = members.iter().filter(usable).filter(untried).collect();
+        // What the first source says holds for as long as any of it works; then everything counts, so that a service is
+        // never without endpoints because all of them failed once.
+        let works = |member: &&&Rc<Member>| !member.probed.get();
+        if let Some(first) = left.iter().filter(works).map(|member| member.endpoint.rank).min() {
+            left.retain(|member| member.endpoint.rank == first);
+        }
         let fallback = Balancer::untried_cost(&members, now);
         let mut best: Option<(f64, &Rc<Member>)> = None;
         for _ in 0..CHOICES.min(left.len()) {
@@ -237,13 +243,34 @@ mod tests {
             target: format!("10.0.0.{n}:80").parse().unwrap(),
             transport: Transport::Meshd,
             identity: "spiffe://mesh.example/ns/shop/sa/payments".parse().unwrap(),
-            network: String::new(),
-            zone: String::new(),
+            network: "".into(),
+            zone: "".into(),
             weight,
             health: Health::Healthy,
             source: "test".into(),
+            rank: 0,
+            stale: false,
             epoch: 0,
         })
+    }
+
+    #[test]
+    fn endpoints_of_a_later_source_are_used_only_when_those_of_the_first_fail() {
+        let balancer = Balancer::default();
+        let later = Arc::new(Endpoint { rank: 1, ..(*endpoint(2, 100)).clone() });
+        balancer.update(&service(vec![endpoint(1, 100), later]), 80);
+        let now = Instant::now();
+        let pick = |tried: &[Rc<Member>]| balancer.pick(tried, now, &mut |bound| bound - 1).unwrap();
+        let first = pick(&[]);
+        assert_eq!(first.endpoint.rank, 0);
+        assert_eq!(pick(std::slice::from_ref(&first)).endpoint.rank, 1);
+        first.probed.set(true);
+        assert_eq!(pick(&[]).endpoint.rank, 1);
+        for member in balancer.members.borrow().iter() {
+            member.probed.set(true);
+        }
+        // All failed: none is left out.
+        pick(&[pick(&[])]);
     }
 
     fn service(endpoints: Vec<Arc<Endpoint>>) -> Arc<Service> {

@@ -277,11 +277,13 @@ pub(crate) fn endpoint(service: &str, name: &str, dial: SocketAddr, target: Sock
         target,
         transport: Transport::Meshd,
         identity: identity(name),
-        network: String::new(),
-        zone: String::new(),
+        network: "".into(),
+        zone: "".into(),
         weight: 100,
         health: Health::Healthy,
         source: "test".into(),
+        rank: 0,
+        stale: false,
         epoch: 0,
     }
 }
