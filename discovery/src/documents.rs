@@ -11,8 +11,8 @@ use crate::{Definition, Health, Place, PortTarget, Protocol, Record, ServiceName
 
 /// Where a mesh listener is unless an endpoint says otherwise.
 pub const DEFAULT_MESH_PORT: u16 = 15008;
-const DEFAULT_WEIGHT: u32 = 100;
-const MAX_WEIGHT: u32 = 1_000_000;
+pub(crate) const DEFAULT_WEIGHT: u32 = 100;
+pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
 const API_VERSION: &str = "meshd.dev/v1alpha1";
 const KIND: &str = "MeshService";
 
@@ -364,20 +364,27 @@ fn address(field: &Field<'_>, problems: &mut Vec<Problem>) -> Option<IpAddr> {
         );
         return None;
     };
-    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
-    if address.is_unspecified() || address.is_multicast() || broadcast {
+    if !is_of_a_host(address) {
         field.refuse(problems, format!("{address} is not the address of a host; write the one peers dial"));
         return None;
     }
     Some(address)
 }
 
+pub(crate) fn is_of_a_host(address: IpAddr) -> bool {
+    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+    !(address.is_unspecified() || address.is_multicast() || broadcast)
+}
+
+pub(crate) fn is_plain_word(text: &str) -> bool {
+    text.len() <= 63 && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
 /// `network` and `zone` end up in metrics and messages, so they are plain words.
 fn tag(fields: &Fields<'_>, key: &str, problems: &mut Vec<Problem>) -> String {
     let Some(field) = fields.get(key) else { return String::new() };
     let Some(text) = field.text(problems) else { return String::new() };
-    let plain = text.len() <= 63 && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-    if !plain {
+    if !is_plain_word(text) {
         field.refuse(problems, "at most 63 of a-z, A-Z, 0-9, `-`, `_` and `.` are allowed; choose a plain word");
     }
     text.to_owned()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
-use crate::{Change, Definition, Epoch, Listing, Place, Record, Refused, Scope, ServiceName, SourceEvent};
+use crate::{Change, Definition, Epoch, Listing, Place, Record, Refused, Scope, ServiceName, SourceEvent, Wanted};
 
 #[derive(Debug)]
 pub(crate) struct Held {
@@ -72,7 +72,7 @@ impl Held {
         match event {
             SourceEvent::Listed(listing) => self.list(listing, now),
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
-            SourceEvent::Dropped(scope) => self.forget(&scope),
+            SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
             SourceEvent::InSync | SourceEvent::Unavailable { .. } => Touched::new(),
         }
     }
@@ -157,10 +157,13 @@ impl Held {
         self.take(next, true, now)
     }
 
-    fn forget(&mut self, scope: &Scope) -> Touched {
-        self.positions.remove(scope);
-        self.refused.retain(|_, (read, _)| read != scope);
-        self.keys_in(scope).iter().filter_map(|key| self.remove(key)).collect()
+    fn narrow(&mut self, wanted: &Wanted) -> Touched {
+        let scopes = wanted.scopes();
+        self.positions.retain(|scope, _| scopes.contains(scope));
+        self.refused.retain(|_, (read, _)| scopes.contains(read));
+        let strange = |entry: &&Entry| !wanted.covers(&entry.record.service);
+        let keys: Vec<_> = self.records.values().filter(strange).map(|entry| entry.record.key.clone()).collect();
+        keys.iter().filter_map(|key| self.remove(key)).collect()
     }
 
     fn keys_in(&self, scope: &Scope) -> Vec<Arc<str>> {

@@ -139,13 +139,14 @@ fn what_cannot_be_understood_keeps_what_its_key_said_before_and_says_so_until_it
 }
 
 #[test]
-fn a_scope_that_nobody_wants_any_more_is_forgotten_and_the_others_stay() {
+fn what_nobody_wants_any_more_is_forgotten_and_the_rest_stays() {
     let (mut held, now) = (held(), Instant::now());
     for record in services(2) {
         let (scope, epoch) = (Scope::Service(record.service.clone()), Epoch::default());
         held.apply(SourceEvent::Listed(Listing { scope, epoch, records: vec![record], refused: vec![] }), now);
     }
-    held.apply(SourceEvent::Dropped(Scope::Service("a.shop".parse().unwrap())), now);
+    let wanted = Wanted { services: ["b.shop".parse().unwrap()].into(), ..Wanted::default() };
+    held.apply(SourceEvent::Narrowed(wanted), now);
     assert_eq!((counts(&held), held.of(&"b.shop".parse().unwrap()).count()), ((1, 0), 1));
 }
 

@@ -8,10 +8,12 @@
 //! A source that fails never empties the directory: what it said last stays in force and its health says why. Nor does
 //! one that suddenly says less: `belief.rs`.
 
+mod backoff;
 mod belief;
 mod config;
 mod directory;
 mod documents;
+mod etcd;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 mod files;
@@ -19,6 +21,7 @@ mod held;
 mod merge;
 mod name;
 mod record;
+mod registration;
 mod saved;
 mod source;
 mod types;
@@ -29,9 +32,11 @@ pub use belief::{Belief, REPEATED_FOR};
 pub use config::{ConfigError, Configured, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
 pub use directory::Directory;
 pub use documents::DEFAULT_MESH_PORT;
+pub use etcd::EtcdSource;
 pub use files::FilesSource;
 pub use name::{NameError, ServiceName};
 pub use record::{Definition, Place, PortTarget, Record};
+pub use registration::Registration;
 pub use saved::Keep;
 pub use source::{Change, Epoch, Listing, Refused, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};
 pub use types::{Endpoint, Health, Protocol, Service, ServicePort, Transport};

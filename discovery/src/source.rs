@@ -58,6 +58,16 @@ impl Wanted {
     pub fn covers(&self, service: &ServiceName) -> bool {
         self.everything || self.namespaces.contains(service.namespace()) || self.services.contains(service)
     }
+
+    /// The same, as lists that do not overlap.
+    pub fn scopes(&self) -> Vec<Scope> {
+        if self.everything {
+            return vec![Scope::Everything];
+        }
+        let alone = |service: &&ServiceName| !self.namespaces.contains(service.namespace());
+        let services = self.services.iter().filter(alone).cloned().map(Scope::Service);
+        self.namespaces.iter().cloned().map(Scope::Namespace).chain(services).collect()
+    }
 }
 
 /// What a list was a list of.
@@ -125,8 +135,8 @@ pub enum SourceEvent {
     Listed(Listing),
     /// What happened since the list of this scope, up to a position.
     Changed { scope: Scope, position: u64, changes: Vec<Change> },
-    /// Nobody wants it any more, so it is not watched.
-    Dropped(Scope),
+    /// Nothing else is followed from now on: what was said of other services is forgotten.
+    Narrowed(Wanted),
     /// Reached and unchanged.
     InSync,
     /// Cannot be read now. What it said before stays in force.

@@ -17,7 +17,7 @@ use crate::api::watch_client::WatchClient;
 use crate::api::watch_request::RequestUnion;
 use crate::api::{
     AuthenticateRequest, KeyValue, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, RangeRequest,
-    ResponseHeader, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse,
+    ResponseHeader, TxnRequest, TxnResponse, WatchCancelRequest, WatchCreateRequest, WatchRequest, WatchResponse,
 };
 use crate::connection::{Connection, connect};
 use crate::ops::Prefix;
@@ -29,6 +29,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 const CALL_DEADLINE: Duration = Duration::from_secs(4);
 /// Keys per answer: values may have some 100 KiB each.
 const PAGE: i64 = 100;
+/// Watches that may be asked for before the stream takes them; more wait.
+const WATCH_REQUESTS: usize = 16;
 const LARGEST_ANSWER: usize = 256 * 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +95,7 @@ pub struct Listed {
 /// A watch that was confirmed. What comes out is in the order of revisions.
 pub struct Watching {
     /// The watch ends when nobody can say anything on it any more.
-    _requests: mpsc::Sender<WatchRequest>,
+    requests: mpsc::Sender<WatchRequest>,
     responses: Streaming<WatchResponse>,
 }
 
@@ -103,6 +105,42 @@ impl Watching {
         let message = self.responses.message().await.map_err(Error::Refused)?;
         message.ok_or_else(|| Error::Refused(Status::unavailable("the watch ended")))
     }
+}
+
+/// Several watches on one stream.
+pub struct Watches(Watching);
+
+impl Watches {
+    /// The next message of any of them, in the order of revisions for each.
+    pub async fn next(&mut self) -> Result<WatchResponse, Error> {
+        self.0.next().await
+    }
+
+    pub async fn add(&self, id: i64, prefix: &Prefix, from: i64) -> Result<(), Error> {
+        self.request(create(id, prefix, from)).await
+    }
+
+    /// What was on its way may still come.
+    pub async fn cancel(&self, id: i64) -> Result<(), Error> {
+        let cancel = RequestUnion::CancelRequest(WatchCancelRequest { watch_id: id });
+        self.request(WatchRequest { request_union: Some(cancel) }).await
+    }
+
+    async fn request(&self, request: WatchRequest) -> Result<(), Error> {
+        let sent = self.0.requests.send(request).await;
+        sent.map_err(|_| Error::Refused(Status::unavailable("the watch ended")))
+    }
+}
+
+fn create(id: i64, prefix: &Prefix, from: i64) -> WatchRequest {
+    let create = WatchCreateRequest {
+        key: prefix.key.clone(),
+        range_end: prefix.end.clone(),
+        start_revision: from,
+        progress_notify: false,
+        watch_id: id,
+    };
+    WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }
 }
 
 impl Client {
@@ -196,20 +234,21 @@ impl Client {
 
     /// Everything below a prefix from a revision on. Ends when its member loses sight of the majority.
     pub async fn watch(&self, prefix: &Prefix, from: i64) -> Result<Watching, Error> {
-        let create = WatchCreateRequest {
-            key: prefix.key.clone(),
-            range_end: prefix.end.clone(),
-            start_revision: from,
-            progress_notify: false,
-        };
+        let watches = self.watches(1, prefix, from).await?;
+        Ok(watches.0)
+    }
+
+    /// The first of several watches on one stream; ids are the caller's, from 1 on. Each is confirmed, or refused, by a
+    /// message of its own. The stream ends when its member loses sight of the majority.
+    pub async fn watches(&self, id: i64, prefix: &Prefix, from: i64) -> Result<Watches, Error> {
+        let create = create(id, prefix, from);
         let started = self.call(|session| async move {
-            let (requests, queue) = mpsc::channel(1);
-            let first = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-            requests.try_send(first).map_err(|_| Status::internal("a new queue is full"))?;
+            let (requests, queue) = mpsc::channel(WATCH_REQUESTS);
+            requests.try_send(create).map_err(|_| Status::internal("a new queue is full"))?;
             let mut request = session.request(ReceiverStream::new(queue));
             request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
             let responses = session.watch().watch(request).await?.into_inner();
-            Ok(tonic::Response::new(Watching { _requests: requests, responses }))
+            Ok(tonic::Response::new(Watches(Watching { requests, responses })))
         });
         started.await
     }

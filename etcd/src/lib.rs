@@ -6,7 +6,7 @@ mod connection;
 mod ops;
 mod settings;
 
-pub use client::{Client, Error, Listed, Watching};
+pub use client::{Client, Error, Listed, Watches, Watching};
 pub use ops::{Prefix, absent, created_at, delete, get, none_changed_since, put, unchanged};
 pub use settings::{Settings, SettingsError};
 

@@ -1,0 +1,269 @@
+use std::sync::Mutex;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::*;
+use crate::{Change, Epoch, Listing, Record, fake};
+
+/// An etcd in words: what it holds, how it fails, and what it was asked.
+#[derive(Default)]
+struct Script {
+    store: &'static str,
+    revision: u64,
+    records: Vec<Record>,
+    down: bool,
+    asked: Vec<String>,
+    watches: Vec<mpsc::Sender<Result<News, Error>>>,
+}
+
+#[derive(Clone)]
+struct Fake(Arc<Mutex<Script>>);
+
+struct FakeWatches {
+    news: mpsc::Receiver<Result<News, Error>>,
+    script: Arc<Mutex<Script>>,
+}
+
+impl Fake {
+    fn new() -> Fake {
+        let records = vec![fake::record("a.shop", &["10.0.0.1"]), fake::record("b.shop", &["10.0.0.2"])];
+        Fake(Arc::new(Mutex::new(Script { store: "one", revision: 10, records, ..Script::default() })))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.0.lock().unwrap());
+    }
+
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap().asked)
+    }
+
+    fn up(&self, call: String) -> Result<(), Error> {
+        let mut script = self.0.lock().unwrap();
+        script.asked.push(call);
+        if script.down { Err(Error::gone("scripted")) } else { Ok(()) }
+    }
+
+    async fn tell(&self, news: News) {
+        let watch = self.0.lock().unwrap().watches.last().unwrap().clone();
+        watch.send(Ok(news)).await.unwrap();
+    }
+
+    /// What the present watches are broken by.
+    async fn break_off(&self) {
+        let watch = self.0.lock().unwrap().watches.last().unwrap().clone();
+        watch.send(Err(Error::gone("cut"))).await.unwrap();
+    }
+}
+
+impl Remote for Fake {
+    type Watches = FakeWatches;
+
+    async fn list(&mut self, scope: &Scope) -> Result<Listing, Error> {
+        self.up(format!("list {scope:?}"))?;
+        let script = self.0.lock().unwrap();
+        let epoch = Epoch { store: script.store.into(), position: script.revision };
+        let records = script.records.iter().filter(|record| scope.holds(&record.service)).cloned().collect();
+        Ok(Listing { scope: scope.clone(), epoch, records, refused: vec![] })
+    }
+
+    async fn probe(&mut self) -> Result<Epoch, Error> {
+        self.up("probe".to_owned())?;
+        let script = self.0.lock().unwrap();
+        Ok(Epoch { store: script.store.into(), position: script.revision })
+    }
+
+    async fn watch(&mut self, id: i64, scope: &Scope, from: u64) -> Result<FakeWatches, Error> {
+        self.up(format!("watch {id} {scope:?} from {from}"))?;
+        let (send, news) = mpsc::channel(8);
+        self.0.lock().unwrap().watches.push(send);
+        Ok(FakeWatches { news, script: self.0.clone() })
+    }
+
+    async fn add(&mut self, _: &mut FakeWatches, id: i64, scope: &Scope, from: u64) -> Result<(), Error> {
+        self.up(format!("add {id} {scope:?} from {from}"))
+    }
+
+    fn leave_member(&mut self) {
+        self.0.lock().unwrap().asked.push("leave".to_owned());
+    }
+}
+
+impl Stream for FakeWatches {
+    async fn next(&mut self) -> Result<News, Error> {
+        self.news.recv().await.unwrap_or_else(|| Err(Error::gone("dropped")))
+    }
+
+    async fn cancel(&mut self, id: i64) -> Result<(), Error> {
+        self.script.lock().unwrap().asked.push(format!("cancel {id}"));
+        Ok(())
+    }
+}
+
+struct Running {
+    etcd: Fake,
+    wanted: watch::Sender<Wanted>,
+    events: mpsc::Receiver<(usize, SourceEvent)>,
+    _task: JoinSet<()>,
+}
+
+fn wanting(services: &[&str]) -> Wanted {
+    Wanted { services: services.iter().map(|name| name.parse().unwrap()).collect(), ..Wanted::default() }
+}
+
+fn start(wanted: Wanted) -> Running {
+    let (etcd, wanted) = (Fake::new(), watch::Sender::new(wanted));
+    let (send, events) = mpsc::channel(64);
+    let mut task = JoinSet::new();
+    task.spawn(run(etcd.clone(), wanted.subscribe(), Sink::new(0, send)));
+    Running { etcd, wanted, events, _task: task }
+}
+
+impl Running {
+    /// The next event that is more than a sign of life.
+    async fn next(&mut self) -> SourceEvent {
+        loop {
+            match self.events.recv().await.unwrap().1 {
+                SourceEvent::InSync => {}
+                event => return event,
+            }
+        }
+    }
+
+    async fn listed(&mut self) -> (Scope, u64, usize) {
+        match self.next().await {
+            SourceEvent::Listed(listing) => (listing.scope, listing.epoch.position, listing.records.len()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn shop(name: &str) -> Scope {
+    Scope::Service(format!("{name}.shop").parse().unwrap())
+}
+
+fn news(id: i64, revisions: &[u64]) -> News {
+    let change = |revision: &u64| (*revision, Change::Set(fake::record("a.shop", &["10.0.0.9"])));
+    News { id, changes: revisions.iter().map(change).collect(), ..News::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_service_wanted_is_listed_and_watched_from_there() {
+    let mut running = start(wanting(&["a.shop", "b.shop"]));
+    assert_eq!(running.listed().await, (shop("a"), 10, 1));
+    assert_eq!(running.listed().await, (shop("b"), 10, 1));
+    running.etcd.tell(news(1, &[11, 12])).await;
+    let SourceEvent::Changed { scope, position, changes } = running.next().await else { panic!("no change") };
+    assert_eq!((scope, position, changes.len()), (shop("a"), 12, 2));
+    let asked = running.etcd.asked();
+    assert!(asked.iter().any(|call| call.starts_with("watch 1 Service") && call.ends_with("from 11")), "{asked:?}");
+    assert!(asked.iter().any(|call| call.starts_with("add 2 Service") && call.ends_with("from 11")), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_broken_watch_it_goes_on_where_it_was_on_another_member_without_a_list() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.etcd.tell(news(1, &[14])).await;
+    running.next().await;
+    running.etcd.change(|script| script.revision = 14);
+    running.etcd.asked();
+    running.etcd.break_off().await;
+    assert!(matches!(running.next().await, SourceEvent::Unavailable { error } if error.contains("cut")));
+    while running.events.recv().await.unwrap().1 != SourceEvent::InSync {}
+    let asked = running.etcd.asked();
+    assert_eq!(asked[..2], ["leave", "probe"]);
+    assert!(asked[2].starts_with("watch 2") && asked[2].ends_with("from 15"), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_compacted_is_listed_again_and_nobody_is_told_of_trouble() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.etcd.change(|script| script.revision = 99);
+    running.etcd.tell(News { id: 1, compacted: true, ..News::default() }).await;
+    assert_eq!(running.listed().await, (shop("a"), 99, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_cluster_or_one_put_back_is_read_anew_at_the_next_probe() {
+    for (store, revision) in [("two", 50), ("one", 3)] {
+        let mut running = start(wanting(&["a.shop"]));
+        running.listed().await;
+        running.etcd.change(|script| (script.store, script.revision) = (store, revision));
+        let SourceEvent::Listed(listing) = running.next().await else { panic!("no list") };
+        assert_eq!((&*listing.epoch.store, listing.epoch.position), (store, revision));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn old_news_after_a_list_is_passed_over() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.etcd.change(|script| script.revision = 20);
+    running.wanted.send_modify(|wanted| wanted.resync += 1);
+    assert_eq!(running.listed().await, (shop("a"), 20, 1));
+    running.etcd.tell(news(1, &[15, 20, 21])).await;
+    let SourceEvent::Changed { position, changes, .. } = running.next().await else { panic!("no change") };
+    assert_eq!((position, changes.len()), (21, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_longer_wanted_is_neither_watched_nor_kept() {
+    let mut running = start(wanting(&["a.shop", "b.shop"]));
+    running.listed().await;
+    running.listed().await;
+    running.wanted.send_replace(wanting(&["b.shop", "c.shop"]));
+    assert!(matches!(running.next().await, SourceEvent::Narrowed(to) if to == wanting(&["b.shop", "c.shop"])));
+    assert_eq!(running.listed().await, (shop("c"), 10, 0));
+    tokio::task::yield_now().await;
+    let asked = running.etcd.asked();
+    assert!(asked.contains(&"cancel 1".to_owned()), "{asked:?}");
+    // What was on its way of the watch that is over changes nothing.
+    running.etcd.tell(news(1, &[30])).await;
+    running.etcd.tell(News { id: 1, ended: Some("cancelled".into()), ..News::default() }).await;
+    running.etcd.tell(news(2, &[31])).await;
+    assert!(matches!(running.next().await, SourceEvent::Changed { scope, .. } if scope == shop("b")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_etcd_is_down_it_is_asked_ever_less_often_and_found_again() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.etcd.change(|script| script.down = true);
+    running.etcd.asked();
+    let down_at = Instant::now();
+    while down_at.elapsed() < Duration::from_secs(60) {
+        assert!(matches!(running.next().await, SourceEvent::Unavailable { error } if error.contains("scripted")));
+    }
+    let probes = running.etcd.asked().iter().filter(|call| *call == "probe").count();
+    assert!((12..=40).contains(&probes), "{probes} in a minute");
+    running.etcd.change(|script| script.down = false);
+    while running.events.recv().await.unwrap().1 != SourceEvent::InSync {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn everything_is_read_again_every_few_minutes() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    let listed_at = Instant::now();
+    running.listed().await;
+    assert!(listed_at.elapsed() >= RESYNC_EVERY.mul_f64(0.8) && listed_at.elapsed() <= RESYNC_EVERY.mul_f64(1.2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_etcd_refuses_is_named_as_trouble() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.etcd.tell(News { id: 1, ended: Some("etcdserver: permission denied".into()), ..News::default() }).await;
+    assert!(matches!(running.next().await, SourceEvent::Unavailable { error } if error.contains("permission denied")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_wants_nothing_asks_for_nothing_but_a_sign_of_life() {
+    let mut running = start(Wanted::default());
+    assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
+    assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
+    assert!(running.etcd.asked().iter().all(|call| call == "probe"));
+}

@@ -1,0 +1,58 @@
+//! `kind = "etcd"`: what hosts and operators wrote to an etcd cluster.
+//!
+//! ```text
+//!            +--------- error, other member, back off <--------------+
+//!            v                                                        |
+//!   list each scope wanted ---> watch each from its revision ---> events, probes every 2 s
+//!            ^                        |                               |
+//!            +---- compacted ---------+      every few minutes, or when asked: list again, beside the watch
+//! ```
+//! A list says which cluster it is of and at what revision (its epoch). Events at or below the revision of a list that came
+//! after they were sent are old news. A probe asks the majority, so a member cut off from it is left.
+
+mod follow;
+mod keys;
+mod remote;
+
+use std::sync::Arc;
+
+use meshd_etcd::{Client, Error, Settings};
+use meshd_identity::TrustDomain;
+use tokio::sync::watch;
+
+use crate::{Sink, Source, SourceFuture, Wanted};
+
+pub struct EtcdSource {
+    name: String,
+    base: String,
+    client: Arc<Client>,
+    trust_domain: TrustDomain,
+}
+
+impl EtcdSource {
+    /// Reads the files that `settings` names, so that a mistake in them ends the start.
+    pub fn new(
+        name: &str,
+        settings: Settings,
+        base: Option<&str>,
+        trust_domain: TrustDomain,
+    ) -> Result<EtcdSource, Error> {
+        let base = base.unwrap_or(keys::BASE).trim_end_matches('/').to_owned();
+        Ok(EtcdSource { name: name.to_owned(), base, client: Arc::new(Client::new(settings)?), trust_domain })
+    }
+}
+
+impl Source for EtcdSource {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn kind(&self) -> &'static str {
+        "etcd"
+    }
+
+    fn watch(self: Box<Self>, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+        let remote = remote::Etcd { client: self.client, base: self.base, trust_domain: self.trust_domain };
+        Box::pin(follow::run(remote, wanted, sink))
+    }
+}
