@@ -31,6 +31,7 @@ use crate::proxy::{self, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::denied::Denied;
+use crate::transport::generations::Generations;
 use crate::transport::tls::TlsState;
 use crate::workload_api;
 
@@ -122,7 +123,10 @@ impl App {
         )?);
         let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
         let installed = credentials.borrow().clone();
-        let tls = start!(TlsState::build_denying(&installed, default_identity.as_ref(), 0, denied), "certificates")?;
+        let tls = start!(
+            TlsState::build_denying(&installed, default_identity.as_ref(), Generations::default(), denied),
+            "certificates"
+        )?;
         let access_log = match &config.proxy.access_log {
             Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
             None => AccessLog::off(),
@@ -143,7 +147,7 @@ impl App {
             raw: ArcSwap::default(),
             telemetry: Telemetry::new(config.proxy.worker_count(), access_log),
         });
-        let certificates = Arc::new(Certificates::new(&config, config_path, shared.clone(), installed));
+        let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         count_panics(&shared.telemetry);
         shared.ports.refresh(&shared.enrolment.load());
         let dns = bind_dns(&config).await?;
@@ -161,8 +165,7 @@ impl App {
         tokio::spawn(follow_directory(shared.clone(), directory.clone()));
         tokio::spawn(follow_ports(shared.clone()));
         tokio::spawn(self_check::watch(shared.clone()));
-        let workers =
-            start!(proxy::start(&shared, listeners, &lifecycle, &certificates.generation()), "worker threads")?;
+        let workers = start!(proxy::start(&shared, listeners, &lifecycle, &certificates.changes()), "worker threads")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());
         raw.follow_to(&directory.borrow().clone()).await;
         let raw = tokio::spawn(raw.follow(directory.clone()));

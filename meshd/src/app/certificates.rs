@@ -1,7 +1,7 @@
 //! Certificates as they come, and TLS made of them.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use meshd_identity::SpiffeId;
@@ -15,29 +15,26 @@ use crate::transport::tls::TlsState;
 
 /// Puts certificates in use.
 pub(super) struct Certificates {
-    config: Config,
-    config_path: PathBuf,
     shared: Arc<Shared>,
-    generation: watch::Sender<u64>,
-    /// What was put in use last, of which `generation` tells.
+    default_identity: Option<SpiffeId>,
+    changes: watch::Sender<u64>,
+    /// What was put in use last.
     installed: Mutex<Arc<Credentials>>,
 }
 
 impl Certificates {
     /// `installed` are those `shared` has already.
     pub(super) fn new(
-        config: &Config,
-        config_path: &Path,
         shared: Arc<Shared>,
+        default_identity: Option<SpiffeId>,
         installed: Arc<Credentials>,
     ) -> Certificates {
-        let (config, config_path) = (config.clone(), config_path.to_owned());
-        Certificates { config, config_path, shared, generation: watch::Sender::new(0), installed: installed.into() }
+        Certificates { shared, default_identity, changes: watch::Sender::new(0), installed: installed.into() }
     }
 
     /// Counts what was put in use.
-    pub(super) fn generation(&self) -> watch::Receiver<u64> {
-        self.generation.subscribe()
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 
     /// New certificates: all or nothing, and nothing changes when they are unusable.
@@ -46,17 +43,17 @@ impl Certificates {
         if Arc::ptr_eq(&installed, &credentials) {
             return;
         }
-        let generation = *self.generation.borrow() + 1;
-        let default = default_identity(&self.config, &self.config_path, &credentials).ok().flatten();
-        let denied = self.shared.tls.load().denied().clone();
-        match TlsState::build_denying(&credentials, default.as_ref(), generation, denied) {
+        let before = std::mem::replace(&mut *installed, credentials.clone());
+        let tls = self.shared.tls.load();
+        let Some(generations) = tls.generations().after(&before, &credentials) else { return };
+        let denied = tls.denied().clone();
+        match TlsState::build_denying(&credentials, self.default_identity.as_ref(), generations, denied) {
             Ok(tls) => {
                 self.shared.tls.store(Arc::new(tls));
-                self.generation.send_replace(generation);
+                self.changes.send_modify(|count| *count += 1);
             }
             Err(error) => tracing::error!(%error, "new certificates are unusable; keeping the ones in force"),
         }
-        *installed = credentials;
     }
 }
 

@@ -46,7 +46,8 @@ pub(super) struct Env {
     pub(super) dialer: Dialer,
     pub(super) pool: Pool,
     pub(super) lifecycle: Lifecycle,
-    pub(super) tls_generation: watch::Receiver<u64>,
+    /// Counts the replacements of what `Shared::tls` has.
+    pub(super) tls_changes: watch::Receiver<u64>,
     pub(super) work: Arc<Work>,
     pub(super) budget: Budget,
     pub(super) limits: SourceLimits,
