@@ -112,7 +112,8 @@ impl App {
         // waits in the listeners' queues.
         let Captured { keeper, listeners, recovery } = start_capture(&config, &enrolment, inherited).await?;
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
-        withhold(&mut enrolment, &credentials.borrow(), attestor.sight());
+        let installed = credentials.borrow().clone();
+        withhold(&mut enrolment, &installed, attestor.sight());
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
         let watcher = Watcher::new(sources);
@@ -121,8 +122,7 @@ impl App {
             Vips::open(&config.state_dir.join("vips.json"), config.capture.vip4, config.capture.vip6),
             "virtual IPs"
         )?);
-        let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
-        let installed = credentials.borrow().clone();
+        let default_identity = default_identity(&config, config_path, &installed)?;
         let tls = start!(
             TlsState::build_denying(&installed, default_identity.as_ref(), Generations::default(), denied),
             "certificates"
@@ -181,7 +181,7 @@ impl App {
         if config.workload_api.enabled {
             let path = config.api_socket();
             let socket = start!(workload_api::bind(&path), "{}", path.display())?;
-            let (shared, credentials, enrolled) = (shared.clone(), credentials.clone(), identities.subscribe());
+            let (shared, credentials, enrolled) = (shared.clone(), certificates.published(), identities.subscribe());
             let tokens = Arc::new(workload_api::PkiTokens::new(credentials.clone()));
             let sources = workload_api::Sources { shared, credentials, enrolled, tokens: Some(tokens) };
             tokio::spawn(workload_api::serve(socket, sources));
@@ -234,8 +234,8 @@ impl App {
                 changed = self.credentials.changed(), if renewing => {
                     renewing = changed.is_ok();
                     if renewing {
-                        self.follow_selectors();
                         self.certificates.install(self.credentials.borrow_and_update().clone());
+                        self.follow_selectors();
                     } else {
                         tracing::error!("certificates are not renewed any more; restart meshd before they expire");
                     }

@@ -52,7 +52,7 @@ impl Reloader {
     }
 
     async fn try_reload(&self, apply: Option<&str>) -> Result<(), String> {
-        let credentials = self.credentials.borrow().clone();
+        let credentials = self.certificates.installed();
         let enrolment = Arc::new(
             load_enrolment(&self.config, &credentials, self.shared.attestor.sight())
                 .map_err(|error| error.to_string())?,
@@ -63,7 +63,7 @@ impl Reloader {
         }
         // Who is captured must be known and certified first: a connection that went direct a moment ago is not to
         // be refused for that.
-        let before = self.shared.enrolment.swap(enrolment.clone());
+        let before = self.certificates.enrol(&enrolment);
         self.identities.send_replace(enrolment.identities());
         if !plan.raw_callers.is_empty() {
             wait_for_certificates(&mut self.credentials.clone(), &enrolment.identities()).await;
@@ -76,7 +76,7 @@ impl Reloader {
         };
         if let Err(error) = done {
             self.identities.send_replace(before.identities());
-            self.shared.enrolment.store(before);
+            self.certificates.enrol(&before);
             return Err(error.to_string());
         }
         self.shared.ports.refresh(&enrolment);
