@@ -28,7 +28,7 @@ pub(super) struct Reloader {
 
 impl Reloader {
     /// One after the other: what is ordered meanwhile reads what is there by then.
-    pub(super) async fn serve(self, mut orders: mpsc::Receiver<Reload>, hangup: Arc<Notify>) {
+    pub(super) async fn serve(&self, orders: &mut mpsc::Receiver<Reload>, hangup: &Notify) {
         loop {
             tokio::select! {
                 Some(Reload { apply, answer }) = orders.recv() => {

@@ -8,7 +8,7 @@ use meshd_pki_client::Credentials;
 use super::finding::Finding;
 use super::rules::RuleFacts;
 use super::ruleset::Chain;
-use crate::admin::{AdminError, PkiView, StatusView};
+use crate::admin::{AdminError, PkiView, StatusView, TaskView};
 use crate::attest::Sight;
 use crate::capture::{self, Applied, BackendKind, CaptureError, StateFile, Wanted};
 use crate::config::Config;
@@ -160,8 +160,21 @@ pub(super) fn decisions(config: &Config) -> Vec<Finding> {
 pub(super) fn running(status: &Result<StatusView, AdminError>) -> Vec<Finding> {
     let check = "the daemon is running";
     match status {
-        Ok(status) => vec![Finding::ok(check, ""), sources(status), federation(&status.pki, unix_now().cast_signed())],
+        Ok(status) => {
+            let federation = federation(&status.pki, unix_now().cast_signed());
+            vec![Finding::ok(check, ""), tasks(&status.tasks), sources(status), federation]
+        }
         Err(error) => vec![Finding::failed(check, error.to_string(), "")],
+    }
+}
+
+fn tasks(ended: &[TaskView]) -> Finding {
+    let check = "no part of the daemon has ended";
+    let said = ended.iter().map(TaskView::said).collect::<Vec<_>>().join("; ");
+    match (ended.is_empty(), ended.iter().all(|task| task.is_running)) {
+        (true, _) => Finding::ok(check, ""),
+        (_, true) => Finding::warning(check, said, "that is a defect of meshd; please report it with the log"),
+        (_, false) => Finding::failed(check, said, "restart meshd, and please report it with the log"),
     }
 }
 
@@ -208,6 +221,15 @@ mod tests {
         assert_eq!(programs(Sight::On).unwrap().verdict, Verdict::Ok);
         let blind = programs(Sight::Blind).unwrap();
         assert!(blind.verdict == Verdict::Failed && blind.remedy.contains("AmbientCapabilities=CAP_SYS_PTRACE"));
+    }
+
+    #[test]
+    fn a_part_that_ended_is_a_warning_once_it_runs_again_and_an_error_until_then() {
+        assert_eq!(tasks(&[]).verdict, Verdict::Ok);
+        let mut task = TaskView { task: "renewal".to_owned(), is_running: true, failures: 1, ..TaskView::default() };
+        assert_eq!(tasks(&[task.clone()]).verdict, Verdict::Warning);
+        task.is_running = false;
+        assert_eq!(tasks(&[task]).verdict, Verdict::Failed);
     }
 
     fn verdict(backend: Option<BackendKind>, has_chains: bool, routed: bool) -> Verdict {

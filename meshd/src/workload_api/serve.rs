@@ -47,8 +47,7 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     admin::bind_with_mode(path, 0o666)
 }
 
-pub async fn serve(listener: UnixListener, sources: Sources) {
-    let sources = Arc::new(sources);
+pub async fn serve(listener: UnixListener, sources: Arc<Sources>) {
     let (limits, complaints) = (Limits::default(), Arc::new(Complaints::default()));
     loop {
         let socket = match listener.accept().await {
