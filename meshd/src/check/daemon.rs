@@ -182,7 +182,9 @@ fn federation(pki: &PkiView, now: i64) -> Finding {
     let check = "bundles of federated trust domains are fresh";
     let refused =
         pki.federation_refused.iter().map(|(domain, why)| format!("that sent for {domain} is refused: {why}"));
-    let stale = pki.federation.iter().filter_map(|one| one.stale(now));
+    // While the PKI is away, which is told elsewhere, nobody knows how its publishers fare.
+    let known_at = now.min(pki.last_heard_unix.unwrap_or(0));
+    let stale = pki.federation.iter().filter_map(|one| one.stale(known_at));
     let problems: Vec<String> = refused.chain(stale).collect();
     match problems.is_empty() {
         true => Finding::ok(check, format!("{} of them", pki.federation.len())),
@@ -246,8 +248,11 @@ mod tests {
             last_good_unix: Some(1000),
             ..FederationView::default()
         };
-        let mut pki = PkiView { federation: vec![fresh], ..PkiView::default() };
+        let heard = Some(1090);
+        let mut pki = PkiView { federation: vec![fresh], last_heard_unix: heard, ..PkiView::default() };
         assert_eq!(federation(&pki, 1100).verdict, Verdict::Ok);
+        assert_eq!(federation(&pki, 9000).verdict, Verdict::Ok, "the PKI was not heard of since");
+        pki.last_heard_unix = Some(8990);
         assert_eq!(federation(&pki, 9000).verdict, Verdict::Warning);
         pki.federation_refused.insert("third.example".to_owned(), "no root".to_owned());
         assert_eq!(federation(&pki, 1100).verdict, Verdict::Warning);

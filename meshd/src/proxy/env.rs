@@ -60,12 +60,12 @@ pub(super) struct Env {
 }
 
 impl Env {
-    /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
     /// Outbound connections ended because of who the peer is.
     pub(super) fn count_cut(&self, cut: u64) {
         self.shared.telemetry.handshakes.cut[Direction::Outbound as usize].fetch_add(cut, Ordering::Relaxed);
     }
 
+    /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
     pub(super) fn sweep(&self) {
         self.measure();
         let tls = self.shared.tls.load();
