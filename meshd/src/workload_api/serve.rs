@@ -79,6 +79,7 @@ fn admit(limits: &Limits, socket: &UnixStream, attestor: &Arc<Attestor>) -> Opti
 
 async fn connection(socket: UnixStream, session: Arc<Session>) {
     let _open = session.sources.shared.telemetry.workload_api.connection();
+    session.caller.meet().await;
     let admission = session.admission.clone();
     let socket = Named::new(socket, move |requests| admission.pace(requests, Instant::now()));
     let service = service_fn(move |request| {
