@@ -20,11 +20,11 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Control, View};
-use crate::attest::{Attestor, Sight};
+use crate::attest::Attestor;
 use crate::capture::KeeperHandle;
 use crate::config::Config;
 use crate::dns::{self, Vips};
-use crate::enrol::{PortMemory, PortWatch};
+use crate::enrol::{PortMemory, PortWatch, Sight};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
 use crate::proxy::{self, Shared, Workers};

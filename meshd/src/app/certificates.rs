@@ -131,9 +131,9 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::attest::{Attestor, Sight};
+    use crate::attest::Attestor;
     use crate::dns::Vips;
-    use crate::enrol::{PortWatch, Reserved, load};
+    use crate::enrol::{PortWatch, Reserved, Sight, load};
     use crate::proxy::{ProxyConfig, RawPlaces};
     use crate::telemetry::{AccessLog, Telemetry};
     use crate::transport::generations::Generation;
@@ -186,7 +186,7 @@ mod tests {
                 telemetry: Telemetry::new(1, AccessLog::off()),
             });
             let certificates = Certificates::new(shared.clone(), None, first.clone());
-            Daemon { ca, first, shared, certificates, state: state }
+            Daemon { ca, first, shared, certificates, state }
         }
 
         /// A certificate that comes with these selectors.

@@ -10,10 +10,9 @@ use tokio::sync::{Notify, mpsc, watch};
 use super::certificates::{Certificates, wait_for_certificates};
 use super::intent::planned;
 use crate::admin::Reload;
-use crate::attest::Sight;
 use crate::capture::{KeeperHandle, Wanted};
 use crate::config::Config;
-use crate::enrol::{self, Enrolment};
+use crate::enrol::{self, Enrolment, Sight};
 use crate::proxy::Shared;
 
 pub(super) struct Reloader {

@@ -215,9 +215,9 @@ fn below(directory: &Path, depth: usize, found: &mut Vec<i32>) -> io::Result<()>
 mod tests {
     use std::net::{TcpListener, TcpStream};
 
-    use super::super::{Program, Sight};
+    use super::super::Program;
     use super::*;
-    use crate::enrol::Selector;
+    use crate::enrol::{Selector, Sight};
 
     #[test]
     fn whoever_holds_it_must_meet_the_guard_and_where_nobody_can_tell_whoever_may() {

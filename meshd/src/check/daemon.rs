@@ -9,10 +9,9 @@ use super::finding::Finding;
 use super::rules::RuleFacts;
 use super::ruleset::Chain;
 use crate::admin::{AdminError, PkiView, StatusView, TaskView};
-use crate::attest::Sight;
 use crate::capture::{self, Applied, BackendKind, CaptureError, StateFile, Wanted};
 use crate::config::Config;
-use crate::enrol::{EnrolError, Enrolment};
+use crate::enrol::{EnrolError, Enrolment, Sight};
 use crate::unix_time::unix_now;
 
 /// A PKI address that does not answer within this time is reported.

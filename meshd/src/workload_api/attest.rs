@@ -11,8 +11,8 @@ use arc_swap::ArcSwap;
 use meshd_identity::ProcessSelector;
 use meshd_sys::peer::Peer;
 
-use crate::attest::{Attestor, Program, Sight, user_of};
-use crate::enrol::{self, Enrolment, Guard, Owner, PortWatch, ProcessFacts, Workload};
+use crate::attest::{Attestor, Program, user_of};
+use crate::enrol::{self, Enrolment, Guard, Owner, PortWatch, ProcessFacts, Sight, Workload};
 
 /// The caller of one connection. What it may have is asked anew for every answer.
 #[derive(Debug)]
