@@ -2,21 +2,33 @@
 
 use std::path::PathBuf;
 
+use meshd_etcd::Settings;
 use meshd_identity::TrustDomain;
 use serde::Deserialize;
 
 use crate::name::{NameError, check_label};
-use crate::{Belief, FilesSource, Source};
+use crate::{Belief, EtcdSource, FilesSource, ServiceName, Source, Wanted};
 
 /// One `[[source]]`; their order in meshd.toml is their precedence, first wins.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
     pub kind: SourceKind,
-    pub name: String,
+    /// The kind, unless told otherwise.
+    pub name: Option<String>,
     /// For `kind = "files"`: the directory with the YAML documents.
-    #[serde(default = "resources_d")]
-    pub dir: PathBuf,
+    pub dir: Option<PathBuf>,
+    /// For `kind = "etcd"`: `https://HOST:PORT` of each member.
+    #[serde(default)]
+    pub endpoints: Vec<String>,
+    /// What the members' certificates chain to, and how to be admitted: a client certificate, or a user.
+    pub ca: Option<PathBuf>,
+    pub cert: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    pub user: Option<String>,
+    pub password_file: Option<PathBuf>,
+    /// Below which the keys lie.
+    pub prefix: Option<String>,
     /// Namespaces whose `MeshService` documents are believed when they come from this source. None by default.
     #[serde(default)]
     pub authority: Namespaces,
@@ -42,19 +54,34 @@ impl Default for Provides {
 /// The source of a meshd.toml that names none: root's own files, which may say everything.
 impl Default for SourceConfig {
     fn default() -> SourceConfig {
-        let (kind, name, dir, authority) = (SourceKind::Files, "files".into(), resources_d(), Namespaces::everything());
-        SourceConfig { kind, name, dir, authority, provides: Provides::default() }
+        SourceConfig { authority: Namespaces::everything(), ..SourceConfig::of(SourceKind::Files) }
     }
 }
 
-fn resources_d() -> PathBuf {
-    "/etc/meshd/resources.d".into()
-}
+const RESOURCES_D: &str = "/etc/meshd/resources.d";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
     Files,
+    Etcd,
+}
+
+impl SourceKind {
+    fn name(self) -> &'static str {
+        match self {
+            SourceKind::Files => "files",
+            SourceKind::Etcd => "etcd",
+        }
+    }
+
+    /// The keys of `[[source]]` that mean something for this kind, besides those of every kind.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            SourceKind::Files => &["dir"],
+            SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix"],
+        }
+    }
 }
 
 /// A source and what it is trusted with.
@@ -71,14 +98,77 @@ pub enum ConfigError {
     Name(NameError),
     #[error("[[source]] name: `{0}` is used twice; give every source its own name")]
     Duplicate(String),
+    #[error("[[source]] `{name}`: `{key}` has no meaning with kind = \"{kind}\", which takes {known}; remove it")]
+    Foreign { name: String, key: &'static str, kind: &'static str, known: String },
+    #[error("[[source]] `{name}`: {reason}")]
+    Etcd { name: String, reason: String },
 }
 
 impl SourceConfig {
+    fn of(kind: SourceKind) -> SourceConfig {
+        SourceConfig {
+            kind,
+            name: None,
+            dir: None,
+            endpoints: Vec::new(),
+            ca: None,
+            cert: None,
+            key: None,
+            user: None,
+            password_file: None,
+            prefix: None,
+            authority: Namespaces::default(),
+            provides: Provides::default(),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(self.kind.name())
+    }
+
+    /// The keys that are given.
+    fn given(&self) -> impl Iterator<Item = &'static str> {
+        let all = [
+            ("dir", self.dir.is_some()),
+            ("endpoints", !self.endpoints.is_empty()),
+            ("ca", self.ca.is_some()),
+            ("cert", self.cert.is_some()),
+            ("key", self.key.is_some()),
+            ("user", self.user.is_some()),
+            ("password_file", self.password_file.is_some()),
+            ("prefix", self.prefix.is_some()),
+        ];
+        all.into_iter().filter(|(_, given)| *given).map(|(key, _)| key)
+    }
+
+    fn etcd(&self) -> Settings {
+        Settings {
+            endpoints: self.endpoints.clone(),
+            ca: self.ca.clone(),
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            user: self.user.clone(),
+            password_file: self.password_file.clone(),
+        }
+    }
+
     pub fn open(&self, trust_domain: &TrustDomain) -> Result<Configured, ConfigError> {
-        check_label("name", &self.name).map_err(ConfigError::Name)?;
+        let (name, kind) = (self.name(), self.kind);
+        check_label("name", name).map_err(ConfigError::Name)?;
+        if let Some(key) = self.given().find(|key| !kind.keys().contains(key)) {
+            let known = kind.keys().join(", ");
+            return Err(ConfigError::Foreign { name: name.to_owned(), key, kind: kind.name(), known });
+        }
         let (source, belief): (Box<dyn Source>, Belief) = match self.kind {
             SourceKind::Files => {
-                (Box::new(FilesSource::new(&self.name, self.dir.clone(), trust_domain.clone())), Belief::Always)
+                let dir = self.dir.clone().unwrap_or_else(|| RESOURCES_D.into());
+                (Box::new(FilesSource::new(name, dir, trust_domain.clone())), Belief::Always)
+            }
+            SourceKind::Etcd => {
+                let source = EtcdSource::new(name, self.etcd(), self.prefix.as_deref(), trust_domain.clone());
+                let refused =
+                    |error: meshd_etcd::Error| ConfigError::Etcd { name: name.to_owned(), reason: error.to_string() };
+                (Box::new(source.map_err(refused)?), Belief::Guarded)
             }
         };
         Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief })
@@ -87,11 +177,50 @@ impl SourceConfig {
     /// Opens all of them; two may not share a name, because messages and metrics name the source.
     pub fn open_all(configs: &[SourceConfig], trust_domain: &TrustDomain) -> Result<Vec<Configured>, ConfigError> {
         for (index, config) in configs.iter().enumerate() {
-            if configs[..index].iter().any(|earlier| earlier.name == config.name) {
-                return Err(ConfigError::Duplicate(config.name.clone()));
+            if configs[..index].iter().any(|earlier| earlier.name() == config.name()) {
+                return Err(ConfigError::Duplicate(config.name().to_owned()));
             }
         }
         configs.iter().map(|config| config.open(trust_domain)).collect()
+    }
+}
+
+/// `imports` of meshd.toml: which services this host uses. `payments.shop`, `*.shop` for a namespace, `*` for all.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Vec<String>")]
+pub struct Imports(Wanted);
+
+impl Imports {
+    pub fn wanted(&self) -> &Wanted {
+        &self.0
+    }
+}
+
+impl Default for Imports {
+    fn default() -> Imports {
+        Imports(Wanted { everything: true, ..Wanted::default() })
+    }
+}
+
+impl TryFrom<Vec<String>> for Imports {
+    type Error = String;
+
+    fn try_from(patterns: Vec<String>) -> Result<Imports, String> {
+        let mut wanted = Wanted::default();
+        for pattern in patterns {
+            if pattern == "*" {
+                wanted.everything = true;
+            } else if let Some(namespace) = pattern.strip_prefix("*.") {
+                check_label("namespace", namespace).map_err(|error| format!("imports: `{pattern}`: {error}"))?;
+                wanted.namespaces.insert(namespace.to_owned());
+            } else {
+                let service: ServiceName = pattern.parse().map_err(|error| {
+                    format!("imports: {error}; or write `*.shop` for a namespace, `*` for everything")
+                })?;
+                wanted.services.insert(service);
+            }
+        }
+        Ok(Imports(wanted))
     }
 }
 
@@ -170,13 +299,43 @@ mod tests {
     }
 
     #[test]
+    fn a_line_or_two_make_a_source_and_keys_of_another_kind_are_refused() {
+        let td: TrustDomain = "example.org".parse().unwrap();
+        let etcd = parse("kind = \"etcd\"\nendpoints = [\"http://127.0.0.1:2379\"]").unwrap();
+        let opened = etcd.open(&td).unwrap();
+        assert_eq!((opened.source.name(), opened.source.kind(), opened.belief), ("etcd", "etcd", Belief::Guarded));
+        for (text, expected) in [
+            ("kind = \"etcd\"\ndir = \"/x\"", "`dir` has no meaning with kind = \"etcd\", which takes endpoints, ca"),
+            ("kind = \"files\"\nuser = \"x\"", "`user` has no meaning with kind = \"files\", which takes dir"),
+            ("kind = \"etcd\"", "no etcd endpoint is given"),
+            ("kind = \"etcd\"\nendpoints = [\"http://192.0.2.1:2379\"]", "http:// to etcd"),
+        ] {
+            let error = parse(text).unwrap().open(&td).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn imports_are_services_namespaces_or_everything() {
+        let imports =
+            |patterns: &[&str]| Imports::try_from(patterns.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>());
+        let some = imports(&["payments.shop", "*.billing"]).unwrap();
+        let covers = |name: &str| some.wanted().covers(&name.parse().unwrap());
+        assert!(covers("payments.shop") && covers("any.billing") && !covers("web.shop"));
+        assert!(imports(&["*"]).unwrap().wanted().everything && Imports::default().wanted().everything);
+        for bad in ["shop", "*.Shop", "**"] {
+            assert!(imports(&[bad]).unwrap_err().starts_with("imports: "), "{bad}");
+        }
+    }
+
+    #[test]
     fn two_sources_of_one_name_and_one_without_a_name_are_refused() {
         let td: TrustDomain = "example.org".parse().unwrap();
         let config = parse("kind = \"files\"\nname = \"f\"\ndir = \"/x\"").unwrap();
         assert_eq!(SourceConfig::open_all(std::slice::from_ref(&config), &td).map(|all| all.len()).ok(), Some(1));
         let twice = SourceConfig::open_all(&[config.clone(), config.clone()], &td).err().unwrap();
         assert_eq!(twice, ConfigError::Duplicate("f".into()));
-        let unnamed = SourceConfig { name: String::new(), ..config }.open(&td).err().unwrap().to_string();
+        let unnamed = SourceConfig { name: Some(String::new()), ..config }.open(&td).err().unwrap().to_string();
         assert!(unnamed.starts_with("[[source]] name: the name is empty"), "{unnamed}");
     }
 }

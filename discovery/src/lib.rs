@@ -29,7 +29,7 @@ mod watch;
 mod yaml;
 
 pub use belief::{Belief, REPEATED_FOR};
-pub use config::{ConfigError, Configured, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
+pub use config::{ConfigError, Configured, Imports, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
 pub use directory::Directory;
 pub use documents::DEFAULT_MESH_PORT;
 pub use etcd::EtcdSource;

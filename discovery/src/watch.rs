@@ -116,6 +116,12 @@ impl Watcher {
         }
     }
 
+    /// What sources on other machines are asked for. Nothing, unless told.
+    pub fn wanting(self, wanted: Wanted) -> Watcher {
+        self.wanted.send_replace(wanted);
+        self
+    }
+
     /// Begins with what an earlier life knew, and saves what this one learns.
     pub fn keeping(mut self, keep: Arc<dyn Keep>) -> Watcher {
         let mut touched = Touched::new();

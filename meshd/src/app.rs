@@ -129,7 +129,9 @@ impl App {
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
         let known = Arc::new(LastKnown::new(&config.state_dir));
-        let watcher = Watcher::new(sources, credentials.borrow().trust_domain.clone()).keeping(known);
+        let watcher = Watcher::new(sources, credentials.borrow().trust_domain.clone())
+            .wanting(config.imports.wanted().clone())
+            .keeping(known);
         let (directory, mut health, losses) = (watcher.directory(), watcher.health(), watcher.losses());
         let vips = Arc::new(start!(
             Vips::open(&config.state_dir.join("vips.json"), config.capture.vip4, config.capture.vip6),

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use meshd_discovery::SourceConfig;
+use meshd_discovery::{Imports, SourceConfig};
 use meshd_identity::TrustDomain;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -30,6 +30,8 @@ pub struct Config {
     pub dns: DnsConfig,
     pub metrics: MetricsConfig,
     pub workload_api: WorkloadApiConfig,
+    /// Which services this host uses: what sources on other machines are asked for.
+    pub imports: Imports,
     #[serde(rename = "source")]
     pub sources: Vec<SourceConfig>,
 }
@@ -45,6 +47,7 @@ impl Default for Config {
             dns: DnsConfig::default(),
             metrics: MetricsConfig::default(),
             workload_api: WorkloadApiConfig::default(),
+            imports: Imports::default(),
             sources: vec![SourceConfig::default()],
         }
     }
