@@ -2,6 +2,7 @@
 //! root, and the servers or a Go toolchain.
 
 mod consul;
+mod controllers;
 mod etcd;
 mod istio;
 

@@ -22,16 +22,24 @@ struct Recipe {
 }
 
 const BUILD: [&str; 4] = ["build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w"];
-const KUBERNETES_MOD: &str = include_str!("../servers/kubernetes/go.mod");
-const KUBERNETES_SUM: &str = include_str!("../servers/kubernetes/go.sum");
 
 const KUBE_APISERVER: Recipe = Recipe {
     name: "kube-apiserver",
     package: "k8s.io/kubernetes/cmd/kube-apiserver",
-    go_mod: KUBERNETES_MOD,
-    go_sum: KUBERNETES_SUM,
+    go_mod: include_str!("../servers/kubernetes/go.mod"),
+    go_sum: include_str!("../servers/kubernetes/go.sum"),
     main: None,
     // Its tokens name the node of a pod.
+    oldest: (1, 32),
+};
+
+/// Of modules of its own: the API server's must not change with it.
+const KUBE_CONTROLLER_MANAGER: Recipe = Recipe {
+    name: "kube-controller-manager",
+    package: "k8s.io/kubernetes/cmd/kube-controller-manager",
+    go_mod: include_str!("../servers/kube-controller-manager/go.mod"),
+    go_sum: include_str!("../servers/kube-controller-manager/go.sum"),
+    main: None,
     oldest: (1, 32),
 };
 
@@ -66,12 +74,19 @@ const ISTIO_CLIENT: Recipe = Recipe {
 
 /// Whether all of them are there, or can be built.
 pub fn all() -> Result<()> {
-    [kube_apiserver, etcd, consul, istio_client].iter().try_for_each(|server| server().map(drop))
+    [kube_apiserver, kube_controller_manager, etcd, consul, istio_client]
+        .iter()
+        .try_for_each(|server| server().map(drop))
 }
 
 /// Kubernetes' API server.
 pub fn kube_apiserver() -> Result<PathBuf> {
     theirs(&KUBE_APISERVER)
+}
+
+/// Kubernetes' controllers.
+pub fn kube_controller_manager() -> Result<PathBuf> {
+    theirs(&KUBE_CONTROLLER_MANAGER)
 }
 
 /// Newer than Debian's.
