@@ -109,6 +109,11 @@ impl Backups {
         Ok(sorted)
     }
 
+    /// What a state is marked with that counts now, whatever newer backups there are.
+    pub(crate) fn mark(&self, now: SystemTime) -> Result<String, BackupError> {
+        Ok(self.list()?.first().map(Backup::name).unwrap_or_default().max(stamp(now)))
+    }
+
     pub(crate) fn newest_whole(&self, now: SystemTime) -> Option<Backup> {
         // An unreadable directory has none.
         self.by_age(now).unwrap_or_default().into_iter().find(|backup| heal::check_file(&backup.path).is_ok())

@@ -101,8 +101,7 @@ pub(crate) fn put_in_place(
         _ = fs::remove_file(dir.join(side));
     }
     fs::copy(&backup.path, &partial).map_err(io("copy", &backup.path))?;
-    // It is what counts now, whatever newer backups there are.
-    let newest = Backups::new(dir).list()?.first().map(Backup::name).unwrap_or_default().max(stamp(now));
+    let newest = Backups::new(dir).mark(now)?;
     Database::open_file(&partial)?.transaction(|records| settings::set_backed_up(records, &newest))?;
     File::open(&partial).and_then(|file| file.sync_all()).map_err(io("sync", &partial))?;
     let restored = Restored {
@@ -121,8 +120,7 @@ pub(crate) fn put_in_place(
     Ok(restored)
 }
 
-/// Also the side files: a log of changes would be applied to the backup. And the list of hosts, which may know some that
-/// the backup does not.
+/// Also the side files: a log of changes would be applied to the backup. And the list of hosts.
 fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
     let aside = dir.join(format!("damaged-{}", stamp(now)));
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&aside);
@@ -133,12 +131,18 @@ fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
             fs::rename(&path, aside.join(name)).map_err(|source| StateError::Io { action: "move", path, source })?;
         }
     }
+    keep_list(dir, &aside)?;
+    Ok(aside)
+}
+
+/// It may know hosts that the backup does not, and is written anew soon.
+pub(crate) fn keep_list(dir: &Path, aside: &Path) -> Result<(), StateError> {
     let list = dir.join(roster::FILE);
     if list.exists() {
         let copied = fs::copy(&list, aside.join(roster::FILE));
         copied.map_err(|source| StateError::Io { action: "copy", path: list, source })?;
     }
-    Ok(aside)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use anyhow::{Context, ensure};
 use data_encoding::HEXLOWER;
 use meshd_identity::{TrustDomain, sha256};
 
-use super::backups::stamp;
-use super::heal::check_file;
+use super::backups::{Backups, stamp};
+use super::heal::{check_file, keep_list};
 use super::restored::Restored;
 use crate::audit::{Audit, Event};
 use crate::authority::new_id;
@@ -19,7 +19,7 @@ use crate::rotation::Trust;
 use crate::state_dir::{StateDir, kek_path, lock, prepare_dir};
 use crate::store::etcd::config::EtcdConfig;
 use crate::store::etcd::transfer::Transfer;
-use crate::store::{self, Database, DbError, intermediates, replicas, servers};
+use crate::store::{self, Database, DbError, intermediates, replicas, servers, settings};
 use crate::times::unix;
 
 pub(crate) type All = Vec<(String, Vec<u8>)>;
@@ -95,6 +95,7 @@ pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
     ensure!(!records.is_empty(), "etcd holds no PKI; restore a backup into it first: `meshd-pki restore`");
     intermediates::retire_all(&mut records, unix(now))?;
     forget_servers(&mut records);
+    settings::mark_backed_up(&mut records, &Backups::new(dir).mark(now)?)?;
     let partial = dir.join("pki.partial");
     _ = fs::remove_file(&partial);
     store::write_copy(&partial, &records)?;
@@ -120,12 +121,14 @@ pub(crate) fn restore_etcd(
     refuse_while_running(&etcd)?;
     let mut records = records_of(backup)?;
     intermediates::retire_all(&mut records, unix(now))?;
+    settings::mark_backed_up(&mut records, &Backups::new(dir).mark(now)?)?;
     let before = etcd.records()?;
     let aside = dir.join(format!("damaged-{}", stamp(now)));
     DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
     if !before.is_empty() {
         store::write_copy(&aside.join("pki.db"), &before)?;
     }
+    keep_list(dir, &aside)?;
     let restored = Restored {
         at: unix(now),
         backup: backup.to_owned(),

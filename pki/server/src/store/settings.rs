@@ -2,7 +2,7 @@
 
 use meshd_identity::TrustDomain;
 
-use super::{DbError, Records, View, get, put};
+use super::{DbError, Records, View, encode, get, put};
 
 const TRUST_DOMAIN: &str = "setting/trust_domain";
 const ADVERTISE: &str = "setting/advertise";
@@ -48,6 +48,16 @@ pub(crate) fn backed_up(view: &mut dyn View) -> Result<Option<String>, DbError> 
 pub(crate) fn set_backed_up(records: &mut dyn Records, name: &str) -> Result<(), DbError> {
     let newest = backed_up(records)?.filter(|known| known.as_str() > name);
     put(records, BACKED_UP, &newest.as_deref().unwrap_or(name))
+}
+
+/// As `set_backed_up`, among all records of a PKI of which no server runs; they are in the order of their keys.
+pub(crate) fn mark_backed_up(records: &mut Vec<(String, Vec<u8>)>, name: &str) -> Result<(), DbError> {
+    let value = encode(BACKED_UP, &name)?;
+    match records.binary_search_by(|(key, _)| key.as_str().cmp(BACKED_UP)) {
+        Ok(at) => records[at].1 = value,
+        Err(at) => records.insert(at, (BACKED_UP.to_owned(), value)),
+    }
+    Ok(())
 }
 
 /// What the holders of recovery keys have said, oldest first: JWS of type `meshd-recovery+jws`.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use meshd_pki::keeping::command::{create, restore};
 use meshd_pki::keeping::moving::{to_etcd, to_sqlite};
 use meshd_pki::store::etcd::config::EtcdConfig;
 use rcgen::KeyPair;
@@ -39,6 +40,31 @@ fn a_pki_moves_into_etcd_and_back_and_its_hosts_do_not_notice() {
     let pki = desk.open("a");
     renew(&pki, "web", &chain).unwrap();
     assert_eq!(meshd_pki::status::Status::read(&a, desk.now()).unwrap().hosts.len(), 2);
+}
+
+#[test]
+fn what_was_restored_stays_across_a_move_and_the_list_of_hosts_from_before_is_put_aside() {
+    let desk = Desk::new();
+    let a = desk.state("a");
+    let pki = desk.open("a");
+    enrol(&pki, &desk.token("a", "web")).unwrap();
+    desk.pass(10);
+    let older = create(&a, desk.now()).unwrap();
+    enrol(&pki, &desk.token("a", "db")).unwrap();
+    desk.pass(10);
+    pki.maintain().unwrap();
+    create(&a, desk.now()).unwrap();
+    drop(pki);
+    desk.pass(10);
+    restore(&a, Some(&older.path), desk.now()).unwrap();
+    let aside = std::fs::read_dir(&a).unwrap().map(|entry| entry.unwrap().path());
+    let aside = aside.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap();
+    assert!(std::fs::read_to_string(aside.join("hosts.json")).unwrap().contains("\"db\""));
+    desk.pass(10);
+    to_sqlite(&a, desk.now()).unwrap();
+    drop(desk.open("a"));
+    let hosts = meshd_pki::status::Status::read(&a, desk.now()).unwrap().hosts;
+    assert_eq!(hosts.iter().map(|host| host.id.as_str()).collect::<Vec<_>>(), ["web"], "no newer backup took its place");
 }
 
 #[test]
