@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use data_encoding::HEXLOWER;
 use meshd_identity::SpiffeId;
+use meshd_identity::statements::Denied;
 use meshd_pki_api::admin as wire;
 
 use super::deny::of_host;
+use super::unrecorded::Unrecorded;
 use super::{AdminError, Desk, done, time};
 use crate::audit::Event;
 use crate::deny::Floor;
@@ -86,7 +88,7 @@ impl Desk<'_> {
 
     pub(super) fn host_ban(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let (serials, shared) = self.change(|records, told| {
+        let (serials, shared, unrecorded) = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state == HostState::Banned {
                 return Err(AdminError::NotNow(format!("host `{name}` is banned already")));
@@ -95,18 +97,21 @@ impl Desk<'_> {
             hosts::put_host(records, &host)?;
             tokens::end_those_of(records, name, unix(self.now))?;
             let longest = self.longest_leaf(records)?;
-            let entries = of_host(records, name, Some(&id), unix(self.now), longest, self.skew())?;
+            let mut entries = of_host(records, name, Some(&id), unix(self.now), longest, self.skew())?;
             let serials = entries.len() - 1;
+            let unrecorded = self.unrecorded(records, &host)?;
+            entries.extend(unrecorded.iter().flat_map(Unrecorded::denials));
             self.change_deny(records, |all| entries.iter().for_each(|one| super::deny::put(all, one.clone())))?;
             let detail = format!("{serials} certificates denied{}", because(reason));
             told.push(host_event("host_ban", name, &id, detail));
-            Ok((serials, tokens::shared_by(records, name, unix(self.now))?))
+            Ok((serials, tokens::shared_by(records, name, unix(self.now))?, unrecorded))
         })?;
         let mut follows = vec![
             format!("its identity and its {serials} valid certificates are refused, and what is open is closed"),
             "it gets nothing more; JWT-SVIDs it was given end by themselves within an hour".to_owned(),
             format!("until `meshd-pki host unban {name}`"),
         ];
+        follows.extend(unrecorded.iter().flat_map(Unrecorded::follows));
         follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is banned"), follows))
     }
@@ -122,7 +127,9 @@ impl Desk<'_> {
             hosts::put_host(records, &host)?;
             let longest = self.longest_leaf(records)?;
             let entries = of_host(records, name, Some(&id), 0, longest, self.skew())?;
-            self.change_deny(records, |all| all.retain(|one| !entries.iter().any(|gone| gone.whom == one.whom)))?;
+            let unrecorded = self.unrecorded(records, &host)?.map(|one| one.all()).unwrap_or_default();
+            let goes = |one: &Denied| entries.iter().any(|gone| gone.whom == one.whom) || unrecorded.contains(one);
+            self.change_deny(records, |all| all.retain(|one| !goes(one)))?;
             told.push(host_event("host_unban", name, &id, String::new()));
             Ok(host.state)
         })?;
@@ -140,7 +147,7 @@ impl Desk<'_> {
 
     pub(super) fn host_evict(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let (host, valid, shared) = self.change(|records, told| {
+        let (host, valid, shared, unrecorded) = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state != HostState::Active {
                 let state = host.state.name();
@@ -155,7 +162,8 @@ impl Desk<'_> {
             let detail = because(reason).trim_start_matches(": ").to_owned();
             told.push(host_event("host_evict", name, &id, detail));
             let valid = hosts::issued(records, name)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
-            Ok((host, valid, tokens::shared_by(records, name, unix(self.now))?))
+            let unrecorded = self.unrecorded(records, &host)?;
+            Ok((host, valid, tokens::shared_by(records, name, unix(self.now))?, unrecorded))
         })?;
         let mut follows = vec![
             match host.enrolled_by.as_str() {
@@ -169,6 +177,7 @@ impl Desk<'_> {
                  --host {name}`"
             ),
         ];
+        follows.extend(unrecorded.map(|one| one.hint()));
         follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is evicted, and its join tokens have ended"), follows))
     }
@@ -249,7 +258,7 @@ impl Desk<'_> {
     pub(super) fn change_deny(
         &self,
         records: &mut dyn Records,
-        act: impl FnOnce(&mut Vec<meshd_identity::statements::Denied>),
+        act: impl FnOnce(&mut Vec<Denied>),
     ) -> Result<(), AdminError> {
         let floor = Floor::new(self.state);
         if floor.get() > deny::deny(records)?.sequence {

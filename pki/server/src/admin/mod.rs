@@ -11,6 +11,7 @@ mod recovery;
 mod role;
 mod service;
 mod socket;
+mod unrecorded;
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};

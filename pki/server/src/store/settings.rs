@@ -10,6 +10,7 @@ const LAST_GOOD: &str = "setting/last_good_time";
 const BACKED_UP: &str = "setting/backed_up";
 const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
 const RECOVERED_AT: &str = "setting/recovered_at";
+const RETURNED_AT: &str = "setting/returned_at";
 const RECOVERY_KEYS: &str = "setting/recovery_keys";
 
 pub(crate) fn set_trust_domain(records: &mut dyn Records, domain: &TrustDomain) -> Result<(), DbError> {
@@ -76,6 +77,18 @@ pub(crate) fn recovered_at(view: &mut dyn View) -> Result<Option<i64>, DbError> 
 
 pub(crate) fn set_recovered_at(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
     put(records, RECOVERED_AT, &time)
+}
+
+/// When the first host of the lost PKI reported here that may wait for the others.
+pub(crate) fn returned_at(view: &mut dyn View) -> Result<Option<i64>, DbError> {
+    get(view, RETURNED_AT)
+}
+
+pub(crate) fn note_return(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
+    match returned_at(records)? {
+        Some(_) => Ok(()),
+        None => put(records, RETURNED_AT, &time),
+    }
 }
 
 /// SubjectPublicKeyInfo of each recovery key in base64, current first.

@@ -64,7 +64,11 @@ fn what_was_restored_stays_across_a_move_and_the_list_of_hosts_from_before_is_pu
     to_sqlite(&a, desk.now()).unwrap();
     drop(desk.open("a"));
     let hosts = meshd_pki::status::Status::read(&a, desk.now()).unwrap().hosts;
-    assert_eq!(hosts.iter().map(|host| host.id.as_str()).collect::<Vec<_>>(), ["web"], "no newer backup took its place");
+    assert_eq!(
+        hosts.iter().map(|host| host.id.as_str()).collect::<Vec<_>>(),
+        ["web"],
+        "no newer backup took its place"
+    );
 }
 
 #[test]

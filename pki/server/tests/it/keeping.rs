@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use meshd_pki::adoption::{Adopt, adopt};
 use meshd_pki::keeping::command::{acknowledge, create, restore};
 use meshd_pki::{Options, Pki};
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::{HostBan, HostEvict};
 use meshd_pki_api::v1;
 
 use proptest::prelude::*;
@@ -18,6 +20,7 @@ use crate::support::workload;
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
+const WEEK: std::time::Duration = std::time::Duration::from_secs(7 * DAY);
 
 fn backups(desk: &Desk) -> Vec<PathBuf> {
     let found = fs::read_dir(desk.dir.path().join("backups")).unwrap();
@@ -29,6 +32,12 @@ fn backups(desk: &Desk) -> Vec<PathBuf> {
 fn roots(desk: &Desk) -> Vec<(String, String)> {
     let authorities = desk.status().authorities.into_iter();
     authorities.filter(|one| one.kind == "root").map(|one| (one.id, one.state)).collect()
+}
+
+/// Where the database is that a backup replaced.
+fn aside(desk: &Desk) -> PathBuf {
+    let found = fs::read_dir(desk.dir()).unwrap().map(|entry| entry.unwrap().path());
+    found.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap()
 }
 
 /// Stops the PKI without any other sign.
@@ -147,13 +156,35 @@ fn hosts_enrolled_after_the_backup_come_back_by_the_list_that_was_put_aside() {
     desk.passed.fetch_add(5, SeqCst);
     desk.open();
     assert!(desk.renew("late", Some(&chain[0])).is_err(), "the backup knows it");
-    let aside = fs::read_dir(desk.dir.path()).unwrap().map(|entry| entry.unwrap().path());
-    let aside = aside.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap();
-    let within = std::time::Duration::from_secs(HOUR);
-    let asked = Adopt { roster: &aside.join("hosts.json"), within, without_roots: false };
+    let asked = Adopt { roster: &aside(&desk).join("hosts.json"), within: WEEK, without_roots: false };
     assert_eq!(adopt(desk.dir.path(), &asked, desk.now()).unwrap().hosts, 1);
     desk.pki().refresh().unwrap();
     chain_of(desk.renew("late", Some(&chain[0])).unwrap());
+}
+
+#[test]
+fn who_was_shut_out_after_the_backup_that_is_in_use_is_shut_out_again_by_the_list() {
+    let mut desk = Desk::new();
+    let (web, db) = (desk.enrol("web"), desk.enrol("db"));
+    let chain = desk.enrol("cache");
+    desk.pass(10);
+    let older = create(desk.dir(), desk.now()).unwrap();
+    desk.done(Command::HostBan(HostBan { host: "db".to_owned(), reason: String::new() }));
+    desk.done(Command::HostEvict(HostEvict { host: "web".to_owned(), reason: String::new() }));
+    desk.pass(10);
+    stop(&mut desk);
+    restore(desk.dir(), Some(&older.path), desk.now()).unwrap();
+    desk.open();
+    chain_of(desk.renew("web", Some(&web[0])).unwrap());
+    let asked = Adopt { roster: &aside(&desk).join("hosts.json"), within: WEEK, without_roots: false };
+    let adopted = adopt(desk.dir(), &asked, desk.now()).unwrap();
+    assert_eq!((adopted.shut_out, adopted.hosts, adopted.list.is_ours), (vec!["db".into(), "web".into()], 0, true));
+    assert!(desk.renew("web", Some(&web[0])).unwrap_err().to_string().contains("was evicted"));
+    assert!(desk.renew("db", Some(&db[0])).unwrap_err().to_string().contains("is banned"));
+    chain_of(desk.renew("cache", Some(&chain[0])).unwrap());
+    assert_eq!(adopt(desk.dir(), &asked, desk.now()).unwrap().shut_out, Vec::<String>::new());
+    let log = fs::read_to_string(desk.dir().join("audit.jsonl")).unwrap();
+    assert!(log.contains("\"event\":\"host_ban\"") && log.contains("by a list with sha256"), "{log}");
 }
 
 #[test]
