@@ -112,6 +112,11 @@ impl Roster {
         })
     }
 
+    /// What a server wrote last, if it can be read.
+    pub(crate) fn read(dir: &Path) -> Option<Roster> {
+        serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()
+    }
+
     /// Banned and evicted hosts.
     pub(crate) fn shut_out(&self) -> Vec<(String, HostState)> {
         let hosts = self.hosts.iter().filter(|host| host.state != HostState::Active);

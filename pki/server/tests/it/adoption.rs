@@ -268,6 +268,8 @@ async fn a_host_with_short_lived_identities_waits_for_others_half_their_life_at_
     web.want(&[&checkout]);
     let waits = || web.metrics.last_error().is_some_and(|error| error.contains("do not know the roots"));
     eventually("it waits for the other", waits).await;
+    let has_reported = || lab.status().hosts.iter().any(|host| host.id == "web" && host.bundle_sequence > 0);
+    eventually("its report is on record", has_reported).await;
     drop(web);
     lab.pass(160);
     let mut web = lab.host("web");

@@ -5,6 +5,7 @@ use meshd_identity::statements::{DenySet, Whom};
 use meshd_identity::{Bundle, SpiffeId, inspect_svid};
 use meshd_pki::Refused;
 use meshd_pki::commands::{TokenRequest, add_entry, create_token};
+use meshd_pki::keeping::command::{create, restore};
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{
@@ -389,6 +390,29 @@ fn who_was_shut_out_moments_before_the_database_was_damaged_stays_out() {
     desk.off_for(5);
     desk.open();
     assert_eq!((desk.state_of("web").as_str(), desk.state_of("db").as_str()), ("banned", "evicted"));
+}
+
+#[test]
+fn a_ban_that_a_restored_backup_has_forgotten_comes_back_with_the_deny_set_of_hosts() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    let db = desk.enrol("db");
+    desk.pass(10);
+    let older = create(desk.dir(), desk.now()).unwrap();
+    desk.done(ban("web"));
+    let report = |desk: &Desk, deny_set: String| {
+        let report = v1::SyncRequest { instance: "one".to_owned(), deny_set, ..v1::SyncRequest::default() };
+        desk.pki().sync_report(Some(&db[0]), &report, "test").unwrap().deny_set
+    };
+    let held = report(&desk, String::new());
+    desk.pass(10);
+    desk.pki = None;
+    restore(desk.dir(), Some(&older.path), desk.now()).unwrap();
+    desk.open();
+    assert_eq!(desk.state_of("web"), "active", "the backup is from before");
+    report(&desk, held);
+    assert_eq!(desk.state_of("web"), "banned");
+    assert_eq!(desk.audit_lines("host_ban").len(), 2);
 }
 
 #[test]
