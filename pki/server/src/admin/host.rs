@@ -21,14 +21,29 @@ use crate::times::{unix, unix_ms};
 /// About 130 bytes each in a signed set: half of what a host takes for one.
 const MOST_DENIED: usize = 16_000;
 
+/// In one reply; the database is read as long as it is made.
+const MOST_LISTED: usize = 1000;
+/// Of the names of identities: messages of gRPC have 4 MiB.
+const MOST_BYTES: usize = 2 << 20;
+
 impl Desk<'_> {
-    pub(super) fn host_list(&self) -> Result<wire::Hosts, AdminError> {
+    /// Those after this one, as many as fit into a message.
+    pub(super) fn host_list(&self, after: &str) -> Result<wire::Hosts, AdminError> {
         self.state.database.read(|view| {
-            let all = hosts::hosts(view)?;
+            let mut rest = hosts::hosts(view)?;
+            rest.retain(|host| host.id.as_str() > after);
             let newest = trust::trust(view)?.sequence;
-            let summaries =
-                all.iter().map(|host| self.summary(view, host, newest)).collect::<Result<_, AdminError>>()?;
-            Ok(wire::Hosts { hosts: summaries })
+            let (mut listed, mut bytes) = (wire::Hosts::default(), 0);
+            for host in &rest {
+                if listed.hosts.len() >= MOST_LISTED || bytes > MOST_BYTES {
+                    listed.next = listed.hosts.last().map(|last| last.id.clone());
+                    break;
+                }
+                let summary = self.summary(view, host, newest)?;
+                bytes += summary.identities.iter().map(String::len).sum::<usize>();
+                listed.hosts.push(summary);
+            }
+            Ok(listed)
         })
     }
 
