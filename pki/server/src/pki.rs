@@ -15,6 +15,7 @@ use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
 use crate::failpoint;
+use crate::federation::share::Followed;
 use crate::federation::web::WebCertificate;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
@@ -120,6 +121,7 @@ pub struct Pki {
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
     pub(crate) keeper: Keeper,
+    pub(crate) followed: Followed,
     /// Of the https_web endpoint, where this process serves one.
     web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
@@ -172,6 +174,7 @@ impl Pki {
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
             keeper,
+            followed: Followed::default(),
             web_certificate: RwLock::default(),
             health_seen: Mutex::default(),
             _running: running,
