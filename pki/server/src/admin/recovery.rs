@@ -46,9 +46,11 @@ impl Desk<'_> {
         self.change(|records, told| {
             self.check_statement(records, &statement)?;
             let keys = settings::recovery_keys(records)?;
-            self.check_succession(records, &statement)?;
             match keys.iter().position(|known| *known == signer) {
-                Some(position) => settings::set_recovery_keys(records, &succeeded(&keys[position..], &statement)?)?,
+                Some(position) => {
+                    self.check_succession(records, &statement)?;
+                    settings::set_recovery_keys(records, &succeeded(&keys[position..], &statement)?)?;
+                }
                 None => self.check_foreign(&statement, &keys)?,
             }
             let mut statements = settings::recovery_statements(records)?;
