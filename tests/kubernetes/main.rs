@@ -4,6 +4,7 @@
 mod consul;
 mod controllers;
 mod etcd;
+mod from_etcd;
 mod istio;
 
 use std::fs;
