@@ -60,6 +60,9 @@ impl Pki {
         };
         let noted = self.state.database.transaction(|records| {
             let Some(mut host) = hosts::host(records, &caller.host.id)? else { return Ok(()) };
+            if host.adopted_until.is_some() {
+                settings::note_return(records, sighting.now)?;
+            }
             host.saw(&sighting);
             host.used_key(&caller.key_id);
             hosts::put_host(records, &host)
