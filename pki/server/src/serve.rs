@@ -26,6 +26,7 @@ use crate::federation::poll;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
+/// From its turn on.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
 /// Every host keeps one connection open and makes another for a renewal.
@@ -105,6 +106,11 @@ async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki
 
 async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: SocketAddr, watcher: Watcher) {
     _ = socket.set_nodelay(true);
+    let Some(turn) = pki.handshakes.turn(address.ip()).await else {
+        pki.metrics.tls_failures.inc();
+        tracing::debug!(%address, "no turn for a TLS handshake came; the host asks again");
+        return;
+    };
     let acceptor = TlsAcceptor::from(pki.signer().tls.clone());
     let tls = match timeout(HANDSHAKE_DEADLINE, acceptor.accept(socket)).await {
         Ok(Ok(tls)) => tls,
@@ -119,6 +125,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
             return;
         }
     };
+    drop(turn);
     let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
     let router = router.layer(axum::Extension(Peer { certificate, address }));
     let service = TowerToHyperService::new(router);
