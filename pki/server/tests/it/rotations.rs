@@ -129,6 +129,7 @@ impl Fleet {
             host_time_unix_ms: unix_ms(self.now()),
             bundle_sequence: held.bundle.sequence,
             inventory: Some(inventory),
+            ..v1::IssueBatchRequest::default()
         };
         let reply = self.pki().issue_batch(Some(&held.chain[0]), &request, "test").unwrap();
         let Some(v1::issue_result::Outcome::Svid(svid)) = reply.results.into_iter().next().unwrap().outcome else {
