@@ -20,6 +20,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Control, View};
+use crate::attest::{Attestor, Sight};
 use crate::capture::KeeperHandle;
 use crate::config::Config;
 use crate::dns::{self, Vips};
@@ -102,14 +103,15 @@ impl App {
         let renewals = agent.metrics();
         let denied = Denied::follow(agent.denied());
         let selectors = credentials.borrow().selectors.clone();
-        let mut enrolment = start!(load_enrolment(&config, &credentials.borrow()), "enrolment")?;
+        let attestor = Attestor::new(Sight::of(config.workload_api.path_selectors));
+        let mut enrolment = start!(load_enrolment(&config, &credentials.borrow(), attestor.sight()), "enrolment")?;
         let (identities, identities_receiver) = watch::channel(enrolment.identities());
         tokio::spawn(agent.run(identities_receiver));
         // First of all: until then strict ports of a host that has just booted are open. What is captured meanwhile
         // waits in the listeners' queues.
         let Captured { keeper, listeners, recovery } = start_capture(&config, &enrolment, inherited).await?;
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
-        withhold(&mut enrolment, &credentials.borrow());
+        withhold(&mut enrolment, &credentials.borrow(), attestor.sight());
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
         let watcher = Watcher::new(sources);
@@ -130,6 +132,7 @@ impl App {
             mark: Mark(config.capture.mark),
             directory: ArcSwap::from(directory.borrow().clone()),
             enrolment: ArcSwap::from_pointee(enrolment),
+            attestor: Arc::new(attestor),
             ports: start!(
                 PortWatch::open(PortMemory::new(&config.state_dir)),
                 "{}: remove it to have the owners of enrolled ports learned anew",

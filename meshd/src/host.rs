@@ -17,3 +17,9 @@ pub(crate) fn in_namespace_of_process_1() -> Option<bool> {
     let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
     Some(namespace("self")? == namespace("1")?)
 }
+
+/// Of a /proc/PID/status.
+pub(crate) fn effective_capabilities(status: &str) -> Option<u64> {
+    let bits = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(bits.trim(), 16).ok()
+}

@@ -9,6 +9,7 @@
 
 pub mod admin;
 pub mod app;
+pub mod attest;
 pub mod capture;
 pub mod check;
 pub mod config;

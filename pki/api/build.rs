@@ -1,7 +1,8 @@
 //! Compiles the proto files with protox, so that no protoc binary is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/meshd/pki/v1/pki.proto", "proto/meshd/pki/admin/v1/admin.proto"];
+    let files =
+        ["proto/meshd/pki/v1/pki.proto", "proto/meshd/pki/admin/v1/admin.proto", "proto/istio/v1/auth/ca.proto"];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use meshd_tests::load::Load;
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
+use meshd_tests::process::Program;
 use meshd_tests::wait::until;
 
 use crate::{PAYMENTS, ask, ensure_refused, refused};
@@ -90,5 +91,58 @@ fn a_host_that_restarts_while_the_pki_is_away_still_denies() -> Result<()> {
     mesh.daemon("api-1").restart()?;
     ensure_refused(&mesh.curl("web", "billing", &["--max-time", "5", PAYMENTS])?)?;
     ask(&mesh)?;
+    Ok(())
+}
+
+#[test]
+fn a_banned_host_gives_up_its_identities_until_the_ban_is_lifted() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    ask(&mesh)?;
+    let is_banned = |expected: f64| {
+        let metrics = mesh.daemon("web").metrics();
+        metrics.is_ok_and(|metrics| metrics.sum("meshd_banned", &[]) == expected)
+    };
+    mesh.pki(&["host", "ban", "web"])?;
+    until(PROMISED, "web to hear of it", || is_banned(1.0))?;
+    ensure_refused(&mesh.curl("web", "checkout", &["--max-time", "5", PAYMENTS])?)?;
+    let status = mesh.daemon("web").run(&["status"])?.expect_success("meshd status")?;
+    for part in ["host `web` is banned", "meshd-pki host unban web", "withheld: claimed here"] {
+        ensure!(status.contains(part), "no `{part}`: {status}");
+    }
+    let identities = mesh.daemon("web").json("status")?["identities"].as_array().map(Vec::len);
+    ensure!(identities == Some(1), "it holds {identities:?} besides its own");
+    let client = Program::new(mesh.host("web").binary("workload-client"));
+    let client = client.arg("--socket").arg(mesh.daemon("web").api_socket()).args(["call", "fetch-jwt-svid"]);
+    let answer = mesh.host("web").run(&mesh.in_unit("web", "checkout", client))?.stdout;
+    ensure!(answer == "PermissionDenied: no identity issued\n", "{answer}");
+
+    mesh.pki(&["host", "unban", "web"])?;
+    until(Duration::from_secs(60), "web to be let in again", || is_banned(0.0) && ask(&mesh).is_ok())
+}
+
+#[test]
+fn what_a_tainted_intermediate_signed_is_replaced_under_load_and_no_request_fails() -> Result<()> {
+    let mesh = Mesh::start(Plan { leaf_ttl: Some("60"), ..Plan::shop_with_one_server() })?;
+    let load = Load::start(&mesh, 4)?;
+    load.reaches("api-1", 50)?;
+    let list: serde_json::Value = serde_json::from_str(&mesh.pki(&["authority", "list", "-o", "json"])?)?;
+    let authorities = list["authorities"].as_array().cloned().unwrap_or_default();
+    let intermediate = authorities.iter().find(|one| one["kind"] == "intermediate");
+    let id = intermediate.and_then(|one| one["id"].as_str()).unwrap_or_default().to_owned();
+    let serials = |host: &str| -> Result<Vec<String>> {
+        let status = mesh.daemon(host).json("status")?;
+        let held = status["identities"].as_array().cloned().unwrap_or_default();
+        Ok(held.iter().map(|one| one["serial"].as_str().unwrap_or_default().to_owned()).collect())
+    };
+    let before = [serials("web")?, serials("api-1")?].concat();
+    mesh.pki(&["authority", "taint", &id])?;
+    // A quarter of what is left of them, at most.
+    until(Duration::from_secs(30), "new certificates everywhere", || {
+        let now = serials("web").and_then(|web| Ok([web, serials("api-1")?].concat()));
+        now.is_ok_and(|now| now.len() == before.len() && now.iter().all(|serial| !before.contains(serial)))
+    })?;
+    load.reaches("api-1", 50)?;
+    let report = load.end()?;
+    ensure!(report.failed == 0 && report.ok > 100, "{report:?}");
     Ok(())
 }

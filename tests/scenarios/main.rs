@@ -28,6 +28,8 @@ mod ledger;
 mod loops;
 mod probe;
 mod raw;
+mod recovery;
+mod selectors;
 mod slow_readers;
 mod stop;
 mod strict;

@@ -10,6 +10,8 @@ use meshd_tests::wait::until;
 use nix::sys::signal::Signal;
 
 use crate::DEADLINE;
+use crate::enrol::shop_without;
+use crate::selectors::{Sight, copied, shop_where};
 
 const NOBODY: &str = "PermissionDenied: no identity issued\n";
 
@@ -150,6 +152,89 @@ fn a_connection_in_other_hands_than_those_that_made_it_is_worth_nothing() -> Res
     left.wait(DEADLINE)?;
     until(DEADLINE, "the heir of the connection to be answered", || !left.stdout().is_empty())?;
     ensure!(left.stdout() == NOBODY, "{}", left.output());
+    Ok(())
+}
+
+/// A client that is not `workload-client`, but all that it is.
+fn twin(mesh: &Mesh) -> Result<String> {
+    let built = meshd_tests::binaries::directory()?.join("workload-client");
+    Ok(copied(mesh, &built, "client-of-another-name")?.display().to_string())
+}
+
+#[test]
+fn whoever_runs_another_program_than_when_it_connected_is_neither() -> Result<()> {
+    let mesh = shop_where(Sight::On, |mesh| Ok(vec![format!("unix:path:{}", twin(mesh)?)]))?;
+    let (host, twin) = (mesh.host("web"), mesh.host("web").directory().join("client-of-another-name"));
+    let twin = twin.display().to_string();
+    let own = host.binary("workload-client").display().to_string();
+    let socket = mesh.daemon("web").api_socket().display().to_string();
+    let run = |program: &str, args: &[&str]| {
+        let program = Program::new(program).args(["--socket", &socket]).args(args);
+        host.run(&mesh.in_unit("web", "checkout", program))?.expect_success(&format!("{args:?}"))
+    };
+    let resume = |program: &'_ str| [program.to_owned(), "--socket".to_owned(), socket.clone(), "resume".to_owned()];
+    let becoming = |from: &str, to: &str| {
+        let resume = resume(to);
+        run(from, &[&["become", "--"][..], &resume.each_ref().map(String::as_str)].concat())
+    };
+    ensure!(run(&twin, &["call", "fetch-x509-svid"])? == "Ok\n", "{}", mesh.daemon("web").log());
+    ensure!(run(&own, &["call", "fetch-x509-svid"])? == NOBODY);
+    ensure!(becoming(&twin, &twin)? == "Ok\n", "the same program, started again");
+    ensure!(becoming(&own, &twin)? == NOBODY);
+    ensure!(becoming(&twin, &own)? == NOBODY);
+    let log = mesh.daemon("web").log();
+    ensure!(log.contains("is another user or program now"), "{log}");
+    ensure!(log.contains(&format!("is not unix:path:{twin}, which the PKI's entry")), "{log}");
+    Ok(())
+}
+
+/// Waits until the process with the number of its last argument has ended, makes another one with that number, and becomes
+/// the program of its other arguments.
+const SUCCESSOR: &str = r#"
+import ctypes, os, signal, struct, sys
+*program, _, number = sys.argv[1:]
+while os.path.exists(f"/proc/{number}"):
+    os.sched_yield()
+libc, numbers = ctypes.CDLL(None, use_errno=True), (ctypes.c_int * 1)(int(number))
+# struct clone_args of linux/sched.h: only exit_signal, set_tid and set_tid_size.
+clone = struct.pack("10Q", 0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(numbers), 1)
+child = libc.syscall(435, clone, len(clone))
+if child == 0:
+    signal.pause()
+if child != int(number):
+    sys.exit(f"cannot have the number {number}: {os.strerror(ctypes.get_errno())}")
+os.execv(program[0], program)
+"#;
+
+#[test]
+fn a_process_with_the_number_of_the_caller_that_ended_is_nobody() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    if !mesh.lab().has_units() {
+        return Ok(());
+    }
+    let (own, socket) = (mesh.host("web").binary("workload-client"), mesh.daemon("web").api_socket());
+    let (own, socket) = (own.display().to_string(), socket.display().to_string());
+    // Unit and user are those of the caller: only the process is another one. It leads no group, which would keep its number.
+    let leave =
+        [&own, "--socket", &socket, "leave", "--", "python3", "-c", SUCCESSOR, &own, "--socket", &socket, "resume"];
+    let caller = Program::new("sh").args(["-c", "\"$@\"; :", "sh"]).args(leave);
+    let mut left = mesh.host("web").spawn(&caller.unit("checkout.service"))?;
+    left.wait(DEADLINE)?;
+    until(DEADLINE, "the heir of the connection to be answered", || !left.output().is_empty())?;
+    ensure!(left.stdout() == NOBODY, "{}", left.output());
+    Ok(())
+}
+
+#[test]
+fn an_identity_of_a_user_is_given_to_no_other_user() -> Result<()> {
+    let mesh = shop_without("web")?;
+    let daemon = mesh.daemon("web");
+    daemon.enrol(&format!("[[workload]]\nuid = {STRAY_UID}\nnamespace = \"shop\"\nname = \"checkout\"\n"))?;
+    daemon.signal(Signal::SIGHUP)?;
+    let call = |uid| client(&mesh, &["call", "fetch-x509-svid"]).unit("cron.service").uid(uid);
+    let called = |uid| mesh.host("web").run(&call(uid)).map(|said| said.stdout);
+    until(DEADLINE, "the user to be checkout", || called(STRAY_UID).is_ok_and(|answer| answer == "Ok\n"))?;
+    ensure!(called(STRAY_UID + 1)? == NOBODY);
     Ok(())
 }
 

@@ -29,6 +29,7 @@ pub struct Daemon {
     process: Mutex<Option<Process>>,
     earlier_logs: Mutex<String>,
     environment: Mutex<Vec<(String, String)>>,
+    capabilities: Mutex<String>,
 }
 
 impl Daemon {
@@ -48,6 +49,7 @@ impl Daemon {
             process: Mutex::new(None),
             earlier_logs: Mutex::default(),
             environment: Mutex::default(),
+            capabilities: Mutex::new(backend::capabilities().to_owned()),
         };
         fs::write(daemon.iptables_lock(), "")?;
         chown(daemon.iptables_lock(), Some(UID), Some(UID))?;
@@ -113,9 +115,20 @@ impl Daemon {
         Ok(())
     }
 
+    /// Has meshd look at programs from the next start on; it may only with the capability.
+    pub fn look_at_programs(&self, may: bool) -> Result<()> {
+        let text = fs::read_to_string(self.config())?;
+        fs::write(self.config(), text + "[workload_api]\npath_selectors = true\n")?;
+        if may {
+            lock(&self.capabilities).push_str(",+sys_ptrace");
+        }
+        Ok(())
+    }
+
     /// Starts meshd without waiting for it.
     pub fn spawn(&self) -> Result<()> {
-        let program = self.program(&["run", "--config"]).arg(self.config()).uid_with_net_admin(UID);
+        let program = self.program(&["run", "--config"]).arg(self.config());
+        let program = program.uid_with(UID, &lock(&self.capabilities));
         let program = self.with_environment(program);
         let mut process = lock(&self.process);
         ensure!(!process.as_mut().is_some_and(Process::is_running), "meshd on {} runs already", self.host.name());

@@ -68,8 +68,13 @@ impl Program {
 
     /// As meshd's systemd unit runs it: an ordinary user with a few ambient capabilities.
     #[must_use]
-    pub fn uid_with_net_admin(mut self, uid: u32) -> Self {
-        let capabilities = backend::capabilities();
+    pub fn uid_with_net_admin(self, uid: u32) -> Self {
+        self.uid_with(uid, backend::capabilities())
+    }
+
+    /// The same with others, as setpriv(1) has them.
+    #[must_use]
+    pub(crate) fn uid_with(mut self, uid: u32, capabilities: &str) -> Self {
         let (inherit, ambient) = (format!("--inh-caps={capabilities}"), format!("--ambient-caps={capabilities}"));
         self.privileges = setpriv(uid, &[&inherit, &ambient]);
         self

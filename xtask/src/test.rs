@@ -93,11 +93,11 @@ const KUBERNETES: Tier = Tier {
 const TIERS: [Tier; 5] = [SCENARIOS, RELIABILITY, CLIENTS, KUBERNETES, MACHINES];
 
 /// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API,
-/// the deny set and federation have nothing to do with capture: once is enough.
+/// the deny set, federation and recovery have nothing to do with capture: once is enough.
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
-    ("nft-redirect", &["tun::", "workload_api::", "deny::", "federation::"]),
-    ("iptables-nft", &["tun::", "workload_api::", "deny::", "federation::", NAMED_REMOVER, HUNG_RAW]),
+    ("nft-redirect", &["tun::", "workload_api::", "deny::", "federation::", "recovery::"]),
+    ("iptables-nft", &["tun::", "workload_api::", "deny::", "federation::", "recovery::", NAMED_REMOVER, HUNG_RAW]),
     (
         "iptables-legacy",
         &[
@@ -105,6 +105,7 @@ const BACKENDS: [(&str, &[&str]); 5] = [
             "workload_api::",
             "deny::",
             "federation::",
+            "recovery::",
             NAMED_REMOVER,
             HUNG_RAW,
             "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
@@ -117,6 +118,7 @@ const BACKENDS: [(&str, &[&str]); 5] = [
             "workload_api::",
             "deny::",
             "federation::",
+            "recovery::",
             "strict::",
             "ledger::",
             "raw::",

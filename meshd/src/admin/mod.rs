@@ -10,6 +10,7 @@ mod probe;
 mod server;
 mod show;
 mod view;
+mod withheld;
 
 pub use client::{AdminError, fetch, order};
 pub use control::{ApplyOrder, Control, Reload};
@@ -21,3 +22,4 @@ pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 pub use server::{bind, bind_with_mode, serve_metrics, serve_socket};
 pub use show::{edges, status};
 pub use view::{EdgeView, EnrolledView, StatusView, View};
+pub use withheld::WithheldView;

@@ -26,6 +26,9 @@ pub struct PkiView {
     pub denied: usize,
     /// Times this host came back by the key it enrolled with.
     pub readmissions: u64,
+    /// Why this host has given up its identities, if it is banned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub banned: Option<String>,
     /// Identities for which this host's handshake with itself fails, and why.
     pub self_handshake_failing: BTreeMap<String, String>,
     /// Other trust domains believed here.
@@ -51,6 +54,7 @@ impl PkiView {
             deny_sequence: denied.sequence,
             denied: denied.len(),
             readmissions: renewals.readmissions(),
+            banned: credentials.banned.then(|| credentials.why_banned()),
             self_handshake_failing: failing.map(|(id, error)| (id.to_string(), error)).collect(),
             federation: federation::views(credentials, renewals),
             federation_refused: credentials.federation.refused.clone(),
@@ -64,6 +68,9 @@ impl PkiView {
         let mut page = format!(
             "PKI: {link}, bundle {bundle_sequence}, deny set {deny_sequence} ({denied} entries), clock {clock_offset_s:+.1} s\n"
         );
+        if let Some(why) = &self.banned {
+            page += &format!("  ‼ {why}\n");
+        }
         if let Some(error) = &self.last_error {
             page += &format!("  ‼ {error}\n");
         }
@@ -98,6 +105,11 @@ impl PkiView {
                 self.deny_sequence as f64,
             ),
             gauge("meshd_deny_entries", "Entries of the deny set in force", self.denied as f64),
+            gauge(
+                "meshd_banned",
+                "1 while the deny set in force names this host, which has given up its identities then",
+                f64::from(u8::from(self.banned.is_some())),
+            ),
             Exposition::counter(
                 "meshd_readmissions",
                 "Times this host came back by the key it enrolled with, because its certificate was not good any more",
@@ -120,10 +132,17 @@ mod tests {
             last_error: Some("cannot reach 10.0.0.5:15012".to_owned()),
             self_handshake_failing: BTreeMap::from([(id, "expired".to_owned())]),
             clock_offset_s: -1.25,
+            banned: Some("host `web` is banned".to_owned()),
             ..PkiView::default()
         };
         let page = view.show();
-        for part in ["not connected", "-1.2 s", "10.0.0.5:15012", "payments: this host would not believe itself"] {
+        for part in [
+            "not connected",
+            "-1.2 s",
+            "‼ host `web` is banned",
+            "10.0.0.5:15012",
+            "payments: this host would not believe itself",
+        ] {
             assert!(page.contains(part), "{part}: {page}");
         }
     }

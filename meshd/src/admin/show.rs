@@ -1,6 +1,7 @@
 //! `meshd status` and `meshd edges` as tables.
 
 use super::view::{EdgeView, StatusView};
+use super::withheld;
 use crate::capture::KeeperView;
 
 /// The status as a page of text.
@@ -22,9 +23,11 @@ pub fn status(status: &StatusView) -> String {
         vec![identity.unit.clone(), identity.id.clone(), life]
     });
     page += &section("identities", &["UNIT", "IDENTITY", "EXPIRES IN"], identities.collect());
-    for (id, reason) in &status.refused_identities {
+    let is_claimed = |id: &String| status.withheld.iter().any(|withheld| withheld.identity == *id);
+    for (id, reason) in status.refused_identities.iter().filter(|(id, _)| !is_claimed(id)) {
         page += &format!("  ‼ {id}: {reason}\n");
     }
+    page += &withheld::show(&status.withheld);
     let ports = status.enrolled.iter().filter_map(|row| Some(vec![row.selector.clone(), row.owner.clone()?]));
     let ports: Vec<Vec<String>> = ports.collect();
     if !ports.is_empty() {

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::ledger::{Callers, LedgerView};
 use super::pki::PkiView;
+use super::withheld::WithheldView;
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
@@ -46,6 +47,11 @@ pub struct StatusView {
     pub refused_identities: BTreeMap<String, String>,
     #[serde(default)]
     pub enrolled: Vec<EnrolledView>,
+    #[serde(default)]
+    pub withheld: Vec<WithheldView>,
+    /// Whether meshd sees programs, for entries that ask for them: on, off, or why not.
+    #[serde(default)]
+    pub path_selectors: String,
     pub serves: Vec<DeliveryView>,
     pub services: Vec<ServiceView>,
     pub sources: Vec<Value>,
@@ -167,6 +173,8 @@ impl View {
             identities: self.identities(&credentials),
             refused_identities: refused.collect(),
             enrolled: self.enrolled(),
+            withheld: WithheldView::all(&self.shared.enrolment.load(), &credentials),
+            path_selectors: self.shared.attestor.sight().label().to_owned(),
             serves: self.serves(),
             services: self.services(),
             sources: sources.iter().filter_map(|health| serde_json::to_value(health).ok()).collect(),
@@ -315,6 +323,11 @@ impl View {
             ),
         ];
         metrics.extend(PkiView::of(&self.renewals, &credentials, &self.shared).metrics());
+        metrics.push(Exposition::gauge(
+            "meshd_withheld_claims",
+            "Claims of enrol.d that nobody has, because the PKI does not agree; `meshd status` says why",
+            vec![(Vec::new(), WithheldView::all(&self.shared.enrolment.load(), &credentials).len() as f64)],
+        ));
         metrics.extend(self.ledger(Callers::LeftOut).metrics());
         metrics.extend(capture_metrics(&self.capture()));
         metrics.extend(self.recovery.metrics());

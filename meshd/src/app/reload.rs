@@ -10,6 +10,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use super::certificates::{Certificates, wait_for_certificates};
 use super::intent::planned;
 use crate::admin::Reload;
+use crate::attest::Sight;
 use crate::capture::{KeeperHandle, Wanted};
 use crate::config::Config;
 use crate::enrol::{self, Enrolment};
@@ -52,7 +53,10 @@ impl Reloader {
 
     async fn try_reload(&self, apply: Option<&str>) -> Result<(), String> {
         let credentials = self.credentials.borrow().clone();
-        let enrolment = Arc::new(load_enrolment(&self.config, &credentials).map_err(|error| error.to_string())?);
+        let enrolment = Arc::new(
+            load_enrolment(&self.config, &credentials, self.shared.attestor.sight())
+                .map_err(|error| error.to_string())?,
+        );
         let plan = self.plan(enrolment.clone()).await?;
         if let Some(hash) = apply.filter(|hash| *hash != plan.hash()) {
             return Err(another_plan(hash, &plan.hash()));
@@ -87,16 +91,22 @@ impl Reloader {
     }
 }
 
-pub(super) fn load_enrolment(config: &Config, credentials: &Credentials) -> Result<Enrolment, enrol::EnrolError> {
+pub(super) fn load_enrolment(
+    config: &Config,
+    credentials: &Credentials,
+    sight: Sight,
+) -> Result<Enrolment, enrol::EnrolError> {
     let mut enrolment = enrol::load(&config.enrol_dir, &credentials.trust_domain, &config.reserved())?;
-    withhold(&mut enrolment, credentials);
+    withhold(&mut enrolment, credentials, sight);
     Ok(enrolment)
 }
 
 /// What the PKI gives to other processes is given to nobody.
-pub(super) fn withhold(enrolment: &mut Enrolment, credentials: &Credentials) {
-    for message in enrolment.withhold(&credentials.host_id, &credentials.selectors) {
-        tracing::error!("{message}");
+pub(super) fn withhold(enrolment: &mut Enrolment, credentials: &Credentials, sight: Sight) {
+    let known = enrolment.withheld().len();
+    enrolment.withhold(&credentials.host_id, &credentials.selectors, sight);
+    for withheld in &enrolment.withheld()[known..] {
+        tracing::error!("{}", withheld.why);
     }
 }
 

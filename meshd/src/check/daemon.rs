@@ -9,9 +9,10 @@ use super::finding::Finding;
 use super::rules::RuleFacts;
 use super::ruleset::Chain;
 use crate::admin::{AdminError, PkiView, StatusView};
+use crate::attest::Sight;
 use crate::capture::{self, Applied, BackendKind, CaptureError, StateFile, Wanted};
 use crate::config::Config;
-use crate::enrol;
+use crate::enrol::{EnrolError, Enrolment};
 use crate::unix_time::unix_now;
 
 /// A PKI address that does not answer within this time is reported.
@@ -35,16 +36,42 @@ pub(super) fn certificates(credentials: &Credentials, now: SystemTime) -> Findin
     }
 }
 
-pub(super) fn permitted(credentials: &Credentials) -> Finding {
+/// `sight`: whether the daemon sees programs.
+pub(super) fn permitted(credentials: &Credentials, enrolment: Option<&Enrolment>, sight: Sight) -> Finding {
     let check = "the PKI permits every enrolled identity";
-    let refused: Vec<&str> = credentials.refused.values().map(String::as_str).collect();
+    let mut refused: Vec<&str> = credentials.refused.values().map(String::as_str).collect();
+    let mut enrolment = enrolment.cloned().unwrap_or_default();
+    enrolment.withhold(&credentials.host_id, &credentials.selectors, sight);
+    refused.extend(enrolment.withheld().iter().map(|withheld| &*withheld.why));
     match refused.is_empty() {
         true => Finding::ok(check, ""),
-        false => Finding::failed(check, refused.join("; "), "permit them there: meshd-pki entry add"),
+        false => Finding::failed(check, refused.join("; "), "each says what to do, here or on the PKI"),
     }
 }
 
-pub(super) fn enrolment(loaded: &Result<enrol::Enrolment, enrol::EnrolError>) -> Finding {
+/// Nothing where nobody asked for it.
+pub(super) fn programs(sight: Sight) -> Option<Finding> {
+    let check = "programs can be seen ([workload_api] path_selectors)";
+    match (sight, sight.remedy()) {
+        (Sight::Off, _) => None,
+        (_, None) => Some(Finding::ok(check, "CAP_SYS_PTRACE")),
+        (_, Some(remedy)) => {
+            let detail = "it is switched on, and meshd lacks CAP_SYS_PTRACE: identities whose entries name a program are had by \
+                          nobody";
+            Some(Finding::failed(check, detail, remedy))
+        }
+    }
+}
+
+/// Of the running daemon; without one, as it is configured.
+pub(super) fn sight(config: &Config, status: &Result<StatusView, AdminError>) -> Sight {
+    let labels = [Sight::Off, Sight::Blind, Sight::On];
+    let told =
+        status.as_ref().ok().and_then(|status| labels.into_iter().find(|one| one.label() == status.path_selectors));
+    told.unwrap_or(if config.workload_api.path_selectors { Sight::On } else { Sight::Off })
+}
+
+pub(super) fn enrolment(loaded: &Result<Enrolment, EnrolError>) -> Finding {
     let check = "enrolment files are valid";
     match loaded {
         Ok(enrolment) => Finding::ok(check, format!("{} workloads", enrolment.workloads().len())),
@@ -174,6 +201,14 @@ mod tests {
     use super::*;
     use crate::admin::FederationView;
     use crate::capture::CaptureConfig;
+
+    #[test]
+    fn a_switch_without_the_capability_is_an_error_and_without_the_switch_nothing_is_said() {
+        assert_eq!(programs(Sight::Off), None);
+        assert_eq!(programs(Sight::On).unwrap().verdict, Verdict::Ok);
+        let blind = programs(Sight::Blind).unwrap();
+        assert!(blind.verdict == Verdict::Failed && blind.remedy.contains("AmbientCapabilities=CAP_SYS_PTRACE"));
+    }
 
     fn verdict(backend: Option<BackendKind>, has_chains: bool, routed: bool) -> Verdict {
         let wanted = CaptureConfig::default().bare(15001);

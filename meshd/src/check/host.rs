@@ -6,6 +6,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::finding::Finding;
 use crate::config::Config;
+use crate::host::effective_capabilities as effective;
 
 /// linux/capability.h
 const CAP_NET_ADMIN: u32 = 12;
@@ -26,11 +27,6 @@ impl HostFacts {
             directories: directories.map(|directory| (directory.clone(), writable(directory))).into(),
         }
     }
-}
-
-fn effective(status: &str) -> Option<u64> {
-    let bits = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(bits.trim(), 16).ok()
 }
 
 /// What is not there yet is made in the nearest directory above it.

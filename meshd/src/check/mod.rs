@@ -43,18 +43,21 @@ pub async fn check(path: &Path) -> Vec<Finding> {
     };
     let mut findings = vec![Finding::ok(CONFIGURATION, path.display().to_string())];
     let joined = "host has joined the mesh";
+    let status = status(&config).await;
+    let sight = daemon::sight(&config, &status);
     match credentials(&config) {
         Ok(credentials) => {
             findings.push(Finding::ok(joined, credentials.host.id.to_string()));
             findings.push(daemon::certificates(&credentials, SystemTime::now()));
-            findings.push(daemon::permitted(&credentials));
-            findings.push(daemon::enrolment(&enrolment(&config, &credentials.trust_domain)));
+            let enrolment = enrolment(&config, &credentials.trust_domain);
+            findings.push(daemon::permitted(&credentials, enrolment.as_ref().ok(), sight));
+            findings.push(daemon::enrolment(&enrolment));
             findings.push(daemon::pki(&credentials));
             findings.extend(clock::judge(&clock::ClockFacts::gather(Some(&credentials))));
         }
         Err(error) => findings.push(Finding::failed(joined, error, "")),
     }
-    let status = status(&config).await;
+    findings.extend(daemon::programs(sight));
     let rules = rules::RuleFacts::gather(status.is_ok());
     findings.push(daemon::rules(&config, &rules));
     findings.extend(daemon::decisions(&config));

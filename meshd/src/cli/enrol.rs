@@ -170,8 +170,8 @@ enum PkiAnswer {
 async fn pki_answer(config: &Config, identity: &SpiffeId) -> anyhow::Result<PkiAnswer> {
     loop {
         let status: StatusView = admin::fetch(&config.admin_socket(), "/status").await?;
-        if let Some(reason) = status.refused_identities.get(identity.as_str()) {
-            return Ok(PkiAnswer::Refused(reason.clone()));
+        if let Some(withheld) = status.withheld.into_iter().find(|one| one.identity == identity.as_str()) {
+            return Ok(PkiAnswer::Refused(withheld.why));
         }
         if status.identities.iter().any(|held| held.id == identity.as_str()) {
             return Ok(PkiAnswer::Issued);

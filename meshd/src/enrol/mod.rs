@@ -5,6 +5,8 @@ mod cgroups;
 mod cli_file;
 mod entry;
 mod files;
+mod guard;
+mod owner;
 mod port_memory;
 mod ports;
 mod selector;
@@ -12,7 +14,7 @@ mod walk_budget;
 mod withheld;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -25,9 +27,12 @@ pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit, unit_
 pub use cli_file::{CliFile, CliFileError};
 pub use entry::{ServeEntry, WorkloadEntry};
 pub use files::{EnrolError, Origin, Reserved, load, load_as_if};
+pub use guard::{Guard, ProcessFacts, ProgramFacts};
+pub use owner::Owner;
 pub use port_memory::PortMemory;
 pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
 pub use selector::{ScopePattern, Selector, SelectorError};
+pub use withheld::Withheld;
 
 /// One enrolled workload of this host.
 #[derive(Debug, PartialEq, Eq)]
@@ -97,7 +102,7 @@ impl ClientAddress {
 }
 
 /// All enrolment of this host; replaced whole when the files change.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Enrolment {
     workloads: Vec<Arc<Workload>>,
     units: HashMap<Arc<str>, Arc<Workload>>,
@@ -107,8 +112,10 @@ pub struct Enrolment {
     by_port: HashMap<u16, Arc<Workload>>,
     deliveries: Vec<Arc<Delivery>>,
     by_target: HashMap<(ServiceName, u16), Arc<Delivery>>,
+    /// What the PKI asks of the processes of an identity beyond what it is claimed by.
+    guards: BTreeMap<SpiffeId, Arc<Guard>>,
     /// Claimed here, and given by the PKI to other processes.
-    withheld: BTreeSet<SpiffeId>,
+    withheld: Vec<Withheld>,
     /// What those serve: nobody reaches it through the mesh, and strict ports of it stay closed.
     withheld_deliveries: Vec<Arc<Delivery>>,
 }
@@ -130,7 +137,17 @@ impl Enrolment {
     pub fn identities(&self) -> BTreeSet<SpiffeId> {
         let claimed = self.workloads.iter().map(|workload| &workload.identity);
         // Those withheld, too: the PKI tells with each answer whose they are.
-        claimed.chain(&self.withheld).cloned().collect()
+        claimed.chain(self.withheld.iter().map(|withheld| &withheld.identity)).cloned().collect()
+    }
+
+    /// What else must hold for a process of this workload to be it.
+    pub fn guard(&self, identity: &SpiffeId) -> Option<&Arc<Guard>> {
+        self.guards.get(identity)
+    }
+
+    /// Claims that the PKI's entries do not agree with, and why.
+    pub fn withheld(&self) -> &[Withheld] {
+        &self.withheld
     }
 
     /// The workload of a process: its unit decides; its uid only where no unit is enrolled for it.

@@ -8,10 +8,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use meshd_identity::ProcessSelector;
 use meshd_sys::sock_diag::{Lookup, SocketDiag};
 
+use super::prove::Unguarded;
+use crate::attest::Socket;
 use crate::capture::{OwnerReader, RecordedOwner};
-use crate::enrol::{self, CgroupUnits, Enrolment, PortWatch, UnitLookup, Workload};
+use crate::enrol::{self, CgroupUnits, Enrolment, Owner, PortWatch, UnitLookup, Workload};
 use crate::fault::Fault;
 use crate::telemetry::UnknownOwners;
 
@@ -25,19 +28,26 @@ pub(super) struct Identifier {
 }
 
 /// Who a socket belongs to, or belonged to when it was opened.
-struct Owner {
-    uid: u32,
-    unit: Option<Arc<str>>,
-    /// Whether the kernel told its cgroup, of a unit or not.
-    has_cgroup: bool,
+struct Found {
+    owner: Owner,
+    /// None for one that is known from a record only.
+    inode: Option<u32>,
+}
+
+/// Who opened a connection, as far as its socket tells.
+pub(super) struct Identified {
+    pub who: Arc<Workload>,
+    /// What is still to be proved of the process.
+    pub unguarded: Option<Unguarded>,
 }
 
 /// Why nobody was identified, with all an operator needs to enrol the caller.
 #[derive(Debug)]
 pub(super) struct Unidentified {
     pub fault: Fault,
-    pub unit: Option<Arc<str>>,
-    pub uid: Option<u32>,
+    pub owner: Option<Owner>,
+    /// What of the PKI's entry for its workload does not hold.
+    pub unmet: Option<ProcessSelector>,
 }
 
 impl Identifier {
@@ -58,20 +68,23 @@ impl Identifier {
         unknown: &UnknownOwners,
         client: SocketAddr,
         original: SocketAddr,
-    ) -> Result<Arc<Workload>, Unidentified> {
-        let Owner { uid, unit, has_cgroup } = self.owner(unknown, client, original).ok_or(Unidentified {
-            fault: Fault::IdentifyUnknown,
-            unit: None,
-            uid: None,
-        })?;
-        let found = enrolment.workload_of(unit.as_ref(), uid);
-        let found =
-            found.or_else(|| ports.workload_of(enrolment, unit.as_ref(), (!has_cgroup).then_some(uid), Instant::now()));
-        if let Some(who) = found {
-            return Ok(who.clone());
+    ) -> Result<Identified, Unidentified> {
+        let unidentified = |fault, owner, unmet| Unidentified { fault, owner, unmet };
+        let Found { owner, inode } =
+            self.owner(unknown, client, original).ok_or_else(|| unidentified(Fault::IdentifyUnknown, None, None))?;
+        let Some(who) = owner.workload(enrolment, ports, Instant::now()) else {
+            let is_ours = self.is_ours(owner.uid, owner.unit.as_ref());
+            return Err(unidentified(if is_ours { Fault::Loop } else { Fault::Unenrolled }, Some(owner), None));
+        };
+        let Some(guard) = enrolment.guard(&who.identity) else { return Ok(Identified { who, unguarded: None }) };
+        if let Some(unmet) = guard.unmet_by_owner(&owner).cloned() {
+            return Err(unidentified(Fault::Unenrolled, Some(owner), Some(unmet)));
         }
-        let fault = if self.is_ours(uid, unit.as_ref()) { Fault::Loop } else { Fault::Unenrolled };
-        Err(Unidentified { fault, unit, uid: Some(uid) })
+        let unguarded = guard.needs_process().then(|| Unguarded {
+            guard: guard.clone(),
+            socket: inode.map(|inode| Socket { owner, inode, local: client, remote: original }),
+        });
+        Ok(Identified { who, unguarded })
     }
 
     /// Whether this daemon dialled it itself, say for a source configured by a name of the mesh.
@@ -80,7 +93,7 @@ impl Identifier {
     }
 
     /// Counts what it does not believe: a socket that is closing would answer "uid 0".
-    fn owner(&self, unknown: &UnknownOwners, client: SocketAddr, original: SocketAddr) -> Option<Owner> {
+    fn owner(&self, unknown: &UnknownOwners, client: SocketAddr, original: SocketAddr) -> Option<Found> {
         let found = match self.diag.borrow_mut().owner(client, original) {
             Ok(found) => found,
             Err(error) => {
@@ -99,7 +112,9 @@ impl Identifier {
                     return None;
                 }
             };
-            return Some(Owner { uid: owner.uid, unit, has_cgroup: owner.cgroup.is_some() });
+            let inode = Some(owner.inode);
+            let owner = Owner { uid: owner.uid, unit, has_cgroup: owner.cgroup.is_some() };
+            return Some(Found { owner, inode });
         }
         let recorded = self.recorded(client, original);
         match found {
@@ -107,7 +122,7 @@ impl Identifier {
             Lookup::Orphaned { state } => unknown.orphaned(state),
             _ => unknown.missing(),
         }
-        recorded
+        recorded.map(|owner| Found { owner, inode: None })
     }
 
     /// A cgroup below no unit we know may have been an enrolled unit's that has ended: its user alone is no answer.

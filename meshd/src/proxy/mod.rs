@@ -1,6 +1,6 @@
 //! The life of a connection, one file per step.
 //!
-//! Outbound (local app to mesh): accept -> identify -> resolve -> detect -> balance -> connect -> serve
+//! Outbound (local app to mesh): accept -> identify -> resolve -> (prove) -> detect -> balance -> connect -> serve
 //! -> report. Inbound (mesh to local app) mirrors it: accept -> authorize -> deliver -> serve -> report.
 //! `outbound` and `inbound` are the tables of contents and the only ones to call steps; steps do not
 //! call each other. `worker` runs them on single-threaded runtimes.
@@ -17,6 +17,7 @@ mod inbound;
 mod limits;
 mod outbound;
 mod probe;
+mod prove;
 mod proxy_protocol;
 mod report;
 mod resolve;
@@ -34,6 +35,7 @@ use meshd_discovery::Directory;
 use meshd_sys::sockets::Mark;
 use serde::Deserialize;
 
+use crate::attest::Attestor;
 use crate::dns::Vips;
 use crate::enrol::{Enrolment, PortWatch};
 use crate::telemetry::Telemetry;
@@ -97,6 +99,7 @@ pub struct Shared {
     pub mark: Mark,
     pub directory: ArcSwap<Directory>,
     pub enrolment: ArcSwap<Enrolment>,
+    pub attestor: Arc<Attestor>,
     pub ports: PortWatch,
     pub tls: ArcSwap<TlsState>,
     pub vips: Arc<Vips>,

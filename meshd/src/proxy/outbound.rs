@@ -11,13 +11,14 @@ use tokio::net::TcpStream;
 use super::connect::{Connected, Connector, Upstream};
 use super::detect::Served;
 use super::env::Env;
-use super::identify::Unidentified;
+use super::identify::{Identified, Unidentified};
+use super::prove::{self, Unguarded};
 use super::report::Report;
 use super::resolve::Place;
 use super::serve::Watch;
 use super::{connect, detect, probe, resolve, serve};
 use crate::capture::Flow;
-use crate::enrol::Workload;
+use crate::enrol::{Owner, Workload};
 use crate::fault::Fault;
 use crate::telemetry::{Direction, Tls};
 
@@ -28,13 +29,17 @@ pub(super) struct Admitted {
     pub(super) who: Arc<Workload>,
     pub(super) place: Place,
     pub(super) report: Report,
+    unguarded: Option<Box<Unguarded>>,
 }
 
 /// The steps that need no waiting, right after accept: identify, resolve.
 pub(super) fn admit(env: &Env, socket: StdStream, client: SocketAddr) -> Option<Box<Admitted>> {
     let mut report = Report::opened(&env.shared.telemetry, env.worker, Direction::Outbound, client);
     match identify_and_resolve(env, &socket, client, &mut report) {
-        Ok((who, place)) => Some(Box::new(Admitted { socket: Some(socket), who, place, report })),
+        Ok((Identified { who, unguarded }, place)) => {
+            let unguarded = unguarded.map(Box::new);
+            Some(Box::new(Admitted { socket: Some(socket), who, place, report, unguarded }))
+        }
         Err(fault) => {
             refuse(&socket);
             report.finish(Err(fault));
@@ -48,14 +53,15 @@ fn identify_and_resolve(
     socket: &StdStream,
     client: SocketAddr,
     report: &mut Report,
-) -> Result<(Arc<Workload>, Place), Fault> {
+) -> Result<(Identified, Place), Fault> {
     // Nothing recovered: somebody dialled the capture port itself.
     let Flow { client, original } = env.flow(socket, client).map_err(|_| Fault::AppReset)?.ok_or(Fault::Loop)?;
     report.client(client);
-    let who = env
+    let identified = env
         .identifier
         .local(&env.shared.enrolment.load(), &env.shared.ports, &env.shared.telemetry.unknown, client, original)
         .map_err(|unidentified| explain(env, &unidentified, original, report))?;
+    let who = &identified.who;
     report.unit(&who.unit);
     report.own_identity(&who.identity);
     let place = resolve::service(&env.shared.directory.load(), &env.shared.vips, &env.shared.raw.load(), original)
@@ -65,7 +71,7 @@ fn identify_and_resolve(
             }
         })?;
     report.target(&place.service.name, place.port);
-    Ok((who, place))
+    Ok((identified, place))
 }
 
 /// The rest of the story, on the worker that owns the connections to this service.
@@ -77,8 +83,11 @@ pub(super) async fn carry(env: Rc<Env>, mut admitted: Box<Admitted>) {
 }
 
 async fn connect_and_serve(env: &Rc<Env>, admitted: &mut Admitted) -> Result<(), Fault> {
-    let Admitted { socket, who, place, report } = admitted;
+    let Admitted { socket, who, place, report, unguarded } = admitted;
     let socket = socket.take().ok_or(Fault::Internal)?;
+    if let Some(unguarded) = unguarded.take() {
+        Box::pin(prove::process(env, who, *unguarded)).await.inspect_err(|_| refuse(&socket))?;
+    }
     let mut app = TcpStream::from_std(socket).map_err(|_| Fault::Internal)?;
     let served = detect::protocol(place.protocol);
     match Box::pin(connect(env, who, place, &mut app)).await {
@@ -141,23 +150,26 @@ async fn serve(
 fn explain(env: &Env, caller: &Unidentified, original: SocketAddr, report: &mut Report) -> Fault {
     let service = env.shared.vips.service_of(original.ip());
     let service = service.map_or_else(|| original.to_string(), |service| service.to_string());
-    report.stray_unit(caller.unit.clone());
+    let owner = caller.owner.as_ref();
+    report.stray_unit(owner.and_then(|owner| owner.unit.clone()));
     if caller.fault == Fault::Loop {
         if env.may_log("own connection") {
             tracing::warn!(%service, "meshd itself dialled a virtual IP: give its PKI and sources real addresses");
         }
         return caller.fault;
     }
-    let selector = match (&caller.unit, caller.uid) {
-        (Some(unit), _) => unit.to_string(),
-        (None, Some(uid)) => format!("--uid {uid}"),
-        (None, None) => {
-            if env.may_log("unknown owner") {
-                tracing::warn!(%service, "refused a connection whose owner the kernel no longer knows");
-            }
-            return caller.fault;
+    let Some(selector) = owner.map(Owner::selector) else {
+        if env.may_log("unknown owner") {
+            tracing::warn!(%service, "refused a connection whose owner the kernel no longer knows");
         }
+        return caller.fault;
     };
+    if let Some(unmet) = &caller.unmet {
+        if env.may_log(&selector) {
+            tracing::warn!(%service, caller = selector, "refused: it is not {unmet}, which the PKI's entry asks for");
+        }
+        return caller.fault;
+    }
     if env.may_log(&selector) {
         tracing::warn!(
             %service,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::attest::Facts;
+use crate::enrol::Owner;
 
 /// A program has one connection, an Envoy one per worker at most.
 const CONNECTIONS: u32 = 64;
@@ -26,8 +26,8 @@ pub(super) enum Holder {
 }
 
 impl Holder {
-    pub(super) fn of(facts: &Facts) -> Holder {
-        if facts.uid == 0 { Holder::RootUnit(facts.unit.clone()) } else { Holder::User(facts.uid) }
+    pub(super) fn of(owner: &Owner) -> Holder {
+        if owner.uid == 0 { Holder::RootUnit(owner.unit.clone()) } else { Holder::User(owner.uid) }
     }
 }
 
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn units_of_root_are_counted_each() {
         let (limits, now) = (Limits::default(), Instant::now());
-        let facts = |unit: &str| Facts { unit: Some(unit.into()), has_cgroup: true, uid: 0 };
+        let facts = |unit: &str| Owner { unit: Some(unit.into()), has_cgroup: true, uid: 0 };
         let _held: Vec<_> =
             (0..CONNECTIONS).map(|_| limits.admit(Holder::of(&facts("a.service")), now).unwrap()).collect();
         assert!(limits.admit(Holder::of(&facts("a.service")), now).is_none());

@@ -37,11 +37,13 @@ pub use tokens::PkiTokens;
 #[serde(deny_unknown_fields, default)]
 pub struct WorkloadApiConfig {
     pub enabled: bool,
+    /// Whether meshd looks at the programs of callers, also of captured connections. Needs CAP_SYS_PTRACE.
+    pub path_selectors: bool,
 }
 
 impl Default for WorkloadApiConfig {
     fn default() -> WorkloadApiConfig {
-        WorkloadApiConfig { enabled: true }
+        WorkloadApiConfig { enabled: true, path_selectors: false }
     }
 }
 

@@ -29,6 +29,7 @@ impl SecretDiscoveryService for Sds {
     ) -> Result<Response<Self::StreamSecretsStream>, Status> {
         let slot = self.0.stream()?;
         // A caller that is nobody is told so at once.
+        self.0.look().await;
         self.0.identity()?;
         let (out, answers) = mpsc::channel(1);
         tokio::spawn(stream(self.0.clone(), requests.into_inner(), out, slot));
@@ -38,6 +39,7 @@ impl SecretDiscoveryService for Sds {
     async fn fetch_secrets(&self, request: Request<DiscoveryRequest>) -> Result<Response<DiscoveryResponse>, Status> {
         let request = request.into_inner();
         check(&request)?;
+        self.0.look().await;
         let resources = secrets(&request.resource_names, &self.0.holding()?)?;
         Ok(Response::new(answer(resources, 1)))
     }
@@ -61,6 +63,7 @@ async fn stream(
             () = changes.next() => Ok(()),
             () = out.closed() => return,
         };
+        session.look().await;
         let next = step.and_then(|()| subscription.next(|names| secrets(names, &session.holding()?)));
         let sent = match next {
             Ok(None) => continue,

@@ -28,6 +28,7 @@ use super::sds::Sds;
 use super::session::Session;
 use super::spiffe::Spiffe;
 use crate::admin;
+use crate::attest::Attestor;
 
 /// Requests are a few names.
 const MAX_REQUEST: usize = 64 * 1024;
@@ -59,7 +60,7 @@ pub async fn serve(listener: UnixListener, sources: Sources) {
             }
         };
         let counters = &sources.shared.telemetry.workload_api;
-        let Some((caller, admission)) = admit(&limits, &socket) else {
+        let Some((caller, admission)) = admit(&limits, &socket, &sources.shared.attestor) else {
             counters.turned_away();
             continue;
         };
@@ -70,9 +71,9 @@ pub async fn serve(listener: UnixListener, sources: Sources) {
 }
 
 /// None if the caller has gone already, or has too much open.
-fn admit(limits: &Limits, socket: &UnixStream) -> Option<(Caller, Admission)> {
-    let caller = Caller::of(Peer::of(socket).ok()?);
-    let holder = Holder::of(&caller.facts().ok()?);
+fn admit(limits: &Limits, socket: &UnixStream, attestor: &Arc<Attestor>) -> Option<(Caller, Admission)> {
+    let caller = Caller::of(Peer::of(socket).ok()?, attestor.clone());
+    let holder = Holder::of(&caller.owner().ok()?);
     let admission = limits.admit(holder, Instant::now())?;
     Some((caller, admission))
 }

@@ -50,8 +50,22 @@ impl Session {
         let found = self.caller.workload(&shared.enrolment.load(), &shared.ports, Instant::now());
         found.map(|workload| workload.identity.clone()).map_err(|why| {
             self.explain(&why);
-            Refused::NoIdentity
+            match why {
+                Unattested::Unread => Refused::NotYet("the caller's program is being read; ask again".to_owned()),
+                _ => Refused::NoIdentity,
+            }
         })
+    }
+
+    /// Reads the caller's program, where its identity depends on that and it was not read yet. Before every answer:
+    /// what is read is remembered, so this costs nothing the second time.
+    pub(super) async fn look(&self) {
+        let shared = &self.sources.shared;
+        let Some(program) = self.caller.unread(&shared.enrolment.load(), &shared.ports, Instant::now()) else { return };
+        let attestor = shared.attestor.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || attestor.measure(&program)).await {
+            tracing::error!(%error, "reading the program of a caller of the Workload API failed");
+        }
     }
 
     pub(super) fn stream(&self) -> Result<StreamSlot, Refused> {
@@ -68,7 +82,7 @@ impl Session {
     }
 
     /// An answer now, and another one whenever it comes out differently, for as long as the caller may have one.
-    pub(super) fn answers<T, F>(self: &Arc<Session>, answer: F) -> Result<Answers<T>, Refused>
+    pub(super) async fn answers<T, F>(self: &Arc<Session>, answer: F) -> Result<Answers<T>, Refused>
     where
         T: Clone + PartialEq + Send + 'static,
         F: Fn(&Session) -> Result<T, Refused> + Send + 'static,
@@ -76,6 +90,7 @@ impl Session {
         let slot = self.stream()?;
         // Before the first answer: what changes meanwhile is not missed.
         let changes = self.changes();
+        self.look().await;
         let first = answer(self)?;
         let (out, answers) = mpsc::channel(1);
         tokio::spawn(follow(self.clone(), changes, first, answer, out, slot));
@@ -106,10 +121,21 @@ impl Session {
                 });
             }
             Unattested::Changed => self.complain("changed", || {
-                tracing::warn!("a caller of the Workload API is another user now than when it connected; refused");
+                tracing::warn!(
+                    "a caller of the Workload API is another user or program now than when it connected; refused"
+                );
             }),
-            // Nobody is left to be told.
-            Unattested::Gone => {}
+            Unattested::Unmet(owner, unmet) => {
+                let selector = owner.selector();
+                self.complain(&format!("{selector} {unmet}"), || {
+                    tracing::warn!(
+                        caller = selector,
+                        "a caller of the Workload API is not {unmet}, which the PKI's entry for its identity asks for"
+                    );
+                });
+            }
+            // Nobody is left to be told, or not for long.
+            Unattested::Gone | Unattested::Unread => {}
         }
     }
 }
@@ -131,6 +157,7 @@ async fn follow<T: Clone + PartialEq>(
             () = changes.next() => {}
             () = out.closed() => return,
         }
+        session.look().await;
         let next = match answer(&session) {
             Ok(next) if next == last => continue,
             Ok(next) => next,

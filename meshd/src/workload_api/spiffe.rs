@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use meshd_identity::SpiffeId;
+use meshd_identity::jwt::audience_problem;
 use meshd_workload_api::spiffe::spiffe_workload_api_server::SpiffeWorkloadApi;
 use meshd_workload_api::spiffe::{
     JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
@@ -14,10 +15,6 @@ use super::jwt::{self, IssueError, JwtSource};
 use super::refused::Refused;
 use super::session::{Answers, Session};
 use super::x509;
-
-/// Audiences in one request, and the length of each: they go into the token and to the PKI.
-const AUDIENCES: usize = 16;
-const AUDIENCE_BYTES: usize = 512;
 
 /// The API as one connection sees it.
 pub(super) struct Spiffe(pub(super) Arc<Session>);
@@ -33,7 +30,7 @@ impl SpiffeWorkloadApi for Spiffe {
             let holding = session.holding()?;
             Ok(x509::svids(&holding.svid, &holding.credentials))
         };
-        Ok(Response::new(self.0.answers(answer)?))
+        Ok(Response::new(self.0.answers(answer).await?))
     }
 
     async fn fetch_x509_bundles(
@@ -44,12 +41,13 @@ impl SpiffeWorkloadApi for Spiffe {
             let holding = session.holding()?;
             Ok(x509::bundles(&holding.svid.id, &holding.credentials))
         };
-        Ok(Response::new(self.0.answers(answer)?))
+        Ok(Response::new(self.0.answers(answer).await?))
     }
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
         let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
         check_audience(&audience)?;
+        self.0.look().await;
         let identity = self.0.identity()?;
         if !spiffe_id.is_empty() && spiffe_id != identity.as_str() {
             return Err(Refused::NoIdentity.into());
@@ -60,7 +58,8 @@ impl SpiffeWorkloadApi for Spiffe {
         if self.0.identity()? != identity {
             return Err(Refused::NoIdentity.into());
         }
-        let svid = Jwtsvid { spiffe_id: identity.to_string(), svid: token, hint: String::new() };
+        let hint = self.0.sources.credentials.borrow().hints.get(&identity).cloned().unwrap_or_default();
+        let svid = Jwtsvid { spiffe_id: identity.to_string(), svid: token, hint };
         Ok(Response::new(JwtsvidResponse { svids: vec![svid] }))
     }
 
@@ -72,7 +71,7 @@ impl SpiffeWorkloadApi for Spiffe {
             let identity = session.identity()?;
             Ok(jwt::bundles(tokens(session)?.keys(&identity)))
         };
-        Ok(Response::new(self.0.answers(answer)?))
+        Ok(Response::new(self.0.answers(answer).await?))
     }
 
     async fn validate_jwtsvid(
@@ -81,6 +80,7 @@ impl SpiffeWorkloadApi for Spiffe {
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
         let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
         check_audience(std::slice::from_ref(&audience))?;
+        self.0.look().await;
         let identity = self.0.identity()?;
         let verified = tokens(&self.0)?.verify(&svid, &audience, &identity).map_err(Refused::Invalid)?;
         Ok(Response::new(jwt::validated(verified)))
@@ -107,13 +107,5 @@ fn tokens(session: &Session) -> Result<&dyn JwtSource, Refused> {
 }
 
 fn check_audience(audience: &[String]) -> Result<(), Refused> {
-    let invalid = |why: &str| Err(Refused::Invalid(why.to_owned()));
-    match audience {
-        [] => invalid("a token needs an audience"),
-        _ if audience.len() > AUDIENCES => invalid("a token has at most 16 audiences"),
-        _ if audience.iter().any(|audience| audience.is_empty() || audience.len() > AUDIENCE_BYTES) => {
-            invalid("an audience has 1 to 512 bytes")
-        }
-        _ => Ok(()),
-    }
+    audience_problem(audience).map_or(Ok(()), |problem| Err(Refused::Invalid(problem)))
 }

@@ -30,7 +30,7 @@ pub(super) fn svids(svid: &Svid, credentials: &Credentials) -> X509svidResponse 
         x509_svid: svid.chain.iter().flat_map(|certificate| certificate.iter().copied()).collect(),
         x509_svid_key: svid.key.secret_der().to_vec(),
         bundle: credentials.bundle.roots.concat(),
-        hint: String::new(),
+        hint: credentials.hints.get(&svid.id).cloned().unwrap_or_default(),
     };
     let federated_bundles = credentials.federation.of(&svid.id).map(named).collect();
     X509svidResponse { svids: vec![only], crl: Vec::new(), federated_bundles }
@@ -76,11 +76,12 @@ mod tests {
         let domain: TrustDomain = "mesh.example".parse().unwrap();
         let ca = FakeCa::new(&domain);
         let id = SpiffeId::workload(&domain, "shop", "web").unwrap();
-        let held = ca.credentials("host", std::slice::from_ref(&id));
+        let mut held = ca.credentials("host", std::slice::from_ref(&id));
+        held.hints.insert(id.clone(), "internal".to_owned());
         let svid = &held.workloads[&id];
         let answer = svids(svid, &held);
         let [only] = &answer.svids[..] else { panic!("{} identities", answer.svids.len()) };
-        assert_eq!(only.spiffe_id, "spiffe://mesh.example/ns/shop/sa/web");
+        assert_eq!((&*only.spiffe_id, &*only.hint), ("spiffe://mesh.example/ns/shop/sa/web", "internal"));
         assert_eq!(only.x509_svid, [svid.chain[0].as_ref(), svid.chain[1].as_ref()].concat());
         assert_eq!((&only.x509_svid_key[..], &only.bundle), (svid.key.secret_der(), &ca.bundle().roots[0]));
         assert_eq!(bundles(&id, &held).bundles["spiffe://mesh.example"], ca.bundle().roots[0]);

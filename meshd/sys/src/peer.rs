@@ -1,5 +1,5 @@
-//! The process at the other end of a Unix socket, held by a descriptor: while it is held, whether the process still lives
-//! can be told, so that its number is never taken for that of another one.
+//! Processes held by a descriptor, as the one at the other end of a Unix socket: while it is held, whether the process still
+//! lives can be told, so that its number is never taken for that of another one.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -14,7 +14,24 @@ pub struct Peer {
     pub pid: i32,
     pub uid: u32,
     pub gid: u32,
-    process: OwnedFd,
+    process: Process,
+}
+
+/// A process held.
+#[derive(Debug)]
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// Whoever has the number now; an error if nobody has.
+    pub fn open(pid: i32) -> io::Result<Process> {
+        pidfd_open(pid).map(Process)
+    }
+
+    /// False from the moment it ends, also while nobody has waited for it.
+    pub fn lives(&self) -> bool {
+        let mut ended = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ended, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
+    }
 }
 
 impl Peer {
@@ -31,13 +48,12 @@ impl Peer {
             Err(Errno::ENOPROTOOPT) => pidfd_open(pid)?,
             Err(error) => return Err(error.into()),
         };
-        Ok(Peer { pid, uid, gid, process })
+        Ok(Peer { pid, uid, gid, process: Process(process) })
     }
 
     /// False from the moment it ends, also while nobody has waited for it.
     pub fn lives(&self) -> bool {
-        let mut ended = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
-        poll(&mut ended, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
+        self.process.lives()
     }
 }
 
@@ -69,13 +85,13 @@ mod tests {
     #[test]
     fn a_process_that_ended_does_not_live_also_before_anybody_waits_for_it() {
         let mut child = Command::new("true").spawn().unwrap();
-        let process = pidfd_open(child.id().cast_signed()).unwrap();
+        let process = Process::open(child.id().cast_signed()).unwrap();
         let peer = Peer { pid: child.id().cast_signed(), uid: 0, gid: 0, process };
         while peer.lives() {
             std::thread::yield_now();
         }
         child.wait().unwrap();
         assert!(!peer.lives());
-        assert!(pidfd_open(i32::MAX).is_err());
+        assert!(Process::open(i32::MAX).is_err());
     }
 }

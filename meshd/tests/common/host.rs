@@ -103,6 +103,7 @@ impl Plan {
             mark: Mark(0),
             directory: ArcSwap::default(),
             enrolment: ArcSwap::from_pointee(enrolled(directory.path(), &self.enrolment)),
+            attestor: Arc::default(),
             ports: PortWatch::default(),
             tls: ArcSwap::from_pointee(tls),
             raw: ArcSwap::default(),

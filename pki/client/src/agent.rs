@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::Credentials;
+use crate::ban;
 use crate::come_back::{Absent, refused};
 use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
 use crate::deny::Denials;
@@ -76,6 +77,7 @@ impl Agent {
         let mut store = Store::new(dir, &surroundings.machine_id_file);
         let state = store.load()?;
         let denials = Denials::open(dir, &state.credentials.trust_domain);
+        let state = ban::heed(&state, denials.name(&state.credentials.host.id)).unwrap_or(state);
         let (publish, _) = watch::channel(Arc::new(state.credentials.clone()));
         Ok(Agent {
             store,
@@ -257,6 +259,10 @@ impl Agent {
                 true => drop(held.selectors.remove(id)),
                 false => drop(held.selectors.insert(id.clone(), result.selectors)),
             }
+            match result.hint.is_empty() {
+                true => drop(held.hints.remove(id)),
+                false => drop(held.hints.insert(id.clone(), result.hint)),
+            }
             match result.outcome {
                 Some(v1::issue_result::Outcome::Svid(svid)) => {
                     let svid = Arc::new(read_svid(svid, id, key, &held.bundle, pki_time)?);
@@ -278,7 +284,7 @@ impl Agent {
             held.pki = reply.pki_addresses;
         }
         next.pki_time = pki_time;
-        self.taint(reply.tainted_roots, now);
+        self.taint([reply.tainted_roots, reply.tainted_intermediates].concat(), now);
         self.told.waiting = waiting;
         self.adopt(next);
         self.metrics.succeeded(unix_ms((self.surroundings.clock)()), unix_ms(pki_time));
@@ -292,7 +298,7 @@ impl Agent {
         self.metrics.heard(unix_ms(wall), unix_ms(pki_time));
         self.adrift = None;
         self.lend_denials = reply.want_deny_set;
-        self.taint(reply.tainted_roots, now);
+        self.taint([reply.tainted_roots, reply.tainted_intermediates].concat(), now);
         let mut next = self.state.clone();
         next.pki_time = pki_time;
         let mut changed = false;
@@ -326,6 +332,21 @@ impl Agent {
             true => self.adopt(next),
             false => self.state.pki_time = pki_time,
         }
+        self.heed_denials();
+    }
+
+    fn heed_denials(&mut self) {
+        let is_banned = self.denials.name(&self.state.credentials.host.id);
+        let Some(next) = ban::heed(&self.state, is_banned) else { return };
+        match is_banned {
+            true => tracing::error!("{}", next.credentials.why_banned()),
+            false => tracing::warn!("this host is no longer banned; asking for its identities again"),
+        }
+        self.told.waiting.clear();
+        self.retry = Retry::default();
+        self.adopt(next);
+        // The generation before has the keys as well.
+        self.save();
     }
 
     fn lost(&mut self, error: &RenewError) {
@@ -337,9 +358,9 @@ impl Agent {
         };
     }
 
-    fn taint(&mut self, roots: Vec<String>, now: SystemTime) {
-        let since = |root: &String| self.told.tainted.get(root).copied().unwrap_or(now);
-        self.told.tainted = roots.into_iter().map(|root| (root.clone(), since(&root))).collect();
+    fn taint(&mut self, authorities: Vec<String>, now: SystemTime) {
+        let since = |id: &String| self.told.tainted.get(id).copied().unwrap_or(now);
+        self.told.tainted = authorities.into_iter().map(|id| (id.clone(), since(&id))).collect();
     }
 
     fn facts(&self) -> Facts {

@@ -36,6 +36,10 @@ pub struct Credentials {
     pub refused: BTreeMap<SpiffeId, String>,
     /// What the processes of an identity are known by, where the PKI says so.
     pub selectors: BTreeMap<SpiffeId, Vec<String>>,
+    /// What programs are told of an identity beside it.
+    pub hints: BTreeMap<SpiffeId, String>,
+    /// The deny set in force, which the PKI has signed, names this host: it has given up its workloads' identities.
+    pub banned: bool,
     /// Other trust domains, each with its own bundle.
     pub federation: Federation,
     /// `host:port` of the PKI servers.

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use data_encoding::HEXLOWER;
 use meshd_identity::signed::{self, VerifyingKey};
-use meshd_identity::statements::DenySet;
-use meshd_identity::{Bundle, TrustDomain, sha256};
+use meshd_identity::statements::{DenySet, Whom};
+use meshd_identity::{Bundle, SpiffeId, TrustDomain, sha256};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
@@ -52,6 +52,10 @@ impl Denials {
 
     pub(crate) fn sequence(&self) -> u64 {
         self.publish.borrow().sequence
+    }
+
+    pub(crate) fn name(&self, id: &SpiffeId) -> bool {
+        self.publish.borrow().entries.iter().any(|entry| matches!(&entry.whom, Whom::Identity(denied) if denied == id))
     }
 
     pub(crate) fn jws(&self) -> &str {
@@ -109,7 +113,7 @@ fn write(file: &Path, document: &Document) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use meshd_identity::statements::{Denied, Whom};
+    use meshd_identity::statements::Denied;
     use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
     use super::*;

@@ -85,6 +85,8 @@ impl FakeCa {
             workloads: ids.iter().map(|id| (id.clone(), self.svid(id))).collect(),
             refused: BTreeMap::new(),
             selectors: BTreeMap::new(),
+            hints: BTreeMap::new(),
+            banned: false,
             federation: Federation::default(),
             pki: vec!["127.0.0.1:15012".to_owned()],
         }

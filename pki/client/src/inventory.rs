@@ -2,41 +2,30 @@
 
 use std::collections::BTreeSet;
 
-use meshd_identity::Bundle;
+use meshd_identity::{Bundle, root_id, roots_of};
 use meshd_pki_api::v1;
-use x509_parser::certificate::X509Certificate;
-use x509_parser::oid_registry::Oid;
-use x509_parser::prelude::FromDer;
-use x509_parser::x509::X509Name;
 
 use crate::{Credentials, Svid};
 
-/// X.520 serialNumber: the identifier of an authority in its subject.
-const SERIAL_NUMBER: [u64; 4] = [2, 5, 4, 5];
-
 pub(crate) fn inventory(held: &Credentials) -> v1::Inventory {
     let svids = held.workloads.values().chain([&held.host]);
-    let roots: BTreeSet<String> = svids.filter_map(|svid| root_of(svid)).collect();
+    let roots: BTreeSet<String> = svids.flat_map(|svid| roots_under(svid, &held.bundle)).collect();
     v1::Inventory { roots: roots.into_iter().collect() }
 }
 
-/// The identifier of the root a chain ends in; `None` when it is not one of ours.
-pub(crate) fn root_of(svid: &Svid) -> Option<String> {
-    let (_, parsed) = X509Certificate::from_der(svid.chain.last()?).ok()?;
-    identifier(parsed.issuer())
+/// The identifiers of the roots of the bundle that a chain may end in: one, unless two have the same name.
+pub(crate) fn roots_under(svid: &Svid, bundle: &Bundle) -> Vec<String> {
+    let Some(last) = svid.chain.last() else { return Vec::new() };
+    roots_of(last, bundle.roots.iter().map(Vec::as_slice)).into_iter().map(root_id).collect()
 }
 
-/// Whether the root a chain ends in is in the bundle. What is not ours to judge is taken to be.
+/// The identifiers of all authorities above a leaf.
+pub(crate) fn authorities_of(svid: &Svid, bundle: &Bundle) -> Vec<String> {
+    let intermediates = svid.chain.iter().skip(1).map(|certificate| root_id(certificate));
+    intermediates.chain(roots_under(svid, bundle)).collect()
+}
+
+/// Whether the root a chain ends in is in the bundle.
 pub(crate) fn is_rooted(svid: &Svid, bundle: &Bundle) -> bool {
-    let Some(wanted) = root_of(svid) else { return true };
-    bundle.roots.iter().any(|root| {
-        let parsed = X509Certificate::from_der(root);
-        parsed.is_ok_and(|(_, root)| identifier(root.subject()).as_ref() == Some(&wanted))
-    })
-}
-
-fn identifier(name: &X509Name<'_>) -> Option<String> {
-    let wanted = Oid::from(&SERIAL_NUMBER).ok()?;
-    let attribute = name.iter_by_oid(&wanted).next()?;
-    Some(attribute.as_str().ok()?.to_owned())
+    !roots_under(svid, bundle).is_empty()
 }

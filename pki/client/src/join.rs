@@ -219,6 +219,8 @@ fn read_enrolment(
         workloads: BTreeMap::new(),
         refused: BTreeMap::new(),
         selectors: BTreeMap::new(),
+        hints: BTreeMap::new(),
+        banned: false,
         federation: Federation::default(),
         pki: if reply.pki_addresses.is_empty() { pin.pki.clone() } else { reply.pki_addresses },
     };

@@ -14,6 +14,7 @@
 //! `state` and `store` are the disk.
 
 mod agent;
+mod ban;
 mod come_back;
 mod connect;
 mod credentials;

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
-use crate::inventory::{is_rooted, root_of};
+use crate::inventory::{authorities_of, is_rooted};
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -22,7 +22,7 @@ const RETRY_CAP_URGENT: Duration = Duration::from_secs(60);
 /// A retry must never cost a relevant part of what is left of a certificate's life.
 const RETRY_SHARE_OF_REMAINING: f64 = 0.02;
 
-/// Certificates under a tainted root are replaced within this time, or a quarter of what is left of them.
+/// Certificates under a tainted root or intermediate are replaced within this time, or a quarter of what is left of them.
 const TAINT_SPLAY: Duration = Duration::from_secs(600);
 
 /// When to renew a certificate: drawn once for each, from who holds it and its serial, so that a fleet enrolled
@@ -64,17 +64,22 @@ pub(crate) fn refusal_delay(chance: f64) -> Duration {
 pub(crate) struct Circumstances {
     /// Identities the PKI refused, with the time to ask again.
     pub(crate) waiting: BTreeMap<SpiffeId, SystemTime>,
-    /// Roots whose key may be known to others, and since when this host knows.
+    /// Roots and intermediates whose key may be known to others, and since when this host knows.
     pub(crate) tainted: BTreeMap<String, SystemTime>,
 }
 
 impl Circumstances {
-    /// When a certificate is to be replaced: by the calendar, or soon when it hangs on a tainted root.
-    fn renew_at(&self, host_id: &str, svid: &Svid) -> SystemTime {
+    /// When a certificate is to be replaced: by the calendar, or soon when it hangs on a tainted authority.
+    fn renew_at(&self, held: &Credentials, svid: &Svid) -> SystemTime {
+        let host_id = &held.host_id;
         let planned = renew_at(host_id, svid);
-        let since = root_of(svid).and_then(|root| self.tainted.get(&root).copied());
+        if self.tainted.is_empty() {
+            return planned;
+        }
+        let above = authorities_of(svid, &held.bundle);
+        let since = above.iter().filter_map(|authority| self.tainted.get(authority).copied()).min();
         let Some(since) = since else { return planned };
-        // A PKI whose next root does not sign yet issues under the tainted one again: then it is asked again.
+        // A PKI whose next one does not sign yet issues under the tainted one again: then it is asked again.
         let since = since.max(svid.issued_at);
         let left = svid.not_after.duration_since(since).unwrap_or_default();
         let splay = (left / 4).min(TAINT_SPLAY).mul_f64(draw(host_id, &svid.serial));
@@ -89,7 +94,11 @@ pub(crate) fn due(
     told: &Circumstances,
     now: SystemTime,
 ) -> Vec<SpiffeId> {
-    let is_due = |svid: &Svid| told.renew_at(&held.host_id, svid) <= now || !is_rooted(svid, &held.bundle);
+    if held.banned {
+        // It would be refused; the conversation tells when that has ended.
+        return Vec::new();
+    }
+    let is_due = |svid: &Svid| told.renew_at(held, svid) <= now || !is_rooted(svid, &held.bundle);
     let mut due = Vec::new();
     if is_due(&held.host) {
         due.push(held.host.id.clone());
@@ -112,7 +121,7 @@ pub(crate) fn next_wake(
     now: SystemTime,
 ) -> Duration {
     let renewals = wanted.iter().filter_map(|id| held.workloads.get(id)).chain([&held.host]);
-    let times = renewals.map(|svid| told.renew_at(&held.host_id, svid)).chain(told.waiting.values().copied());
+    let times = renewals.map(|svid| told.renew_at(held, svid)).chain(told.waiting.values().copied());
     times.filter_map(|at| at.duration_since(now).ok()).min().unwrap_or(TICK).min(TICK)
 }
 
@@ -132,6 +141,7 @@ mod tests {
 
     use super::*;
     use crate::fake::FakeCa;
+    use crate::inventory::roots_under;
 
     fn domain() -> TrustDomain {
         "prod.example.org".parse().unwrap()
@@ -169,19 +179,36 @@ mod tests {
     #[test]
     fn what_hangs_on_a_tainted_root_is_replaced_soon_and_again_while_it_still_does() {
         let held = FakeCa::new(domain()).credentials("web", &[]);
-        let root = root_of(&held.host).unwrap();
+        let root = roots_under(&held.host, &held.bundle).remove(0);
         let since = held.host.issued_at + Duration::from_secs(3600);
         let told = Circumstances { tainted: BTreeMap::from([(root, since)]), ..Circumstances::default() };
-        let at = told.renew_at("web", &held.host);
+        let at = told.renew_at(&held, &held.host);
         assert!(at >= since && at <= since + TAINT_SPLAY, "{at:?}");
         assert_eq!(due(&held, &BTreeSet::new(), &told, at), vec![held.host.id.clone()]);
         let issued_at = since + Duration::from_secs(60);
         let replaced = Svid { issued_at, ..Svid::clone(&held.host) };
-        let again = told.renew_at("web", &replaced);
+        let again = told.renew_at(&held, &replaced);
         assert!(again >= issued_at && again <= issued_at + TAINT_SPLAY, "{again:?}");
         let other =
             Circumstances { tainted: BTreeMap::from([("other".to_owned(), since)]), ..Circumstances::default() };
-        assert_eq!(other.renew_at("web", &held.host), renew_at("web", &held.host));
+        assert_eq!(other.renew_at(&held, &held.host), renew_at("web", &held.host));
+    }
+
+    #[test]
+    fn what_a_tainted_intermediate_signed_is_replaced_soon_at_a_moment_of_each_its_own() {
+        let held = FakeCa::new(domain()).credentials("web", &[]);
+        let [intermediate, root] = &authorities_of(&held.host, &held.bundle)[..] else { panic!("a chain of two") };
+        assert_eq!(*root, roots_under(&held.host, &held.bundle)[0]);
+        let since = held.host.issued_at + Duration::from_secs(3600);
+        let tainted = BTreeMap::from([(intermediate.clone(), since)]);
+        let told = Circumstances { tainted, ..Circumstances::default() };
+        let moment = |host: &str| {
+            let held = Credentials { host_id: host.to_owned(), ..held.clone() };
+            told.renew_at(&held, &held.host)
+        };
+        let moments: BTreeSet<SystemTime> = ["web", "db", "cache"].into_iter().map(moment).collect();
+        assert_eq!(moments.len(), 3);
+        assert!(moments.iter().all(|at| *at >= since && *at <= since + TAINT_SPLAY), "{moments:?}");
     }
 
     #[test]
@@ -191,6 +218,14 @@ mod tests {
         held.bundle = other.bundle();
         let now = held.host.issued_at;
         assert_eq!(due(&held, &BTreeSet::new(), &Circumstances::default(), now), vec![held.host.id.clone()]);
+    }
+
+    #[test]
+    fn a_banned_host_asks_for_nothing() {
+        let mut held = FakeCa::new(domain()).credentials("web", &[]);
+        held.banned = true;
+        let wanted = BTreeSet::from([workload("payments")]);
+        assert_eq!(due(&held, &wanted, &Circumstances::default(), held.host.not_after), vec![]);
     }
 
     #[test]

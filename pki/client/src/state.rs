@@ -43,6 +43,8 @@ struct Document {
     refused: BTreeMap<SpiffeId, String>,
     #[serde(default)]
     selectors: BTreeMap<SpiffeId, Vec<String>>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    hints: BTreeMap<SpiffeId, String>,
     #[serde(default)]
     federation: federation::Document,
 }
@@ -70,6 +72,7 @@ impl State {
             workloads: held.workloads.values().map(|svid| svid_document(svid)).collect(),
             refused: held.refused.clone(),
             selectors: held.selectors.clone(),
+            hints: held.hints.clone(),
             federation: held.federation.to_document(),
         };
         serde_json::to_vec(&document).expect("strings and numbers always serialise")
@@ -87,6 +90,9 @@ impl State {
             workloads: workloads.collect::<Result<_, String>>()?,
             refused: document.refused,
             selectors: document.selectors,
+            hints: document.hints,
+            // Told by the deny set, which has a file of its own.
+            banned: false,
             federation: Federation::from_document(document.federation)?,
             pki: document.pki,
         };

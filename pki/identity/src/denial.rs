@@ -23,14 +23,17 @@ impl Marks {
     pub fn read<'a>(chain: &[&[u8]], roots: impl IntoIterator<Item = &'a [u8]>) -> Option<Marks> {
         let (leaf, issuers) = chain.split_first()?;
         let info = inspect_svid(leaf).ok()?;
-        let (_, last) = X509Certificate::from_der(chain.last()?).ok()?;
+        let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
         let mut authorities = Vec::new();
+        let mut signed_by = vec![parsed.issuer().as_raw().to_vec()];
         for issuer in issuers {
             let (_, parsed) = X509Certificate::from_der(issuer).ok()?;
             authorities.push(sha256(parsed.public_key().raw));
+            signed_by.push(parsed.issuer().as_raw().to_vec());
         }
         let roots = roots.into_iter().filter_map(|root| X509Certificate::from_der(root).ok());
-        let signers = roots.filter(|(_, root)| root.subject().as_raw() == last.issuer().as_raw());
+        // Not that of the last alone: the peer may append what it likes.
+        let signers = roots.filter(|(_, root)| signed_by.iter().any(|issuer| issuer == root.subject().as_raw()));
         authorities.extend(signers.map(|(_, root)| sha256(root.public_key().raw)));
         Some(Marks { id: info.id, serial: info.serial, authorities })
     }
@@ -63,9 +66,12 @@ impl DenyIndex {
     }
 
     pub fn denies(&self, marks: &Marks) -> bool {
-        self.identities.contains(&marks.id)
-            || self.serials.contains(&marks.serial)
-            || marks.authorities.iter().any(|key| self.authorities.contains(key))
+        self.identities.contains(&marks.id) || self.denies_certificate(marks)
+    }
+
+    /// Whether this certificate is denied, be its identity what it is: with another the identity may be good.
+    pub fn denies_certificate(&self, marks: &Marks) -> bool {
+        self.serials.contains(&marks.serial) || marks.authorities.iter().any(|key| self.authorities.contains(key))
     }
 
     pub fn len(&self) -> usize {

@@ -14,6 +14,10 @@ use serde_json::{Map, Value};
 use crate::spiffe_id::is_path;
 use crate::{JwtKey, KeyParameters, TrustDomain};
 
+/// Of one JWT-SVID, asked for on hosts and signed by the PKI: they are all in it.
+pub const MOST_AUDIENCES: usize = 16;
+/// In bytes, of one of them.
+pub const LONGEST_AUDIENCE: usize = 512;
 /// Tokens of real systems have 1 to 4 KiB.
 const MAX_BYTES: usize = 16 * 1024;
 /// Clocks of hosts that keep time differ by less; JWT-SVID 3.2 leaves room for it.
@@ -69,6 +73,14 @@ pub struct JwtSvid {
     /// Of any shape: it may be of another trust domain.
     pub spiffe_id: String,
     pub claims: Map<String, Value>,
+}
+
+/// What is wrong with audiences to be put in a token.
+pub fn audience_problem(audience: &[String]) -> Option<String> {
+    let bad = |text: &String| text.is_empty() || text.len() > LONGEST_AUDIENCE || text.chars().any(char::is_control);
+    (audience.is_empty() || audience.len() > MOST_AUDIENCES || audience.iter().any(bad)).then(|| {
+        format!("a JWT-SVID needs 1 to {MOST_AUDIENCES} audiences of 1 to {LONGEST_AUDIENCE} bytes each, without control characters")
+    })
 }
 
 impl Jwt {

@@ -8,6 +8,7 @@ use meshd_identity::signed::VerifyingKey;
 use meshd_identity::statements::attestation_message;
 use meshd_pki_api::v1;
 
+use crate::adoption::check_time;
 use crate::audit::Event;
 use crate::csr::Request;
 use crate::enrol::{check_standing, excerpt, host_identity};
@@ -78,11 +79,12 @@ impl Pki {
             return Err(Refused::Unauthenticated(text.to_owned()));
         }
         // Without a lock at first: strangers may knock as often as they like.
-        self.state.database.read_latest(|view| prove(view, request, &self.trust_domain))?;
+        self.state.database.read_latest(|view| prove(view, request, &self.trust_domain, unix(now)))?;
         let csr = Request::read(&request.csr).map_err(Refused::Invalid)?;
         let signer = self.signer();
         let (svid, event) = self.state.database.transaction(|records| -> Result<_, Refused> {
-            let (mut host, used) = prove(records, request, &self.trust_domain)?;
+            let (mut host, used) = prove(records, request, &self.trust_domain, unix(now))?;
+            let is_adopted = host.adopted_until.take().is_some();
             let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             host.used_key(&used);
             host.next = Some(NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
@@ -102,6 +104,7 @@ impl Pki {
                 authority: Some(issued.authority.clone()),
                 not_after: Some(rfc3339(issued.not_after)),
                 remote: Some(remote.to_owned()),
+                detail: is_adopted.then(|| "adopted from the PKI before".to_owned()),
                 ..Event::default()
             };
             hosts::note_issued(records, &host.id, vec![issued], unix(now))?;
@@ -113,11 +116,17 @@ impl Pki {
 }
 
 /// The host, and the key that it proved to hold.
-fn prove(view: &mut dyn View, request: &v1::AttestRequest, domain: &TrustDomain) -> Result<(Host, Vec<u8>), Refused> {
+fn prove(
+    view: &mut dyn View,
+    request: &v1::AttestRequest,
+    domain: &TrustDomain,
+    now: i64,
+) -> Result<(Host, Vec<u8>), Refused> {
     let known = hosts::host(view, &request.host_id)?;
     let host = known.ok_or_else(|| not_enrolled(&request.host_id))?;
     // First, for an evicted host has no key left to prove: it is told why.
     check_standing(&host)?;
+    check_time(&host, now)?;
     let used = proven_key(&host, request, domain)?;
     Ok((host, used))
 }

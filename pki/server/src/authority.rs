@@ -25,8 +25,8 @@ pub enum AuthorityError {
     Sign(#[from] rcgen::Error),
     #[error(transparent)]
     Key(#[from] KeyError),
-    #[error("authority {id} ends at {end}, too soon to issue under it; restore a newer backup or initialise a new PKI")]
-    Ending { id: String, end: String },
+    #[error("authority {id} ends at {end}, too soon to issue under it; {remedy}")]
+    Ending { id: String, end: String, remedy: &'static str },
 }
 
 /// A certificate authority that can sign.
@@ -36,6 +36,8 @@ pub struct Authority {
     pub not_after: SystemTime,
     /// Nothing it signs ends later than this long before its own end.
     skew: Duration,
+    /// What to do when it has ended.
+    remedy: &'static str,
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -86,7 +88,14 @@ impl Authority {
         skew: Duration,
     ) -> Result<Authority, AuthorityError> {
         let issuer = Issuer::from_ca_cert_der(&CertificateDer::from(certificate.as_slice()), key)?;
-        Ok(Authority { id, certificate, not_after, skew, issuer })
+        let remedy = "restore a newer backup or initialise a new PKI";
+        Ok(Authority { id, certificate, not_after, skew, remedy, issuer })
+    }
+
+    /// It was signed by others.
+    pub(crate) fn of_outside(self) -> Authority {
+        let remedy = "it is from outside: bring the next by `meshd-pki import`, or where --upstream-chain reads it";
+        Authority { remedy, ..self }
     }
 
     pub(crate) fn pkcs8(&self) -> Vec<u8> {
@@ -101,12 +110,25 @@ impl Authority {
         life: Duration,
         now: SystemTime,
     ) -> Result<Issued, AuthorityError> {
+        self.issue_named(id, &[], public_key, life, now)
+    }
+
+    /// The same, with names beside the identity: for clients that look at nothing else.
+    pub(crate) fn issue_named(
+        &self,
+        id: &SpiffeId,
+        names: &[SanType],
+        public_key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, AuthorityError> {
         let serial = new_serial()?;
         let not_after = self.clamp(now, now + life)?;
         let mut params = CertificateParams::default();
         // With an empty subject the name extension becomes critical, as X509-SVID wants.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
+        params.subject_alt_names.extend_from_slice(names);
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -123,7 +145,7 @@ impl Authority {
         let end = wanted.min(self.not_after - self.skew);
         if end <= now {
             let end = crate::times::rfc3339(unix(self.not_after));
-            return Err(AuthorityError::Ending { id: self.id.clone(), end });
+            return Err(AuthorityError::Ending { id: self.id.clone(), end, remedy: self.remedy });
         }
         Ok(whole_seconds(end))
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use meshd_identity::{IdError, JoinToken, PkiPin, Secret, SpiffeId, TokenError, TrustDomain, sha256};
+use meshd_identity::{IdError, JoinToken, PkiPin, Secret, SelectorError, SpiffeId, TokenError, TrustDomain, sha256};
 
 use crate::audit::Event;
 use crate::keys::{KeyError, random};
@@ -38,10 +38,16 @@ pub enum CommandError {
     Ttl,
     #[error("a token serves 1 to {MOST_USES} hosts; choose another --max-uses")]
     Uses,
-    #[error("`{0}` is no selector that hosts can attest; write systemd:unit:NAME.service or unix:uid:NUMBER")]
-    Selector(String),
-    #[error("a process is claimed by its unit or by its user; give one selector")]
-    Selectors,
+    #[error(transparent)]
+    Selector(#[from] SelectorError),
+    #[error(
+        "`{0}` is no name of DNS for a certificate; write it in full and lower case, without `*`, as pay.example.org"
+    )]
+    DnsName(String),
+    #[error("a certificate has at most {0} names of DNS")]
+    DnsNames(usize),
+    #[error("a hint has at most {0} bytes, without control characters")]
+    Hint(usize),
     #[error(transparent)]
     Label(#[from] LabelError),
     #[error("{0}")]

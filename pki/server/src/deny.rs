@@ -8,15 +8,18 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use meshd_identity::denial::DenyIndex;
 use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
 
 use crate::audit::Event;
 use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
+use crate::refused::Refused;
+use crate::service::Peer;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
-use crate::store::trust;
+use crate::store::{DbError, View, trust};
 use crate::times::{unix, unix_ms};
 
 /// A deny set ready to be handed out.
@@ -27,10 +30,11 @@ pub(crate) struct SignedDeny {
     pub(crate) jws: String,
     /// The PKI knows that there was a newer one.
     pub(crate) is_behind: bool,
-    /// The root that was active when it was signed: whoever joins later may know only later ones.
+    /// The root that signed it: whoever joins later may know only later ones.
     signer: String,
     /// SPIFFE IDs that nobody is to have now.
     identities: BTreeSet<String>,
+    index: DenyIndex,
 }
 
 /// The highest sequence of a deny set there ever was, outside the database and its backups.
@@ -62,9 +66,11 @@ impl Pki {
     pub(crate) fn refresh_deny(&self) -> Result<(), PkiError> {
         let floor = Floor::new(&self.state);
         let known = self.deny();
-        let set = self.state.database.read(deny::deny).map_err(StateError::from)?;
+        let read = |view: &mut dyn View| Ok::<_, DbError>((deny::deny(view)?, trust::trust(view)?));
+        let (set, trust) = self.state.database.read(read).map_err(StateError::from)?;
+        let root = trust.speaker().ok_or_else(|| self.state.incomplete("a root whose key is here"))?;
         let is_behind = floor.get() > set.sequence;
-        let signer = self.signer().root.clone();
+        let signer = root.id.clone();
         if (set.sequence, is_behind, &signer) == (known.sequence, known.is_behind, &known.signer) {
             return Ok(());
         }
@@ -73,8 +79,6 @@ impl Pki {
             path: floor.0.clone(),
             source,
         })?;
-        let trust = self.state.database.read(trust::trust).map_err(StateError::from)?;
-        let root = trust.speaker().ok_or_else(|| self.state.incomplete("a root whose key is here"))?;
         let key = self.kek.unwrap(&root.id, &root.wrapped_key).map_err(StateError::from)?;
         let jws = match set.sequence {
             0 => String::new(),
@@ -85,7 +89,23 @@ impl Pki {
             Whom::Serial(_) | Whom::Authority(_) => None,
         });
         let identities = identities.collect();
-        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities });
+        let index = DenyIndex::of(&set.to_set(&self.trust_domain));
+        self.set_deny(SignedDeny { sequence: set.sequence, jws, is_behind, signer, identities, index });
+        Ok(())
+    }
+
+    /// A certificate that hosts refuse is refused here, too: its host has to prove anew who it is, and gets another.
+    /// Asked with every message, for a connection may be older than a denial.
+    pub(crate) fn refuse_denied(&self, peer: &Peer) -> Result<(), Refused> {
+        let (Some(_), marks) = (&peer.certificate, &peer.marks) else { return Ok(()) };
+        let Some(marks) = marks else {
+            return Err(Refused::Unauthenticated("the certificate is of no identity of a mesh".to_owned()));
+        };
+        if self.deny().index.denies_certificate(marks) {
+            let id = &marks.id;
+            let why = format!("the certificate of {id} is denied in this mesh; see `meshd-pki deny list` on the PKI");
+            return Err(Refused::Unauthenticated(why));
+        }
         Ok(())
     }
 

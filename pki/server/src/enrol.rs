@@ -178,6 +178,7 @@ fn admit(
         roots_in_use: Vec::new(),
         labels: invited.labels,
         enrolled_by: invited.enrolled_by,
+        adopted_until: None,
     };
     hosts::put_host(records, &host)?;
     for identity in &invited.allow {

@@ -25,6 +25,11 @@ impl Files {
         Files { paths: paths.iter().map(|path| (*path).to_owned()).collect(), seen: None }
     }
 
+    /// What was read last is to be judged again: what was wrong with it may pass by itself.
+    pub(crate) fn forget(&mut self) {
+        self.seen = None;
+    }
+
     /// The contents, when they differ from those read last. Half of a replacement is read as an error of whoever judges
     /// it, and read again the next time.
     pub(crate) fn changed(&mut self) -> Result<Option<Vec<Vec<u8>>>, String> {

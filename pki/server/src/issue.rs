@@ -1,13 +1,13 @@
 //! Certificates for an enrolled host and its workloads.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use meshd_identity::{SpiffeId, inspect_svid, sha256};
+use meshd_identity::{SpiffeId, SvidInfo, inspect_svid, sha256};
 use meshd_pki_api::{MAX_BATCH, v1};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use crate::adoption::check_time;
 use crate::audit::Event;
 use crate::csr::Request;
 use crate::enrol::{check_standing, excerpt};
@@ -27,6 +27,7 @@ const LISTED: usize = 10;
 pub(crate) struct Caller {
     pub(crate) host: Host,
     pub(crate) id: SpiffeId,
+    pub(crate) certificate: SvidInfo,
     pub(crate) key_id: [u8; 32],
 }
 
@@ -88,6 +89,7 @@ impl Pki {
         let signer = self.signer();
         let (caller, granted, federation) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
+            self.wait_for_others(view, &caller.host, &caller.certificate)?;
             let granted = grants::granted(view, &caller.host.id)?;
             let permitted: Vec<String> = granted.keys().cloned().collect();
             let federation = self.federation_for(view, &permitted)?;
@@ -114,6 +116,7 @@ impl Pki {
             server_time_unix_ms: self.now_ms(),
             pki_addresses: self.addresses(),
             tainted_roots: signer.tainted.clone(),
+            tainted_intermediates: self.tainted_intermediates(),
             federation: federation.unless_known(request.federation_revision),
         })
     }
@@ -145,6 +148,9 @@ impl Pki {
             }
             host.saw(&sighting);
             host.used_key(&caller.key_id);
+            if !issued.is_empty() {
+                host.adopted_until = None;
+            }
             if next.is_some() {
                 host.next.clone_from(&next);
             }
@@ -174,6 +180,7 @@ impl Pki {
             return unknown(format!("host `{name}` is not enrolled here; run `meshd-pki token create --host {name}`"));
         };
         check_standing(&host)?;
+        check_time(&host, unix(self.now()))?;
         // Whoever stole an earlier one would else renew it for ever.
         if unix(info.not_before + LEAF_BACKDATE) < host.enrolled_at {
             return unknown(format!(
@@ -182,7 +189,8 @@ impl Pki {
         }
         let (_, parsed) = X509Certificate::from_der(certificate)
             .map_err(|error| Refused::Unauthenticated(format!("unreadable certificate: {error}")))?;
-        Ok(Caller { host, id: info.id, key_id: sha256(parsed.public_key().raw) })
+        let key_id = sha256(parsed.public_key().raw);
+        Ok(Caller { host, id: info.id.clone(), certificate: info, key_id })
     }
 
     fn decide(
@@ -203,7 +211,7 @@ impl Pki {
         };
         let checked = match self.denied(&item.spiffe_id) {
             Some(message) => Err((v1::refusal::Code::NotPermitted, message)),
-            None => check_item(caller, granted, item),
+            None => check_item(caller, granted, item, unix(self.now())),
         };
         let (id, csr) = match checked {
             Ok(checked) => checked,
@@ -212,15 +220,16 @@ impl Pki {
                 self.count_renewal(item.spiffe_id == caller.id.as_str(), "refused");
                 let refusal = v1::Refusal { code: code.into(), message: message.clone() };
                 let outcome = Some(v1::issue_result::Outcome::Refusal(refusal));
-                let result = v1::IssueResult { spiffe_id: item.spiffe_id.clone(), outcome, selectors: vec![] };
+                let spiffe_id = item.spiffe_id.clone();
+                let result = v1::IssueResult { spiffe_id, outcome, ..v1::IssueResult::default() };
                 let event = Event { result: "refused", detail: Some(message), ..event };
                 return Ok(Decided { result, event, issued: None, next_key: None });
             }
         };
         let now = self.now();
         let terms = granted.get(id.as_str()).cloned().unwrap_or_default();
-        let life = terms.ttl_s.map_or(self.lifetimes.leaf, |ttl| self.lifetimes.leaf.min(Duration::from_secs(ttl)));
-        let (svid, issued) = signer.issue(&id, &csr.public_key, life, now)?;
+        let life = terms.life(self.lifetimes.leaf, unix(now));
+        let (svid, issued) = signer.issue_named(&id, &terms.dns_names, &csr.public_key, life, now)?;
         let is_host = id == caller.id;
         let next_key = is_host.then(|| NextKey { key_id: csr.key_id.to_vec(), public_key: csr.spki.clone() });
         self.metrics.issued.inc();
@@ -232,8 +241,8 @@ impl Pki {
             ..event
         };
         let outcome = Some(v1::issue_result::Outcome::Svid(svid));
-        let (spiffe_id, selectors) = (item.spiffe_id.clone(), terms.selectors);
-        let result = v1::IssueResult { spiffe_id, outcome, selectors };
+        let (spiffe_id, Terms { selectors, hint, .. }) = (item.spiffe_id.clone(), terms);
+        let result = v1::IssueResult { spiffe_id, outcome, selectors, hint };
         Ok(Decided { result, event, issued: Some(issued), next_key })
     }
 }
@@ -251,6 +260,7 @@ fn check_item(
     caller: &Caller,
     granted: &BTreeMap<String, Terms>,
     item: &v1::IssueItem,
+    now: i64,
 ) -> Result<(SpiffeId, Request), ItemRefusal> {
     let invalid = |text: String| (v1::refusal::Code::Invalid, text);
     let id = parse_id(&item.spiffe_id).map_err(invalid)?;
@@ -258,12 +268,23 @@ fn check_item(
         let permitted: Vec<String> = granted.keys().cloned().collect();
         return Err((v1::refusal::Code::NotPermitted, not_permitted(caller, &id, &permitted)));
     }
+    if let Some(terms) = granted.get(id.as_str()).filter(|terms| terms.has_ended(now)) {
+        return Err((v1::refusal::Code::NotPermitted, entry_ended(caller, &id, terms)));
+    }
     let csr = Request::read(&item.csr).map_err(invalid)?;
     Ok((id, csr))
 }
 
 pub(crate) fn parse_id(text: &str) -> Result<SpiffeId, String> {
     text.parse().map_err(|error: meshd_identity::IdError| error.to_string())
+}
+
+pub(crate) fn entry_ended(caller: &Caller, id: &SpiffeId, terms: &Terms) -> String {
+    let (host, short, end) = (&caller.host.id, id.short(), rfc3339(terms.expires_at.unwrap_or_default()));
+    format!(
+        "host `{host}` claims {short}, the PKI's entry for it ended at {end}; if it is still wanted, run `meshd-pki entry \
+         add --host {host} {short}` with the terms of `meshd-pki entry list` and a later end"
+    )
 }
 
 pub(crate) fn not_permitted(caller: &Caller, id: &SpiffeId, permitted: &[String]) -> String {

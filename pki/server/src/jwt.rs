@@ -2,21 +2,20 @@
 
 use std::time::Duration;
 
+use meshd_identity::jwt::audience_problem;
 use meshd_identity::{SpiffeId, signed};
 use meshd_pki_api::v1;
 use serde::Serialize;
 
 use crate::audit::Event;
-use crate::issue::{not_permitted, parse_id};
+use crate::issue::{entry_ended, not_permitted, parse_id};
 use crate::pki::Pki;
 use crate::refused::Refused;
-use crate::store::{hosts, trust};
+use crate::store::{grants, trust};
 use crate::times::{rfc3339, seconds, unix};
 
 /// Long enough for a call chain, short enough to be no credential worth stealing.
 const DEFAULT_LIFE: Duration = Duration::from_secs(15 * 60);
-const MOST_AUDIENCES: usize = 16;
-const LONGEST_AUDIENCE: usize = 512;
 
 #[derive(Serialize)]
 struct Header<'a> {
@@ -54,23 +53,33 @@ impl Pki {
         self.refuse_while_frozen()?;
         check_audience(&request.audience)?;
         let now = unix(self.now());
-        let (caller, permitted, trust) = self.state.database.read_latest(|view| -> Result<_, Refused> {
+        let (caller, granted, trust) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
-            let permitted = hosts::permitted(view, &caller.host.id)?;
-            Ok((caller, permitted, trust::trust(view)?))
+            let granted = grants::granted(view, &caller.host.id)?;
+            Ok((caller, granted, trust::trust(view)?))
         })?;
         let id: SpiffeId = parse_id(&request.spiffe_id).map_err(Refused::Invalid)?;
-        if !permitted.iter().any(|allowed| allowed == id.as_str()) {
-            return Err(Refused::Forbidden(not_permitted(&caller, &id, &permitted)));
-        }
+        let terms = match granted.get(id.as_str()) {
+            None => {
+                let permitted: Vec<String> = granted.into_keys().collect();
+                return Err(Refused::Forbidden(not_permitted(&caller, &id, &permitted)));
+            }
+            Some(terms) if terms.has_ended(now) => return Err(Refused::Forbidden(entry_ended(&caller, &id, terms))),
+            Some(terms) => terms,
+        };
         if let Some(message) = self.denied(id.as_str()) {
             return Err(Refused::Forbidden(message));
         }
         let asked = Duration::from_secs(request.ttl_s.into());
-        let life = if asked.is_zero() { DEFAULT_LIFE } else { asked }.min(self.lifetimes.jwt);
+        let life = match terms.jwt_ttl_s.map(Duration::from_secs) {
+            Some(most) if asked.is_zero() || asked > most => most,
+            None if asked.is_zero() => DEFAULT_LIFE,
+            _ => asked,
+        };
+        let life = life.min(self.lifetimes.jwt);
         let unavailable = || Refused::Unavailable("the PKI has no key for JWTs now; see its log".to_owned());
         let key = trust.jwt_signer(now).ok_or_else(unavailable)?;
-        let exp = (now + seconds(life)).min(key.not_after);
+        let exp = (now + seconds(life)).min(key.not_after).min(terms.expires_at.unwrap_or(i64::MAX));
         let claims = Claims { sub: id.as_str(), aud: &request.audience, exp, iat: now };
         let pkcs8 = self.kek.unwrap(&key.kid, &key.wrapped_key).map_err(|error| {
             tracing::error!(%error, "the key of JWTs");
@@ -97,10 +106,5 @@ impl Pki {
 }
 
 fn check_audience(audience: &[String]) -> Result<(), Refused> {
-    let bad = |text: &String| text.is_empty() || text.len() > LONGEST_AUDIENCE || text.chars().any(char::is_control);
-    if audience.is_empty() || audience.len() > MOST_AUDIENCES || audience.iter().any(bad) {
-        let text = format!("a JWT-SVID needs 1 to {MOST_AUDIENCES} audiences of 1 to {LONGEST_AUDIENCE} bytes each");
-        return Err(Refused::Invalid(text));
-    }
-    Ok(())
+    audience_problem(audience).map_or(Ok(()), |problem| Err(Refused::Invalid(problem)))
 }

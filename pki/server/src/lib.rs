@@ -5,10 +5,12 @@
 //! - `store`: what is remembered, in records. `rotation`: roots and JWT keys come and go.
 //! - [`pki`]: the running PKI. For hosts it does [`enrol`], [`issue`], `attest`, `jwt`, `transitions` and `sync`.
 //! - [`clock`] and `start`: whether its clock may be believed.
-//! - [`admin`]: what operators do.
+//! - [`admin`]: what operators do. [`adoption`]: hosts of a PKI that was lost come back to the one in its place.
+//! - `istio`: certificates for proxies of Istio.
 //! - [`service`] and [`serve`]: gRPC and HTTP over one TLS port.
 
 pub mod admin;
+pub mod adoption;
 mod attest;
 mod attestors;
 pub mod audit;
@@ -26,6 +28,7 @@ mod handshakes;
 mod health;
 mod instances;
 pub mod issue;
+mod istio;
 mod join_token;
 mod jwt;
 pub mod keeping;

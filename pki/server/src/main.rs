@@ -18,8 +18,8 @@ use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
-use meshd_pki::upstream::watch::UpstreamFiles;
-use meshd_pki::{Options, Pki, admin, commands, state_dir, upstream};
+use meshd_pki::upstream::watch::{self, UpstreamFiles};
+use meshd_pki::{Options, Pki, admin, commands, state_dir};
 use meshd_pki_api::admin as wire;
 use meshd_pki_api::admin::command::Command;
 use tokio::net::TcpListener;
@@ -28,7 +28,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use self::cli::Place;
+use self::cli::{Place, Terms};
 
 /// The PKI of the mesh: enrols hosts and issues their certificates.
 #[derive(Parser)]
@@ -208,12 +208,8 @@ enum Entry {
 struct EntryAdd {
     #[command(flatten)]
     entry: EntryArgs,
-    /// Which processes of the host: systemd:unit:NAME.service or unix:uid:NUMBER. Without one the host decides.
-    #[arg(long)]
-    selector: Vec<String>,
-    /// Life of the certificates, if shorter than that of others.
-    #[arg(long, value_parser = parse_duration)]
-    ttl: Option<Duration>,
+    #[command(flatten)]
+    terms: Terms,
 }
 
 #[derive(Args)]
@@ -324,6 +320,9 @@ fn run(args: Run) -> anyhow::Result<()> {
 async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let (upstream_chain, upstream_key) = (args.upstream_chain.clone(), args.upstream_key.clone());
+    let roots = args.upstream_roots.clone();
+    let upstream = upstream_chain.zip(upstream_key).map(|(chain, key)| UpstreamFiles { chain, key, roots });
     let options = Options {
         lifetimes: args
             .rehearse
@@ -331,6 +330,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
         attestors: args.attestors.clone(),
+        upstream: upstream.clone(),
         ..Options::default()
     };
     let readers = admin::Readers::parse(&args.admin_readers).map_err(|why| anyhow!("--admin-readers: {why}"))?;
@@ -346,10 +346,7 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}: cannot bind"))?;
         tokio::spawn(serve_metrics(pki.clone(), listener));
     }
-    let upstream = args.upstream_chain.zip(args.upstream_key).map(|(chain, key)| {
-        let files = UpstreamFiles { chain, key, roots: args.upstream_roots };
-        tokio::spawn(upstream::watch::watch(pki.clone(), files))
-    });
+    let upstream = upstream.map(|files| tokio::spawn(watch::watch(pki.clone(), files)));
     let bundles = match (args.bundle_listen, args.bundle_cert, args.bundle_key) {
         (Some(address), Some(chain), Some(key)) => {
             let certificate =
@@ -409,10 +406,9 @@ fn pin(args: &Pin) -> anyhow::Result<()> {
 }
 
 fn add_entry(args: EntryAdd) -> anyhow::Result<()> {
-    let EntryAdd { entry: EntryArgs { place, host, label, identity }, selector, ttl } = args;
+    let EntryAdd { entry: EntryArgs { place, host, label, identity }, terms } = args;
     let (host, labels) = (host.unwrap_or_default(), texts(&label));
-    let ttl_s = ttl.map(|ttl| ttl.as_secs());
-    place.run(Command::EntryAdd(wire::EntryAdd { host, identity, labels, selectors: selector, ttl_s }))
+    place.run(Command::EntryAdd(terms.of(wire::EntryAdd { host, identity, labels, ..wire::EntryAdd::default() })))
 }
 
 fn remove_entry(args: EntryArgs) -> anyhow::Result<()> {

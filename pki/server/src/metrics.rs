@@ -25,6 +25,7 @@ pub struct Metrics {
     pub(crate) clones_seen: Counter,
     pub(crate) attestors_bad: Gauge,
     pub(crate) clock_distrusted: Gauge,
+    pub(crate) clock_unconfirmed: Gauge,
     pub(crate) tls_failures: Counter,
     pub(crate) leads: Gauge,
     pub(crate) replicas: Gauge,
@@ -50,6 +51,7 @@ impl Metrics {
             clones_seen: Counter::default(),
             attestors_bad: Gauge::default(),
             clock_distrusted: Gauge::default(),
+            clock_unconfirmed: Gauge::default(),
             tls_failures: Counter::default(),
             leads: Gauge::default(),
             replicas: Gauge::default(),
@@ -87,6 +89,11 @@ impl Metrics {
             "clock_distrusted",
             "1 while nothing is issued or rotated because this machine's clock may be wrong",
             m.clock_distrusted.clone(),
+        );
+        registry.register(
+            "clock_unconfirmed",
+            "1 from a start until hosts agree with this machine's clock, or long enough passed; rotation waits",
+            m.clock_unconfirmed.clone(),
         );
         registry.register("tls_failures", "Handshakes that failed", m.tls_failures.clone());
         registry.register("leads", "1 where this server takes the steps of authorities", m.leads.clone());

@@ -1,6 +1,5 @@
 //! The running PKI, independent of how requests reach it.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -29,10 +28,11 @@ use crate::replicas;
 use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
-use crate::state_dir::{StateDir, StateError, lock};
-use crate::store::{Records, bundles, hosts, intermediates, settings, tokens, trust};
+use crate::state_dir::{RunLock, StateDir, StateError, lock};
+use crate::store::{Records, bundles, hosts, intermediates, settings, tainted, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, seconds, unix, unix_ms};
+use crate::upstream::watch::{UpstreamFiles, look_ahead};
 
 /// A start after a long time off takes a few steps in a row; a loop without an end would be a defect.
 const MOST_STEPS: u32 = 16;
@@ -43,6 +43,8 @@ pub struct Options {
     pub advertise: Vec<String>,
     /// File that says by what else than tokens hosts come in.
     pub attestors: Option<PathBuf>,
+    /// The intermediate from outside that others replace.
+    pub upstream: Option<UpstreamFiles>,
     pub clock: Clock,
     /// Time since boot, sleep included: what the wall clock is compared with.
     pub boot_time: BootTime,
@@ -61,6 +63,7 @@ impl Default for Options {
             lifetimes: Lifetimes::default(),
             advertise: Vec::new(),
             attestors: None,
+            upstream: None,
             clock: Arc::new(SystemTime::now),
             boot_time: Arc::new(boot_time),
             clock_is_right: false,
@@ -123,7 +126,7 @@ pub struct Pki {
     web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
     pub(crate) health_seen: Mutex<Option<i64>>,
-    _running: File,
+    _running: RunLock,
 }
 
 impl Pki {
@@ -143,6 +146,9 @@ impl Pki {
         let lifetimes = &options.lifetimes;
         let domain = &state.trust_domain;
         let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
+        if let Some(files) = &options.upstream {
+            look_ahead(&state, files, &options.lifetimes, now);
+        }
         let start = begin(&state, &kek, &options, now)?;
         let signer =
             Signer::load(&state, &kek, &options.lifetimes, start.not_before_last(now))?.judging_by(&options.clock);
@@ -178,7 +184,7 @@ impl Pki {
         pki.refresh_replicas()?;
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
-        pki.tell();
+        pki.refresh()?;
         pki.keeper.keep(&pki.state, &pki.metrics, now);
         Ok(pki)
     }
@@ -214,6 +220,7 @@ impl Pki {
         let before = unix(now) - seconds(self.lifetimes.hold);
         self.state.database.lead(|records| -> Result<(), StateError> {
             tokens::prune(records, before)?;
+            tainted::prune(records, unix(now))?;
             Ok(intermediates::prune(records, before)?)
         })?;
         Ok(())
@@ -229,8 +236,10 @@ impl Pki {
         let signer = self.signer();
         // It is not the stored one any more when an operator has tainted it.
         let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
-        if !is_stored || !signer.is_fresh(&trust, now) {
-            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?.judging_by(&self.clock);
+        let names = self.attestors.istio().map(|grants| grants.names.clone()).unwrap_or_default();
+        if !is_stored || signer.names != names || !signer.is_fresh(&trust, now) {
+            let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
+            let signer = signer.named(names, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
             self.show_health().map_err(StateError::from)?;
         }
@@ -254,7 +263,7 @@ impl Pki {
         let signer = self.signer();
         let newest =
             Had { bundle: signer.bundle.sequence, deny: self.deny().sequence, federation: self.federation_revision() };
-        let current = Current { newest, tainted: signer.tainted.clone() };
+        let current = Current { newest, tainted: [&signer.tainted[..], &self.tainted_intermediates()].concat() };
         self.current.send_if_modified(|known| {
             let is_news = *known != current;
             *known = current;
@@ -306,6 +315,7 @@ impl Pki {
             }
         }
         self.metrics.clock_distrusted.set(i64::from(found.is_some()));
+        self.metrics.clock_unconfirmed.set(i64::from(standing != Standing::Confirmed));
         *distrust = found;
         Ok(())
     }
@@ -337,6 +347,11 @@ impl Pki {
     pub(crate) fn clock_doubt(&self) -> Option<String> {
         let unconfirmed = || (!self.start().is_confirmed()).then(|| UNCONFIRMED.to_owned());
         self.distrust().map(|why| why.to_string()).or_else(unconfirmed)
+    }
+
+    /// Whether nobody has vouched for the clock since the start.
+    pub(crate) fn is_clock_unconfirmed(&self) -> bool {
+        !self.start().is_confirmed()
     }
 
     /// Whether what cannot be undone may be done by this clock.
@@ -384,7 +399,7 @@ impl Pki {
         Ok(v1::TrustBundle { trust_domain, sequence: found.sequence, jwks: found.jwks.into_bytes() })
     }
 
-    pub(crate) fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
+    pub fn set_web_certificate(&self, certificate: Arc<WebCertificate>) {
         *self.web_certificate.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
     }
 

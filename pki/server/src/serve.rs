@@ -23,6 +23,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::admin::AdminService;
 use crate::federation::poll;
+use crate::istio::IstioService;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
@@ -111,7 +112,8 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
         tracing::debug!(%address, "no turn for a TLS handshake came; the host asks again");
         return;
     };
-    let acceptor = TlsAcceptor::from(pki.signer().tls.clone());
+    let signer = pki.signer();
+    let acceptor = TlsAcceptor::from(signer.tls.clone());
     let tls = match timeout(HANDSHAKE_DEADLINE, acceptor.accept(socket)).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
@@ -126,8 +128,9 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
         }
     };
     drop(turn);
-    let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
-    let router = router.layer(axum::Extension(Peer { certificate, address }));
+    let peer = Peer::of(tls.get_ref().1.peer_certificates().unwrap_or_default(), &signer.bundle, address);
+    drop(signer);
+    let router = router.layer(axum::Extension(peer));
     let service = TowerToHyperService::new(router);
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE);
@@ -148,6 +151,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
 
 fn router(pki: Arc<Pki>) -> Router {
     let admin = AdminService::server(pki.clone());
+    let istio = IstioService::server(pki.clone());
     let grpc = HostServer::new(HostService::new(pki.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Router::new()
         .route("/.well-known/spiffe-bundle", get(spiffe_bundle))
@@ -156,6 +160,7 @@ fn router(pki: Arc<Pki>) -> Router {
         .with_state(pki)
         .route_service("/meshd.pki.v1.Host/{method}", grpc)
         .route_service("/meshd.pki.admin.v1.Admin/{method}", admin)
+        .route_service("/istio.v1.auth.IstioCertificateService/{method}", istio)
 }
 
 /// Only what other trust domains need.

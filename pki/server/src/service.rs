@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use meshd_identity::inspect_svid;
+use meshd_identity::denial::Marks;
+use meshd_identity::{Bundle, inspect_svid};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host;
 use rustls::pki_types::CertificateDer;
@@ -22,11 +23,22 @@ use crate::sync::Had;
 pub(crate) struct Peer {
     /// The leaf, when the peer presented one and TLS verified it.
     pub(crate) certificate: Option<CertificateDer<'static>>,
+    /// What its whole chain can be denied by.
+    pub(crate) marks: Option<Marks>,
     pub(crate) address: SocketAddr,
 }
 
+impl Peer {
+    /// `chain` was verified with the roots of `bundle`.
+    pub(crate) fn of(chain: &[CertificateDer<'static>], bundle: &Bundle, address: SocketAddr) -> Peer {
+        let all: Vec<&[u8]> = chain.iter().map(AsRef::as_ref).collect();
+        let marks = Marks::read(&all, bundle.roots.iter().map(Vec::as_slice));
+        Peer { certificate: chain.first().cloned(), marks, address }
+    }
+}
+
 /// Calls worked on at once. All of them share one database, so more would only wait with a thread each.
-const AT_ONCE: usize = 8;
+pub(crate) const AT_ONCE: usize = 8;
 /// A host that does not read is told nothing more; what it missed is in the answer to its next report.
 const UNREAD_REPLIES: usize = 4;
 
@@ -59,6 +71,7 @@ impl Host for HostService {
         let peer = peer(&request)?;
         let message = request.into_inner();
         self.answer("issue_batch", move |pki| {
+            pki.refuse_denied(&peer)?;
             pki.issue_batch(peer.certificate.as_deref(), &message, &peer.address.to_string())
         })
         .await
@@ -99,6 +112,7 @@ impl Host for HostService {
         let peer = peer(&request)?;
         let message = request.into_inner();
         self.answer("issue_jwt", move |pki| {
+            pki.refuse_denied(&peer)?;
             pki.issue_jwt(peer.certificate.as_deref(), &message, &peer.address.to_string())
         })
         .await
@@ -119,7 +133,7 @@ impl HostService {
     }
 }
 
-async fn run<T: Send + 'static>(
+pub(crate) async fn run<T: Send + 'static>(
     pki: Arc<Pki>,
     permits: &Semaphore,
     method: &'static str,
@@ -198,13 +212,14 @@ impl Conversation {
     async fn answer(&self, report: v1::SyncRequest) -> Result<v1::SyncReply, Status> {
         let peer = self.peer.clone();
         run(self.pki.clone(), &self.permits, "sync", move |pki| {
+            pki.refuse_denied(&peer)?;
             pki.sync_report(peer.certificate.as_deref(), &report, &peer.address.to_string())
         })
         .await
     }
 }
 
-fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
+pub(crate) fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
     let peer = request.extensions().get::<Peer>().cloned();
     peer.ok_or_else(|| Status::internal("the listener did not say who called"))
 }

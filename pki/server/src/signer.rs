@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
 use meshd_pki_api::v1;
-use rcgen::{KeyPair, PublicKeyData};
+use rcgen::{KeyPair, PublicKeyData, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
@@ -42,6 +42,8 @@ pub(crate) struct Signer {
     pub(crate) tls: Arc<ServerConfig>,
     pub(crate) endpoint_not_after: SystemTime,
     pub(crate) endpoint_serial: String,
+    /// By which else than its SPIFFE ID the PKI proves itself.
+    pub(crate) names: Vec<SanType>,
     made_at: SystemTime,
     replace_intermediate_at: SystemTime,
     replace_endpoint_at: SystemTime,
@@ -74,13 +76,11 @@ impl Signer {
             let root = trust.active().ok_or_else(|| state.incomplete("an active root"))?;
             let stored = intermediates::active(records, &state.replica)?;
             let joined = joined_at(stored.as_ref(), &trust, now);
-            // One from a future that did not come is not valid yet.
-            let usable = stored.filter(|row| {
-                let given = root.upstream.as_ref();
-                row.root == root.id
-                    && given.is_none_or(|given| given.certificate == row.certificate)
-                    && replacement_time(row, lifetimes) > now
-                    && from_unix(row.activated_at) <= now + lifetimes.skew
+            let usable = stored.filter(|row| row.root == root.id).filter(|row| match &root.upstream {
+                // There is no other, ended or not.
+                Some(given) => given.certificate == row.certificate,
+                // One from a future that did not come is not valid yet.
+                None => replacement_time(row, lifetimes) > now && from_unix(row.activated_at) <= now + lifetimes.skew,
             });
             let row = match usable {
                 Some(row) => hand_out(records, row, &trust, lifetimes, joined)?,
@@ -113,7 +113,7 @@ impl Signer {
         }
         let intermediate = unwrap(kek, &row, lifetimes)?;
         let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;
-        let (tls, endpoint) = server_tls(&intermediate, &bundle, &state.trust_domain, lifetimes, now)?;
+        let (tls, endpoint) = server_tls(&intermediate, &bundle, (&state.trust_domain, &[]), lifetimes, now)?;
         Ok(Signer {
             intermediate,
             wire: v1::TrustBundle {
@@ -127,6 +127,7 @@ impl Signer {
             tls,
             endpoint_not_after: endpoint.not_after,
             endpoint_serial: endpoint.serial,
+            names: Vec::new(),
             made_at: now,
             replace_intermediate_at: again_at,
             replace_endpoint_at: now + lifetimes.endpoint_every,
@@ -141,7 +142,20 @@ impl Signer {
         life: Duration,
         now: SystemTime,
     ) -> Result<(v1::Svid, Issued), AuthorityError> {
-        let leaf = self.intermediate.issue(id, key, life, now)?;
+        self.issue_named(id, &[], key, life, now)
+    }
+
+    pub(crate) fn issue_named(
+        &self,
+        id: &SpiffeId,
+        dns_names: &[String],
+        key: &impl PublicKeyData,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<(v1::Svid, Issued), AuthorityError> {
+        let name = |name: &String| name.as_str().try_into().map(SanType::DnsName);
+        let names = dns_names.iter().map(name).collect::<Result<Vec<_>, _>>().map_err(AuthorityError::from)?;
+        let leaf = self.intermediate.issue_named(id, &names, key, life, now)?;
         let chain = vec![leaf.certificate, self.intermediate.certificate.clone()];
         let issued = Issued {
             serial: leaf.serial,
@@ -151,6 +165,22 @@ impl Signer {
             not_after: unix(leaf.not_after),
         };
         Ok((v1::Svid { spiffe_id: id.to_string(), chain }, issued))
+    }
+
+    /// Proves itself by these names, too.
+    pub(crate) fn named(
+        mut self,
+        names: Vec<SanType>,
+        lifetimes: &Lifetimes,
+        now: SystemTime,
+    ) -> Result<Signer, SignerError> {
+        if !names.is_empty() {
+            let proved = (&self.bundle.trust_domain, names.as_slice());
+            let (tls, endpoint) = server_tls(&self.intermediate, &self.bundle, proved, lifetimes, now)?;
+            (self.tls, self.endpoint_not_after, self.endpoint_serial) = (tls, endpoint.not_after, endpoint.serial);
+            self.names = names;
+        }
+        Ok(self)
     }
 
     /// Certificates of callers are judged by the PKI's clock, as everything else here.
@@ -237,7 +267,8 @@ fn unwrap(kek: &Kek, row: &Intermediate, lifetimes: &Lifetimes) -> Result<Author
     let key = kek.unwrap(&row.id, &row.wrapped_key).map_err(StateError::from)?;
     let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
     let not_after = from_unix(row.not_after);
-    Ok(Authority::from_parts(row.id.clone(), row.certificate.clone(), key, not_after, lifetimes.skew)?)
+    let authority = Authority::from_parts(row.id.clone(), row.certificate.clone(), key, not_after, lifetimes.skew)?;
+    Ok(if row.from_outside { authority.of_outside() } else { authority })
 }
 
 fn new_intermediate(
@@ -315,12 +346,12 @@ fn note(state: &StateDir, row: &Intermediate, now: SystemTime) {
 fn server_tls(
     intermediate: &Authority,
     bundle: &Bundle,
-    domain: &TrustDomain,
+    (domain, names): (&TrustDomain, &[SanType]),
     lifetimes: &Lifetimes,
     now: SystemTime,
 ) -> Result<(Arc<ServerConfig>, authority::Issued), SignerError> {
     let key = KeyPair::generate().map_err(AuthorityError::from)?;
-    let leaf = intermediate.issue(&SpiffeId::pki(domain), &key, lifetimes.endpoint, now)?;
+    let leaf = intermediate.issue_named(&SpiffeId::pki(domain), names, &key, lifetimes.endpoint, now)?;
     let chain = [leaf.certificate.clone(), intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let mut roots = RootCertStore::empty();

@@ -208,7 +208,16 @@ fn telling<T, E>(
 }
 
 /// Held while a server runs; a second one would rotate the same authorities.
-pub(crate) fn lock(dir: &Path) -> Result<File, StateError> {
+pub(crate) struct RunLock(File);
+
+impl Drop for RunLock {
+    /// Closing is not enough: until a program forked meanwhile is executed, it has the file open, too.
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
+}
+
+pub(crate) fn lock(dir: &Path) -> Result<RunLock, StateError> {
     if !dir.is_dir() {
         return Err(DbError::Missing { dir: dir.to_owned() }.into());
     }
@@ -216,7 +225,7 @@ pub(crate) fn lock(dir: &Path) -> Result<File, StateError> {
     let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
     let file = File::create(&path).map_err(io)?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(RunLock(file)),
         Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: dir.to_owned() }),
         Err(TryLockError::Error(source)) => Err(io(source)),
     }

@@ -110,6 +110,8 @@ pub struct ServerStatus {
     pub is_running: bool,
     /// Why it issues nothing now.
     pub clock_problem: Option<String>,
+    /// Rotation waits until hosts agree with its clock.
+    pub is_clock_unconfirmed: bool,
     /// Certificates asked for since it started, by whose and result.
     pub renewals: BTreeMap<String, u64>,
 }

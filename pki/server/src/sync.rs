@@ -1,5 +1,6 @@
 //! The conversation with a running host: it reports, the PKI tells what the host does not have yet.
 
+use meshd_identity::inspect_svid;
 use meshd_pki_api::v1;
 
 use crate::audit::Event;
@@ -8,8 +9,8 @@ use crate::issue::offset_ms;
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::rotation::{Root, RootState, Trust};
-use crate::store::hosts::{self, Sighting};
-use crate::store::settings;
+use crate::store::hosts::{self, HostState, Sighting};
+use crate::store::{settings, tainted};
 use crate::times::{unix, unix_ms};
 
 /// What a host had when it last reported, so that it is told nothing twice.
@@ -46,7 +47,13 @@ impl Pki {
         remote: &str,
     ) -> Result<v1::SyncReply, Refused> {
         let now = self.now();
-        let caller = self.state.database.read_latest(|view| self.caller(view, certificate))?;
+        let caller = match self.state.database.read_latest(|view| self.caller(view, certificate)) {
+            // It is to stop being its workloads, and believes only what is signed.
+            Err(_) if self.deny().sequence > report.deny_sequence && self.is_banned(certificate) => {
+                return Ok(self.last_word());
+            }
+            judged => judged?,
+        };
         self.watch_for_clones(&caller.host.id, &report.instance, remote);
         let sighting = Sighting {
             now: unix(now),
@@ -90,11 +97,35 @@ impl Pki {
             deny_set: if deny.sequence > had.deny { deny.jws.clone() } else { String::new() },
             want_deny_set: had.deny > deny.sequence,
             tainted_roots: signer.tainted.clone(),
+            tainted_intermediates: self.tainted_intermediates(),
             pki_addresses: self.addresses(),
             recovery: recovery.unwrap_or_default(),
             federation: federation.unless_known(had.federation),
             federation_freshness: federation.freshness,
         })
+    }
+
+    /// A host that is told of none for once renews a little later.
+    pub(crate) fn tainted_intermediates(&self) -> Vec<String> {
+        self.state.database.read(tainted::intermediates).unwrap_or_else(|error| {
+            tracing::error!(%error, "hosts are not told which intermediates are tainted");
+            Vec::new()
+        })
+    }
+
+    fn is_banned(&self, certificate: Option<&[u8]>) -> bool {
+        let Some(Ok(info)) = certificate.map(inspect_svid) else { return false };
+        let host = self.state.database.read_latest(|view| hosts::host(view, info.id.name()));
+        info.id.is_system() && host.ok().flatten().is_some_and(|host| host.state == HostState::Banned)
+    }
+
+    /// To a host that is told nothing else.
+    fn last_word(&self) -> v1::SyncReply {
+        v1::SyncReply {
+            server_time_unix_ms: self.now_ms(),
+            deny_set: self.deny().jws.clone(),
+            ..v1::SyncReply::default()
+        }
     }
 
     fn watch_for_clones(&self, host: &str, instance: &str, remote: &str) {

@@ -69,6 +69,10 @@ impl Tokens {
         identity: &SpiffeId,
         audience: &[String],
     ) -> Result<String, TokenIssueError> {
+        if self.credentials.borrow().banned {
+            self.cache().forget(identity);
+            return Err(TokenIssueError::Refused(self.credentials.borrow().why_banned()));
+        }
         let audience: BTreeSet<String> = audience.iter().cloned().collect();
         let found = self.cache().find(identity, &audience, (self.clock)());
         if let Found::Fresh(token) = found {

@@ -14,7 +14,7 @@ use crate::rotation::decide::{Gate, Surroundings, activate_gates, decide, laggar
 use crate::rotation::trust::Urgency;
 use crate::rotation::{Root, RootState, Trust};
 use crate::store::intermediates::{self, Intermediate};
-use crate::store::{Records, View, hosts, replicas, trust};
+use crate::store::{Records, View, hosts, replicas, tainted, trust};
 use crate::times::unix;
 
 /// A step by an operator leads to a few more; a loop without an end would be a defect.
@@ -155,6 +155,10 @@ impl Desk<'_> {
                 Some(root) => taint_root(root, now)?,
                 None => return self.replace_intermediate(records, told, id).map(|what| (what, None)),
             };
+            if let Some(urgent) = trust.urgent.as_mut().filter(|_| what == RootState::Prepared) {
+                // It was this root that was to sign whoever lacked it, not the next, which everybody lacks.
+                urgent.force = false;
+            }
             if what == RootState::Active {
                 // Not forced: hosts that lack the new root would be cut off, and the operator has not said so.
                 trust.urgent.get_or_insert(Urgency { since: now, force: false });
@@ -167,8 +171,9 @@ impl Desk<'_> {
         let (what, state) = tainted;
         let Some(state) = state else {
             let follows = format!(
-                "every server it belongs to makes a new one within a second; what it has signed is good until it ends. \
-                 To cut that off now: `meshd-pki deny add --authority {id}`"
+                "the server it belonged to makes a new one within a second; hosts replace what it has signed, spread over \
+                 10 min or a quarter of what is left of it. Then, to cut off what others may have signed with the key: \
+                 `meshd-pki deny add --authority {id}`"
             );
             return Ok(done(what, vec![follows]));
         };
@@ -199,22 +204,22 @@ impl Desk<'_> {
             let why = format!("there is no authority {id}; see `meshd-pki authority list`");
             return Err(AdminError::NotFound(why));
         };
-        if let Some(replaced) = one.replaced_at {
+        if tainted::intermediates(records)?.iter().any(|known| known == id) {
             let why = format!(
-                "intermediate {id} signs no more since {}; to cut off what it has signed: `meshd-pki deny add \
-                 --authority {id}`",
-                time(replaced)
+                "intermediate {id} is tainted already, and hosts replace what it has signed; to cut that off: `meshd-pki \
+                 deny add --authority {id}`"
             );
             return Err(AdminError::NotNow(why));
         }
-        if one.from_outside {
+        if one.from_outside && one.replaced_at.is_none() {
             let why = format!(
                 "intermediate {id} is from outside: bring the next by `meshd-pki import` or --upstream-chain; to cut \
                  off what it has signed: `meshd-pki deny add --authority {id}`"
             );
             return Err(AdminError::NotNow(why));
         }
-        one.replaced_at = Some(unix(self.now));
+        tainted::taint(records, id, one.not_after)?;
+        one.replaced_at.get_or_insert(unix(self.now));
         one.wrapped_key.clear();
         intermediates::put_intermediate(records, &one)?;
         let authority = Some(id.to_owned());
@@ -314,7 +319,7 @@ fn listed(names: &[String]) -> String {
 }
 
 /// SHA-256 of the key in a certificate, as the deny set has it.
-pub(super) fn key_sha256(certificate: &[u8]) -> String {
+pub(crate) fn key_sha256(certificate: &[u8]) -> String {
     let parsed = X509Certificate::from_der(certificate);
     parsed.map(|(_, parsed)| HEXLOWER.encode(&sha256(parsed.public_key().raw))).unwrap_or_default()
 }

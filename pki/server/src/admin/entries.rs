@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use meshd_identity::ProcessSelector;
 use meshd_pki_api::admin as wire;
 
 use super::{AdminError, Desk, done};
@@ -14,6 +15,10 @@ use crate::labels::{Label, label_map, texts};
 use crate::store::grants::{self, LabelEntry};
 use crate::store::hosts::{self, Entry};
 use crate::store::{DbError, View};
+use crate::times::rfc3339;
+
+/// A hundred years, so that no time overflows.
+const LONGEST_S: u64 = 100 * 365 * 86_400;
 
 impl Desk<'_> {
     pub(super) fn token_create(&self, asked: &wire::TokenCreate) -> Result<wire::Token, AdminError> {
@@ -65,26 +70,40 @@ impl Desk<'_> {
         self.state.database.read(|view| self.check_reach(view, &reach))?;
         let labels = labels(&asked.labels)?;
         let parent = parent(&asked.host, &labels)?;
+        let request = EntryRequest {
+            parent,
+            identity,
+            selectors: &asked.selectors,
+            ttl: asked.ttl_s.map(Duration::from_secs),
+            jwt_ttl: asked.jwt_ttl_s.map(Duration::from_secs),
+            dns_names: &asked.dns_names,
+            hint: &asked.hint,
+            expires_in: asked.expires_in_s.map(|seconds| Duration::from_secs(seconds.min(LONGEST_S))),
+        };
         let mut what = "may now hold";
         match parent {
-            Parent::Host(host) if asked.selectors.is_empty() && asked.ttl_s.is_none() => {
+            Parent::Host(host) if !request.has_terms() => {
                 if !commands::add_entry_in(self.state, host, identity, self.now, self.by())? {
                     what = "already may hold";
                 }
             }
-            _ => {
-                let ttl = asked.ttl_s.map(Duration::from_secs);
-                let request = EntryRequest { parent, identity, selectors: &asked.selectors, ttl };
-                entries::put_entry_in(self.state, &request, self.now, self.by())?;
-            }
+            _ => entries::put_entry_in(self.state, &request, self.now, self.by())?,
         }
         let only = asked.selectors.join(" ");
         let only = if only.is_empty() { only } else { format!(", {only} only") };
-        Ok(done(format!("{} {what} {identity}{only}", whom(parent)), Vec::new()))
+        let is_of_program = |text: &String| text.parse().is_ok_and(|one: ProcessSelector| one.is_of_program());
+        let follows = asked.selectors.iter().any(is_of_program).then(|| {
+            "hosts see programs only with [workload_api] path_selectors = true and CAP_SYS_PTRACE; on others nobody has the \
+             identity"
+                .to_owned()
+        });
+        Ok(done(format!("{} {what} {identity}{only}", whom(parent)), follows.into_iter().collect()))
     }
 
     pub(super) fn entry_remove(&self, asked: &wire::EntryRemove) -> Result<wire::Done, AdminError> {
         let identity = &asked.identity;
+        let reach = BTreeSet::from([self.spiffe_id(identity)?]);
+        self.state.database.read(|view| self.check_reach(view, &reach))?;
         let labels = labels(&asked.labels)?;
         let parent = parent(&asked.host, &labels)?;
         match parent {
@@ -155,6 +174,7 @@ fn of_labels(entry: LabelEntry) -> wire::Entry {
 }
 
 fn on_wire(identity: String, labels: &BTreeMap<String, String>, terms: grants::Terms) -> wire::Entry {
-    let grants::Terms { selectors, ttl_s } = terms;
-    wire::Entry { host: String::new(), identity, labels: texts(labels), selectors, ttl_s }
+    let grants::Terms { selectors, ttl_s, jwt_ttl_s, dns_names, hint, expires_at } = terms;
+    let (host, labels, expires) = (String::new(), texts(labels), expires_at.map(rfc3339));
+    wire::Entry { host, identity, labels, selectors, ttl_s, jwt_ttl_s, dns_names, hint, expires }
 }

@@ -16,16 +16,21 @@ use crate::store::hosts::{self, Host, HostState, Issued};
 use crate::store::{Records, View, deny, grants, roles, tokens, trust};
 use crate::times::{unix, unix_ms};
 
+/// About 130 bytes each in a signed set: half of what a host takes for one.
+const MOST_DENIED: usize = 16_000;
+
 impl Desk<'_> {
     pub(super) fn host_list(&self) -> Result<wire::Hosts, AdminError> {
         self.state.database.read(|view| {
             let all = hosts::hosts(view)?;
-            let summaries = all.iter().map(|host| self.summary(view, host)).collect::<Result<_, AdminError>>()?;
+            let newest = trust::trust(view)?.sequence;
+            let summaries =
+                all.iter().map(|host| self.summary(view, host, newest)).collect::<Result<_, AdminError>>()?;
             Ok(wire::Hosts { hosts: summaries })
         })
     }
 
-    fn summary(&self, view: &mut dyn View, host: &Host) -> Result<wire::HostSummary, AdminError> {
+    fn summary(&self, view: &mut dyn View, host: &Host, newest: u64) -> Result<wire::HostSummary, AdminError> {
         let permitted = hosts::permitted(view, &host.id)?;
         let valid = hosts::issued(view, &host.id)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
         Ok(wire::HostSummary {
@@ -34,7 +39,7 @@ impl Desk<'_> {
             enrolled: time(host.enrolled_at),
             last_seen: time(host.last_seen),
             bundle_sequence: host.acked_sequence,
-            bundle_is_current: host.acked_sequence >= trust::trust(view)?.sequence,
+            bundle_is_current: host.acked_sequence >= newest,
             clock_offset_ms: host.clock_offset_ms,
             valid_certificates: u32::try_from(valid).unwrap_or(u32::MAX),
             identities: permitted.iter().map(|id| shorten(id).to_owned()).collect(),
@@ -44,6 +49,7 @@ impl Desk<'_> {
     pub(super) fn host_show(&self, name: &str) -> Result<wire::HostDetail, AdminError> {
         self.state.database.read(|view| {
             let host = known(view, name)?;
+            let newest = trust::trust(view)?.sequence;
             let denied = deny::deny(view)?;
             let mut issued = hosts::issued(view, name)?;
             issued.retain(|one| one.not_after > unix(self.now));
@@ -57,7 +63,7 @@ impl Desk<'_> {
                 denied: denied.names(&one.spiffe_id, &one.serial),
             });
             Ok(wire::HostDetail {
-                summary: Some(self.summary(view, &host)?),
+                summary: Some(self.summary(view, &host, newest)?),
                 spiffe_id: self.host_id(name)?.to_string(),
                 key_sha256: HEXLOWER.encode(&host.key_current),
                 enrolled_by: host.enrolled_by.clone(),
@@ -140,6 +146,8 @@ impl Desk<'_> {
                 let state = host.state.name();
                 return Err(AdminError::NotNow(format!("host `{name}` is {state}, and gets nothing as it is")));
             }
+            let held = hosts::permitted(records, name)?.into_iter().chain([id.to_string()]).collect();
+            self.check_reach(records, &held)?;
             host.evict();
             hosts::put_host(records, &host)?;
             // With the token it joined by, it could repeat that.
@@ -205,6 +213,18 @@ fn host_event(event: &'static str, name: &str, id: &SpiffeId, detail: String) ->
     Event { event, result: "ok", host, identity, detail, ..Event::default() }
 }
 
+/// A set that hosts cannot read would take every later ban from them. It may always become smaller.
+fn check_size(before: usize, after: usize) -> Result<(), AdminError> {
+    if after <= before.max(MOST_DENIED) {
+        return Ok(());
+    }
+    let why = format!(
+        "the deny set would have {after} entries; hosts read {MOST_DENIED} at most. Deny identities (`deny add \
+         --identity`) or an authority in the place of single certificates, or wait until some end"
+    );
+    Err(AdminError::NotNow(why))
+}
+
 /// Whoever has been on the host may know their secrets.
 fn shared_tokens(ids: &[String]) -> Option<String> {
     let ids = Some(ids.join(", ")).filter(|ids| !ids.is_empty())?;
@@ -241,7 +261,20 @@ impl Desk<'_> {
             );
             return Err(AdminError::NotNow(why));
         }
-        deny::change(records, floor.get(), unix_ms(self.now), act)?;
-        Ok(())
+        let before = deny::deny(records)?.entries.len();
+        let after = deny::change(records, floor.get(), unix_ms(self.now), act)?.entries.len();
+        check_size(before, after)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deny_set_too_large_for_hosts_may_only_become_smaller() {
+        assert!(check_size(0, MOST_DENIED).is_ok());
+        assert!(check_size(MOST_DENIED, MOST_DENIED + 1).unwrap_err().to_string().contains("deny add"));
+        assert!(check_size(MOST_DENIED + 9, MOST_DENIED + 8).is_ok());
     }
 }

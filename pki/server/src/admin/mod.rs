@@ -19,6 +19,7 @@ use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{self as wire};
 
+pub(crate) use self::authority::key_sha256;
 pub use self::error::AdminError;
 pub(crate) use self::service::AdminService;
 pub use self::socket::{Readers, bind, serve_socket};

@@ -53,6 +53,9 @@ impl Desk<'_> {
             let mut statements = settings::recovery_statements(records)?;
             statements.push(asked.statement.clone());
             settings::set_recovery_statements(records, &statements)?;
+            if statement.bundle.is_some() && settings::recovered_at(records)?.is_none() {
+                settings::set_recovered_at(records, unix(self.now))?;
+            }
             let detail = Some(format!("signed by recovery key {}: {}", id(&signer), self.says(&asked.statement)));
             told.push(Event { event: "recovery_import", result: "ok", detail, ..Event::default() });
             Ok(())

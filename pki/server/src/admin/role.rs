@@ -9,7 +9,8 @@ use super::{AdminError, Desk, done};
 use crate::audit::Event;
 use crate::commands::workload;
 use crate::store::roles::{self, Role};
-use crate::store::{View, grants};
+use crate::store::{View, grants, tokens};
+use crate::times::unix;
 
 /// The least role that may do this.
 pub(super) fn needed(command: &Command) -> Role {
@@ -82,17 +83,24 @@ impl Desk<'_> {
                 crate::enrol::excerpt(&asked.role)
             ))
         })?;
-        let holders = self.change(|records, told| {
+        let (holders, narrowed) = self.change(|records, told| {
             roles::grant(records, id.as_str(), role)?;
+            // Whoever made such a token may have no role that lets them decide who has this one.
+            let narrowed = tokens::take_out(records, id.as_str(), unix(self.now))?;
             told.push(role_event("role_grant", id.as_str(), role.name()));
             let mut holders = Vec::from_iter(grants::holders(records, id.as_str())?);
             let by_labels = grants::label_entries(records)?.into_iter().filter(|entry| entry.spiffe_id == id.as_str());
             holders.extend(by_labels.map(|entry| format!("all to come with {}", grants::labels_text(&entry.labels))));
-            Ok(holders)
+            Ok((holders, narrowed))
         })?;
         let holders = if holders.is_empty() { "none yet".to_owned() } else { holders.join(", ") };
         let follows = format!("root on each host that may hold it has that role: {holders}");
-        Ok(done(format!("{id} has the role {}", role.name()), vec![follows]))
+        let mut follows = vec![follows];
+        if !narrowed.is_empty() {
+            let narrowed = narrowed.join(", ");
+            follows.push(format!("open join tokens that would have given it to a host do not any more: {narrowed}"));
+        }
+        Ok(done(format!("{id} has the role {}", role.name()), follows))
     }
 
     pub(super) fn role_revoke(&self, identity: &str) -> Result<wire::Done, AdminError> {

@@ -1,12 +1,13 @@
 //! The Admin API: who calls, and that it is [`Pki::command`] which answers.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
+use meshd_identity::denial::DenyIndex;
 use meshd_identity::inspect_svid;
 use meshd_pki_api::MAX_MESSAGE_BYTES;
 use meshd_pki_api::admin::admin_server::{Admin, AdminServer};
 use meshd_pki_api::admin::{Command, Reply};
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::{Actor, AdminError};
@@ -26,11 +27,16 @@ pub(super) enum Local {
 
 pub(crate) struct AdminService {
     pki: Arc<Pki>,
+    permits: Arc<Semaphore>,
 }
+
+/// Commands worked on at once by one listener: hosts that renew use the same threads and the same database.
+const AT_ONCE: usize = 2;
 
 impl AdminService {
     pub(crate) fn server(pki: Arc<Pki>) -> AdminServer<AdminService> {
-        AdminServer::new(AdminService { pki }).max_decoding_message_size(MAX_MESSAGE_BYTES)
+        AdminServer::new(AdminService { pki, permits: Arc::new(Semaphore::new(AT_ONCE)) })
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 }
 
@@ -41,6 +47,7 @@ impl Admin for AdminService {
         let peer = request.extensions().get::<Peer>().cloned();
         let command = request.into_inner().command;
         let pki = self.pki.clone();
+        let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
         let answer = move || {
             let actor = pki.admin_actor(local, peer)?;
             let unknown = || AdminError::Invalid("the command is unknown here; install a newer meshd-pki".to_owned());
@@ -67,7 +74,7 @@ impl Pki {
                 );
                 (name, why)
             }
-            (None, Some(peer)) => match self.remote_actor(peer.certificate.as_deref(), peer.address)? {
+            (None, Some(peer)) => match self.remote_actor(&peer)? {
                 Ok(actor) => return Ok(actor),
                 Err(why) => (peer.address.to_string(), why),
             },
@@ -79,10 +86,11 @@ impl Pki {
         Err(AdminError::Forbidden(why))
     }
 
-    /// `certificate` is the leaf that TLS verified. Judged anew for each command: the connection may be older than its
+    /// The peer's chain was verified by TLS. Judged anew for each command: the connection may be older than its
     /// end, a revoked role or a denial.
-    fn remote_actor(&self, certificate: Option<&[u8]>, from: SocketAddr) -> Result<Result<Actor, String>, AdminError> {
-        let Some(certificate) = certificate else {
+    fn remote_actor(&self, peer: &Peer) -> Result<Result<Actor, String>, AdminError> {
+        let from = peer.address;
+        let Some(certificate) = peer.certificate.as_deref() else {
             return Ok(Err("a client certificate is needed; give --cert, --key and --bundle".to_owned()));
         };
         let info = match inspect_svid(certificate) {
@@ -94,7 +102,9 @@ impl Pki {
             return Ok(Err(format!("the certificate of {id} ended at {}", rfc3339(unix(info.not_after)))));
         }
         let (role, is_denied) = self.state.database.read(|view| -> Result<_, AdminError> {
-            Ok((roles::role(view, id.as_str())?, deny::deny(view)?.names(id.as_str(), &info.serial)))
+            let denied = DenyIndex::of(&deny::deny(view)?.to_set(&self.trust_domain));
+            let is_denied = peer.marks.as_ref().is_none_or(|marks| denied.denies(marks));
+            Ok((roles::role(view, id.as_str())?, is_denied))
         })?;
         if is_denied {
             return Ok(Err(format!("{id} is denied in this mesh")));

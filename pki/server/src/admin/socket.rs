@@ -2,9 +2,10 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -13,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::service::{AdminService, Local};
 use super::{Actor, Role, user};
@@ -20,6 +22,10 @@ use crate::pki::Pki;
 
 /// An operator has one; a script a few.
 const MAX_CONNECTIONS: usize = 64;
+/// Of users other than root and the PKI's own: whatever they do, those two get through.
+const MAX_OTHERS: usize = 32;
+/// Others ask one thing and go.
+const OTHERS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Who may read through the socket besides root and the PKI's own user, who may do everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -71,9 +77,11 @@ fn groups(uid: Uid, gid: Gid) -> Vec<Gid> {
 
 /// Binds the socket, in the place of one that a killed server left: whoever calls holds the lock of the state directory.
 pub fn bind(path: &Path, readers: &Readers) -> io::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path)?,
+        Ok(_) => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
     }
     let listener = UnixListener::bind(path)?;
     // Who may do what is judged per caller; the mode only keeps others from trying.
@@ -85,19 +93,33 @@ pub fn bind(path: &Path, readers: &Readers) -> io::Result<UnixListener> {
 /// Serves until it is dropped.
 pub async fn serve_socket(pki: Arc<Pki>, listener: UnixListener, readers: Readers) {
     let router = Router::new().route_service("/meshd.pki.admin.v1.Admin/{method}", AdminService::server(pki));
-    let mut connections = JoinSet::new();
+    let (mut connections, mut others) = (JoinSet::new(), JoinSet::new());
     loop {
         tokio::select! {
             Some(_) = connections.join_next() => {}
+            Some(_) = others.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, _)) => _ = connections.spawn(connection(router.clone(), stream, readers.clone())),
+                Ok((stream, _)) => {
+                    let is_own = is_own(&stream);
+                    let connection = connection(router.clone(), stream, readers.clone());
+                    if is_own {
+                        connections.spawn(connection);
+                    } else if others.len() < MAX_OTHERS {
+                        others.spawn(async move { _ = timeout(OTHERS_DEADLINE, connection).await });
+                    }
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept on the admin socket");
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             },
         }
     }
+}
+
+fn is_own(stream: &UnixStream) -> bool {
+    let uid = stream.peer_cred().map(|caller| Uid::from_raw(caller.uid()));
+    uid.is_ok_and(|uid| uid.is_root() || uid == Uid::effective())
 }
 
 async fn connection(router: Router, stream: UnixStream, readers: Readers) {
@@ -125,6 +147,20 @@ async fn connection(router: Router, stream: UnixStream, readers: Readers) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_socket_takes_the_place_of_one_that_was_left_and_of_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _guard = runtime.enter();
+        let path = dir.path().join("admin.sock");
+        drop(bind(&path, &Readers::default()).unwrap());
+        drop(bind(&path, &Readers::default()).unwrap());
+        let file = dir.path().join("meshd-pki.db");
+        std::fs::write(&file, "precious").unwrap();
+        assert!(bind(&file, &Readers::default()).unwrap_err().to_string().contains("no socket"));
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    }
 
     #[test]
     fn root_and_the_pkis_own_user_do_everything_and_those_named_read() {

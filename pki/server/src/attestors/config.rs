@@ -8,6 +8,7 @@ use meshd_identity::{SpiffeId, TrustDomain};
 use serde::Deserialize;
 
 use super::template::Template;
+use crate::istio::grants::Section;
 use crate::labels::Label;
 
 const KUBERNETES_AUDIENCE: &str = "meshd-pki";
@@ -19,6 +20,7 @@ pub(super) struct File {
     pub(super) x509pop: Vec<X509pop>,
     #[serde(default)]
     pub(super) kubernetes: Vec<Kubernetes>,
+    pub(super) istio: Option<Section>,
 }
 
 /// `[[x509pop]]`: machines with a certificate of this authority.
@@ -53,6 +55,7 @@ pub(super) struct Kubernetes {
     pub(super) ca_file: Option<PathBuf>,
     /// What to show it, if it wants to know who asks.
     pub(super) bearer_file: Option<PathBuf>,
+    #[serde(default)]
     pub(super) service_account: Vec<ServiceAccount>,
 }
 

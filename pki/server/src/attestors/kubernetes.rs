@@ -23,6 +23,17 @@ pub(super) struct Cluster {
     accounts: Vec<Account>,
 }
 
+/// Whose token it is, as the cluster says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Pod {
+    pub(crate) cluster: String,
+    pub(crate) namespace: String,
+    pub(crate) account: String,
+    pub(crate) pod: Option<String>,
+    /// In tokens of Kubernetes 1.32 and later.
+    pub(crate) node: Option<String>,
+}
+
 struct Account {
     namespace: String,
     name: String,
@@ -30,6 +41,10 @@ struct Account {
 }
 
 impl Cluster {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     pub(super) fn read(config: &Kubernetes, jwks: &[u8], domain: &TrustDomain) -> Result<Cluster, String> {
         let keys = keys_of_jwks(jwks).map_err(|_| "what it has for keys is no JWK Set".to_owned())?;
         if keys.is_empty() {
@@ -49,14 +64,15 @@ impl Cluster {
     }
 }
 
-pub(super) fn attest(
+/// `audience`: who the token must be for, if not for whom the cluster's are.
+pub(super) fn believe(
     clusters: &[Arc<Cluster>],
-    proof: &v1::KubernetesTokenProof,
-    remote: &str,
+    token: &str,
+    audience: Option<&str>,
     now: SystemTime,
-) -> Result<Attested, Refused> {
+) -> Result<(Arc<Cluster>, Pod), Refused> {
     let bad = |error: meshd_identity::jwt::JwtError| Refused::Unauthenticated(format!("the Kubernetes token: {error}"));
-    let token = Jwt::read(&proof.token).map_err(bad)?;
+    let token = Jwt::read(token).map_err(bad)?;
     let issuer = token.text("iss").map_err(bad)?;
     let cluster = clusters.iter().find(|cluster| cluster.issuer == issuer).ok_or_else(|| {
         let known: Vec<&str> = clusters.iter().map(|cluster| cluster.issuer.as_str()).collect();
@@ -68,27 +84,44 @@ pub(super) fn attest(
     })?;
     token.verify(&cluster.keys).map_err(bad)?;
     token.is_valid_at(now).map_err(bad)?;
-    token.is_for(&cluster.audience).map_err(bad)?;
+    token.is_for(audience.unwrap_or(&cluster.audience)).map_err(bad)?;
     let claim = |path: &str| Some(token.claims.get("kubernetes.io")?.pointer(path)?.as_str()?.to_owned());
-    let (namespace, name) = (claim("/namespace"), claim("/serviceaccount/name"));
-    let is_it =
-        |account: &&Account| Some(&account.namespace) == namespace.as_ref() && Some(&account.name) == name.as_ref();
+    let whole = |what: Option<String>| {
+        what.ok_or_else(|| Refused::Unauthenticated("the Kubernetes token is of no service account".to_owned()))
+    };
+    let pod = Pod {
+        cluster: cluster.name.clone(),
+        namespace: whole(claim("/namespace"))?,
+        account: whole(claim("/serviceaccount/name"))?,
+        pod: claim("/pod/name"),
+        node: claim("/node/name"),
+    };
+    Ok((cluster.clone(), pod))
+}
+
+pub(super) fn attest(
+    clusters: &[Arc<Cluster>],
+    proof: &v1::KubernetesTokenProof,
+    remote: &str,
+    now: SystemTime,
+) -> Result<Attested, Refused> {
+    let (cluster, pod) = believe(clusters, &proof.token, None, now)?;
+    let is_it = |account: &&Account| account.namespace == pod.namespace && account.name == pod.account;
     let way = format!("kubernetes:{}", cluster.name);
     let Some(account) = cluster.accounts.iter().find(is_it) else {
-        let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
         return Err(Refused::Forbidden(format!(
             "service account `{}/{}` is none of [[kubernetes]] `{}`; add it in --attestors",
-            excerpt(&namespace),
-            excerpt(&name),
+            excerpt(&pod.namespace),
+            excerpt(&pod.account),
             cluster.name
         )));
     };
     remote_is_allowed(&way, &account.becomes.from, remote)?;
     let host_id = account.becomes.host.fill(|name| match name {
-        "namespace" => claim("/namespace"),
-        "account" => claim("/serviceaccount/name"),
-        "pod" => claim("/pod/name"),
-        _ => claim("/node/name"),
+        "namespace" => Some(pod.namespace.clone()),
+        "account" => Some(pod.account.clone()),
+        "pod" => pod.pod.clone(),
+        _ => pod.node.clone(),
     });
     let host_id = host_id.map_err(|why| Refused::Forbidden(format!("the Kubernetes token cannot be a host: {why}")))?;
     Ok(Attested::new(way, host_id, &account.becomes))

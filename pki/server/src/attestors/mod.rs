@@ -18,6 +18,7 @@ use meshd_identity::statements::machine_challenge;
 use meshd_pki_api::v1;
 
 use crate::enrol::Invited;
+use crate::istio::grants::Grants;
 use crate::join_token::is_from;
 use crate::pki::{Pki, PkiError};
 use crate::refused::Refused;
@@ -25,6 +26,7 @@ use crate::store::View;
 use crate::store::hosts;
 use config::Becomes;
 use kubernetes::Cluster;
+pub(crate) use kubernetes::Pod;
 use x509pop::Authority;
 
 /// How often everything is read again.
@@ -41,6 +43,7 @@ pub(crate) struct Attestors {
 struct State {
     authorities: BTreeMap<String, Arc<Authority>>,
     clusters: BTreeMap<String, Arc<Cluster>>,
+    istio: Option<Arc<Grants>>,
     /// JWK Sets by the name of their cluster, from those who are asked for them.
     fetched: HashMap<String, Vec<u8>>,
     /// What was last complained about, and when the file was last looked at.
@@ -91,6 +94,18 @@ impl Attested {
 impl Attestors {
     pub(crate) fn new(path: Option<PathBuf>) -> Attestors {
         Attestors { path, ..Attestors::default() }
+    }
+
+    /// What proxies of Istio may have here, if anything.
+    pub(crate) fn istio(&self) -> Option<Arc<Grants>> {
+        self.state().istio.clone()
+    }
+
+    /// Whose token it is, of one of these clusters.
+    pub(crate) fn pod(&self, grants: &Grants, token: &str, now: SystemTime) -> Result<Pod, Refused> {
+        let mut clusters = all(&self.state().clusters);
+        clusters.retain(|cluster| grants.clusters.iter().any(|name| name == cluster.name()));
+        Ok(kubernetes::believe(&clusters, token, Some(&grants.audience), now)?.1)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -237,6 +252,12 @@ impl State {
         }
         merge(&mut self.authorities, authorities, "x509pop", &mut problems);
         merge(&mut self.clusters, clusters, "kubernetes", &mut problems);
+        let names: Vec<&str> = file.kubernetes.iter().map(|cluster| cluster.name.as_str()).collect();
+        match file.istio.as_ref().map(|section| Grants::read(section, &names)) {
+            None => self.istio = None,
+            Some(Ok(grants)) => self.istio = Some(Arc::new(grants)),
+            Some(Err(why)) => problems.push(format!("[istio]: {why}")),
+        }
         problems
     }
 }

@@ -12,6 +12,8 @@ pub(crate) mod recovery;
 pub(crate) mod replica;
 pub(crate) mod role;
 mod show;
+mod terms;
 pub(crate) mod upstream;
 
 pub(crate) use self::place::Place;
+pub(crate) use self::terms::Terms;

@@ -2,7 +2,7 @@
 //! by a server far away.
 
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -39,6 +39,9 @@ pub(crate) struct Place {
     output: Output,
 }
 
+/// Far more than any command takes, other operators' before it included.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
 impl Place {
     /// Has the command carried out, and prints what came of it.
     pub(crate) fn run(&self, command: Command) -> anyhow::Result<()> {
@@ -73,7 +76,9 @@ impl Place {
 }
 
 async fn send(mut client: AdminClient<Channel>, command: Command) -> anyhow::Result<Reply> {
-    let answer = client.run(Message { command: Some(command) }).await;
+    let asked = tokio::time::timeout(ANSWER_WITHIN, client.run(Message { command: Some(command) })).await;
+    let late = |_| anyhow::anyhow!("no answer within {} s; see the log of meshd-pki", ANSWER_WITHIN.as_secs());
+    let answer = asked.map_err(late)?;
     let Answer { reply } = answer.map_err(|status| anyhow::anyhow!("{}", status.message()))?.into_inner();
     reply.context("the PKI answered in a way this meshd-pki does not know; install a newer one")
 }

@@ -2,12 +2,14 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use meshd_identity::TrustDomain;
+use meshd_pki::adoption;
 use meshd_pki::recovery::{Request, SignedStatement, succeed, vouch};
+use meshd_pki::times::parse_duration;
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::{RecoveryImport, RecoveryRequest, RecoveryShow};
 
@@ -25,6 +27,8 @@ pub(crate) enum Recovery {
     SignBundle(SignBundle),
     /// Take over a statement, and serve it to hosts.
     Import(Import),
+    /// Let hosts of a PKI that was lost come back to this one, by the list of them that it kept (hosts.json).
+    Adopt(Adopt),
 }
 
 #[derive(Args)]
@@ -57,6 +61,38 @@ pub(crate) struct Import {
     place: Place,
 }
 
+#[derive(Args)]
+pub(crate) struct Adopt {
+    /// hosts.json of the lost PKI. Who can change it decides who comes back: be sure whose copy it is.
+    list: PathBuf,
+    #[arg(long)]
+    state: PathBuf,
+    /// How long they may come back by it.
+    #[arg(long = "for", default_value = "7d", value_parser = parse_duration)]
+    within: Duration,
+    /// The keys of the lost PKI may be in other hands: believe nothing that it signed. Connections between hosts that
+    /// have come back and hosts that have not fail meanwhile.
+    #[arg(long)]
+    without_roots: bool,
+}
+
+impl Adopt {
+    fn run(&self) -> anyhow::Result<()> {
+        let asked = adoption::Adopt { roster: &self.list, within: self.within, without_roots: self.without_roots };
+        let adopted = adoption::adopt(&self.state, &asked, SystemTime::now())?;
+        println!("{} hosts and {} entries from a list with sha256 {}", adopted.hosts, adopted.entries, adopted.sha256);
+        if adopted.known > 0 {
+            println!("{} hosts were known here already; nothing was changed about them", adopted.known);
+        }
+        println!(
+            "They may come back until {}, once a statement of the recovery key tells them to: `meshd-pki recovery \
+             request`, `sign-bundle`, `import`",
+            adopted.until
+        );
+        Ok(())
+    }
+}
+
 impl Recovery {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
@@ -69,6 +105,7 @@ impl Recovery {
                 let request: Request = read(&asked.request)?;
                 print(&vouch(&asked.key, &request, SystemTime::now())?)
             }
+            Recovery::Adopt(asked) => asked.run(),
             Recovery::Import(asked) => {
                 let SignedStatement { statement, signed_by } = read(&asked.statement)?;
                 asked.place.run(Command::RecoveryImport(RecoveryImport { statement, signed_by }))

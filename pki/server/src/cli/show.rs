@@ -184,6 +184,12 @@ fn entries(text: &mut String, entries: &[Entry]) -> std::fmt::Result {
         write!(text, "{parent:<20} {}", one.identity)?;
         one.selectors.iter().try_for_each(|selector| write!(text, "  {selector}"))?;
         one.ttl_s.map_or(Ok(()), |ttl| write!(text, "  for {ttl} s"))?;
+        one.jwt_ttl_s.map_or(Ok(()), |ttl| write!(text, "  tokens for {ttl} s"))?;
+        one.dns_names.iter().try_for_each(|name| write!(text, "  dns:{name}"))?;
+        if !one.hint.is_empty() {
+            write!(text, "  hint:{}", one.hint)?;
+        }
+        one.expires.as_ref().map_or(Ok(()), |end| write!(text, "  until {end}"))?;
         writeln!(text)
     })
 }

@@ -15,7 +15,10 @@ const DEFAULT_S: u64 = 300;
 pub(crate) enum Unacceptable {
     #[error(transparent)]
     Document(#[from] BundleError),
-    #[error("its sequence went back from {held} to {sent}")]
+    #[error(
+        "its sequence went back from {held} to {sent}; if its operators made it anew, take it over as they give it to \
+         you: `meshd-pki federation add ... --bundle FILE`"
+    )]
     Back { held: u64, sent: u64 },
     #[error("it changed under the same sequence {0}; whoever publishes it has to raise that")]
     SameSequence(u64),

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::fetch::check_url;
 use super::poll::trust_domain_of;
 use super::tls::check_authorities;
+use crate::admin::Actor;
 use crate::audit::Event;
 use crate::commands::CommandError;
 use crate::issue::shorten;
@@ -39,6 +40,8 @@ pub enum FederationError {
         "with https_spiffe the endpoint is verified under the bundle of `{0}`; give it with --bundle FILE, as you got it from its operators"
     )]
     NoBundle(TrustDomain),
+    #[error("the endpoint of `{1}` is verified under the bundle of `{0}`, which is not held; add `{0}` first")]
+    Third(TrustDomain, TrustDomain),
     #[error("trust domain `{0}` is not federated; see `meshd-pki federation list`")]
     Unknown(TrustDomain),
 }
@@ -82,6 +85,7 @@ pub fn add(dir: &Path, asked: &Asked<'_>, now: SystemTime) -> Result<(), Federat
     let event = Event {
         event: "federation_add",
         result: "ok",
+        by: Some(Actor::local().name),
         detail: Some(format!(
             "{domain} at {} by {} for {}",
             asked.url,
@@ -98,8 +102,12 @@ pub fn add(dir: &Path, asked: &Asked<'_>, now: SystemTime) -> Result<(), Federat
                 Some(named) => federation::find(records, named)?.and_then(|one| one.held),
                 None => None,
             };
-            if !is_own && held.is_none() && given.is_none() {
-                return Err(FederationError::NoBundle(verified_by.unwrap_or_else(|| domain.clone())));
+            let is_given = given.is_some() && verified_by.as_ref() == Some(domain);
+            if !is_own && held.is_none() && !is_given {
+                if let Some(named) = verified_by.filter(|named| named != domain) {
+                    return Err(FederationError::Third(named, domain.clone()));
+                }
+                return Err(FederationError::NoBundle(domain.clone()));
             }
         }
         federation::put_relationship(records, &relationship, unix_ms(now))?;
@@ -114,8 +122,8 @@ pub fn add(dir: &Path, asked: &Asked<'_>, now: SystemTime) -> Result<(), Federat
 
 pub fn remove(dir: &Path, domain: &TrustDomain, now: SystemTime) -> Result<(), FederationError> {
     let state = StateDir::open(dir)?;
-    let event =
-        Event { event: "federation_remove", result: "ok", detail: Some(domain.to_string()), ..Event::default() };
+    let (by, detail) = (Some(Actor::local().name), Some(domain.to_string()));
+    let event = Event { event: "federation_remove", result: "ok", by, detail, ..Event::default() };
     state.change(now, |records, told| -> Result<(), FederationError> {
         if !federation::remove(records, domain, unix_ms(now))? {
             return Err(FederationError::Unknown(domain.clone()));

@@ -40,7 +40,8 @@ pub(super) enum FetchError {
     Loop,
 }
 
-/// Redirects are followed when they are temporary; the next server has to prove the same as the first.
+/// Redirects are followed when they are temporary. With https_spiffe the next server has to prove the same identity as the
+/// first, with https_web its own name.
 pub(super) async fn fetch(url: &str, tls: Arc<ClientConfig>) -> Result<Vec<u8>, FetchError> {
     let following = async {
         let mut place = check_url(url).map_err(FetchError::Url)?;

@@ -17,6 +17,8 @@ use crate::store::federation::{self, Federated, Held, Polled, Profile};
 use crate::store::{DbError, View};
 use crate::times::{unix, unix_ms};
 
+/// Of the bundles of all federated domains: a quarter of what a host takes in one message.
+const MOST_BYTES: usize = 1024 * 1024;
 /// `federation refresh` is followed within this time.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -57,11 +59,31 @@ async fn ask(pki: Arc<Pki>, one: Federated) {
     _ = spawn_blocking(move || pki.conclude(&one, answer)).await;
 }
 
+/// All of them go to every host in one message, with what the host came for.
+fn fits(others: usize, new: Option<Held>) -> Result<Option<Held>, String> {
+    let total = others + new.as_ref().map_or(0, |held| held.jwks.len());
+    if new.is_some() && total > MOST_BYTES {
+        return Err(format!(
+            "with it the bundles of federated domains would have {total} bytes; {MOST_BYTES} are the most"
+        ));
+    }
+    Ok(new)
+}
+
+/// Also what was asked in a future that did not come.
+fn is_due(polled: &Polled, now: i64) -> bool {
+    polled.next_at <= now || polled.at > now
+}
+
 impl Pki {
     fn federations_due(&self) -> Result<Vec<Federated>, DbError> {
+        if self.distrust().is_some() {
+            // What came of it would be judged, and the next time set, by a wrong clock.
+            return Ok(Vec::new());
+        }
         let now = unix(self.now());
         let all = self.state.database.read(federation::all)?;
-        Ok(all.into_iter().filter(|one| one.polled.next_at <= now).collect())
+        Ok(all.into_iter().filter(|one| is_due(&one.polled, now)).collect())
     }
 
     fn federation_tls(&self, domain: &TrustDomain, profile: &Profile) -> Result<rustls::ClientConfig, String> {
@@ -81,7 +103,7 @@ impl Pki {
             self.state.database.read(|view| federation::find(view, &named)).map_err(|error| error.to_string())?;
         let held = found.and_then(|one| one.held).ok_or_else(|| {
             format!(
-                "no bundle of `{named}` is held to verify the endpoint of `{domain}` with; add it with --bundle FILE"
+                "no bundle of `{named}` is held to verify the endpoint of `{domain}` with; `meshd-pki federation add {named}`"
             )
         })?;
         Bundle::from_jwks(named, held.jwks.as_bytes()).map_err(|error| error.to_string())
@@ -101,7 +123,9 @@ impl Pki {
             else {
                 return Ok(None);
             };
-            let judged = judge(known.held.as_ref());
+            let others = federation::all(records)?.into_iter().filter(|one| one.relationship.trust_domain != *domain);
+            let others: usize = others.filter_map(|one| one.held).map(|held| held.jwks.len()).sum();
+            let judged = judge(known.held.as_ref()).and_then(|new| fits(others, new));
             if let Ok(Some(new)) = &judged {
                 federation::put_held(records, domain, new, unix_ms(now))?;
             }
@@ -109,7 +133,11 @@ impl Pki {
             let polled = Polled {
                 at: unix(now),
                 next_at: next_poll(held.as_ref(), unix(now), chance),
-                last_good_at: if judged.is_ok() { unix(now) } else { known.polled.last_good_at },
+                last_good_at: match known.polled.last_good_at {
+                    _ if judged.is_ok() => unix(now),
+                    last if last > unix(now) => 0,
+                    last => last,
+                },
                 problem: judged.as_ref().err().cloned(),
             };
             federation::put_polled(records, domain, &polled)?;
@@ -158,4 +186,25 @@ fn chance() -> f64 {
     // Without randomness followers come together, no more.
     _ = random(&mut byte);
     f64::from(byte[0]) / 256.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bundle_that_would_make_messages_to_hosts_too_large_is_not_taken() {
+        let held = |bytes| Some(Held { sequence: 1, refresh_hint_s: 300, jwks: "x".repeat(bytes), changed_at: 0 });
+        assert!(fits(MOST_BYTES - 10, held(10)).unwrap().is_some());
+        assert!(fits(MOST_BYTES - 10, held(11)).unwrap_err().contains("are the most"));
+        assert!(fits(MOST_BYTES + 10, None).unwrap().is_none(), "nothing new makes it no worse");
+    }
+
+    #[test]
+    fn what_was_asked_by_a_wrong_clock_is_asked_again_at_once() {
+        let polled = |at, next_at| Polled { at, next_at, last_good_at: at, problem: None };
+        assert!(!is_due(&polled(1000, 1300), 1100));
+        assert!(is_due(&polled(1000, 1300), 1300));
+        assert!(is_due(&polled(31_000_000, 31_000_300), 1100));
+    }
 }

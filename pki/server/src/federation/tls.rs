@@ -36,7 +36,7 @@ pub(super) fn web(authorities: Option<&str>) -> Result<ClientConfig, String> {
     Ok(finished(config))
 }
 
-/// How many certificates a PEM file of authorities holds; an error when it holds none.
+/// Whether a PEM file of authorities can be used; an error when it holds none.
 pub(super) fn check_authorities(pem: &str) -> Result<(), String> {
     add_pem(&mut RootCertStore::empty(), pem.as_bytes())
 }

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -12,7 +12,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{interval, timeout};
 use tokio_rustls::TlsAcceptor;
 use x509_parser::certificate::X509Certificate;
@@ -21,6 +21,7 @@ use x509_parser::prelude::FromDer;
 use crate::files::{Files, READ_EVERY};
 use crate::pki::Pki;
 use crate::store::servers::ServerCertificate;
+use crate::times::{rfc3339, unix};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 /// A follower makes one request and goes.
@@ -43,10 +44,12 @@ impl WebCertificate {
     }
 
     /// Takes over what changed and can be used. True when it did.
-    pub fn reload(&self) -> Result<bool, String> {
-        let changed = self.files.lock().unwrap_or_else(PoisonError::into_inner).changed()?;
-        let Some(contents) = changed else { return Ok(false) };
-        let new = usable(&contents)?;
+    pub fn reload(&self, now: SystemTime) -> Result<bool, String> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(contents) = files.changed()? else { return Ok(false) };
+        // What is refused is judged again and again, so that the refusal is told as long as it lasts.
+        let new = usable(&contents).and_then(|new| valid(new, unix(now))).inspect_err(|_| files.forget())?;
+        drop(files);
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
         Ok(true)
     }
@@ -82,15 +85,20 @@ fn usable(contents: &[Vec<u8>]) -> Result<(Arc<ServerConfig>, ServerCertificate)
     Ok((Arc::new(config), shown))
 }
 
+/// One that has ended does not take the place of one that may be good.
+fn valid<T>(new: (T, ServerCertificate), now: i64) -> Result<(T, ServerCertificate), String> {
+    let end = new.1.not_after;
+    if end > now { Ok(new) } else { Err(format!("the certificate ended at {}", rfc3339(end))) }
+}
+
 /// Until it is dropped.
 pub async fn serve_web(pki: Arc<Pki>, listener: TcpListener, certificate: Arc<WebCertificate>) {
     let router = crate::serve::bundle_router(pki.clone());
     pki.set_web_certificate(certificate.clone());
-    let mut connections = JoinSet::new();
-    let mut reading = interval(READ_EVERY);
+    let (mut connections, mut reading) = (JoinSet::new(), JoinSet::new());
+    reading.spawn(follow_files(pki.clone(), certificate.clone()));
     loop {
         tokio::select! {
-            _ = reading.tick() => reload(&pki, &certificate),
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((socket, _)) => {
@@ -106,8 +114,20 @@ pub async fn serve_web(pki: Arc<Pki>, listener: TcpListener, certificate: Arc<We
     }
 }
 
+/// On threads where files may be slow.
+async fn follow_files(pki: Arc<Pki>, certificate: Arc<WebCertificate>) {
+    let mut ticks = interval(READ_EVERY);
+    loop {
+        ticks.tick().await;
+        let (pki, certificate) = (pki.clone(), certificate.clone());
+        if let Err(error) = spawn_blocking(move || reload(&pki, &certificate)).await {
+            tracing::error!(%error, "reading the certificate of the https_web endpoint panicked");
+        }
+    }
+}
+
 fn reload(pki: &Pki, certificate: &WebCertificate) {
-    match certificate.reload() {
+    match certificate.reload(pki.now()) {
         Ok(changed) => {
             pki.metrics.health.web_certificate_refused.set(0);
             if changed {

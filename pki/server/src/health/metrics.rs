@@ -141,7 +141,10 @@ impl HealthMetrics {
     }
 
     pub(crate) fn show(&self, health: &Health, servers: &[ServerCertificate], lifetimes: &Lifetimes) {
-        self.show_certificates(&own(&health.trust, &health.intermediates, health.now), servers);
+        let mut own = own(&health.trust, &health.intermediates, health.now);
+        // The end of a root that nobody trusts any more is of no interest.
+        own.retain(|one| one.kind != "root" || health.trust.in_bundle().any(|root| root.id == one.id));
+        self.show_certificates(&own, servers);
         self.show_leaves(health);
         self.show_hosts(health);
         self.show_clocks(health);

@@ -30,8 +30,8 @@ impl Pki {
 
     pub(crate) fn show_health(&self) -> Result<(), DbError> {
         let now = unix(self.now());
-        let distrust = self.distrust();
-        let look = |view: &mut dyn crate::store::View| Health::look(view, &self.lifetimes, distrust.is_none(), now);
+        let doubt = self.clock_doubt();
+        let look = |view: &mut dyn crate::store::View| Health::look(view, &self.lifetimes, doubt.is_none(), now);
         let health = self.state.database.read(look)?;
         let certificates = self.server_certificates();
         self.metrics.health.show(&health, &certificates, &self.lifetimes);
@@ -40,7 +40,8 @@ impl Pki {
             at: now,
             lifetimes: self.lifetimes,
             certificates,
-            distrust: distrust.map(|why| why.to_string()),
+            distrust: self.distrust().map(|why| why.to_string()),
+            is_clock_unconfirmed: self.is_clock_unconfirmed(),
             renewals: self.renewals(),
         };
         // Only `status` lacks it, and the database's trouble is told by itself.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crate::keeping::heal;
-use crate::store::{Database, DbError};
+use crate::store::{Database, DbError, settings};
 use crate::times::{rfc3339, unix, unix_ms};
 
 /// Two days of hourly ones; steps of authorities are rare.
@@ -56,6 +56,11 @@ impl Backups {
         let partial = path.with_extension("partial");
         // What a crash left would be added to.
         _ = fs::remove_file(&partial);
+        let marked = database.transaction(|records| settings::set_backed_up(records, &stamp(now)));
+        if let Err::<(), DbError>(error) = marked {
+            // A backup all the same; only whether the database is older than it will not be known.
+            tracing::debug!(%error, "the database does not know of its backup");
+        }
         database.copy_to(&partial)?;
         heal::check_file(&partial)?;
         let file = File::open(&partial).map_err(io("open", &partial))?;

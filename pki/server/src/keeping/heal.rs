@@ -6,18 +6,19 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rusqlite::ErrorCode;
+use rusqlite::{ErrorCode, ffi};
 
 use super::backups::{Backup, Backups, stamp};
 use super::restored::Restored;
+use super::roster;
 use crate::state_dir::StateError;
-use crate::store::{Database, DbError};
+use crate::store::{Database, DbError, settings};
 use crate::times::unix;
 
 /// Called before a server opens its database, which nobody else serves then.
 pub(crate) fn heal(dir: &Path, now: SystemTime) -> Result<Option<Restored>, StateError> {
     let backups = Backups::new(dir).list()?;
-    let damage = match check_file(&dir.join("pki.db")) {
+    let damage = match check_file(&dir.join("pki.db")).and_then(|()| refuse_if_older(dir, &backups)) {
         // Without a backup it was never started: `init` is what is missing.
         Err(DbError::Missing { .. } | DbError::Empty { .. }) if backups.is_empty() => return Ok(None),
         Err(error) if is_damage(&error) => error,
@@ -27,6 +28,20 @@ pub(crate) fn heal(dir: &Path, now: SystemTime) -> Result<Option<Restored>, Stat
     let good = backups.iter().find(|backup| check_file(&backup.path).is_ok());
     let Some(backup) = good else { return Err(damage.into()) };
     put_in_place(dir, backup, damage.to_string(), now).map(Some)
+}
+
+/// A database that lost its log of changes is whole, and what it was long ago.
+fn refuse_if_older(dir: &Path, backups: &[Backup]) -> Result<(), DbError> {
+    let path = dir.join("pki.db");
+    let name_in = |path: &Path| Database::open_file(path)?.read(settings::backed_up);
+    let known = name_in(&path)?;
+    match backups.iter().find_map(|backup| name_in(&backup.path).ok()?) {
+        Some(newest) if known.as_ref() < Some(&newest) => {
+            let detail = format!("it is from before the backup {newest}; its log of changes was lost");
+            Err(DbError::Damaged { path, detail })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether the file holds a whole PKI.
@@ -42,6 +57,12 @@ pub(crate) fn check_file(path: &Path) -> Result<(), DbError> {
 fn is_damage(error: &DbError) -> bool {
     match error {
         DbError::Damaged { .. } | DbError::Record { .. } | DbError::Missing { .. } | DbError::Empty { .. } => true,
+        // A file shorter than it says it is, which is nothing that passes.
+        DbError::Sqlite(error)
+            if error.sqlite_error().is_some_and(|error| error.extended_code == ffi::SQLITE_IOERR_SHORT_READ) =>
+        {
+            true
+        }
         DbError::Sqlite(error) => !matches!(
             error.sqlite_error_code(),
             Some(
@@ -69,7 +90,14 @@ pub(crate) fn put_in_place(
         move |source| StateError::Io { action, path, source }
     };
     let partial = dir.join("pki.partial");
+    // What a crash left would be taken for a part of it.
+    for side in ["pki.partial-wal", "pki.partial-shm"] {
+        _ = fs::remove_file(dir.join(side));
+    }
     fs::copy(&backup.path, &partial).map_err(io("copy", &backup.path))?;
+    // It is what counts now, whatever newer backups there are.
+    let newest = Backups::new(dir).list()?.first().map(Backup::name).unwrap_or_default().max(stamp(now));
+    Database::open_file(&partial)?.transaction(|records| settings::set_backed_up(records, &newest))?;
     File::open(&partial).and_then(|file| file.sync_all()).map_err(io("sync", &partial))?;
     let restored = Restored {
         at: unix(now),
@@ -87,7 +115,8 @@ pub(crate) fn put_in_place(
     Ok(restored)
 }
 
-/// Also the side files: a log of changes would be applied to the backup.
+/// Also the side files: a log of changes would be applied to the backup. And the list of hosts, which may know some that
+/// the backup does not.
 fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
     let aside = dir.join(format!("damaged-{}", stamp(now)));
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&aside);
@@ -97,6 +126,11 @@ fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
         if path.exists() {
             fs::rename(&path, aside.join(name)).map_err(|source| StateError::Io { action: "move", path, source })?;
         }
+    }
+    let list = dir.join(roster::FILE);
+    if list.exists() {
+        let copied = fs::copy(&list, aside.join(roster::FILE));
+        copied.map_err(|source| StateError::Io { action: "copy", path: list, source })?;
     }
     Ok(aside)
 }
@@ -123,7 +157,10 @@ mod tests {
 
     fn records(dir: &Path) -> All {
         let database = Database::open(dir).unwrap();
-        database.read(|view| -> Result<All, DbError> { view.list("") }).unwrap()
+        let mut records = database.read(|view| -> Result<All, DbError> { view.list("") }).unwrap();
+        // A restore counts as newer than every backup.
+        records.retain(|(key, _)| key != "setting/backed_up");
+        records
     }
 
     /// A PKI of some pages with one backup, and its records.
@@ -172,6 +209,19 @@ mod tests {
                 assert_eq!(&records(dir.path()), before);
             });
         }
+    }
+
+    #[test]
+    fn a_damaged_key_that_hides_what_sorts_behind_it_is_noticed() {
+        let (dir, before) = backed_up();
+        let path = dir.path().join("pki.db");
+        let mut bytes = fs::read(&path).unwrap();
+        let key = b"entry/host-2/spiffe://a/ns/a/sa/50";
+        let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+        bytes[at] = 0x7f;
+        fs::write(&path, bytes).unwrap();
+        heal(dir.path(), now()).unwrap().unwrap();
+        assert_eq!(records(dir.path()), before);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::backups::{Backups, stamp};
 use super::heal::heal;
 use super::mirror::{Mirror, MirrorFile};
 use super::restored::Restored;
+use super::roster::Roster;
 use crate::audit::Event;
 use crate::metrics::Metrics;
 use crate::pki::{Pki, PkiError};
@@ -108,6 +109,7 @@ impl Keeper {
             return Ok(self.remind(state, &known, now)?);
         }
         let stepped = self.mirror.write(&current)?;
+        state.database.read(|view| Roster::of(view, &state.trust_domain))?.write(state.dir())?;
         let newest = self.backups.list()?.into_iter().next().map(|backup| backup.name());
         let is_recent = |name: String| (stamp(now - BACKUP_EVERY)..=stamp(now)).contains(&name);
         if stepped || self.owed.load(Ordering::Relaxed) || !newest.is_some_and(is_recent) {

@@ -7,3 +7,4 @@ pub(crate) mod keeper;
 pub(crate) mod mirror;
 pub mod moving;
 pub(crate) mod restored;
+pub(crate) mod roster;

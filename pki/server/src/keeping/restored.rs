@@ -41,12 +41,13 @@ impl Restored {
 
     pub(crate) fn problem(&self) -> String {
         format!(
-            "restored at {} from {} ({}); hosts, tokens and entries made since that backup are gone: look into \
-             audit.jsonl, then run `meshd-pki restore --seen`; the database before is in {}",
+            "restored at {0} from {1} ({reason}); what was made since that backup is gone: look into audit.jsonl, bring \
+             hosts and entries back by `meshd-pki recovery adopt {2}/hosts.json`, then run `meshd-pki restore \
+             --seen`; the database before is in {2}",
             rfc3339(self.at),
             self.backup.display(),
-            self.reason,
-            self.put_aside.display()
+            self.put_aside.display(),
+            reason = self.reason,
         )
     }
 }

@@ -29,9 +29,20 @@ pub(crate) struct Surroundings<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     Prepare,
-    Activate { root: String, despite: Option<Despite> },
-    Remove { root: String },
-    Retire { root: String },
+    Activate {
+        root: String,
+        despite: Option<Despite>,
+    },
+    /// A root of our own signs what hosts are told from now on, while certificates come from outside.
+    Speak {
+        root: String,
+    },
+    Remove {
+        root: String,
+    },
+    Retire {
+        root: String,
+    },
 }
 
 /// A gate that was open only because waiting would be worse.
@@ -125,7 +136,9 @@ pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate
         return gates;
     };
     if active.upstream.is_some() {
-        gates.push(Gate::Upstream);
+        if !needs_speaker(trust, world) {
+            gates.push(Gate::Upstream);
+        }
         return gates;
     }
     let ends = active.not_after - seconds(world.lifetimes.last_call);
@@ -137,8 +150,22 @@ pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate
     gates
 }
 
-/// When the calendar wants the next root.
+/// Whether half the time is over in which one root can sign what hosts are told, or others may have its key.
+fn needs_speaker(trust: &Trust, world: &Surroundings<'_>) -> bool {
+    let half = seconds(world.lifetimes.root / 2);
+    trust.speaker().is_none_or(|speaker| speaker.tainted_at.is_some() || speaker.not_after - half <= world.now)
+}
+
+/// While the active root is from outside, one of our own never takes its place.
+fn only_speaks(root: &Root, trust: &Trust) -> bool {
+    root.upstream.is_none() && trust.active().is_some_and(|active| active.upstream.is_some())
+}
+
+/// When the calendar wants the next root. Of authorities outside it knows only when the last moment is.
 pub(crate) fn next_rotation(trust: &Trust, active: &Root, lifetimes: &Lifetimes) -> i64 {
+    if active.upstream.is_some() {
+        return last_call(active, lifetimes);
+    }
     let is_first = trust.roots.iter().filter(|root| root.activated_at.is_some()).count() == 1;
     let every = if is_first { lifetimes.first_root } else { lifetimes.root_every };
     active.activated_at.unwrap_or(active.published_at) + seconds(every)
@@ -148,20 +175,33 @@ pub(crate) fn activate(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> 
     if root.tainted_at.is_some() {
         return Step::Remove { root: root.id.clone() };
     }
+    if only_speaks(root, trust) {
+        return Step::Speak { root: root.id.clone() };
+    }
     Step::Activate { root: root.id.clone(), despite: despite(trust, world) }
 }
 
 fn despite(trust: &Trust, world: &Surroundings<'_>) -> Option<Despite> {
     match trust.active() {
         None => Some(Despite::NoActiveRoot),
-        Some(active) if active.not_after - seconds(world.lifetimes.last_call) <= world.now => Some(Despite::ActiveEnds),
+        Some(active) if last_call(active, world.lifetimes) <= world.now => Some(Despite::ActiveEnds),
         Some(_) if trust.urgent.is_some_and(|urgent| urgent.force) => Some(Despite::Forced),
         Some(_) => None,
     }
 }
 
+/// From when on waiting for hosts is worse than leaving them behind. What is from outside may be brought late and live
+/// shortly: only the time counts in which every leaf under it is replaced.
+fn last_call(active: &Root, lifetimes: &Lifetimes) -> i64 {
+    match &active.upstream {
+        Some(given) => given.not_after - 2 * seconds(lifetimes.leaf) - 2 * seconds(lifetimes.skew),
+        None => active.not_after - seconds(lifetimes.last_call),
+    }
+}
+
 pub(crate) fn activate_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
-    if root.tainted_at.is_some() || despite(trust, world).is_some() {
+    let speaks = only_speaks(root, trust);
+    if root.tainted_at.is_some() || (!speaks && despite(trust, world).is_some()) {
         return Vec::new();
     }
     let mut gates = Vec::new();
@@ -173,7 +213,8 @@ pub(crate) fn activate_gates(root: &Root, trust: &Trust, world: &Surroundings<'_
     if !laggards.is_empty() {
         gates.push(Gate::Hosts(laggards));
     }
-    if trust.urgent.is_some() {
+    let replaces_tainted = speaks && trust.speaker().is_some_and(|speaker| speaker.tainted_at.is_some());
+    if trust.urgent.is_some() || replaces_tainted {
         // Acknowledgements alone: the operator has a reason not to wait for the proof.
         return gates;
     }

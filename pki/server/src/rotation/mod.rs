@@ -4,9 +4,11 @@
 //! - [`decide`]: which step may be taken now, and what the others wait for. Pure.
 //! - [`ask`]: what an operator may have sooner. Pure.
 //! - [`step`]: takes it: keys, bundle, signatures and state in one transaction, so that a crash is always between steps.
+//! - `adopt`: takes over the roots of a PKI that was lost, without their keys.
 //! - `provide`: the least that a PKI needs that is not sure of its clock.
 //! - [`jwt_keys`]: the same for the keys of JWT-SVIDs, which need less.
 
+mod adopt;
 pub(crate) mod ask;
 pub(crate) mod decide;
 pub(crate) mod jwt_keys;

@@ -113,6 +113,7 @@ impl World {
                 self.activations += 1;
                 self.despite.extend(despite);
             }
+            Some(Step::Speak { root }) => self.trust.speak(&root),
             Some(Step::Remove { root }) => self.trust.remove(&root, self.now),
             Some(Step::Retire { root }) => self.trust.retire(&root),
             None => {}
@@ -222,6 +223,7 @@ fn record(id: usize) -> Host {
         clock_offset_ms: 0,
         labels: Default::default(),
         enrolled_by: String::new(),
+        adopted_until: None,
         roots_in_use: vec![],
     }
 }

@@ -15,7 +15,10 @@ impl Rotator<'_> {
         let now = unix(self.now);
         let mut done = Vec::new();
         // One from outside is the operator's to replace, and its end may be that of a wrong clock.
-        if !trust.active().is_some_and(|root| root.upstream.is_some() || self.can_sign(root, is_latest)) {
+        if let Some(next) = self.brought(&trust) {
+            trust.activate(&next, now);
+            done.push(event("root_activate", next, "at once: the intermediate from outside has ended"));
+        } else if !trust.active().is_some_and(|root| root.upstream.is_some() || self.can_sign(root, is_latest)) {
             done.push(self.provide_root(&mut trust)?);
         }
         if trust.jwt_signer(now).is_none() {
@@ -27,6 +30,16 @@ impl Rotator<'_> {
             trust::put_trust(records, &trust)?;
         }
         Ok(done)
+    }
+
+    /// Of an intermediate from outside that has ended, the root to go on with, if another was brought.
+    fn brought(&self, trust: &Trust) -> Option<String> {
+        let end = unix(self.now) + 2 * seconds(self.lifetimes.skew);
+        let goes_on = |root: &&Root| root.upstream.as_ref().is_some_and(|given| given.not_after > end);
+        trust.active().filter(|root| root.upstream.is_some() && !goes_on(root))?;
+        let mut prepared =
+            trust.roots.iter().filter(|root| root.state == RootState::Prepared && root.tainted_at.is_none());
+        prepared.rfind(goes_on).map(|root| root.id.clone())
     }
 
     fn provide_root(&self, trust: &mut Trust) -> Result<Event, StateError> {

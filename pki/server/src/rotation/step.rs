@@ -7,9 +7,8 @@ use meshd_identity::statements::BundleStatement;
 use meshd_identity::{Bundle, BundleError, JwtKey as PublicJwtKey, TrustDomain};
 use rcgen::{KeyPair, PublicKeyData};
 
-use super::decide::{Decision, Despite, MOST_ROOTS, Step, Surroundings, decide};
+use super::decide::{Decision, Despite, Step, Surroundings, decide};
 use super::jwt_keys::{self, JwtStep};
-use super::trust::Upstream;
 use super::{JwtKey, Root, RootState, Trust};
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError, new_id};
@@ -19,32 +18,6 @@ use crate::state_dir::StateError;
 use crate::store::bundles::{self, Signature, StoredBundle};
 use crate::store::{DbError, Records, View, hosts, intermediates, trust};
 use crate::times::{rfc3339, seconds, unix, unix_ms};
-use crate::upstream::check::Checked;
-
-/// What became of an intermediate from outside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Imported {
-    /// Its root is active already: it signs from now on.
-    InUse,
-    /// Its root is new, or not active yet, and waits until every verifier has it.
-    Waiting,
-    /// It was there before.
-    Known,
-    TooManyRoots,
-}
-
-impl std::fmt::Display for Imported {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Imported::InUse => "imported; it signs from now on",
-            Imported::Waiting => {
-                "imported; its root is in the bundle now and signs when every verifier has it, see `meshd-pki status`"
-            }
-            Imported::Known => "it was imported before; nothing to do",
-            Imported::TooManyRoots => "not imported: the bundle holds as many roots as it may",
-        })
-    }
-}
 
 /// What taking steps needs besides the records.
 pub(crate) struct Rotator<'a> {
@@ -140,54 +113,6 @@ impl Rotator<'_> {
         Ok(Event { event: "bundle_republish", result: "ok", detail, ..Event::default() })
     }
 
-    /// Takes over an intermediate from outside. A root that is new waits as a prepared one of our own does.
-    pub(crate) fn import(
-        &self,
-        records: &mut dyn Records,
-        checked: &Checked,
-    ) -> Result<(Imported, Option<Event>), StateError> {
-        let mut trust = trust::trust(records)?;
-        let (root, new) = (&checked.root, &checked.intermediate);
-        let upstream = Some(Upstream {
-            id: new.id.clone(),
-            certificate: new.certificate.clone(),
-            wrapped_key: self.kek.wrap(&new.id, &checked.key)?,
-            not_after: new.not_after,
-        });
-        let detail = format!("intermediate {} from outside, ends {}", new.id, rfc3339(new.not_after));
-        let event = Some(event("upstream", &root.id, detail));
-        let known = trust.roots.iter_mut().find(|one| one.state.is_in_bundle() && one.certificate == root.certificate);
-        if let Some(known) = known {
-            let held = known.upstream.as_ref().map(|held| &held.certificate);
-            if held == Some(&new.certificate) {
-                return Ok((Imported::Known, None));
-            }
-            known.upstream = upstream;
-            let imported = if known.state == RootState::Active { Imported::InUse } else { Imported::Waiting };
-            trust::put_trust(records, &trust)?;
-            return Ok((imported, event));
-        }
-        if trust.in_bundle().count() >= MOST_ROOTS {
-            return Ok((Imported::TooManyRoots, None));
-        }
-        trust.roots.push(Root {
-            id: root.id.clone(),
-            state: RootState::Prepared,
-            certificate: root.certificate.clone(),
-            wrapped_key: Vec::new(),
-            published_sequence: 0,
-            published_at: unix(self.now),
-            activated_at: None,
-            removed_at: None,
-            tainted_at: None,
-            not_after: root.not_after,
-            upstream,
-        });
-        self.publish(records, &mut trust)?;
-        trust::put_trust(records, &trust)?;
-        Ok((Imported::Waiting, event))
-    }
-
     fn take(&self, trust: &mut Trust, step: Step) -> Result<Event, StateError> {
         let now = unix(self.now);
         Ok(match step {
@@ -198,6 +123,10 @@ impl Rotator<'_> {
             Step::Activate { root, despite } => {
                 trust.activate(&root, now);
                 event("root_activate", &root, despite.map_or("", despite_text).to_owned())
+            }
+            Step::Speak { root } => {
+                trust.speak(&root);
+                event("root_speak", &root, "signs what hosts are told, no certificates".to_owned())
             }
             Step::Remove { root } => {
                 trust.remove(&root, now);
@@ -257,7 +186,7 @@ impl Rotator<'_> {
 
     /// Puts the bundle of `trust` in force: a higher sequence, signed by every root whose key is here, those that
     /// just left it included. Roots that are in a bundle for the first time learn which.
-    pub(super) fn publish(&self, records: &mut dyn Records, trust: &mut Trust) -> Result<Bundle, StateError> {
+    pub(crate) fn publish(&self, records: &mut dyn Records, trust: &mut Trust) -> Result<Bundle, StateError> {
         // A time, so that it is higher than that of any backup restored, whatever happened since the backup.
         let sequence = unix_ms(self.now).max(trust.sequence + 1);
         trust.sequence = sequence;

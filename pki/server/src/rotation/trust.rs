@@ -52,18 +52,23 @@ pub(crate) struct Upstream {
     pub(crate) id: String,
     #[serde(with = "base64")]
     pub(crate) certificate: Vec<u8>,
-    #[serde(with = "base64")]
+    /// Empty when it signs no more.
+    #[serde(with = "base64", default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) wrapped_key: Vec<u8>,
     /// The earlier end of it and its root.
     pub(crate) not_after: i64,
 }
 
-/// The way of a root. Every arrow is one transaction; there is no way back.
+/// The way of a root. Every arrow is one transaction; there is no way back, but that an authority outside may bring
+/// another intermediate under a root that is old or has left: then it is prepared again.
 ///
 /// ```text
 /// prepared ---> active ---> old ---> removed ---> retired
-///     \_______________________________^   (tainted before it was ever used)
+///     \ \___________________^ (*)        ^
+///      \________________________________/  (tainted before it was ever used)
 /// ```
+///
+/// (*) One of our own, while the active root is from outside: it only signs what hosts are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum RootState {
@@ -71,7 +76,7 @@ pub(crate) enum RootState {
     Prepared,
     /// Signs intermediates. At most one.
     Active,
-    /// In the bundle, signs nothing any more: certificates under it are still out there.
+    /// In the bundle, signs no certificates any more: some under it are still out there.
     Old,
     /// Not in the bundle. Its key has signed the bundle without it, for hosts that know nothing newer.
     Removed,
@@ -129,7 +134,19 @@ impl Trust {
     /// Whose key signs what hosts are told: the active root's, and while that is from outside the newest of our own.
     pub(crate) fn speaker(&self) -> Option<&Root> {
         let with_key = |root: &&Root| !root.wrapped_key.is_empty();
-        self.active().filter(with_key).or_else(|| self.in_bundle().filter(with_key).last())
+        let ours = || self.in_bundle().filter(with_key);
+        let known = || ours().filter(|root| root.state != RootState::Prepared);
+        let untainted = || known().filter(|root| root.tainted_at.is_none());
+        self.active()
+            .filter(with_key)
+            .or_else(|| untainted().last().or_else(|| known().last()).or_else(|| ours().last()))
+    }
+
+    /// What hosts are told is signed by this root from now on; certificates are not.
+    pub(crate) fn speak(&mut self, id: &str) {
+        for root in self.roots.iter_mut().filter(|root| root.id == id) {
+            root.state = RootState::Old;
+        }
     }
 
     pub(crate) fn in_bundle(&self) -> impl Iterator<Item = &Root> {
@@ -141,6 +158,10 @@ impl Trust {
         for root in &mut self.roots {
             if root.state == RootState::Active {
                 root.state = RootState::Old;
+                // It signs no more, and what it has signed verifies without.
+                if let Some(given) = &mut root.upstream {
+                    given.wrapped_key.clear();
+                }
             }
             if root.id == id {
                 root.state = RootState::Active;
@@ -154,6 +175,7 @@ impl Trust {
         for root in self.roots.iter_mut().filter(|root| root.id == id) {
             root.state = RootState::Removed;
             root.removed_at = Some(now);
+            root.upstream = None;
         }
     }
 
@@ -176,5 +198,37 @@ impl Trust {
     pub(crate) fn jwt_signer(&self, now: i64) -> Option<&JwtKey> {
         let usable = self.jwt_keys.iter().filter(|key| key.usable_at <= now && now < key.not_after);
         usable.max_by_key(|key| key.usable_at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_of_an_intermediate_from_outside_goes_when_its_root_signs_no_more() {
+        let upstream =
+            || Some(Upstream { id: "i".to_owned(), certificate: vec![1], wrapped_key: vec![2], not_after: 10 });
+        let root = |id: &str, state| Root {
+            id: id.to_owned(),
+            state,
+            certificate: vec![],
+            wrapped_key: vec![],
+            published_sequence: 1,
+            published_at: 0,
+            activated_at: None,
+            removed_at: None,
+            tainted_at: None,
+            not_after: 10,
+            upstream: upstream(),
+        };
+        let roots = vec![root("first", RootState::Active), root("second", RootState::Prepared)];
+        let mut trust = Trust { roots, ..Trust::default() };
+        trust.activate("second", 1);
+        let keys: Vec<usize> =
+            trust.roots.iter().filter_map(|root| Some(root.upstream.as_ref()?.wrapped_key.len())).collect();
+        assert_eq!(keys, [0, 1], "the one in use has its key");
+        trust.remove("first", 2);
+        assert_eq!(trust.roots[0].upstream, None);
     }
 }

@@ -12,6 +12,8 @@ use crate::store::hosts::{Host, HostState};
 use crate::store::servers::Server;
 use crate::times::{rfc3339, seconds};
 
+/// Web certificates live for 47 days and more, and are replaced weeks before their end.
+const WEB_WARNING_S: i64 = 7 * 86_400;
 /// Below this the root needs attention: replacing it takes weeks of overlap.
 const ROOT_WARNING_S: i64 = 60 * 86_400;
 /// How many hosts are named, of each kind of trouble.
@@ -27,6 +29,7 @@ pub(super) fn problems(health: &Health, servers: &[Server]) -> Vec<String> {
         health.blocks().into_iter().map(|block| format!("rotation blocked ({}): {}", block.reason, block.text)),
     );
     problems.extend(servers.iter().filter_map(|server| server.distrust.clone()));
+    problems.extend(web_certificates(servers, health.now));
     problems.extend(silent(health, servers));
     problems.extend(overdue(&health.overdue()));
     problems.extend(health.federation.iter().filter_map(|one| stale(one, health.now)));
@@ -48,8 +51,14 @@ pub(super) fn problems(health: &Health, servers: &[Server]) -> Vec<String> {
 pub(super) fn advice(health: &Health) -> Vec<String> {
     let skewed = host_clocks::far_off(&health.hosts, health.now);
     let mut advice: Vec<String> = clocks_of(skewed.into_iter()).into_iter().collect();
-    let forgotten =
-        health.hosts.iter().filter(|host| host.state == HostState::Active && host.last_seen < health.now - FORGOTTEN_S);
+    let active = || health.hosts.iter().filter(|host| host.state == HostState::Active);
+    let (come, adopted): (Vec<&Host>, Vec<&Host>) = active().partition(|host| host.adopted_until.is_none());
+    if let Some(until) = adopted.iter().filter_map(|host| host.adopted_until).max() {
+        let names: Vec<&str> = adopted.iter().map(|host| host.id.as_str()).collect();
+        let (count, names, until) = (names.len(), listed(&names), rfc3339(until));
+        advice.push(format!("{count} hosts of the PKI before have not come back; they may until {until}: {names}"));
+    }
+    let forgotten = come.into_iter().filter(|host| host.last_seen < health.now - FORGOTTEN_S);
     let names: Vec<&str> = forgotten.map(|host| host.id.as_str()).collect();
     if !names.is_empty() {
         advice.push(format!("not heard for 30 days: {}", listed(&names)));
@@ -75,6 +84,18 @@ fn authorities(health: &Health, lifetimes: &Lifetimes) -> Vec<String> {
         }
     }
     problems
+}
+
+/// Certificates that others replace in files.
+fn web_certificates(servers: &[Server], now: i64) -> Vec<String> {
+    let running = servers.iter().filter(|server| !is_silent(server, now));
+    let shown = running.flat_map(|server| server.certificates.iter().map(move |one| (server, one)));
+    let ending = shown.filter(|(_, one)| one.kind == "https_web" && one.not_after - now < WEB_WARNING_S);
+    let told = ending.map(|(server, one)| {
+        let (replica, end) = (&server.replica, rfc3339(one.not_after));
+        format!("the certificate of the https_web endpoint of server {replica} ends at {end}; replace --bundle-cert")
+    });
+    told.collect()
 }
 
 fn newest(servers: &[Server]) -> Option<&Server> {
@@ -113,7 +134,8 @@ fn stale(one: &Federated, now: i64) -> Option<String> {
         format!("since {}", rfc3339(one.polled.last_good_at))
     };
     let domain = &one.relationship.trust_domain;
-    let is_stale = one.held.is_none() || now - one.polled.last_good_at > 3 * interval;
+    let never = one.polled.last_good_at > now;
+    let is_stale = never || one.held.is_none() || now - one.polled.last_good_at > 3 * interval;
     is_stale.then(|| format!("the bundle of federated domain {domain} was not fetched {since}: {problem}"))
 }
 
@@ -195,6 +217,7 @@ pub(super) fn server(server: &Server, now: i64) -> ServerStatus {
         seen: rfc3339(server.at),
         is_running: !is_silent(server, now),
         clock_problem: server.distrust.clone(),
+        is_clock_unconfirmed: server.is_clock_unconfirmed,
         renewals: server.renewals.clone(),
     }
 }

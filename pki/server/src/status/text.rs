@@ -93,6 +93,10 @@ impl Status {
         for server in &self.servers {
             let state = if server.is_running { "running" } else { "silent" };
             writeln!(text, "server         {} {state}, seen {}", server.replica, server.seen)?;
+            if server.is_clock_unconfirmed {
+                let waits = "rotation waits until hosts agree with it, or for the life of a leaf";
+                writeln!(text, "clock          of {} not confirmed since its start: {waits}", server.replica)?;
+            }
             let renewals: Vec<String> = server.renewals.iter().map(|(what, count)| format!("{what} {count}")).collect();
             writeln!(text, "renewals       {} since it started", renewals.join(", "))?;
         }

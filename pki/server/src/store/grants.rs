@@ -1,6 +1,7 @@
 //! On which terms hosts may hold identities: by their own entries, and by those for all hosts with some labels.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,10 +18,34 @@ pub(crate) struct Terms {
     /// Shorter than certificates live otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) ttl_s: Option<u64>,
+    /// Life of tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) jwt_ttl_s: Option<u64>,
+    /// In its certificates, beside the SPIFFE ID.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) dns_names: Vec<String>,
+    /// For programs, at the Workload API.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) hint: String,
+    /// When it permits nothing any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expires_at: Option<i64>,
+}
+
+impl Terms {
+    pub(crate) fn has_ended(&self, now: i64) -> bool {
+        self.expires_at.is_some_and(|end| end <= now)
+    }
+
+    /// How long a certificate may live that is issued now.
+    pub(crate) fn life(&self, usual: Duration, now: i64) -> Duration {
+        let left = self.expires_at.map(|end| u64::try_from(end - now).unwrap_or(0));
+        [self.ttl_s, left].into_iter().flatten().map(Duration::from_secs).fold(usual, Duration::min)
+    }
 }
 
 /// That hosts with these labels may hold an identity.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LabelEntry {
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) spiffe_id: String,

@@ -70,6 +70,9 @@ pub(crate) struct Host {
     /// From the operator, by the way it enrolled; never from the host itself.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) labels: BTreeMap<String, String>,
+    /// It is a host of a PKI that was lost, and may come back by its key until then. Nothing once it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) adopted_until: Option<i64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -138,7 +141,7 @@ pub(crate) fn put_host(records: &mut dyn Records, host: &Host) -> Result<(), DbE
 }
 
 /// That a host may hold an identity.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Entry {
     #[serde(skip)]
     pub(crate) host: String,

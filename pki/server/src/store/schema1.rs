@@ -146,6 +146,7 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
             roots_in_use: vec![],
             labels: Default::default(),
             enrolled_by: String::new(),
+            adopted_until: None,
         })
     })?;
     for host in hosts {

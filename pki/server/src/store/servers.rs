@@ -14,8 +14,11 @@ pub(crate) struct Server {
     pub(crate) at: i64,
     pub(crate) lifetimes: Lifetimes,
     pub(crate) certificates: Vec<ServerCertificate>,
-    /// Why it issues nothing now.
+    /// Why it issues nothing, or rotates nothing, by its clock now.
     pub(crate) distrust: Option<String>,
+    /// Nobody has vouched for its clock since it started.
+    #[serde(default)]
+    pub(crate) is_clock_unconfirmed: bool,
     /// Since it started, by result.
     pub(crate) renewals: BTreeMap<String, u64>,
 }

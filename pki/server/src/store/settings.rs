@@ -7,7 +7,9 @@ use super::{DbError, Records, View, get, put};
 const TRUST_DOMAIN: &str = "setting/trust_domain";
 const ADVERTISE: &str = "setting/advertise";
 const LAST_GOOD: &str = "setting/last_good_time";
+const BACKED_UP: &str = "setting/backed_up";
 const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
+const RECOVERED_AT: &str = "setting/recovered_at";
 const RECOVERY_KEYS: &str = "setting/recovery_keys";
 
 pub(crate) fn set_trust_domain(records: &mut dyn Records, domain: &TrustDomain) -> Result<(), DbError> {
@@ -37,6 +39,17 @@ pub(crate) fn last_good(view: &mut dyn View) -> Result<Option<i64>, DbError> {
     get(view, LAST_GOOD)
 }
 
+/// The newest backup there was; each backup has its own name in it. So whoever lacks the name of one is from before it.
+pub(crate) fn backed_up(view: &mut dyn View) -> Result<Option<String>, DbError> {
+    get(view, BACKED_UP)
+}
+
+/// Never goes back, whatever the clock does.
+pub(crate) fn set_backed_up(records: &mut dyn Records, name: &str) -> Result<(), DbError> {
+    let newest = backed_up(records)?.filter(|known| known.as_str() > name);
+    put(records, BACKED_UP, &newest.as_deref().unwrap_or(name))
+}
+
 /// What the holders of recovery keys have said, oldest first: JWS of type `meshd-recovery+jws`.
 pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, DbError> {
     Ok(get(view, RECOVERY_STATEMENTS)?.unwrap_or_default())
@@ -44,6 +57,15 @@ pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, Db
 
 pub(crate) fn set_recovery_statements(records: &mut dyn Records, all: &[String]) -> Result<(), DbError> {
     put(records, RECOVERY_STATEMENTS, &all)
+}
+
+/// When hosts were first told to trust this PKI instead of one that was lost.
+pub(crate) fn recovered_at(view: &mut dyn View) -> Result<Option<i64>, DbError> {
+    get(view, RECOVERED_AT)
+}
+
+pub(crate) fn set_recovered_at(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
+    put(records, RECOVERED_AT, &time)
 }
 
 /// SubjectPublicKeyInfo of each recovery key in base64, current first.

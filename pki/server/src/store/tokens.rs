@@ -118,6 +118,17 @@ pub(crate) fn shared_by(view: &mut dyn View, host: &str, now: i64) -> Result<Vec
 /// One transaction of etcd takes 128 changes; what is left goes the next time.
 const PRUNED_AT_ONCE: usize = 50;
 
+/// Lets no host come by a token into this identity. Returns the open tokens that would have given it.
+pub(crate) fn take_out(records: &mut dyn Records, spiffe_id: &str, now: i64) -> Result<Vec<String>, DbError> {
+    let mut narrowed = Vec::new();
+    for mut token in open(records, now)?.into_iter().filter(|token| token.allow.iter().any(|id| id == spiffe_id)) {
+        token.allow.retain(|id| id != spiffe_id);
+        put_token(records, &token)?;
+        narrowed.push(token.id);
+    }
+    Ok(narrowed)
+}
+
 /// Forgets tokens that ended before `before`.
 pub(crate) fn prune(records: &mut dyn Records, before: i64) -> Result<(), DbError> {
     let ended = all(records)?.into_iter().filter(|token| token.expires_at < before).take(PRUNED_AT_ONCE);

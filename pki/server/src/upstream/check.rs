@@ -1,24 +1,26 @@
 //! Whether an intermediate from outside can be used.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::{SpiffeId, TrustDomain, sha256};
+use meshd_identity::{SpiffeId, TrustDomain, digest_id, root_id};
 use rcgen::KeyPair;
 use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::ParsedCertificate;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
 
 use crate::authority::Authority;
 use crate::lifetimes::Lifetimes;
-use crate::times::{from_unix, rfc3339, unix};
+use crate::times::{from_unix, rfc3339, seconds, unix};
 
-/// An intermediate has to have this many replacement intervals left: the time to notice and to bring the next.
-const INTERVALS_LEFT: u32 = 2;
+/// An intermediate has to have this many replacement intervals left: the time to notice, which the warning about its end
+/// does not begin with, and to bring the next.
+const INTERVALS_LEFT: u32 = 3;
 const SMALLEST_RSA_BITS: usize = 2048;
 
 /// Why it cannot be used. What is in force stays.
@@ -45,11 +47,13 @@ pub(crate) struct Checked {
     pub(crate) intermediate: Part,
     /// PKCS#8
     pub(crate) key: Vec<u8>,
+    pub(crate) key_id: String,
 }
 
 #[derive(Debug)]
 pub(crate) struct Part {
-    /// SHA-256 of the public key, cut to the length of our own identifiers.
+    /// Of a root what hosts call it. Of an intermediate one of its own for each certificate and each root it came with,
+    /// for it may have the key of another.
     pub(crate) id: String,
     pub(crate) certificate: Vec<u8>,
     pub(crate) not_after: i64,
@@ -70,8 +74,9 @@ pub(crate) fn private_key(pem: &[u8]) -> Result<Vec<u8>, Unusable> {
     Ok(key.serialize_der())
 }
 
+/// What a request and its answer have in common.
 pub(crate) fn id_of_key(spki: &[u8]) -> String {
-    data_encoding::HEXLOWER.encode(&sha256(spki)[..16])
+    digest_id(spki)
 }
 
 pub(crate) fn check(
@@ -82,18 +87,22 @@ pub(crate) fn check(
     now: SystemTime,
 ) -> Result<Checked, Unusable> {
     let [intermediate, root] = chain else { return Err(Unusable::Count(chain.len())) };
-    let (intermediate, root) = (part("intermediate", intermediate, now)?, part("root", root, now)?);
+    // It is used at once, and verifiers whose clocks are behind have to find it valid.
+    let intermediate = part("intermediate", intermediate, now, lifetimes.skew)?;
+    let root = part("root", root, now, Duration::ZERO)?;
     let not_after = intermediate.not_after.min(root.not_after);
     let needed = lifetimes.intermediate_every * INTERVALS_LEFT + lifetimes.skew;
     if from_unix(not_after) < now + needed {
         return Err(Unusable::Ending { end: rfc3339(not_after), needed_s: needed.as_secs() });
     }
-    let intermediate = Part { not_after, ..intermediate };
-    try_it(&intermediate, &root, key, domain, lifetimes.skew, now)?;
-    Ok(Checked { root, intermediate, key: key.to_vec() })
+    let id = digest_id(&[intermediate.certificate.as_slice(), &root.certificate].concat());
+    let intermediate = Part { id, not_after, ..intermediate };
+    let key_id = try_it(&intermediate, &root, key, domain, lifetimes.skew, now)?;
+    Ok(Checked { root, intermediate, key: key.to_vec(), key_id })
 }
 
-fn part(which: &'static str, der: &[u8], now: SystemTime) -> Result<Part, Unusable> {
+/// A certificate that has been valid for `settled`.
+fn part(which: &'static str, der: &[u8], now: SystemTime, settled: Duration) -> Result<Part, Unusable> {
     let bad = |problem: String| Unusable::Authority { which, problem };
     let (_, parsed) = X509Certificate::from_der(der).map_err(|error| bad(format!("is not X.509: {error}")))?;
     if !parsed.is_ca() {
@@ -113,9 +122,15 @@ fn part(which: &'static str, der: &[u8], now: SystemTime) -> Result<Part, Unusab
     match unix(now) {
         now if now >= ends => return Err(bad(format!("ended at {}", rfc3339(ends)))),
         now if now < starts => return Err(bad(format!("is not valid before {}", rfc3339(starts)))),
+        now if now < starts + seconds(settled) => {
+            let at = rfc3339(starts + seconds(settled));
+            return Err(bad(format!(
+                "is valid since a moment ago, and clocks of hosts may be behind: bring it at {at}"
+            )));
+        }
         _ => {}
     }
-    Ok(Part { id: id_of_key(parsed.public_key().raw), certificate: der.to_vec(), not_after: ends })
+    Ok(Part { id: root_id(der), certificate: der.to_vec(), not_after: ends })
 }
 
 fn check_key<E>(key: Result<PublicKey<'_>, E>) -> Result<(), String> {
@@ -130,7 +145,7 @@ fn check_key<E>(key: Result<PublicKey<'_>, E>) -> Result<(), String> {
 }
 
 /// What a verifier will do with every leaf, done once before anybody has one. It finds a foreign key, a path length that
-/// does not allow leaves, a root that did not sign.
+/// does not allow leaves, a root that did not sign. Returns what the key is called.
 fn try_it(
     intermediate: &Part,
     root: &Part,
@@ -138,14 +153,17 @@ fn try_it(
     domain: &TrustDomain,
     skew: Duration,
     now: SystemTime,
-) -> Result<(), Unusable> {
+) -> Result<String, Unusable> {
     use rcgen::PublicKeyData;
     let key =
         KeyPair::try_from(key).map_err(|error| Unusable::Unreadable(format!("the key cannot be used: {error}")))?;
-    if id_of_key(&key.subject_public_key_info()) != intermediate.id {
+    let failed = |error: String| Unusable::Trial(error);
+    let (_, parsed) =
+        X509Certificate::from_der(&intermediate.certificate).map_err(|error| failed(error.to_string()))?;
+    if parsed.public_key().raw != key.subject_public_key_info() {
         return Err(Unusable::Key);
     }
-    let failed = |error: String| Unusable::Trial(error);
+    let key_id = id_of_key(parsed.public_key().raw);
     let (id, der, end) = (intermediate.id.clone(), intermediate.certificate.clone(), from_unix(intermediate.not_after));
     let authority = Authority::from_parts(id, der, key, end, skew).map_err(|error| failed(error.to_string()))?;
     let leaf_key = KeyPair::generate().map_err(|error| failed(error.to_string()))?;
@@ -154,13 +172,21 @@ fn try_it(
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(root.certificate.as_slice())).map_err(|error| failed(error.to_string()))?;
     let parsed = ParsedCertificate::try_from(&leaf).map_err(|error| failed(error.to_string()))?;
-    let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+    let above = [CertificateDer::from(intermediate.certificate.as_slice())];
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     verify_server_cert_signed_by_trust_anchor(
         &parsed,
         &roots,
-        &[CertificateDer::from(intermediate.certificate.as_slice())],
-        UnixTime::since_unix_epoch(since),
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all,
+        &above,
+        since,
+        provider.signature_verification_algorithms.all,
     )
-    .map_err(|error| failed(error.to_string()))
+    .map_err(|error| failed(error.to_string()))?;
+    // An authority may be good for one side only.
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+    let clients = clients.map_err(|error| failed(error.to_string()))?;
+    let as_client = clients.verify_client_cert(&leaf, &above, since);
+    as_client.map_err(|error| failed(format!("as a client: {error}")))?;
+    Ok(key_id)
 }

@@ -8,9 +8,10 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
 use super::check::{Unusable, certificates, check, id_of_key, private_key};
+use super::import::{Imported, Source};
 use crate::authority::{AuthorityError, csr_params};
 use crate::lifetimes::Lifetimes;
-use crate::rotation::step::{Imported, Rotator};
+use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::upstream::{self, Pending};
 use crate::store::{DbError, servers};
@@ -33,6 +34,18 @@ pub enum UpstreamError {
     NoKey,
     #[error("the bundle holds as many roots as it may; one has to leave before another comes")]
     TooManyRoots,
+    #[error(
+        "root {root} is tainted since {since}: its key may be known to others; bring an intermediate of a root with \
+         another key"
+    )]
+    Tainted { root: String, since: String },
+    #[error("the key of intermediate {id} or of its root is in the deny set: whatever it signs is refused everywhere")]
+    Denied { id: String },
+    #[error(
+        "intermediate {id} was replaced by another; to go back to it, bring it by `meshd-pki import`, else put the \
+         one in force into the files"
+    )]
+    Replaced { id: String },
 }
 
 /// A certificate request in PEM for an offline root to sign. The key stays here, encrypted; the same request is given
@@ -69,7 +82,7 @@ pub fn import(dir: &Path, chain: &[u8], key: Option<&[u8]>, now: SystemTime) -> 
     };
     let running = state.database.read(servers::servers)?;
     let lifetimes = running.iter().max_by_key(|server| server.at).map_or_else(Lifetimes::default, |one| one.lifetimes);
-    take_over(&state, &chain, &key, &lifetimes, now)
+    take_over(&state, (&chain, &key), Source::Operator, &lifetimes, now)
 }
 
 fn pending_key(state: &StateDir, intermediate: Option<&Vec<u8>>) -> Result<Vec<u8>, UpstreamError> {
@@ -83,8 +96,8 @@ fn pending_key(state: &StateDir, intermediate: Option<&Vec<u8>>) -> Result<Vec<u
 
 pub(super) fn take_over(
     state: &StateDir,
-    chain: &[Vec<u8>],
-    key: &[u8],
+    (chain, key): (&[Vec<u8>], &[u8]),
+    source: Source,
     lifetimes: &Lifetimes,
     now: SystemTime,
 ) -> Result<Imported, UpstreamError> {
@@ -92,11 +105,8 @@ pub(super) fn take_over(
     let kek = state.kek()?;
     let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
     state.change(now, |records, told| -> Result<_, UpstreamError> {
-        let (imported, event) = rotator.import(records, &checked)?;
-        if imported == Imported::TooManyRoots {
-            return Err(UpstreamError::TooManyRoots);
-        }
-        upstream::forget_pending(records, &checked.intermediate.id)?;
+        let (imported, event) = rotator.import(records, &checked, source)?;
+        upstream::forget_pending(records, &checked.key_id)?;
         upstream::set_refused(records, None)?;
         told.extend(event);
         Ok(imported)

@@ -1,20 +1,23 @@
 //! What operators do, asked of one of several servers.
 
 use std::fs;
+use std::time::{Duration, SystemTime};
 
-use meshd_pki::Pki;
 use meshd_pki::admin::{Actor, AdminError, Role, run_on};
+use meshd_pki::adoption::{Adopt, adopt};
+use meshd_pki::commands::{TokenRequest, create_token};
 use meshd_pki::replicas::replicas;
 use meshd_pki::status::Status;
+use meshd_pki::{Options, Pki, state_dir};
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{
     AuthorityActivate, AuthorityPrepare, AuthorityRotate, AuthorityTaint, DenyList, Done, EntryAdd, HostBan, HostEvict,
-    HostUnban, RoleGrant, RoleList,
+    HostList, HostUnban, RoleGrant, RoleList,
 };
 
 use crate::cluster::until;
-use crate::desk::{Desk, enrol, metric, renew};
+use crate::desk::{Desk, domain, enrol, metric, renew};
 
 fn alice() -> Actor {
     Actor { name: "alice".to_owned(), role: Role::Admin }
@@ -165,4 +168,29 @@ fn commands_on_a_state_directory_in_etcd_reach_the_servers_that_run_elsewhere() 
     drop(a);
     let alone = on_b(Command::AuthorityPrepare(AuthorityPrepare {})).unwrap_err().to_string();
     assert!(alone.contains("no server of this PKI leads now"), "{alone}");
+}
+
+#[test]
+fn a_list_of_hosts_longer_than_a_transaction_of_etcd_is_adopted_and_every_server_knows_them() {
+    let lost = tempfile::tempdir().unwrap();
+    let (desk, a, _b) = leader_and_follower();
+    state_dir::init(lost.path(), &domain(), None, desk.now()).unwrap();
+    let before = Pki::open(lost.path(), Options::default()).unwrap();
+    let (pki, allow) = (["10.0.0.1:15012".to_owned()], ["ns/shop/sa/web".to_owned()]);
+    for n in 0..130 {
+        let host = format!("host-{n}");
+        let request = TokenRequest { host: &host, pki: &pki, allow: &allow, ..TokenRequest::default() };
+        enrol(&before, &create_token(lost.path(), &request, SystemTime::now()).unwrap()).unwrap();
+    }
+    before.maintain().unwrap();
+    let roster = lost.path().join("hosts.json");
+    let asked = Adopt { roster: &roster, within: Duration::from_secs(3600), without_roots: false };
+    let adopted = adopt(&desk.state("b"), &asked, desk.now()).unwrap();
+    assert_eq!((adopted.hosts, adopted.known, adopted.entries), (130, 0, 130));
+    let known = || match a.command(&alice(), Command::HostList(HostList {})).unwrap() {
+        Reply::Hosts(list) => list.hosts.iter().filter(|host| host.identities == ["ns/shop/sa/web"]).count(),
+        other => panic!("unexpected {other:?}"),
+    };
+    until("the other server knows them", || known() == 130);
+    assert_eq!(roots(&desk, "a").iter().filter(|(_, state)| state == "old").count(), 1);
 }

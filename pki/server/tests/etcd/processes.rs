@@ -23,6 +23,7 @@ const HOSTS: usize = 12;
 const LEAF_S: &str = "90";
 
 struct Server {
+    name: String,
     process: Child,
     address: String,
     metrics: String,
@@ -47,7 +48,7 @@ impl Server {
         let mut ready = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut ready).unwrap();
         assert!(ready.starts_with("meshd-pki ready"), "{ready}");
-        Server { process, address, metrics }
+        Server { name: name.to_owned(), process, address, metrics }
     }
 
     fn signal(&self, signal: Signal) {
@@ -87,6 +88,13 @@ fn a_leader_that_stands_still_is_replaced_and_its_hosts_renew_with_the_other() {
     tokio::runtime::Runtime::new().unwrap().block_on(stand_still(&desk));
 }
 
+/// A command about authorities, asked of one server through its socket.
+fn authority(desk: &Desk, state: &str, verb: &str) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_meshd-pki"));
+    let output = command.args(["authority", verb, "--state"]).arg(desk.state(state)).output().unwrap();
+    (output.status.success(), String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr))
+}
+
 /// Each tells hosts of the other within a second.
 async fn know_each_other(desk: &Desk, server: &Server) {
     let pki = [server.address.clone()];
@@ -123,13 +131,27 @@ async fn stand_still(desk: &Desk) {
         agents.spawn(agent.run(wishes));
     }
 
+    let (stood, led) = (a.name.clone(), b.name.clone());
     a.signal(Signal::SIGSTOP);
     until("the other leads", || b.leads());
+    let (ok, said) = authority(desk, &led, "prepare");
+    assert!(ok && said.contains("is in the bundle"), "{said}");
     all_renew(&hosts, "while one stands still").await;
 
     a.signal(Signal::SIGCONT);
     until("the one that stood still knows that it does not lead", || !a.leads());
     assert!(b.leads());
+    until("it names the one that leads", || {
+        let (ok, said) = authority(desk, &stood, "prepare");
+        assert!(!ok, "{said}");
+        said.contains("leads and takes the steps")
+    });
+    let (_, listed) = authority(desk, &stood, "list");
+    assert_eq!(
+        listed.lines().filter(|line| line.starts_with("root ")).count(),
+        2,
+        "one prepared a root, once: {listed}"
+    );
     a.signal(Signal::SIGKILL);
     all_renew(&hosts, "after one was killed").await;
 }

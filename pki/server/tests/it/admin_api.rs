@@ -8,11 +8,11 @@ use meshd_pki_api::admin::admin_client::AdminClient;
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{
-    AuthorityList, AuthorityPrepare, Command as Message, DenyAdd, DenyWhom, EntryAdd, HostBan, HostEvict, HostList,
-    RoleGrant, RoleList, RoleRevoke, TokenCreate, deny_whom,
+    AuthorityList, AuthorityPrepare, AuthorityTaint, Command as Message, DenyAdd, DenyWhom, EntryAdd, EntryList,
+    EntryRemove, HostBan, HostEvict, HostList, RoleGrant, RoleList, RoleRevoke, TokenCreate, deny_whom,
 };
-use meshd_pki_client::Svid;
 use meshd_pki_client::operator::{Channel, Proof, is_absent, over_socket, over_tls};
+use meshd_pki_client::{Proof as HostProof, Svid, join_in};
 use tonic::Code;
 
 use crate::support::{Lab, workload};
@@ -157,7 +157,53 @@ async fn nobody_hands_out_more_than_they_have() {
     assert!(why.contains("may not decide"), "a token whose hosts may choose that name: {why}");
     let others = TokenCreate { max_uses: 2, labels: vec!["desk=clerk".to_owned()], ..asked("des", Vec::new()) };
     run(&mut client, Command::TokenCreate(others)).await.unwrap();
-    run(&mut client, Command::HostEvict(HostEvict { host: "db".to_owned(), reason: String::new() })).await.unwrap();
+    let evict = |host: &str| Command::HostEvict(HostEvict { host: host.to_owned(), reason: String::new() });
+    let why = refusal(&mut client, evict("db")).await;
+    assert!(why.contains("may not decide"), "it holds a higher role: {why}");
+    let (host, identity) = ("db".to_owned(), "ns/shop/sa/boss".to_owned());
+    let remove = EntryRemove { host, identity, ..EntryRemove::default() };
+    let why = refusal(&mut client, Command::EntryRemove(remove)).await;
+    assert!(why.contains("may not decide"), "it would lose its higher role: {why}");
+    lab.join("cache", &[]).await.unwrap();
+    run(&mut client, evict("cache")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_made_before_a_role_was_granted_does_not_give_it() {
+    let lab = Lab::start().await;
+    let lead = workload("lead");
+    let token = lab.token("new", &[&lead, &workload("checkout")]);
+    let identity = "ns/shop/sa/lead".to_owned();
+    let granted = lab.command(Command::RoleGrant(RoleGrant { identity, role: "admin".to_owned() })).unwrap();
+    let Reply::Done(done) = granted else { panic!("{granted:?}") };
+    assert!(done.follows.iter().any(|text| text.contains(&token.id)), "{done:?}");
+    let proof = HostProof::JoinToken(token.clone());
+    join_in(&lab.host_dir("new"), &token.pin(), &proof, None, &lab.surroundings()).await.unwrap();
+    let show = Command::EntryList(EntryList { host: "new".to_owned() });
+    let Reply::Entries(entries) = lab.command(show).unwrap() else { panic!("no entries") };
+    let held: Vec<String> = entries.entries.into_iter().map(|entry| entry.identity).collect();
+    assert_eq!(held, [workload("checkout").to_string()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_denied_authority_has_signed_counts_for_nobody_at_the_pki_either() {
+    let lab = Lab::start().await;
+    let alice = lab.alice().await;
+    lab.command(grant("admin")).unwrap();
+    let mut client = lab.operator(&alice).await;
+    run(&mut client, LIST).await.unwrap();
+    let mut host = lab.host("web");
+    let before = host.now().host.clone();
+    let Reply::Authorities(list) = lab.command(Command::AuthorityList(AuthorityList {})).unwrap() else {
+        panic!("no authorities")
+    };
+    let intermediate = list.authorities.into_iter().find(|one| one.kind == "intermediate").unwrap();
+    lab.command(Command::AuthorityTaint(AuthorityTaint { id: intermediate.id.clone() })).unwrap();
+    let whom = Some(DenyWhom { whom: Some(deny_whom::Whom::Authority(intermediate.id)) });
+    lab.command(Command::DenyAdd(DenyAdd { whom, reason: String::new() })).unwrap();
+    assert!(refusal(&mut client, LIST).await.contains("is denied"), "on the connection that was open");
+    let after = host.until(|held| held.host.serial != before.serial).await;
+    assert_ne!(after.host.chain[1], before.chain[1], "the host proved anew who it is");
 }
 
 #[tokio::test(flavor = "multi_thread")]

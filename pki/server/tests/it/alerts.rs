@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_pki::federation::commands::{Asked, Endpoint, add};
+use meshd_pki::federation::web::WebCertificate;
 use meshd_pki_api::v1;
+use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 
 use crate::operation::{DAY, Desk, HOUR};
@@ -238,6 +241,25 @@ fn a_cloned_host_is_an_alarm_until_it_enrols_anew() {
     desk.pass(1);
     desk.enrol("web");
     assert!(desk.status().clone_alarms.is_empty());
+}
+
+#[test]
+fn a_certificate_of_the_web_that_nobody_renews_is_told_a_week_ahead() {
+    let desk = desk();
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec!["bundles.example.org".to_owned()]).unwrap();
+    params.not_after = (desk.now() + Duration::from_secs(8 * DAY)).into();
+    let files = ["web.pem", "web.key"].map(|name| desk.dir().join(name));
+    std::fs::write(&files[0], params.self_signed(&key).unwrap().pem()).unwrap();
+    std::fs::write(&files[1], key.serialize_pem()).unwrap();
+    let [chain, key] = files;
+    desk.pki().set_web_certificate(Arc::new(WebCertificate::load(chain, key).unwrap()));
+    desk.pass(60);
+    let mut history = History::of(&desk);
+    history.is_quiet();
+    desk.pass(25 * HOUR);
+    history.scrape(&desk, 2 * HOUR);
+    history.fires("MeshdPkiWebCertificateEnding");
 }
 
 #[test]

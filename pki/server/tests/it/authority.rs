@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use meshd_pki::admin::{Actor, AdminError, Role, run_on};
+use meshd_pki::times::unix_ms;
 use meshd_pki::{Options, Pki};
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
@@ -24,7 +25,7 @@ fn remove(id: &str) -> Command {
     Command::AuthorityRemove(AuthorityRemove { id: id.to_owned() })
 }
 
-fn taint(id: &str) -> Command {
+pub(crate) fn taint(id: &str) -> Command {
     Command::AuthorityTaint(AuthorityTaint { id: id.to_owned() })
 }
 
@@ -44,23 +45,24 @@ impl Desk {
         self.ask(command).unwrap_err().to_string()
     }
 
-    fn list(&self) -> Authorities {
+    pub(crate) fn list(&self) -> Authorities {
         match self.ask(Command::AuthorityList(AuthorityList {})).unwrap() {
             Reply::Authorities(list) => list,
             other => panic!("unexpected {other:?}"),
         }
     }
 
-    fn root(&self, state: &str) -> Option<String> {
+    pub(crate) fn root(&self, state: &str) -> Option<String> {
         let list = self.list().authorities;
         list.into_iter().find(|one| one.kind == "root" && one.state == state).map(|one| one.id)
     }
 
     /// The host tells that it holds the bundle in force, and which roots its chains end in.
-    fn report(&self, certificate: &[u8], roots: &[&str]) -> v1::SyncReply {
+    pub(crate) fn report(&self, certificate: &[u8], roots: &[&str]) -> v1::SyncReply {
         let inventory = v1::Inventory { roots: roots.iter().map(|root| (*root).to_owned()).collect() };
         let report = v1::SyncRequest {
             instance: "one".to_owned(),
+            host_time_unix_ms: unix_ms(self.now()),
             bundle_sequence: self.pki().bundle(&[]).unwrap().sequence,
             inventory: Some(inventory),
             ..v1::SyncRequest::default()
@@ -77,6 +79,37 @@ impl Desk {
 
 pub(crate) fn alice() -> Actor {
     Actor { name: "uid 1000 (alice)".to_owned(), role: Role::Admin }
+}
+
+#[test]
+fn a_force_ends_with_the_root_it_was_for() {
+    let desk = Desk::new();
+    desk.enrol("web");
+    desk.done(ROTATE);
+    let prepared = desk.root("prepared").unwrap();
+    desk.ahead.store(HOUR, std::sync::atomic::Ordering::SeqCst);
+    desk.pass(10);
+    desk.done(FORCE);
+    assert_eq!(desk.root("prepared").unwrap(), prepared, "the clock is not believed");
+    assert!(desk.list().forced);
+    desk.done(taint(&prepared));
+    assert!(!desk.list().forced, "the next root would cut off every host");
+}
+
+#[test]
+fn a_root_that_left_the_bundle_is_nobodys_worry() {
+    let desk = Desk::new();
+    let mut chain = desk.enrol("web");
+    for _ in 0..60 * 3 {
+        desk.pass(8 * HOUR);
+        chain = chain_of(desk.renew("web", Some(&chain[0])).unwrap());
+    }
+    assert!(desk.root("retired").is_some());
+    let metrics = desk.metrics();
+    assert!(metrics.contains("kind=\"root\""));
+    for state in ["removed", "retired"] {
+        assert!(!metrics.contains(&format!("state=\"{state}\"")), "{metrics}");
+    }
 }
 
 #[test]
@@ -234,8 +267,12 @@ fn a_tainted_intermediate_signs_nothing_more() {
     let done = desk.done(taint(&id));
     assert!(done.follows[0].contains(&format!("deny add --authority {id}")), "{done:?}");
     assert_ne!(desk.enrol("db")[1], before[1]);
-    assert!(desk.refusal(taint(&id)).contains("signs no more since"));
+    assert!(desk.refusal(taint(&id)).contains("is tainted already"));
     assert_eq!(desk.audit_lines("intermediate_taint").len(), 1);
+    assert_eq!(desk.report(&before[0], &[]).tainted_intermediates, [id.as_str()]);
+    // Until nothing it has signed can be valid.
+    desk.pass(16 * DAY);
+    assert_eq!(desk.report(&desk.enrol("later")[0], &[]).tainted_intermediates, <[&str; 0]>::default());
 }
 
 #[test]

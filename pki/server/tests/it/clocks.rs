@@ -110,9 +110,14 @@ fn after_a_long_time_off_rotation_goes_on_when_a_host_agrees_with_the_clock() {
     desk.open();
     desk.pass(60);
     assert_eq!(states(&desk), ["active"]);
+    let unconfirmed = || desk.status().servers[0].is_clock_unconfirmed;
+    assert!(unconfirmed() && desk.status().to_text().contains("not confirmed"), "{}", desk.status().to_text());
+    assert!(desk.metrics().contains("clock_unconfirmed 1"));
     desk.enrol("web");
     desk.pass(10);
     assert_eq!(states(&desk), ["active", "prepared"]);
+    desk.pass(60);
+    assert!(!unconfirmed() && desk.metrics().contains("clock_unconfirmed 0"));
 }
 
 #[test]

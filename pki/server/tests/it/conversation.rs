@@ -13,7 +13,8 @@ use meshd_identity::{Bundle, SpiffeId, sha256};
 use meshd_pki::admin::run_on;
 use meshd_pki::status::Status;
 use meshd_pki_api::admin::command::Command;
-use meshd_pki_api::admin::{AuthorityTaint, DenyAdd, DenyWhom, deny_whom};
+use meshd_pki_api::admin::reply::Reply;
+use meshd_pki_api::admin::{AuthorityList, AuthorityTaint, DenyAdd, DenyWhom, HostBan, HostUnban, deny_whom};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_server::Host as HostApi;
 use meshd_pki_client::fake::FakeCa;
@@ -124,6 +125,75 @@ async fn a_pki_restored_from_a_backup_learns_from_its_hosts_whom_it_denied() {
     // What it then says is newer than what the host lent it.
     host.denied.wait_for(|set| set.sequence > sequence).await.unwrap();
     assert!(denies(&host.denied.borrow(), &evil));
+}
+
+#[tokio::test]
+async fn what_a_tainted_intermediate_signed_is_issued_anew_long_before_it_is_due() {
+    let lab = Lab::start().await;
+    let id = workload("payments");
+    lab.join("web", &[&id]).await.unwrap();
+    let surroundings = Surroundings { report_every: Duration::from_secs(1), ..lab.surroundings() };
+    let mut host = Host::run(Agent::open_in(&lab.host_dir("web"), surroundings).unwrap());
+    host.want(&[&id]);
+    let before = host.until(|held| held.workloads.contains_key(&id)).await;
+    let Reply::Authorities(list) = lab.command(Command::AuthorityList(AuthorityList {})).unwrap() else { panic!() };
+    let tainted = list.authorities.into_iter().find(|one| one.kind == "intermediate").unwrap().id;
+    lab.command(Command::AuthorityTaint(AuthorityTaint { id: tainted })).unwrap();
+    eventually("the host hears of it", || host.metrics.is_connected()).await;
+    hears(&lab, &host).await;
+    hears(&lab, &host).await;
+    // The longest that a host waits, drawn by each for itself.
+    lab.pass(601);
+    host.want(&[]);
+    host.want(&[&id]);
+    let after = host.until(|held| held.workloads[&id].serial != before.workloads[&id].serial).await;
+    let signers = |svid: &meshd_pki_client::Svid| svid.chain[1].clone();
+    assert_ne!(signers(&after.workloads[&id]), signers(&before.workloads[&id]));
+    host.until(|held| signers(&held.host) != signers(&before.host)).await;
+}
+
+#[tokio::test]
+async fn a_banned_host_gives_up_its_identities_when_it_is_told_and_has_them_again_when_the_ban_ends() {
+    let lab = Lab::start().await;
+    let id = workload("payments");
+    lab.join("web", &[&id]).await.unwrap();
+    let surroundings = || Surroundings { report_every: Duration::from_secs(1), ..lab.surroundings() };
+    let run = || Host::run(Agent::open_in(&lab.host_dir("web"), surroundings()).unwrap());
+    let mut host = run();
+    host.want(&[&id]);
+    let before = host.until(|held| held.workloads.contains_key(&id)).await;
+    eventually("the first report", || host.metrics.is_connected()).await;
+    lab.command(Command::HostBan(HostBan { host: "web".to_owned(), reason: String::new() })).unwrap();
+    let banned = host.until(|held| held.banned).await;
+    assert!(banned.workloads.is_empty() && banned.refused[&id].contains("host unban web"), "{banned:?}");
+    drop(host);
+    for generation in ["identity.0", "identity.1"] {
+        let stored = fs::read_to_string(lab.host_dir("web").join(generation)).unwrap();
+        assert!(!stored.contains(&BASE64.encode(before.workloads[&id].key.secret_der())), "the key is on disk");
+    }
+    let mut host = run();
+    host.want(&[&id]);
+    assert!(host.now().banned && host.now().workloads.is_empty(), "forgotten over a restart");
+    lab.command(Command::HostUnban(HostUnban { host: "web".to_owned() })).unwrap();
+    let back = host.until(|held| held.workloads.contains_key(&id)).await;
+    assert!(!back.banned && back.workloads[&id].serial != before.workloads[&id].serial);
+}
+
+#[tokio::test]
+async fn a_host_that_was_away_when_it_was_banned_is_told_by_what_is_signed() {
+    let lab = Lab::start().await;
+    let id = workload("payments");
+    lab.join("web", &[&id]).await.unwrap();
+    let mut host = lab.host("web");
+    host.want(&[&id]);
+    host.until(|held| held.workloads.contains_key(&id)).await;
+    drop(host);
+    lab.command(Command::HostBan(HostBan { host: "web".to_owned(), reason: String::new() })).unwrap();
+    lab.pki().refresh().unwrap();
+    let mut host = lab.host("web");
+    assert!(!host.now().banned, "nobody has told it");
+    let banned = host.until(|held| held.banned).await;
+    assert!(banned.workloads.is_empty());
 }
 
 #[tokio::test]

@@ -8,8 +8,13 @@ use meshd_pki::labels::Label;
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{EntryAdd, EntryList, EntryRemove, HostBlastRadius, HostShow, TokenCreate};
+use meshd_pki_api::v1::IssueJwtRequest;
 use meshd_pki_client::join;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
 
+use crate::records::unix;
 use crate::support::{Lab, workload};
 
 const UNIT: &str = "systemd:unit:checkout.service";
@@ -27,7 +32,7 @@ async fn join_with(lab: &Lab, host: &str, all: &[&str]) {
 
 fn put(lab: &Lab, parent: Parent<'_>, selectors: &[&str], ttl: Option<Duration>) -> Result<(), String> {
     let selectors: Vec<String> = selectors.iter().map(|one| (*one).to_owned()).collect();
-    let request = EntryRequest { parent, identity: "ns/shop/sa/checkout", selectors: &selectors, ttl };
+    let request = EntryRequest { selectors: &selectors, ttl, ..EntryRequest::new(parent, "ns/shop/sa/checkout") };
     put_entry(&lab.state(), &request, SystemTime::now()).map_err(|error| error.to_string())
 }
 
@@ -93,13 +98,83 @@ async fn an_entry_can_shorten_lives_and_never_lengthen_them() {
 async fn selectors_no_host_can_attest_are_refused_when_they_are_made() {
     let lab = Lab::start().await;
     join_with(&lab, "web", &[]).await;
-    for selector in ["systemd:unit:web", "systemd:unit:a.slice", "unix:uid:root", "unix:gid:7", "unix:path:/bin/a", "x"]
-    {
+    for selector in ["systemd:unit:web", "systemd:unit:a.slice", "unix:uid:root", "unix:gid:-1", "unix:path:a", "x"] {
         let error = put(&lab, Parent::Host("web"), &[selector], None).unwrap_err();
         assert!(error.contains(selector) && error.contains("systemd:unit:NAME.service"), "{error}");
     }
-    assert!(put(&lab, Parent::Host("web"), &[UNIT, "unix:uid:7"], None).unwrap_err().contains("give one"));
+    let two_units = put(&lab, Parent::Host("web"), &[UNIT, "systemd:unit:b.service"], None).unwrap_err();
+    assert!(two_units.contains("no process is both"), "{two_units}");
+    let all = [UNIT, "unix:uid:7", "unix:gid:7", "unix:path:/usr/bin/a"];
+    assert_eq!(put(&lab, Parent::Host("web"), &all, None), Ok(()));
     assert!(put(&lab, Parent::Host("wbe"), &[UNIT], None).unwrap_err().contains("neither enrolled"));
+}
+
+/// What web may hold, without terms yet.
+const CHECKOUT_ON_WEB: EntryRequest<'_> = EntryRequest::new(Parent::Host("web"), "ns/shop/sa/checkout");
+
+fn put_terms(lab: &Lab, request: &EntryRequest<'_>) -> Result<(), String> {
+    put_entry(&lab.state(), request, lab.now()).map_err(|error| error.to_string())
+}
+
+#[tokio::test]
+async fn an_entry_has_names_a_hint_the_life_of_tokens_and_an_end_that_nothing_outlives() {
+    let lab = Lab::start().await;
+    join_with(&lab, "web", &[]).await;
+    let names = ["pay.example.org".to_owned()];
+    let request = EntryRequest {
+        dns_names: &names,
+        hint: "internal",
+        jwt_ttl: Some(Duration::from_secs(60)),
+        expires_in: Some(Duration::from_secs(3600)),
+        ..CHECKOUT_ON_WEB
+    };
+    put_terms(&lab, &request).unwrap();
+    let id = workload("checkout");
+    let mut host = lab.host("web");
+    host.want(&[&id]);
+    let held = host.until(|held| held.workloads.contains_key(&id)).await;
+    drop(host);
+    assert_eq!(lab.host("web").now().hints[&id], "internal", "over a restart");
+    let svid = &held.workloads[&id];
+    assert!(svid.not_after <= lab.now() + Duration::from_secs(3600), "it outlives its entry");
+    let (_, parsed) = X509Certificate::from_der(&svid.chain[0]).unwrap();
+    let names = parsed.subject_alternative_name().unwrap().unwrap().value.general_names.clone();
+    assert!(names.contains(&GeneralName::DNSName("pay.example.org")) && names.len() == 2, "{names:?}");
+
+    let token = |ttl_s| {
+        let request = IssueJwtRequest { spiffe_id: id.to_string(), audience: vec!["ledger".to_owned()], ttl_s };
+        lab.pki().issue_jwt(Some(&held.host.chain[0]), &request, "test")
+    };
+    for asked in [0, 600] {
+        let life = token(asked).unwrap().not_after_unix - unix(lab.now());
+        assert!((50..=60).contains(&life), "{asked}: {life}");
+    }
+    lab.pass(3600);
+    let ended = token(0).unwrap_err().to_string();
+    assert!(ended.contains("the PKI's entry for it ended at"), "{ended}");
+    let mut host = lab.host("web");
+    host.want(&[&id]);
+    let refused = host.until(|held| held.refused.contains_key(&id)).await;
+    assert!(refused.refused[&id].contains("ended at") && refused.refused[&id].contains("entry list"));
+}
+
+#[tokio::test]
+async fn names_that_mean_others_and_hints_too_long_are_refused() {
+    let lab = Lab::start().await;
+    join_with(&lab, "web", &[]).await;
+    for name in ["*.example.org", "Pay.example.org", "-a.example.org", "a..b", "", "10.0.0.1:80", "a b"] {
+        let names = [name.to_owned()];
+        let error = put_terms(&lab, &EntryRequest { dns_names: &names, ..CHECKOUT_ON_WEB }).unwrap_err();
+        assert!(error.contains(&format!("`{name}` is no name of DNS")), "{error}");
+    }
+    let many: Vec<String> = (0..17).map(|number| format!("a{number}.example.org")).collect();
+    let error = put_terms(&lab, &EntryRequest { dns_names: &many, ..CHECKOUT_ON_WEB }).unwrap_err();
+    assert!(error.contains("at most 16"), "{error}");
+    let long = "x".repeat(1025);
+    for hint in [&long, "a\nb"] {
+        let error = put_terms(&lab, &EntryRequest { hint, ..CHECKOUT_ON_WEB }).unwrap_err();
+        assert!(error.contains("1024 bytes"), "{error}");
+    }
 }
 
 #[tokio::test]

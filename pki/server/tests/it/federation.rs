@@ -186,9 +186,15 @@ async fn two_pkis_follow_each_other_through_a_root_rotation() {
     // The certificate of the web endpoint is the operator's: replaced in place, and shown.
     let renewed = Web::new();
     std::fs::write(&chain, &renewed.chain).unwrap();
-    assert!(certificate.reload().unwrap_err().contains("do not go together"), "a chain without its key");
+    let now = ours.now();
+    for _ in 0..2 {
+        assert!(certificate.reload(now).unwrap_err().contains("do not go together"), "as long as it lasts");
+    }
     std::fs::write(files.path().join("key.pem"), &renewed.key).unwrap();
-    assert!(certificate.reload().unwrap());
+    // It ends in 4096.
+    let late = now + Duration::from_secs(2200 * 365 * 86_400);
+    assert!(certificate.reload(late).unwrap_err().contains("ended at"), "the last good one stays");
+    assert!(certificate.reload(now).unwrap());
     let before = state_of(&ours, &other());
     refresh(&ours.state(), &other()).unwrap();
     eventually("the old authority is not enough any more", || state_of(&ours, &other()).problem.is_some()).await;

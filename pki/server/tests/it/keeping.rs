@@ -4,10 +4,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::SeqCst;
 
+use meshd_pki::adoption::{Adopt, adopt};
 use meshd_pki::keeping::command::{acknowledge, create, restore};
+use meshd_pki::{Options, Pki};
 use meshd_pki_api::v1;
 
+use proptest::prelude::*;
+use tempfile::TempDir;
+
 use crate::operation::{Desk, chain_of};
+use crate::records::copy;
+use crate::support::workload;
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
@@ -88,6 +95,26 @@ fn a_damaged_database_comes_back_by_itself_and_hosts_renew_with_an_alarm_for_the
 }
 
 #[test]
+fn hosts_enrolled_after_the_backup_come_back_by_the_list_that_was_put_aside() {
+    let mut desk = Desk::new();
+    desk.pass(60);
+    let chain = desk.enrol("late");
+    desk.pass(60);
+    stop(&mut desk);
+    spoil(&desk.dir.path().join("pki.db"));
+    desk.passed.fetch_add(5, SeqCst);
+    desk.open();
+    assert!(desk.renew("late", Some(&chain[0])).is_err(), "the backup knows it");
+    let aside = fs::read_dir(desk.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let aside = aside.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap();
+    let within = std::time::Duration::from_secs(HOUR);
+    let asked = Adopt { roster: &aside.join("hosts.json"), within, without_roots: false };
+    assert_eq!(adopt(desk.dir.path(), &asked, desk.now()).unwrap().hosts, 1);
+    desk.pki().refresh().unwrap();
+    chain_of(desk.renew("late", Some(&chain[0])).unwrap());
+}
+
+#[test]
 fn a_log_of_changes_that_lost_its_end_makes_the_pki_forget_no_authority() {
     let mut desk = Desk::new();
     let chain = desk.enrol("web");
@@ -102,6 +129,7 @@ fn a_log_of_changes_that_lost_its_end_makes_the_pki_forget_no_authority() {
     stop(&mut desk);
     fs::write(&database, before).unwrap();
     fs::write(desk.dir.path().join("pki.db-wal"), &log[..log.len() * 9 / 10]).unwrap();
+    fs::remove_dir_all(desk.dir.path().join("backups")).unwrap();
     desk.open();
     assert_eq!((roots(&desk), desk.status().bundle_sequence), known);
     assert!(desk.pki().issue_batch(Some(&chain[0]), &desk.renewal("web"), "test").is_err(), "it ended days ago");
@@ -154,4 +182,93 @@ fn hosts_ahead_of_a_backup_put_into_an_empty_directory_are_caught_up_with() {
     renew_with(&desk, &chain[0], ahead + 10 * DAY * 1000);
     assert_eq!(desk.status().bundle_sequence, ahead + 1, "nobody pushes the sequence into the far future");
     assert!(desk.pki().metrics.encode().contains("meshd_pki_hosts_ahead_total 1"));
+}
+
+/// A PKI as a power cut leaves it: some changes in the backup, some in the file, some in its log only.
+struct Cut {
+    dir: TempDir,
+    desk: Desk,
+    chain: Vec<Vec<u8>>,
+    sequence: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Damage {
+    Page,
+    Bytes,
+    LogBytes,
+    ShorterLog,
+    ShorterFile,
+}
+
+impl Cut {
+    fn new() -> Cut {
+        let desk = Desk::new();
+        desk.pass(7 * DAY);
+        let chain = desk.enrol("web");
+        desk.off_for(60);
+        create(desk.dir(), desk.now()).unwrap();
+        for n in 0..20 {
+            desk.enrol(&format!("host-{n}"));
+        }
+        let id = workload("web").to_string();
+        meshd_pki::commands::add_entry(desk.dir(), "web", &id, desk.now()).unwrap();
+        desk.pass(60);
+        let dir = tempfile::tempdir().unwrap();
+        copy(desk.dir(), dir.path());
+        copy(&desk.dir().join("backups"), &dir.path().join("backups"));
+        let sequence = desk.status().bundle_sequence;
+        Cut { dir, desk, chain, sequence }
+    }
+
+    fn damaged(&self, damage: &[(Damage, prop::sample::Index, [u8; 32])]) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        copy(self.dir.path(), dir.path());
+        copy(&self.dir.path().join("backups"), &dir.path().join("backups"));
+        let (file, log) = (dir.path().join("pki.db"), dir.path().join("pki.db-wal"));
+        for (kind, place, bytes) in damage {
+            let path = if matches!(kind, Damage::LogBytes | Damage::ShorterLog) { &log } else { &file };
+            let mut all = fs::read(path).unwrap();
+            let at = if all.is_empty() { 0 } else { place.index(all.len()) };
+            match kind {
+                Damage::Page => {
+                    let start = at / 4096 * 4096;
+                    all.iter_mut().skip(start).take(4096).zip(bytes.iter().cycle()).for_each(|(to, from)| *to = *from);
+                }
+                Damage::Bytes | Damage::LogBytes => {
+                    all.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
+                }
+                Damage::ShorterLog | Damage::ShorterFile => all.truncate(at),
+            }
+            fs::write(path, all).unwrap();
+        }
+        dir
+    }
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    use Damage::{Bytes, LogBytes, Page, ShorterFile, ShorterLog};
+    prop::sample::select(vec![Page, Bytes, LogBytes, ShorterLog, ShorterFile])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+    #[test]
+    fn after_a_power_cut_and_any_damage_to_file_and_log_hosts_renew_and_no_sequence_goes_back(
+        damage in prop::collection::vec((damage(), any::<prop::sample::Index>(), any::<[u8; 32]>()), 1..4),
+    ) {
+        thread_local!(static CUT: Cut = Cut::new());
+        CUT.with(|cut| {
+            let dir = cut.damaged(&damage);
+            let now = cut.desk.now() + std::time::Duration::from_secs(10);
+            let options = Options::with_clock(cut.desk.lifetimes, std::sync::Arc::new(move || now));
+            let pki = Pki::open(dir.path(), options).unwrap();
+            let held = v1::IssueBatchRequest { bundle_sequence: cut.sequence, ..cut.desk.renewal("web") };
+            let reply = pki.issue_batch(Some(&cut.chain[0]), &held, "test").unwrap();
+            prop_assert!(reply.bundle.clone().unwrap().sequence >= cut.sequence);
+            chain_of(reply);
+            pki.maintain().unwrap();
+            Ok(())
+        })?;
+    }
 }

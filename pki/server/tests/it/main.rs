@@ -2,6 +2,7 @@
 
 mod absence;
 mod admin_api;
+mod adoption;
 mod alerts;
 mod attestors;
 mod authority;
@@ -17,6 +18,7 @@ mod inventory;
 mod join_tokens;
 mod keeping;
 mod operation;
+mod outside;
 mod profile;
 mod records;
 mod recovery;

@@ -12,6 +12,7 @@ use meshd_pki::pki::PkiError;
 use meshd_pki::state_dir::StateError;
 use meshd_pki::status::Status;
 use meshd_pki::times::unix_ms;
+use meshd_pki::upstream::watch::UpstreamFiles;
 use meshd_pki::{Options, Pki, Refused, state_dir};
 use meshd_pki_api::v1;
 use rcgen::KeyPair;
@@ -32,6 +33,8 @@ pub(crate) struct Desk {
     pub(crate) ahead: Arc<AtomicU64>,
     pub(crate) lifetimes: Lifetimes,
     pub(crate) clock_is_right: bool,
+    /// Of the intermediate from outside.
+    pub(crate) upstream: Option<UpstreamFiles>,
 }
 
 impl Desk {
@@ -51,19 +54,25 @@ impl Desk {
         let dir = tempfile::tempdir().unwrap();
         state_dir::init(dir.path(), &domain(), None, start).unwrap();
         let (passed, ahead) = (Arc::default(), Arc::default());
-        let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false };
+        let mut desk = Desk { dir, pki: None, start, passed, ahead, lifetimes, clock_is_right: false, upstream: None };
         desk.open();
         desk
     }
 
     pub(crate) fn open(&mut self) {
+        self.try_open().unwrap();
+    }
+
+    pub(crate) fn try_open(&mut self) -> Result<(), PkiError> {
         self.pki = None;
         let (start, passed, ahead) = (self.start, self.passed.clone(), self.ahead.clone());
         let right = Arc::new(move || start + Duration::from_secs(passed.load(SeqCst)));
         let options = Options::with_clock(self.lifetimes, right.clone());
         let clock = Arc::new(move || right() + Duration::from_secs(ahead.load(SeqCst)));
         let options = Options { clock, clock_is_right: self.clock_is_right, ..options };
-        self.pki = Some(Pki::open(self.dir.path(), options).unwrap());
+        let options = Options { upstream: self.upstream.clone(), ..options };
+        self.pki = Some(Pki::open(self.dir.path(), options)?);
+        Ok(())
     }
 
     pub(crate) fn pki(&self) -> &Pki {

@@ -7,32 +7,34 @@ use meshd_identity::Bundle;
 use meshd_pki::upstream::commands::{UpstreamError, csr, import};
 use meshd_pki::upstream::watch::{Upstream, UpstreamFiles};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PublicKeyData, SignatureAlgorithm,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SignatureAlgorithm,
 };
 
 use crate::operation::{DAY, Desk, HOUR, chain_of};
 use crate::support::domain;
 
 /// An authority whose key is in a drawer.
-struct Offline {
+pub(crate) struct Offline {
     issuer: Issuer<'static, KeyPair>,
-    certificate: String,
+    pub(crate) certificate: String,
 }
 
 /// What an authority's certificate says.
-struct Says {
-    constraints: IsCa,
-    usage: Vec<KeyUsagePurpose>,
-    from: SystemTime,
-    days: u64,
+pub(crate) struct Says {
+    pub(crate) constraints: IsCa,
+    pub(crate) usage: Vec<KeyUsagePurpose>,
+    pub(crate) extended: Vec<ExtendedKeyUsagePurpose>,
+    pub(crate) from: SystemTime,
+    pub(crate) days: u64,
 }
 
 impl Says {
-    fn usual(now: SystemTime, days: u64) -> Says {
+    pub(crate) fn usual(now: SystemTime, days: u64) -> Says {
         Says {
             constraints: IsCa::Ca(BasicConstraints::Constrained(0)),
             usage: vec![KeyUsagePurpose::KeyCertSign],
+            extended: vec![],
             from: now - Duration::from_secs(3 * DAY),
             days,
         }
@@ -43,6 +45,7 @@ impl Says {
         params.distinguished_name.push(rcgen::DnType::CommonName, name);
         params.is_ca = self.constraints;
         params.key_usages = self.usage;
+        params.extended_key_usages = self.extended;
         params.not_before = self.from.into();
         params.not_after = (self.from + Duration::from_secs(self.days * DAY)).into();
         params
@@ -50,7 +53,7 @@ impl Says {
 }
 
 impl Offline {
-    fn new(now: SystemTime, name: &str) -> Offline {
+    pub(crate) fn new(now: SystemTime, name: &str) -> Offline {
         Offline::with_key(now, name, &rcgen::PKCS_ECDSA_P384_SHA384)
     }
 
@@ -62,8 +65,16 @@ impl Offline {
         Offline { issuer: Issuer::new(params, key), certificate }
     }
 
+    /// The same name and key, certified again.
+    pub(crate) fn again(mut self, now: SystemTime, name: &str) -> Offline {
+        let constraints = IsCa::Ca(BasicConstraints::Unconstrained);
+        let params = Says { constraints, ..Says::usual(now, 3650) }.params(name);
+        self.certificate = params.self_signed(self.issuer.key()).unwrap().pem();
+        self
+    }
+
     /// Intermediate and root.
-    fn sign(&self, key: &impl PublicKeyData, says: Says) -> String {
+    pub(crate) fn sign(&self, key: &impl PublicKeyData, says: Says) -> String {
         let mut params = says.params("intermediate of the drawer");
         params.use_authority_key_identifier_extension = true;
         params.signed_by(key, &self.issuer).unwrap().pem() + &self.certificate
@@ -75,11 +86,11 @@ impl Offline {
     }
 }
 
-fn renew(desk: &Desk, chain: &[Vec<u8>]) -> Vec<Vec<u8>> {
+pub(crate) fn renew(desk: &Desk, chain: &[Vec<u8>]) -> Vec<Vec<u8>> {
     chain_of(desk.renew("web", Some(&chain[0])).unwrap())
 }
 
-fn pem_of(der: &[u8]) -> String {
+pub(crate) fn pem_of(der: &[u8]) -> String {
     let base64: String = data_encoding::BASE64.encode(der);
     let lines: Vec<&str> = base64.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).unwrap()).collect();
     format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
@@ -159,6 +170,8 @@ fn whatever_cannot_be_used_is_refused_with_the_reason_and_what_is_in_force_stays
         ("keyCertSign is missing", signed(Says { usage: vec![KeyUsagePurpose::CrlSign], ..usual() }), &key),
         ("ended at", signed(Says { days: 2, ..usual() }), &key),
         ("not valid before", signed(Says { from: now + Duration::from_secs(DAY), ..usual() }), &key),
+        ("moment ago", signed(Says { from: now - Duration::from_secs(60), ..usual() }), &key),
+        ("as a client", signed(Says { extended: vec![ExtendedKeyUsagePurpose::ServerAuth], ..usual() }), &key),
         ("have to be left", signed(Says { days: 8, ..usual() }), &key),
         ("name constraints", constrained, &key),
         ("does not verify", mixed, &key),
@@ -203,12 +216,20 @@ fn an_rsa_root_and_an_rsa_intermediate_can_be_used() {
 }
 
 /// The files as an operator's tool replaces them.
-struct Files {
+pub(crate) struct Files {
     dir: tempfile::TempDir,
 }
 
 impl Files {
-    fn write(&self, name: &str, content: &str) {
+    pub(crate) fn new() -> Files {
+        Files { dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub(crate) fn paths(&self) -> UpstreamFiles {
+        UpstreamFiles { chain: self.path("chain.pem"), key: self.path("key.pem"), roots: None }
+    }
+
+    pub(crate) fn write(&self, name: &str, content: &str) {
         std::fs::write(self.dir.path().join(name), content).unwrap();
     }
 
@@ -217,7 +238,7 @@ impl Files {
     }
 }
 
-fn blocked(desk: &Desk) -> bool {
+pub(crate) fn blocked(desk: &Desk) -> bool {
     let told = desk.status().problems.iter().any(|problem| problem.starts_with("rotation blocked (upstream)"));
     let exported = desk.metrics().contains("meshd_pki_rotation_blocked{reason=\"upstream\"} 1");
     assert_eq!(told, exported);
@@ -227,9 +248,8 @@ fn blocked(desk: &Desk) -> bool {
 #[test]
 fn files_that_are_replaced_are_taken_over_when_they_are_good_however_that_is_done() {
     let desk = Desk::new();
-    let files = Files { dir: tempfile::tempdir().unwrap() };
-    let paths = UpstreamFiles { chain: files.path("chain.pem"), key: files.path("key.pem"), roots: None };
-    let mut upstream = Upstream::new(&paths);
+    let files = Files::new();
+    let mut upstream = Upstream::new(&files.paths());
     upstream.look(desk.pki());
     assert!(blocked(&desk), "files that are not there are told");
 

@@ -19,24 +19,24 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::support::{Lab, eventually, request_over, workload};
 
-const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+pub(super) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 const CLUSTER: &str = "[[kubernetes]]\nname = \"prod\"\nissuer = \"https://kubernetes.default.svc.cluster.local\"\n@KEYS@\n\
                        [[kubernetes.service_account]]\nnamespace = \"mesh\"\naccount = \"meshd\"\nhost = \"k8s-{node}\"\n\
                        allow = [\"ns/shop/sa/payments\"]\n";
 
 /// Signs as a cluster does: by RSA as most, or by P-256.
-enum Cluster {
+pub(super) enum Cluster {
     Rsa(RsaKeyPair),
     Ec(KeyPair),
 }
 
 impl Cluster {
-    fn rsa() -> Cluster {
+    pub(super) fn rsa() -> Cluster {
         Cluster::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).unwrap())
     }
 
     /// As `kubectl get --raw /openid/v1/jwks` shows it.
-    fn jwks(&self) -> String {
+    pub(super) fn jwks(&self) -> String {
         let key = match self {
             Cluster::Rsa(pair) => {
                 let key = pair.public_key();
@@ -53,7 +53,7 @@ impl Cluster {
         json!({ "keys": [key] }).to_string()
     }
 
-    fn token(&self, claims: &Value) -> String {
+    pub(super) fn token(&self, claims: &Value) -> String {
         let name = if matches!(self, Cluster::Rsa(_)) { "RS256" } else { "ES256" };
         let header = json!({ "alg": name, "kid": "k" });
         let signed = format!("{}.{}", text(header.to_string().as_bytes()), text(claims.to_string().as_bytes()));

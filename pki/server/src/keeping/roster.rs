@@ -1,0 +1,98 @@
+//! Who the hosts are and what they may hold, in a file without a secret, apart from everything else: what a new PKI
+//! needs so that hosts come back to it after state, backups and wrapping key are lost.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use meshd_identity::TrustDomain;
+use serde::{Deserialize, Serialize};
+
+use crate::keys::replace_private;
+use crate::rotation::Trust;
+use crate::store::grants::{self, LabelEntry};
+use crate::store::hosts::{self, Entry, HostState};
+use crate::store::{DbError, View, base64, trust};
+
+pub(crate) const FILE: &str = "hosts.json";
+pub(crate) const SCHEMA: u32 = 1;
+
+/// Nothing in it changes with a renewal, so that a copy stays good for long.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Roster {
+    pub(crate) schema: u32,
+    pub(crate) trust_domain: TrustDomain,
+    /// Of the bundle in force.
+    pub(crate) sequence: u64,
+    pub(crate) roots: Vec<KnownRoot>,
+    pub(crate) hosts: Vec<KnownHost>,
+    pub(crate) entries: Vec<Permitted>,
+    pub(crate) label_entries: Vec<LabelEntry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct KnownRoot {
+    pub(crate) id: String,
+    #[serde(with = "base64")]
+    pub(crate) certificate: Vec<u8>,
+    pub(crate) not_after: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct KnownHost {
+    pub(crate) id: String,
+    pub(crate) state: HostState,
+    /// SubjectPublicKeyInfo of the key it enrolled with, which is what it comes back by. Empty for an evicted host.
+    #[serde(with = "base64")]
+    pub(crate) key: Vec<u8>,
+    pub(crate) enrolled_at: i64,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) enrolled_by: String,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Permitted {
+    pub(crate) host: String,
+    #[serde(flatten)]
+    pub(crate) entry: Entry,
+}
+
+impl Roster {
+    pub(crate) fn of(view: &mut dyn View, trust_domain: &TrustDomain) -> Result<Roster, DbError> {
+        let Trust { sequence, roots, .. } = trust::trust(view)?;
+        let roots = roots.into_iter().filter(|root| root.state.is_in_bundle() && root.tainted_at.is_none());
+        let hosts = hosts::hosts(view)?.into_iter().map(|host| KnownHost {
+            key: if host.enrolled_key.is_empty() { host.public_key } else { host.enrolled_key },
+            id: host.id,
+            state: host.state,
+            enrolled_at: host.enrolled_at,
+            enrolled_by: host.enrolled_by,
+            labels: host.labels,
+        });
+        let hosts = hosts.collect();
+        let entries = hosts::entries(view)?.into_iter();
+        Ok(Roster {
+            schema: SCHEMA,
+            trust_domain: trust_domain.clone(),
+            sequence,
+            roots: roots
+                .map(|root| KnownRoot { id: root.id, certificate: root.certificate, not_after: root.not_after })
+                .collect(),
+            hosts,
+            entries: entries.map(|entry| Permitted { host: entry.host.clone(), entry }).collect(),
+            label_entries: grants::label_entries(view)?,
+        })
+    }
+
+    /// Writes it where it is looked for, if it changed.
+    pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
+        let (path, text) = (dir.join(FILE), serde_json::to_vec(self)?);
+        if fs::read(&path).is_ok_and(|known| known == text) {
+            return Ok(());
+        }
+        replace_private(&path, &text)
+    }
+}
