@@ -49,6 +49,11 @@ impl Error {
         matches!(self, Error::Refused(status) if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled))
     }
 
+    /// Whether etcd takes no changes now, from anybody or from this user: it is full, or a right is missing.
+    pub fn is_refusal_to_write(&self) -> bool {
+        matches!(self, Error::Refused(status) if matches!(status.code(), Code::ResourceExhausted | Code::PermissionDenied))
+    }
+
     /// For whoever follows etcd, when following cannot go on.
     pub fn gone(why: &str) -> Error {
         Error::Refused(Status::unavailable(why))
@@ -127,10 +132,12 @@ impl Client {
         }
     }
 
-    /// The revision in which a key was last written, as the majority knows it; 0 if it is not there.
-    pub async fn modified(&self, key: &str) -> Result<i64, Error> {
+    /// The revision in which a key was last written, as the majority knows it, and of which cluster; 0 if it is not
+    /// there.
+    pub async fn modified(&self, key: &str) -> Result<(ResponseHeader, i64), Error> {
         let answer = self.range(RangeRequest { key: key.into(), keys_only: true, ..RangeRequest::default() }).await?;
-        Ok(answer.kvs.first().map_or(0, |pair| pair.mod_revision))
+        let revision = answer.kvs.first().map_or(0, |pair| pair.mod_revision);
+        Ok((answer.header.unwrap_or_default(), revision))
     }
 
     async fn range(&self, request: RangeRequest) -> Result<crate::api::RangeResponse, Error> {

@@ -81,10 +81,13 @@ fn its_stream_of_token_keys_follows_the_pkis() -> Result<()> {
     Ok(())
 }
 
-/// As if the PKI had published it a month ago: it is due for a successor.
+/// As if the PKI had published it a month ago: it is due for a successor. Each record has a checksum of its key and value.
 fn age_the_key_of_tokens(mesh: &Mesh) -> Result<()> {
-    let age = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); \
-               db.execute(\"UPDATE record SET value = json_set(value, '$.jwt_keys[0].published_at', 1) WHERE key = 'trust'\"); \
+    let age = "import hashlib, json, sqlite3, sys; db = sqlite3.connect(sys.argv[1]); \
+               trust = json.loads(db.execute(\"SELECT value FROM record WHERE key = 'trust'\").fetchone()[0]); \
+               trust['jwt_keys'][0]['published_at'] = 1; text = json.dumps(trust); \
+               checksum = hashlib.sha256(b'trust\\0' + text.encode()).digest()[:8]; \
+               db.execute(\"UPDATE record SET value = ?, sum = ? WHERE key = 'trust'\", (text, checksum)); \
                db.commit(); print(db.total_changes)";
     let database = mesh.pki_directory().join("state/pki.db");
     let changed = mesh.pki_host().run(&Program::new("python3").args(["-c", age]).arg(database))?;

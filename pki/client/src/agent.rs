@@ -255,16 +255,17 @@ impl Agent {
         let mut waiting = self.told.waiting.clone();
         for ((id, key), result) in asked.iter().zip(keys).zip(reply.results) {
             waiting.remove(id);
-            match result.selectors.is_empty() {
-                true => drop(held.selectors.remove(id)),
-                false => drop(held.selectors.insert(id.clone(), result.selectors)),
-            }
-            match result.hint.is_empty() {
-                true => drop(held.hints.remove(id)),
-                false => drop(held.hints.insert(id.clone(), result.hint)),
-            }
             match result.outcome {
                 Some(v1::issue_result::Outcome::Svid(svid)) => {
+                    // With a certificate only: a refusal says nothing about who may use the one that is still good.
+                    match result.selectors.is_empty() {
+                        true => drop(held.selectors.remove(id)),
+                        false => drop(held.selectors.insert(id.clone(), result.selectors)),
+                    }
+                    match result.hint.is_empty() {
+                        true => drop(held.hints.remove(id)),
+                        false => drop(held.hints.insert(id.clone(), result.hint)),
+                    }
                     let svid = Arc::new(read_svid(svid, id, key, &held.bundle, pki_time)?);
                     held.refused.remove(id);
                     if *id == held.host.id { held.host = svid } else { _ = held.workloads.insert(id.clone(), svid) }

@@ -1,14 +1,15 @@
 //! Hosts of a PKI that was lost come back to the one in its place: by the key they enrolled, as its list of hosts has
-//! it, for as long as the operator says. See docs/adr/0009.
+//! it, for as long as the operator says. See docs/adr/0010.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, ensure};
 use data_encoding::HEXLOWER;
-use meshd_identity::{SvidInfo, sha256};
+use meshd_identity::{SpiffeId, SvidInfo, sha256};
 
 use crate::audit::Event;
+use crate::commands::workload;
 use crate::keeping::roster::{KnownHost, KnownRoot, Permitted, Roster, SCHEMA};
 use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
 use crate::pki::Pki;
@@ -16,7 +17,7 @@ use crate::refused::Refused;
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::hosts::{self, Host, HostState};
-use crate::store::{Records, View, grants, settings, trust};
+use crate::store::{DbError, View, grants, settings, trust};
 use crate::times::{rfc3339, seconds, unix};
 
 /// One transaction of etcd takes 128 operations.
@@ -36,7 +37,7 @@ pub struct Adopt<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Adopted {
     pub hosts: usize,
-    /// Known here already; nothing was changed about them.
+    /// Known here already; they stay as they are.
     pub known: usize,
     pub entries: usize,
     pub until: String,
@@ -53,6 +54,7 @@ pub fn adopt(dir: &Path, asked: &Adopt<'_>, now: SystemTime) -> anyhow::Result<A
     ensure!(roster.schema == SCHEMA, "it has schema {}, this meshd-pki reads {SCHEMA}", roster.schema);
     let (theirs, ours) = (&roster.trust_domain, &state.trust_domain);
     ensure!(theirs == ours, "it is of the trust domain `{theirs}`, this PKI is `{ours}`");
+    check(&roster).with_context(|| format!("{} is not what a meshd-pki writes", asked.roster.display()))?;
     let until = unix(now + asked.within);
     adopt_roots(&state, if asked.without_roots { &[] } else { &roster.roots }, roster.sequence, now)?;
     let mut adopted = Adopted { hosts: 0, known: 0, entries: 0, until: rfc3339(until), sha256 };
@@ -64,11 +66,17 @@ pub fn adopt(dir: &Path, asked: &Adopt<'_>, now: SystemTime) -> anyhow::Result<A
     for batch in roster.entries.chunks(BATCH) {
         adopted.entries += adopt_entries(&state, batch, now)?;
     }
-    for batch in roster.label_entries.chunks(BATCH) {
-        state.database.transaction(|records| -> Result<(), StateError> {
-            batch.iter().try_for_each(|entry| Ok(grants::put_label_entry(records, entry)?))
-        })?;
-        adopted.entries += batch.len();
+    // Once a host has come back this PKI has a life of its own: what was removed here since stays removed.
+    let has_own = |view: &mut dyn View| -> Result<bool, DbError> {
+        Ok(hosts::hosts(view)?.iter().any(|host| host.adopted_until.is_none()))
+    };
+    if !state.database.read(has_own)? {
+        for batch in roster.label_entries.chunks(BATCH) {
+            state.database.transaction(|records| -> Result<(), StateError> {
+                batch.iter().try_for_each(|entry| Ok(grants::put_label_entry(records, entry)?))
+            })?;
+            adopted.entries += batch.len();
+        }
     }
     Ok(adopted)
 }
@@ -126,12 +134,34 @@ fn host(known: &KnownHost, until: i64) -> Host {
 }
 
 fn adopt_entries(state: &StateDir, batch: &[Permitted], now: SystemTime) -> Result<usize, StateError> {
-    state.database.transaction(|records: &mut dyn Records| {
+    state.change(now, |records, told| {
+        let mut names = Vec::new();
         for Permitted { host, entry } in batch {
-            grants::put_entry(records, host, &entry.spiffe_id, entry.terms.clone(), unix(now))?;
+            // What a host may that has come back, or was never away, is decided here.
+            if hosts::host(records, host)?.is_some_and(|host| host.adopted_until.is_some()) {
+                grants::put_entry(records, host, &entry.spiffe_id, entry.terms.clone(), unix(now))?;
+                names.push(format!("{host} {}", entry.spiffe_id));
+            }
         }
-        Ok(batch.len())
+        if !names.is_empty() {
+            let detail = format!("with adopted hosts: {}", names.join(", "));
+            told.push(Event { event: "entry_add", result: "ok", detail: Some(detail), ..Event::default() });
+        }
+        Ok(names.len())
     })
+}
+
+/// A list that was changed by somebody must not make hosts of what is none, nor grant what no entry can.
+fn check(roster: &Roster) -> anyhow::Result<()> {
+    let domain = &roster.trust_domain;
+    for known in &roster.hosts {
+        SpiffeId::host(domain, &known.id).with_context(|| format!("host `{}`", known.id))?;
+    }
+    let by_host = roster.entries.iter().map(|permitted| &permitted.entry.spiffe_id);
+    for id in by_host.chain(roster.label_entries.iter().map(|entry| &entry.spiffe_id)) {
+        workload(domain, id).with_context(|| format!("entry `{id}`"))?;
+    }
+    Ok(())
 }
 
 /// A host that has got nothing from this PKI yet may do so only as long as the operator said.

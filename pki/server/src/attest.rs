@@ -84,6 +84,7 @@ impl Pki {
         let signer = self.signer();
         let (svid, event) = self.state.database.transaction(|records| -> Result<_, Refused> {
             let (mut host, used) = prove(records, request, &self.trust_domain, unix(now))?;
+            Pki::refuse_denied_identity(records, &id)?;
             let is_adopted = host.adopted_until.take().is_some();
             let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             host.used_key(&used);

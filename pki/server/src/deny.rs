@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use meshd_identity::SpiffeId;
 use meshd_identity::denial::DenyIndex;
 use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
@@ -112,7 +113,15 @@ impl Pki {
     /// Why nobody gets this identity now, if it is denied.
     pub(crate) fn denied(&self, spiffe_id: &str) -> Option<String> {
         let is_denied = self.deny().identities.contains(spiffe_id);
-        is_denied.then(|| format!("{spiffe_id} is denied in this mesh; see `meshd-pki deny list` on the PKI"))
+        is_denied.then(|| self::is_denied(spiffe_id))
+    }
+
+    /// For a host that comes, or comes back: what is on record, which may be newer than what was signed last.
+    pub(crate) fn refuse_denied_identity(view: &mut dyn View, id: &SpiffeId) -> Result<(), Refused> {
+        if deny::deny(view)?.names_identity(id) {
+            return Err(Refused::Forbidden(is_denied(id.as_str())));
+        }
+        Ok(())
     }
 
     /// Takes over a newer set than the PKI's own from a host, if this PKI has signed it.
@@ -164,6 +173,10 @@ impl Pki {
         })?;
         self.refresh_deny()
     }
+}
+
+fn is_denied(spiffe_id: &str) -> String {
+    format!("{spiffe_id} is denied in this mesh; see `meshd-pki deny list` on the PKI")
 }
 
 #[cfg(test)]

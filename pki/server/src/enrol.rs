@@ -50,6 +50,7 @@ impl Pki {
                 return Err(Refused::Forbidden(banned(&invited.host_id)));
             }
             let id = host_identity(&self.trust_domain, &invited.host_id)?;
+            Pki::refuse_denied_identity(records, &id)?;
             let (svid, issued) = signer.issue(&id, &csr.public_key, self.lifetimes.leaf, now)?;
             let host_id = invited.host_id.clone();
             admit(records, invited, &csr, unix(now), offset_ms(request.host_time_unix_ms, unix_ms(now)))?;

@@ -66,36 +66,6 @@ impl Default for Lifetimes {
 }
 
 impl Lifetimes {
-    /// All of them divided: months in minutes, for rehearsals and tests. Certificates count whole seconds, so nothing
-    /// becomes shorter than one.
-    pub fn compressed(factor: u32) -> Lifetimes {
-        let mut all = Lifetimes::default();
-        let Lifetimes {
-            root,
-            root_every,
-            first_root,
-            intermediate,
-            intermediate_every,
-            leaf,
-            endpoint,
-            endpoint_every,
-            jwt_key,
-            jwt_key_every,
-            jwt_key_wait,
-            jwt,
-            skew,
-            hold,
-            last_call,
-            refresh_hint,
-        } = &mut all;
-        let lives = [root, root_every, first_root, intermediate, intermediate_every, leaf, endpoint, endpoint_every];
-        let rest = [jwt_key, jwt_key_every, jwt_key_wait, jwt, skew, hold, last_call, refresh_hint];
-        for life in lives.into_iter().chain(rest) {
-            *life = Duration::from_secs((life.as_secs() / u64::from(factor.max(1))).max(1));
-        }
-        all
-    }
-
     /// The whole life of a PKI in minutes, for rehearsals and tests: everything follows from the life of a leaf, roots are
     /// replaced as fast as that allows, a bundle never holds more than three.
     pub fn rehearsal(leaf: Duration) -> Lifetimes {

@@ -19,7 +19,7 @@ use crate::federation::web::WebCertificate;
 use crate::handshakes::Handshakes;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
-use crate::keeping::keeper::{Keeper, heal_state};
+use crate::keeping::keeper::{Keeper, Moment, heal_state};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::metrics::Metrics;
@@ -185,7 +185,7 @@ impl Pki {
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
         pki.refresh()?;
-        pki.keeper.keep(&pki.state, &pki.metrics, now);
+        pki.keeper.keep(&pki.state, &pki.metrics, pki.moment());
         Ok(pki)
     }
 
@@ -196,12 +196,16 @@ impl Pki {
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
-        self.keeper.keep(&self.state, &self.metrics, now);
+        self.keeper.keep(&self.state, &self.metrics, self.moment());
         if self.is_sure_of_clock() {
-            self.forget_ended(now)?;
             self.record_good_time(now)?;
+            self.forget_ended(now)?;
         }
         Ok(self.look_after_health().map_err(StateError::from)?)
+    }
+
+    fn moment(&self) -> Moment {
+        Moment { now: self.now(), boot: (self.boot_time)(), clock_is_right: self.is_sure_of_clock() }
     }
 
     fn record_good_time(&self, now: SystemTime) -> Result<(), PkiError> {
@@ -218,11 +222,10 @@ impl Pki {
         self.prune_deny()?;
         // Tokens and intermediates stay on record as long as roots do.
         let before = unix(now) - seconds(self.lifetimes.hold);
-        self.state.database.lead(|records| -> Result<(), StateError> {
-            tokens::prune(records, before)?;
-            tainted::prune(records, unix(now))?;
-            Ok(intermediates::prune(records, before)?)
-        })?;
+        // Each is as large as a transaction of etcd may be.
+        self.state.database.lead(|records| tokens::prune(records, before)).map_err(StateError::from)?;
+        self.state.database.lead(|records| intermediates::prune(records, before)).map_err(StateError::from)?;
+        self.state.database.lead(|records| tainted::prune(records, unix(now))).map_err(StateError::from)?;
         Ok(())
     }
 
@@ -285,12 +288,12 @@ impl Pki {
     }
 
     fn look_at_clocks(&self) -> Result<(), PkiError> {
-        let now = self.now();
+        // One right after the other: what lies between them looks like a jump.
+        let (now, boot) = (self.now(), (self.boot_time)());
         let lately = unix(now) - HEARD_LATELY_S..=unix(now);
         let hosts = self.state.database.read(hosts::hosts).map_err(StateError::from)?;
         let offsets: Vec<i64> =
             hosts.iter().filter(|host| lately.contains(&host.last_seen)).map(|host| host.clock_offset_ms).collect();
-        let boot = (self.boot_time)();
         let was_sure = self.start().is_confirmed();
         let standing = self.start().judge(unix(now), boot, &hosts, &self.lifetimes);
         let mut guard = self.clock_guard.lock().unwrap_or_else(PoisonError::into_inner);

@@ -59,11 +59,16 @@ pub(crate) fn of(state: &StateDir) -> Result<Vec<ReplicaStatus>, StateError> {
 }
 
 impl Pki {
+    /// Why nothing can be written to what the replicas share.
+    pub fn store_trouble(&self) -> Option<String> {
+        self.state.database.engine().trouble()
+    }
+
     /// Hosts use any of the replicas, so each tells of all.
     pub(crate) fn refresh_replicas(&self) -> Result<(), PkiError> {
         let engine = self.state.database.engine();
         self.metrics.leads.set(i64::from(engine.leads()));
-        self.metrics.store_trouble.set(i64::from(engine.trouble().is_some()));
+        self.metrics.store_trouble.set(i64::from(self.store_trouble().is_some()));
         self.metrics.replicas.set(i64::try_from(engine.live_replicas().len().max(1)).unwrap_or(i64::MAX));
         let mut addresses = self.state.database.read(replicas::addresses).map_err(StateError::from)?;
         if self.state.replica == LOCAL_REPLICA || addresses.is_empty() {

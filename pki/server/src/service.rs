@@ -212,8 +212,11 @@ impl Conversation {
     async fn answer(&self, report: v1::SyncRequest) -> Result<v1::SyncReply, Status> {
         let peer = self.peer.clone();
         run(self.pki.clone(), &self.permits, "sync", move |pki| {
-            pki.refuse_denied(&peer)?;
-            pki.sync_report(peer.certificate.as_deref(), &report, &peer.address.to_string())
+            let certificate = peer.certificate.as_deref();
+            if let Err(denied) = pki.refuse_denied(&peer) {
+                return pki.last_word(certificate, &report).ok_or(denied);
+            }
+            pki.sync_report(certificate, &report, &peer.address.to_string())
         })
         .await
     }

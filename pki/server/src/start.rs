@@ -69,7 +69,9 @@ impl Start {
 
     /// What the hosts heard since the start say, when it counts: that the clock is right, or that it is not.
     fn of_fleet(&self, hosts: &[Host], skew: Duration) -> Option<bool> {
-        let active: Vec<&Host> = hosts.iter().filter(|host| host.state == HostState::Active).collect();
+        // An adopted host was heard by another PKI.
+        let is_ours = |host: &&Host| host.state == HostState::Active && host.adopted_until.is_none();
+        let active: Vec<&Host> = hosts.iter().filter(is_ours).collect();
         let heard = active.iter().filter(|host| self.seen_before.get(&host.id) != Some(&host.last_seen));
         let offsets: Vec<i64> = heard.map(|host| host.clock_offset_ms).collect();
         let is_right = median(&offsets)?.abs() <= signed_ms(skew);
@@ -171,5 +173,14 @@ mod tests {
         start.judge(LAST + 30, up(0), &[], &lifetimes);
         let due: Vec<i64> = (30..300).filter_map(|passed| start.record(LAST + passed)).collect();
         assert_eq!(due, [60, 120, 180, 240].map(|passed| LAST + passed));
+    }
+
+    #[test]
+    fn hosts_taken_over_from_another_pki_vouch_for_no_clock() {
+        let mut start = Start::new(Some(LAST), up(0), &[]);
+        let adopted = |id| Host { adopted_until: Some(LAST + 99_999), ..host(id, LAST - 500, 0) };
+        let hosts: Vec<Host> = (0..QUORUM + 1).map(adopted).collect();
+        let now = LAST + 40 * 86_400;
+        assert_eq!(start.judge(now, up(60), &hosts, &Lifetimes::default()), Standing::Unconfirmed);
     }
 }

@@ -48,11 +48,8 @@ impl Pki {
     ) -> Result<v1::SyncReply, Refused> {
         let now = self.now();
         let caller = match self.state.database.read_latest(|view| self.caller(view, certificate)) {
-            // It is to stop being its workloads, and believes only what is signed.
-            Err(_) if self.deny().sequence > report.deny_sequence && self.is_banned(certificate) => {
-                return Ok(self.last_word());
-            }
-            judged => judged?,
+            Err(refused) => return self.last_word(certificate, report).ok_or(refused),
+            Ok(caller) => caller,
         };
         self.watch_for_clones(&caller.host.id, &report.instance, remote);
         let sighting = Sighting {
@@ -119,13 +116,16 @@ impl Pki {
         info.id.is_system() && host.ok().flatten().is_some_and(|host| host.state == HostState::Banned)
     }
 
-    /// To a host that is told nothing else.
-    fn last_word(&self) -> v1::SyncReply {
-        v1::SyncReply {
+    /// To a banned host, that is told nothing else: it is to stop being its workloads, and believes only what is signed.
+    pub(crate) fn last_word(&self, certificate: Option<&[u8]>, report: &v1::SyncRequest) -> Option<v1::SyncReply> {
+        if self.deny().sequence <= report.deny_sequence || !self.is_banned(certificate) {
+            return None;
+        }
+        Some(v1::SyncReply {
             server_time_unix_ms: self.now_ms(),
             deny_set: self.deny().jws.clone(),
             ..v1::SyncReply::default()
-        }
+        })
     }
 
     fn watch_for_clones(&self, host: &str, instance: &str, remote: &str) {

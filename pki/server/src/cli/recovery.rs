@@ -82,7 +82,7 @@ impl Adopt {
         let adopted = adoption::adopt(&self.state, &asked, SystemTime::now())?;
         println!("{} hosts and {} entries from a list with sha256 {}", adopted.hosts, adopted.entries, adopted.sha256);
         if adopted.known > 0 {
-            println!("{} hosts were known here already; nothing was changed about them", adopted.known);
+            println!("{} hosts were known here already; they stay as they are", adopted.known);
         }
         println!(
             "They may come back until {}, once a statement of the recovery key tells them to: `meshd-pki recovery \

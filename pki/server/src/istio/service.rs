@@ -34,9 +34,15 @@ impl IstioCertificateService for IstioService {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let peer = peer(&request)?;
-        let shown = Shown { token: token(&request), certificate: peer.certificate.map(|leaf| leaf.to_vec()) };
+        let certificate = peer.certificate.as_ref().map(|leaf| leaf.to_vec());
+        let shown = Shown { token: token(&request), certificate };
         let message = request.into_inner();
-        let act = move |pki: &Pki| pki.create_certificate(&shown, &message, &peer.address.to_string());
+        let act = move |pki: &Pki| {
+            if shown.token.is_none() {
+                pki.refuse_denied(&peer)?;
+            }
+            pki.create_certificate(&shown, &message, &peer.address.to_string())
+        };
         let reply = run(self.pki.clone(), &self.permits, "istio_create_certificate", act).await;
         reply.map(Response::new).map_err(as_istiod)
     }

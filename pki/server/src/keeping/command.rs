@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::backups::{Backup, Backups};
-use super::heal::{check_file, put_in_place};
+use super::heal::{check_file, last_written, put_in_place};
 use super::moving;
 use super::restored::Restored;
 use crate::audit::{Audit, Event};
@@ -16,7 +16,7 @@ use crate::times::unix;
 pub fn create(dir: &Path, now: SystemTime) -> Result<Backup, CommandError> {
     let state = StateDir::open(dir)?;
     state.check()?;
-    Ok(Backups::new(dir).create(&state.database, now).map_err(StateError::from)?)
+    Ok(Backups::new(dir).create(&state.database, now, false).map_err(StateError::from)?)
 }
 
 /// What there is, newest first, and whether each is whole.
@@ -32,7 +32,7 @@ pub fn list(dir: &Path) -> Result<Vec<(Backup, String)>, CommandError> {
 /// Puts a backup in place and says which.
 pub fn restore(dir: &Path, from: Option<&Path>, now: SystemTime) -> anyhow::Result<PathBuf> {
     let _running = lock(dir)?;
-    let listed = Backups::new(dir).list()?;
+    let listed = Backups::new(dir).by_age(last_written(dir, now))?;
     let backup = match from {
         Some(from) => {
             let known = listed.into_iter().find(|backup| Path::new(&backup.name()) == from);

@@ -17,7 +17,7 @@ use crate::times::unix;
 
 /// Called before a server opens its database, which nobody else serves then.
 pub(crate) fn heal(dir: &Path, now: SystemTime) -> Result<Option<Restored>, StateError> {
-    let backups = Backups::new(dir).list()?;
+    let backups = Backups::new(dir).by_age(last_written(dir, now))?;
     let damage = match check_file(&dir.join("pki.db")).and_then(|()| refuse_if_older(dir, &backups)) {
         // Without a backup it was never started: `init` is what is missing.
         Err(DbError::Missing { .. } | DbError::Empty { .. }) if backups.is_empty() => return Ok(None),
@@ -42,6 +42,12 @@ fn refuse_if_older(dir: &Path, backups: &[Backup]) -> Result<(), DbError> {
         }
         _ => Ok(()),
     }
+}
+
+/// Not before the database was written to last: a clock that is behind would take good backups for some of the future.
+pub(crate) fn last_written(dir: &Path, now: SystemTime) -> SystemTime {
+    let written = ["pki.db", "pki.db-wal"].iter().filter_map(|name| dir.join(name).metadata().ok()?.modified().ok());
+    written.fold(now, SystemTime::max)
 }
 
 /// Whether the file holds a whole PKI.
@@ -177,7 +183,7 @@ mod tests {
             })
         };
         (0..4).for_each(|n| permit(n).unwrap());
-        Backups::new(dir.path()).create(&state.database, now()).unwrap();
+        Backups::new(dir.path()).create(&state.database, now(), true).unwrap();
         drop(state);
         let records = records(dir.path());
         (dir, records)
@@ -229,7 +235,7 @@ mod tests {
         let (dir, before) = backed_up();
         let state = StateDir::open(dir.path()).unwrap();
         let newest =
-            Backups::new(dir.path()).create(&state.database, now() + std::time::Duration::from_secs(5)).unwrap();
+            Backups::new(dir.path()).create(&state.database, now() + std::time::Duration::from_secs(5), true).unwrap();
         drop(state);
         let spoil = |path: &Path| {
             let file = fs::OpenOptions::new().write(true).open(path).unwrap();

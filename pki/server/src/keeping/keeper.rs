@@ -2,35 +2,65 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
 
 use super::backups::{Backups, stamp};
 use super::heal::heal;
 use super::mirror::{Mirror, MirrorFile};
 use super::restored::Restored;
-use super::roster::Roster;
+use super::roster::{self, Roster};
 use crate::audit::Event;
 use crate::metrics::Metrics;
 use crate::pki::{Pki, PkiError};
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::etcd::config::EtcdConfig;
-use crate::store::trust;
+use crate::store::hosts::HostState;
+use crate::store::{deny, trust};
 use crate::times::{rfc3339, seconds, unix};
 
 const BACKUP_EVERY: Duration = Duration::from_secs(3600);
+/// What failed for want of space, or for a damaged record, fails again for a while.
+const TRY_AGAIN: Duration = Duration::from_secs(300);
 
 pub(crate) struct Keeper {
     backups: Backups,
     mirror: MirrorFile,
-    /// A backup failed; it is tried again.
+    /// A backup is due, whatever the hour.
     owed: AtomicBool,
+    last: Mutex<Last>,
+    shut_out: Mutex<Option<ShutOut>>,
     restored: Mutex<Option<Restored>>,
     /// The highest sequence of a host that was told of.
     told_of: AtomicU64,
     /// What is forgotten because it ended so long ago is not missed.
     hold_s: i64,
+}
+
+/// When backups were made and tried, by time since boot: the clock may be put right in between.
+#[derive(Debug, Default, Clone, Copy)]
+struct Last {
+    made: Option<Duration>,
+    failed: Option<Duration>,
+}
+
+/// A backup from before somebody was shut out would let them in again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ShutOut {
+    /// The sequence of the deny set.
+    deny: u64,
+    hosts: Vec<(String, HostState)>,
+}
+
+/// When it is: by the clock, and since boot.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    pub(crate) now: SystemTime,
+    pub(crate) boot: Duration,
+    pub(crate) clock_is_right: bool,
 }
 
 /// Before the database is opened: replaces a damaged one.
@@ -53,6 +83,8 @@ impl Keeper {
             backups: Backups::new(dir),
             mirror: MirrorFile::new(dir),
             owed: AtomicBool::default(),
+            last: Mutex::default(),
+            shut_out: Mutex::default(),
             told_of: AtomicU64::default(),
             restored: Mutex::default(),
             hold_s: seconds(rotator.lifetimes.hold),
@@ -92,32 +124,62 @@ impl Keeper {
     }
 
     /// Called every few seconds. A failure is an alarm and stops nothing.
-    pub(crate) fn keep(&self, state: &StateDir, metrics: &Metrics, now: SystemTime) {
-        if let Err(error) = self.try_keep(state, metrics, now) {
+    pub(crate) fn keep(&self, state: &StateDir, metrics: &Metrics, moment: Moment) {
+        if let Err(error) = self.try_keep(state, metrics, moment) {
             self.owed.store(true, Ordering::Relaxed);
+            self.lock_last().failed = Some(moment.boot);
             metrics.backup_failures.inc();
-            tracing::error!(%error, "no backup could be made");
+            tracing::error!(error = format!("{error:#}"), "backup, list of hosts or authorities cannot be kept");
         }
         let restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner);
         metrics.restored.set(restored.as_ref().map_or(0, |restored| restored.at));
     }
 
-    fn try_keep(&self, state: &StateDir, metrics: &Metrics, now: SystemTime) -> anyhow::Result<()> {
+    fn try_keep(&self, state: &StateDir, metrics: &Metrics, moment: Moment) -> anyhow::Result<()> {
+        let now = moment.now;
         let current = state.database.read(Mirror::of)?;
         if let Some(known) = self.mirror.read().filter(|known| known.sequence() > current.sequence()) {
             // etcd went back in time under a running server.
             return Ok(self.remind(state, &known, now)?);
         }
-        let stepped = self.mirror.write(&current)?;
-        state.database.read(|view| Roster::of(view, &state.trust_domain))?.write(state.dir())?;
-        let newest = self.backups.list()?.into_iter().next().map(|backup| backup.name());
-        let is_recent = |name: String| (stamp(now - BACKUP_EVERY)..=stamp(now)).contains(&name);
-        if stepped || self.owed.load(Ordering::Relaxed) || !newest.is_some_and(is_recent) {
-            self.backups.create(&state.database, now)?;
+        let cannot_write = |path: &Path| format!("cannot write {}; is there room?", path.display());
+        let stepped = self.mirror.write(&current).with_context(|| cannot_write(self.mirror.path()))?;
+        let roster = state.database.read(|view| Roster::of(view, &state.trust_domain))?;
+        roster.write(state.dir(), now).with_context(|| cannot_write(&state.dir().join(roster::FILE)))?;
+        let shut_out = ShutOut { deny: state.database.read(deny::deny)?.sequence, hosts: roster.shut_out() };
+        let known = self.shut_out.lock().unwrap_or_else(PoisonError::into_inner).replace(shut_out.clone());
+        if stepped || known.is_some_and(|known| known != shut_out) {
+            self.owed.store(true, Ordering::Relaxed);
+        }
+        // What is in memory may be a backup of long ago: a copy of it is no newer.
+        if state.database.engine().is_current() && self.is_due(moment)? {
+            self.backups.create(&state.database, now, moment.clock_is_right)?;
+            *self.lock_last() = Last { made: Some(moment.boot), failed: None };
             self.owed.store(false, Ordering::Relaxed);
             metrics.backup.set(unix(now));
         }
         Ok(())
+    }
+
+    fn lock_last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_due(&self, moment: Moment) -> anyhow::Result<bool> {
+        let Moment { now, boot, .. } = moment;
+        let last = *self.lock_last();
+        if last.failed.is_some_and(|at| boot < at + TRY_AGAIN) {
+            return Ok(false);
+        }
+        if self.owed.load(Ordering::Relaxed) {
+            return Ok(true);
+        }
+        if let Some(made) = last.made {
+            return Ok(boot >= made + BACKUP_EVERY);
+        }
+        let newest = self.backups.by_age(now)?.into_iter().next().map(|backup| backup.name());
+        let is_recent = |name: String| (stamp(now - BACKUP_EVERY)..=stamp(now)).contains(&name);
+        Ok(!newest.is_some_and(is_recent))
     }
 
     fn is_recently_restored(&self, now: SystemTime) -> bool {

@@ -41,9 +41,9 @@ impl Restored {
 
     pub(crate) fn problem(&self) -> String {
         format!(
-            "restored at {0} from {1} ({reason}); what was made since that backup is gone: look into audit.jsonl, bring \
-             hosts and entries back by `meshd-pki recovery adopt {2}/hosts.json`, then run `meshd-pki restore \
-             --seen`; the database before is in {2}",
+            "restored at {0} from {1} ({reason}); what was made since that backup is gone, and what was removed is \
+             back: look into audit.jsonl, also for host_ban, host_evict and entry_remove; bring hosts and entries back \
+             by `meshd-pki recovery adopt {2}/hosts.json`, then run `meshd-pki restore --seen`; the database before is in {2}",
             rfc3339(self.at),
             self.backup.display(),
             self.put_aside.display(),

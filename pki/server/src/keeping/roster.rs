@@ -1,14 +1,16 @@
 //! Who the hosts are and what they may hold, in a file without a secret, apart from everything else: what a new PKI
 //! needs so that hosts come back to it after state, backups and wrapping key are lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::SystemTime;
 
 use meshd_identity::TrustDomain;
 use serde::{Deserialize, Serialize};
 
+use super::backups::stamp;
 use crate::keys::replace_private;
 use crate::rotation::Trust;
 use crate::store::grants::{self, LabelEntry};
@@ -87,12 +89,32 @@ impl Roster {
         })
     }
 
+    /// Banned and evicted hosts.
+    pub(crate) fn shut_out(&self) -> Vec<(String, HostState)> {
+        let hosts = self.hosts.iter().filter(|host| host.state != HostState::Active);
+        hosts.map(|host| (host.id.clone(), host.state)).collect()
+    }
+
     /// Writes it where it is looked for, if it changed.
-    pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
+    pub(crate) fn write(&self, dir: &Path, now: SystemTime) -> io::Result<()> {
         let (path, text) = (dir.join(FILE), serde_json::to_vec(self)?);
-        if fs::read(&path).is_ok_and(|known| known == text) {
+        let known = fs::read(&path).unwrap_or_default();
+        if known == text {
             return Ok(());
         }
+        if self.lacks_a_host_of(&known) {
+            let kept = dir.join(format!("hosts-{}.json", stamp(now)));
+            fs::rename(&path, &kept)?;
+            let kept = kept.display();
+            tracing::error!(%kept, "the list of hosts had hosts that the database does not know; it is kept there");
+        }
         replace_private(&path, &text)
+    }
+
+    /// Hosts are never deleted: a database that knows fewer is not the one the list is of.
+    fn lacks_a_host_of(&self, list: &[u8]) -> bool {
+        let ours: BTreeSet<&str> = self.hosts.iter().map(|host| host.id.as_str()).collect();
+        let list: Option<Roster> = serde_json::from_slice(list).ok();
+        list.is_some_and(|list| list.hosts.iter().any(|host| !ours.contains(host.id.as_str())))
     }
 }

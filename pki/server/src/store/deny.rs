@@ -1,7 +1,7 @@
 //! Who is refused although their certificates are still valid.
 
-use meshd_identity::TrustDomain;
 use meshd_identity::statements::{Denied, DenySet, Whom};
+use meshd_identity::{SpiffeId, TrustDomain};
 use serde::{Deserialize, Serialize};
 
 use super::{DbError, Records, View, get, put};
@@ -24,6 +24,10 @@ impl Deny {
             Whom::Serial(denied) => denied == serial,
             Whom::Authority(_) => false,
         })
+    }
+
+    pub(crate) fn names_identity(&self, id: &SpiffeId) -> bool {
+        self.entries.iter().any(|one| matches!(&one.whom, Whom::Identity(denied) if denied == id))
     }
 
     pub(crate) fn to_set(&self, domain: &TrustDomain) -> DenySet {

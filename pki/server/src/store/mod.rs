@@ -24,6 +24,7 @@ pub(crate) mod trust;
 pub(crate) mod upstream;
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use meshd_identity::TrustDomain;
 use serde::Serialize;
@@ -140,6 +141,10 @@ pub(crate) trait Engine: Send + Sync {
     }
     fn live_replicas(&self) -> Vec<String> {
         Vec::new()
+    }
+    /// Whether what is read here is what is stored, as far as can be known.
+    fn is_current(&self) -> bool {
+        true
     }
     /// Why nothing can be written now.
     fn trouble(&self) -> Option<String> {
@@ -274,7 +279,7 @@ pub(crate) fn write_copy(path: &Path, records: &[(String, Vec<u8>)]) -> Result<(
 }
 
 fn newest_records(dir: &Path) -> Option<Vec<(String, Vec<u8>)>> {
-    let backup = Backups::new(dir).newest_whole()?;
+    let backup = Backups::new(dir).newest_whole(SystemTime::now())?;
     let database = Database::open_file(&backup.path).ok()?;
     database.read(|view| view.list("")).ok()
 }

@@ -92,7 +92,8 @@ impl Engine for Sqlite {
         let path = path
             .to_str()
             .ok_or_else(|| DbError::Damaged { path: path.to_owned(), detail: "its name is not text".to_owned() })?;
-        lock(&self.reader).execute("VACUUM INTO ?1", [path])?;
+        // It takes seconds where there is much, and whoever reads does not wait for it.
+        connect(&self.path)?.execute("VACUUM INTO ?1", [path])?;
         Ok(())
     }
 }
@@ -297,6 +298,14 @@ mod tests {
         let copy = Sqlite::open(&path).unwrap().unwrap();
         copy.check().unwrap();
         assert_eq!(copy.view().unwrap().list("").unwrap(), sqlite.view().unwrap().list("").unwrap());
+    }
+
+    #[test]
+    fn a_copy_is_made_while_somebody_reads() {
+        let (dir, sqlite) = filled();
+        let mut view = sqlite.view().unwrap();
+        sqlite.copy_to(&dir.path().join("copy.db")).unwrap();
+        assert_eq!(view.get("host/a").unwrap().unwrap(), b"1");
     }
 
     #[test]

@@ -106,6 +106,11 @@ impl Cluster {
         member.wait().unwrap();
     }
 
+    /// Its disk is lost.
+    pub(crate) fn forget_member(&self, n: usize) {
+        fs::remove_dir_all(self.dir.join(format!("e{n}"))).unwrap();
+    }
+
     pub(crate) fn signal_member(&self, n: usize, signal: Signal) {
         let pid = self.members[n].as_ref().expect("it runs").id();
         kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();

@@ -130,3 +130,28 @@ fn an_intermediate_from_outside_signs_on_every_server() {
     let status = Status::read(&desk.state("a"), desk.now()).unwrap();
     assert!(status.problems.is_empty(), "{:?}", status.problems);
 }
+
+#[test]
+fn much_that_ended_at_once_is_forgotten_in_parts() {
+    let desk = Desk::new();
+    let pki = desk.open("a");
+    // Each makes an intermediate of its own and is never seen again.
+    for n in 0..30 {
+        let name = format!("once-{n}");
+        desk.replica(&name, desk.cluster.config()).unwrap();
+        drop(desk.open(&name));
+    }
+    for n in 0..50 {
+        desk.token("a", &format!("host-{n}"));
+    }
+    desk.pass(60 * DAY);
+    let stored = |below: &str| {
+        let prefix = format!("/meshd/pki/prod.example.org/r/{below}");
+        desk.cluster.must(&["get", "--prefix", "--keys-only", &prefix]).split_whitespace().count()
+    };
+    assert!(stored("intermediate/") > 30 && stored("token/") == 50);
+    until("what ended is forgotten", || {
+        pki.maintain().unwrap();
+        stored("token/") == 0 && stored("intermediate/") < 30
+    });
+}

@@ -111,6 +111,7 @@ fn an_etcd_that_is_full_costs_no_renewal() {
     until("etcd is full", || !desk.cluster.root(&["put", "/junk", &junk]).status.success());
     let chain = renew(&pki, "web", &chain).unwrap();
     assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    assert!(in_trouble(&pki));
     renew(&pki, "web", &chain).unwrap();
     desk.cluster.must(&["del", "/junk"]);
     let status = desk.cluster.must(&["endpoint", "status", "-w", "json"]);
@@ -120,6 +121,7 @@ fn an_etcd_that_is_full_costs_no_renewal() {
     desk.cluster.must(&["defrag"]);
     desk.cluster.must(&["alarm", "disarm"]);
     until("new hosts get in again", || enrol(&pki, &token).is_ok());
+    assert!(!in_trouble(&pki));
 }
 
 #[test]
@@ -136,12 +138,42 @@ fn an_etcd_that_was_wiped_is_not_believed_and_a_backup_brings_it_back() {
     drop(pki);
     let pki = desk.open("a");
     let chain = renew(&pki, "web", &chain).unwrap();
+    until("a server that starts now says that the records are lost", || {
+        pki.store_trouble().is_some_and(|trouble| trouble.contains("has lost"))
+    });
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    pki.maintain().unwrap();
+    assert_eq!(desk.cluster.must(&["get", "--prefix", "/meshd/pki/prod.example.org/r/"]), "", "no second PKI begins");
+    assert!(in_trouble(&pki) && metric(&pki, "leads") == "0");
+    let backups = || std::fs::read_dir(desk.state("a").join("backups")).unwrap().count();
+    let before = backups();
+    desk.pass(2 * HOUR);
+    pki.maintain().unwrap();
+    assert_eq!(backups(), before, "what comes from a backup is not backed up anew");
     drop(pki);
     restore(&desk.state("a"), None, desk.now()).unwrap();
     let pki = desk.open("a");
     assert!(!in_trouble(&pki));
     renew(&pki, "web", &chain).unwrap();
-    enrol(&pki, &token).unwrap();
+    enrol(&pki, &desk.token("a", "db")).unwrap();
     let status = Status::read(&desk.state("a"), desk.now()).unwrap();
     assert!(status.problems.iter().any(|problem| problem.contains("restored at")), "{:?}", status.problems);
+}
+
+#[test]
+fn an_etcd_that_came_back_empty_under_a_running_server_is_noticed_at_once() {
+    let mut desk = Desk::new();
+    let pki = desk.open("a");
+    let chain = enrol(&pki, &desk.token("a", "web")).unwrap().svid.unwrap().chain;
+    let token = desk.token("a", "db");
+    for n in 0..3 {
+        desk.cluster.kill_member(n);
+        desk.cluster.forget_member(n);
+    }
+    (0..3).for_each(|n| desk.cluster.start_member(n));
+    until("the server says that the records are lost", || {
+        pki.store_trouble().is_some_and(|trouble| trouble.contains("has lost"))
+    });
+    assert!(matches!(enrol(&pki, &token), Err(Refused::Unavailable(_))));
+    renew(&pki, "web", &chain).unwrap();
 }

@@ -76,6 +76,25 @@ async fn a_host_is_told_whose_an_identity_is_and_remembers() {
 }
 
 #[tokio::test]
+async fn an_entry_taken_away_leaves_what_is_still_good_to_whom_it_was_for() {
+    let lab = Lab::start().await;
+    let ours = labels(&["role=web"]);
+    join_with(&lab, "web", &["role=web"]).await;
+    put(&lab, Parent::Labels(&ours), &[UNIT], None).unwrap();
+    let id = workload("checkout");
+    let mut host = lab.host("web");
+    host.want(&[&id]);
+    host.until(|held| held.workloads.contains_key(&id)).await;
+    remove_label_entry(&lab.state(), &ours, "ns/shop/sa/checkout", SystemTime::now()).unwrap();
+    lab.pass(16 * 3600);
+    host.want(&[]);
+    host.want(&[&id]);
+    let held = host.until(|held| held.refused.contains_key(&id)).await;
+    assert!(held.workloads.contains_key(&id), "it is good to its end");
+    assert_eq!(held.selectors[&id], [UNIT]);
+}
+
+#[tokio::test]
 async fn an_entry_can_shorten_lives_and_never_lengthen_them() {
     let lab = Lab::start().await;
     join_with(&lab, "web", &[]).await;

@@ -36,7 +36,7 @@ fn stop(desk: &mut Desk) {
     desk.pki = None;
 }
 
-fn spoil(path: &Path) {
+pub(crate) fn spoil(path: &Path) {
     let mut bytes = fs::read(path).unwrap();
     let from = bytes.len().min(4096);
     bytes[from..].fill(0xa5);
@@ -66,6 +66,48 @@ fn backups_are_made_every_hour_and_after_each_step_of_an_authority() {
     create(desk.dir.path(), desk.now() + std::time::Duration::from_secs(1)).unwrap();
     assert_eq!(backups(&desk).len(), before + 2);
     assert!(desk.pki().metrics.encode().contains("meshd_pki_backup_failures_total 0"));
+}
+
+#[test]
+fn a_start_with_a_clock_that_is_ahead_neither_multiplies_backups_nor_is_restored_from() {
+    let mut desk = Desk::new();
+    desk.pass(10);
+    desk.ahead.store(2 * DAY, SeqCst);
+    desk.open();
+    desk.ahead.store(0, SeqCst);
+    desk.open();
+    let before = backups(&desk).len();
+    assert!(before > 1, "one is of the wrong clock");
+    for _ in 0..3 {
+        desk.pass(10);
+    }
+    assert_eq!(backups(&desk).len(), before);
+    let chain = desk.enrol("web");
+    desk.pass(HOUR);
+    assert_eq!(backups(&desk).len(), before + 1);
+    stop(&mut desk);
+    spoil(&desk.dir.path().join("pki.db"));
+    desk.passed.fetch_add(5, SeqCst);
+    desk.open();
+    chain_of(renew_with(&desk, &chain[0], 0));
+}
+
+#[test]
+fn a_backup_that_failed_is_tried_again_after_minutes() {
+    let desk = Desk::new();
+    let place = desk.dir.path().join("backups");
+    fs::remove_dir_all(&place).unwrap();
+    fs::write(&place, "").unwrap();
+    desk.pass(HOUR + 1);
+    for _ in 0..3 {
+        desk.pass(10);
+    }
+    assert!(desk.metrics().contains("meshd_pki_backup_failures_total 1\n"), "{}", desk.metrics());
+    fs::remove_file(&place).unwrap();
+    desk.pass(240);
+    assert!(!place.exists());
+    desk.pass(30);
+    assert_eq!(backups(&desk).len(), 1);
 }
 
 #[test]

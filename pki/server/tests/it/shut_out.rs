@@ -15,6 +15,7 @@ use meshd_pki_api::v1;
 use rcgen::KeyPair;
 
 use crate::enrolment::enrol_request;
+use crate::keeping::spoil;
 use crate::operation::{DAY, Desk, HOUR, chain_of};
 use crate::support::{domain, request_over, workload};
 
@@ -372,4 +373,29 @@ fn a_pki_restored_from_a_backup_waits_for_the_set_that_hosts_hold() {
     assert!(refused.contains("newer deny set") && refused.contains("host evict"), "{refused}");
     assert_eq!(desk.state_of("web"), "active", "nothing was done by half");
     desk.done(evict("web"));
+}
+
+#[test]
+fn who_was_shut_out_moments_before_the_database_was_damaged_stays_out() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    desk.enrol("db");
+    desk.pass(10);
+    desk.done(ban("web"));
+    desk.done(evict("db"));
+    desk.pass(10);
+    desk.pki = None;
+    spoil(&desk.dir().join("pki.db"));
+    desk.off_for(5);
+    desk.open();
+    assert_eq!((desk.state_of("web").as_str(), desk.state_of("db").as_str()), ("banned", "evicted"));
+}
+
+#[test]
+fn a_host_whose_identity_is_denied_does_not_get_in_by_a_token() {
+    let desk = Desk::new();
+    let id = SpiffeId::host(&domain(), "web").unwrap().to_string();
+    desk.done(deny(deny_whom::Whom::Identity(id)));
+    let refused = desk.enrol_with(&desk.token("web", &[]).unwrap()).unwrap_err();
+    assert!(matches!(&refused, Refused::Forbidden(text) if text.contains("is denied")), "{refused}");
 }

@@ -30,6 +30,8 @@ pub(super) struct Snapshot {
     pub(super) keys: RedBlackTreeMapSync<String, Value>,
     /// All changes up to this one are in it.
     pub(super) revision: i64,
+    /// Which etcd it was read from.
+    pub(super) cluster: u64,
 }
 
 impl Snapshot {
@@ -55,7 +57,7 @@ impl Snapshot {
                 keys.insert_mut(key, value);
             }
         }
-        Snapshot { keys, revision: listed.header.revision }
+        Snapshot { keys, revision: listed.header.revision, cluster: listed.header.cluster_id }
     }
 
     /// What a backup knows, for a start without etcd. No revision is so low.
@@ -64,7 +66,7 @@ impl Snapshot {
         for (key, bytes) in records {
             keys.insert_mut(format!("{RECORDS}{key}"), Value { bytes, modified: 0 });
         }
-        Snapshot { keys, revision: 0 }
+        Snapshot { keys, revision: 0, cluster: 0 }
     }
 
     pub(super) fn has_pki(&self) -> bool {
@@ -99,6 +101,8 @@ pub(super) struct State {
     pub(super) snapshot: Snapshot,
     /// Why nothing can be written now.
     pub(super) trouble: Option<String>,
+    /// Why etcd refused the last change, which it may not refuse the next time.
+    pub(super) refused: Option<String>,
     /// It was read from etcd at least once.
     pub(super) loaded: bool,
     /// The revision that made this process's leader key, and until when it may believe to lead.
@@ -133,4 +137,8 @@ impl Cache {
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         is_so(&state)
     }
+}
+
+pub(super) fn refusal(error: &meshd_etcd::Error) -> Option<String> {
+    error.is_refusal_to_write().then(|| error.to_string())
 }

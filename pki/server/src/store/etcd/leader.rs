@@ -9,7 +9,7 @@ use meshd_etcd::api::TxnRequest;
 use meshd_etcd::{Client, Error, absent, put};
 use tokio::time::sleep;
 
-use super::cache::{Cache, LEADER, LIVE};
+use super::cache::{Cache, LEADER, LIVE, State, refusal};
 
 pub(super) struct Candidate {
     pub(super) client: Arc<Client>,
@@ -25,6 +25,7 @@ impl Candidate {
         loop {
             if let Err(error) = self.hold_a_lease(life).await {
                 tracing::debug!(%error, "no lease in etcd");
+                self.cache.change(|state| state.refused = refusal(&error).or(state.refused.take()));
             }
             self.cache.change(|state| state.leads = None);
             sleep(life / 10).await;
@@ -76,7 +77,9 @@ impl Candidate {
             self.cache.change(|state| state.leads = Some((revision, good_until)));
             return Ok(());
         }
-        if self.cache.lock().snapshot.keys.get(LEADER).is_some() {
+        // Of an etcd that is not believed it is not known who leads.
+        let is_taken = |state: &State| state.trouble.is_some() || state.snapshot.keys.get(LEADER).is_some();
+        if is_taken(&self.cache.lock()) {
             return Ok(());
         }
         let key = format!("{}{LEADER}", self.base);

@@ -22,7 +22,7 @@ use meshd_etcd::{Client, Error, Prefix, created_at, delete, get, none_changed_si
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use self::cache::{Cache, GONE, LEADER, LIVE, RECORDS, Snapshot, TIP};
+use self::cache::{Cache, GONE, LEADER, LIVE, RECORDS, Snapshot, TIP, refusal};
 use self::config::EtcdConfig;
 use self::leader::Candidate;
 use self::watcher::Watcher;
@@ -140,13 +140,15 @@ impl Engine for Etcd {
     }
 
     fn catch_up(&self) -> bool {
-        if self.trouble().is_some() {
+        if self.cache.lock().trouble.is_some() {
             return false;
         }
         let (client, tip) = (self.client.clone(), format!("{}{TIP}", self.base));
         let known = self.cache.lock().snapshot.revision;
         match self.block(async move { client.modified(&tip).await }) {
-            Ok(Ok(latest)) => latest > known && self.cache.wait(SEE_OWN, |state| state.snapshot.revision >= latest),
+            Ok(Ok((_, latest))) => {
+                latest > known && self.cache.wait(SEE_OWN, |state| state.snapshot.revision >= latest)
+            }
             _ => false,
         }
     }
@@ -177,8 +179,13 @@ impl Engine for Etcd {
         self.cache.lock().leads.is_some_and(|(_, until)| Instant::now() < until)
     }
 
+    fn is_current(&self) -> bool {
+        self.cache.lock().trouble.is_none()
+    }
+
     fn trouble(&self) -> Option<String> {
-        self.cache.lock().trouble.clone()
+        let state = self.cache.lock();
+        state.trouble.clone().or_else(|| state.refused.clone())
     }
 
     fn live_replicas(&self) -> Vec<String> {
@@ -315,7 +322,7 @@ impl Open<'_> {
     }
 
     /// Somebody was faster: the next attempt is to see what they did.
-    fn lost(&self, answer: &TxnResponse) -> Committed {
+    fn lost(&self, answer: &TxnResponse) -> Result<Committed, DbError> {
         if let Some(revision) = self.leader {
             let found = answer.responses.first().and_then(|one| match &one.response {
                 Some(Response::ResponseRange(range)) => range.kvs.first().map(|pair| pair.create_revision),
@@ -326,12 +333,15 @@ impl Open<'_> {
                 self.etcd.cache.change(|state| {
                     state.leads = state.leads.filter(|(known, _)| *known != revision);
                 });
-                return Committed::NotLeading;
+                return Ok(Committed::NotLeading);
             }
         }
         let seen = self.snapshot.revision;
-        self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision > seen);
-        Committed::LostRace
+        if self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision > seen) {
+            return Ok(Committed::LostRace);
+        }
+        // Another attempt would see the same.
+        Err(DbError::Contended)
     }
 }
 
@@ -346,20 +356,25 @@ impl Transaction for Open<'_> {
         if operations > MOST_OPERATIONS {
             return Err(DbError::TooLarge { operations });
         }
-        if let Some(trouble) = self.etcd.trouble() {
+        let trouble = self.etcd.cache.lock().trouble.clone();
+        if let Some(trouble) = trouble {
             return Err(DbError::Etcd(trouble));
         }
         let failure = vec![get(format!("{}{LEADER}", self.etcd.base))];
         let client = self.etcd.client.clone();
         let request = TxnRequest { compare, success, failure };
         let answer = self.etcd.block(async move { client.txn(request).await })?;
+        self.etcd.cache.change(|state| match &answer {
+            Ok(_) => state.refused = None,
+            Err(error) => state.refused = refusal(error).or(state.refused.take()),
+        });
         match answer {
             Ok(answer) if answer.succeeded => {
                 let revision = answer.header.map_or(0, |header| header.revision);
                 self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision >= revision);
                 Ok(Committed::Yes)
             }
-            Ok(answer) => Ok(self.lost(&answer)),
+            Ok(answer) => self.lost(&answer),
             // The member went away, having done it or not: whoever tries again sees which.
             Err(error) if error.is_gone() => {
                 let seen = self.snapshot.revision;

@@ -10,6 +10,10 @@ use crate::store::DbError;
 /// Written last: an upload that was cut short is no PKI.
 const LAST: &str = "trust";
 const BATCH: usize = 50;
+/// etcd takes requests of 1.5 MiB; one record may have some 400 KB.
+const BATCH_BYTES: usize = 512 * 1024;
+
+type Record = (String, Vec<u8>);
 
 /// A connection for moving records while nobody serves them.
 pub(crate) struct Transfer {
@@ -45,7 +49,7 @@ impl Transfer {
     pub(crate) fn upload(&self, records: &[(String, Vec<u8>)]) -> Result<(), DbError> {
         let trust = format!("{}{RECORDS}{LAST}", self.base);
         let (last, rest): (Vec<_>, Vec<_>) = records.iter().partition(|(key, _)| key == LAST);
-        for batch in rest.chunks(BATCH).chain([last.as_slice()]) {
+        for batch in batches(&rest).into_iter().chain([last.as_slice()]) {
             let puts = batch.iter().map(|(key, value)| put(format!("{}{RECORDS}{key}", self.base), value.clone(), 0));
             let request =
                 TxnRequest { compare: vec![absent(trust.clone())], success: puts.collect(), failure: Vec::new() };
@@ -67,5 +71,41 @@ impl Transfer {
         let all = meshd_etcd::api::RequestOp { request: Some(all) };
         self.runtime.block_on(self.client.txn(remove(all)))?;
         Ok(())
+    }
+}
+
+/// At most `BATCH` records, and as many bytes as `BATCH_BYTES` unless one record alone has more.
+fn batches<'a>(mut rest: &'a [&'a Record]) -> Vec<&'a [&'a Record]> {
+    let mut batches = Vec::new();
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fits = |(key, value): &Record| {
+            bytes += key.len() + value.len();
+            bytes <= BATCH_BYTES
+        };
+        let count = rest.iter().copied().take(BATCH).map(fits).take_while(|fits| *fits).count().max(1);
+        let (batch, others) = rest.split_at(count);
+        batches.push(batch);
+        rest = others;
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes(values: &[usize]) -> Vec<usize> {
+        let records: Vec<Record> = values.iter().map(|bytes| ("k".to_owned(), vec![0; *bytes])).collect();
+        let records: Vec<&Record> = records.iter().collect();
+        batches(&records).iter().map(|batch| batch.len()).collect()
+    }
+
+    #[test]
+    fn what_is_sent_at_once_is_below_what_etcd_takes_in_records_and_in_bytes() {
+        assert_eq!(sizes(&[]), Vec::<usize>::new());
+        assert_eq!(sizes(&[10; 120]), [50, 50, 20]);
+        assert_eq!(sizes(&[54_000; 40]), [9, 9, 9, 9, 4]);
+        assert_eq!(sizes(&[10, 600_000, 10, 10]), [1, 1, 2]);
     }
 }

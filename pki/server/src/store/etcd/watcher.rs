@@ -65,6 +65,9 @@ impl Watcher {
             tokio::select! {
                 answer = watching.next() => self.take(answer?)?,
                 _ = asks.tick() => {
+                    if !self.cache.lock().loaded {
+                        return Err(Error::gone("nothing was read of it yet"));
+                    }
                     if self.is_current().await? {
                         current = Instant::now();
                     } else if current.elapsed() > SILENCE {
@@ -78,9 +81,18 @@ impl Watcher {
 
     /// Asks the majority, not the watch: progress notifications fail in several ways in releases of etcd 3.4 and 3.5.
     async fn is_current(&self) -> Result<bool, Error> {
-        let tip = self.client.modified(&format!("{}{TIP}", self.base)).await?;
+        let (header, tip) = self.client.modified(&format!("{}{TIP}", self.base)).await?;
+        let is_another = |state: &State| {
+            state.loaded && (header.cluster_id != state.snapshot.cluster || header.revision < state.snapshot.revision)
+        };
+        if is_another(&self.cache.lock()) {
+            self.cache.change(|state| state.loaded = false);
+            return Err(Error::gone("it is another etcd than before, or went back in time; reading all of it"));
+        }
         let state = self.cache.lock();
-        let (is_current, in_trouble) = (state.snapshot.revision >= tip, state.trouble.is_some());
+        // An etcd without a tip is not what a backup was made of.
+        let is_current = state.loaded && state.snapshot.revision >= tip;
+        let in_trouble = state.trouble.is_some();
         drop(state);
         if is_current && in_trouble {
             tracing::info!("etcd is followed again");

@@ -16,7 +16,7 @@ use meshd_pki::admin::AdminError;
 use meshd_pki::times::unix_ms;
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
-use meshd_pki_api::admin::{AuthorityPrepare, DenyAdd, DenyWhom, deny_whom};
+use meshd_pki_api::admin::{AuthorityPrepare, AuthorityTaint, DenyAdd, DenyWhom, deny_whom};
 use meshd_pki_api::istio::istio_certificate_service_client::IstioCertificateServiceClient;
 use meshd_pki_api::istio::{IstioCertificateRequest, Kind, Struct, Value};
 use meshd_pki_api::v1;
@@ -342,6 +342,16 @@ async fn a_sidecar_gets_its_own_and_renews_it_by_certificate_where_that_is_grant
     let refused = create(&lab, by_certificate(None)).await.unwrap_err();
     assert!(refused.message().contains("is denied"), "{refused}");
     create(&lab, Call { certificate: Some(&renewed), ..Call::default() }).await.unwrap();
+
+    // Who has the key of an intermediate could make certificates of anybody.
+    let authorities = meshd_pki::status::Status::read(&lab.state(), lab.now()).unwrap().authorities;
+    let intermediate = authorities.into_iter().find(|one| one.kind == "intermediate").unwrap().id;
+    lab.command(Command::AuthorityTaint(AuthorityTaint { id: intermediate.clone() })).unwrap();
+    lab.pass(10);
+    lab.command(deny(deny_whom::Whom::Authority(intermediate))).unwrap();
+    lab.pki().refresh().unwrap();
+    let refused = create(&lab, Call { certificate: Some(&renewed), ..Call::default() }).await.unwrap_err();
+    assert!(refused.code() == Code::Unauthenticated && refused.message().contains("is denied"), "{refused}");
 }
 
 #[tokio::test]
