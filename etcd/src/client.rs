@@ -64,6 +64,16 @@ impl Error {
         Error::Refused(Status::out_of_range("compacted"))
     }
 
+    /// What was allowed was asked before etcd's users or roles were changed: it is to be asked again, nothing was done.
+    fn is_outdated(&self) -> bool {
+        let said = |status: &Status| {
+            // An old token: etcd forgets its users' tokens when it restarts.
+            status.message().contains("invalid auth token")
+                || status.message().contains("revision of auth store is old")
+        };
+        matches!(self, Error::Refused(status) if status.code() == Code::Unauthenticated || said(status))
+    }
+
     pub fn is_compacted(&self) -> bool {
         matches!(self, Error::Refused(status) if status.code() == Code::OutOfRange)
     }
@@ -150,7 +160,7 @@ impl Client {
             });
             attempts -= 1;
             match answer.await {
-                Err(error) if error.is_gone() && attempts > 0 => {}
+                Err(error) if (error.is_gone() || error.is_outdated()) && attempts > 0 => {}
                 other => return other,
             }
         }
@@ -232,9 +242,7 @@ impl Client {
             Err(_) => Err(Error::Deadline),
         };
         match &answer {
-            Err(Error::Refused(status)) if status.code() == Code::Unauthenticated => self.forget(),
-            // An old token: etcd forgets its users' tokens when it restarts.
-            Err(Error::Refused(status)) if status.message().contains("invalid auth token") => self.forget(),
+            Err(error) if error.is_outdated() => self.forget(),
             Err(error) if error.is_gone() || matches!(error, Error::Deadline) => self.leave_member(),
             _ => {}
         }

@@ -18,9 +18,9 @@ use crate::cluster::until;
 use crate::desk::Desk;
 
 const HOSTS: usize = 12;
-/// Renewed after 27 to 41 s, which is more than four leases. What is left, 49 s, is for a call that was under way when its
-/// server stopped (20 s until the host gives it up), another try (1 s) that meets the same server (20 s), and a busy machine.
-const LEAF_S: &str = "90";
+/// Renewed after 18 to 27 s, which is more than four leases. What is left, 33 s, is for a call that was under way when its
+/// server stopped (20 s until the host gives it up), another try (1 s) that meets the same server (5 s), and a busy machine.
+const LEAF_S: &str = "60";
 
 struct Server {
     name: String,
