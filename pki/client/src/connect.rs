@@ -17,6 +17,7 @@ use rustls::client::Resumption;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::Status;
@@ -28,6 +29,8 @@ use crate::surroundings::{Clock, TlsTime};
 use crate::verify::{any_server, pki_server};
 
 const TCP_DEADLINE: Duration = Duration::from_secs(5);
+/// As long as a handshake takes with nobody before it, many times over.
+const NEXT_AFTER: Duration = Duration::from_secs(5);
 /// TLS and the HTTP/2 preface together; most of it is for a queue at the PKI.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(20);
 /// A full batch signs and syncs in well under a second; the rest is for a queue at the PKI.
@@ -122,19 +125,36 @@ pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiCl
     Ok(HostClient::with_origin(channel, origin).max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
-/// The first of several servers that proves to be the PKI, in an order drawn anew each time.
+/// The first of several servers that proves to be the PKI, in an order drawn anew each time. One that stands still is not
+/// given up, but the next is asked beside it.
 pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig) -> Result<PkiClient, RenewError> {
     let mut addresses = addresses.to_vec();
     fastrand::shuffle(&mut addresses);
     let mut reasons = Vec::new();
     let mut is_distrusted = false;
-    for address in addresses {
-        match connect(&address, config.clone()).await {
-            Ok(pki) => return Ok(pki),
-            Err(error) => {
+    let mut asked = JoinSet::new();
+    loop {
+        let is_last = match addresses.pop() {
+            Some(address) => {
+                let config = config.clone();
+                asked.spawn(async move { connect(&address, config).await });
+                addresses.is_empty()
+            }
+            None => true,
+        };
+        let answer = match is_last {
+            true => asked.join_next().await,
+            false => timeout(NEXT_AFTER, asked.join_next()).await.unwrap_or_default(),
+        };
+        match answer {
+            Some(Ok(Ok(pki))) => return Ok(pki),
+            Some(Ok(Err(error))) => {
                 is_distrusted |= error.is_distrust();
                 reasons.push(error.to_string());
             }
+            Some(Err(error)) => reasons.push(error.to_string()),
+            None if is_last => break,
+            None => {}
         }
     }
     let reasons = reasons.join("; ");
