@@ -41,7 +41,9 @@ struct Server(Child);
 impl Server {
     fn start(state: &Path, listen: &str) -> (Server, String) {
         let state = state.to_str().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_meshd-pki"));
+        // Under the soft limit of descriptors that systemd gives: more hosts than that must find a place.
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -Sn 1024; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_meshd-pki")]);
         command.args(["run", "--state", state, "--listen", listen, "--leaf-ttl", LEAF_TTL]).env("RUST_LOG", "error");
         let mut server = Server(command.stdout(Stdio::piped()).spawn().unwrap());
         let mut ready = String::new();
