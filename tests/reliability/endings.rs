@@ -82,7 +82,7 @@ fn unix(time: &str) -> Result<u64> {
 }
 
 /// By identity.
-fn ends_watched(mesh: &Mesh, host: &str) -> Result<BTreeMap<String, u64>> {
+pub(crate) fn ends_watched(mesh: &Mesh, host: &str) -> Result<BTreeMap<String, u64>> {
     let text = mesh.daemon(host).metrics_text()?;
     let lines = text.lines().filter_map(|line| line.strip_prefix("identity_cert_expiration_timestamp_seconds{id=\""));
     let ends = lines.filter_map(|line| {
