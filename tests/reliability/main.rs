@@ -7,6 +7,7 @@ mod away;
 mod clocks;
 mod disks;
 mod endings;
+mod etcd;
 mod kills;
 mod roots;
 mod shut_out;
