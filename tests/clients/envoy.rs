@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use meshd_tests::http;
 use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::Plan;
-use meshd_tests::process::{Process, Program};
+use meshd_tests::process::{Finished, Process, Program};
 use meshd_tests::python;
 use meshd_tests::wait::until;
 
@@ -19,23 +19,23 @@ const ROTATION: Duration = Duration::from_secs(120);
 const TLS: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3";
 
 /// An Envoy in a unit of a host, passing on what it accepts.
-struct Sidecar<'a> {
-    host: &'a str,
-    unit: &'a str,
-    listen: (Ipv4Addr, u16),
-    far: (Ipv4Addr, u16),
-    admin: u16,
-    side: Side,
+pub(crate) struct Sidecar<'a> {
+    pub(crate) host: &'a str,
+    pub(crate) unit: &'a str,
+    pub(crate) listen: (Ipv4Addr, u16),
+    pub(crate) far: (Ipv4Addr, u16),
+    pub(crate) admin: u16,
+    pub(crate) side: Side,
 }
 
-/// Whose certificate it believes at the far end of its TLS, which is before or behind it.
-enum Side {
+/// Whose certificate it believes at the far end of its TLS, which is before or behind it: Envoy's matcher of their names.
+pub(crate) enum Side {
     Server { client: String, roots: &'static str },
     Client { server: String, roots: &'static str },
 }
 
 impl Sidecar<'_> {
-    fn start(&self, mesh: &Mesh) -> Result<Process> {
+    pub(crate) fn start(&self, mesh: &Mesh) -> Result<Process> {
         let (listener, cluster) = match &self.side {
             Side::Server { client, roots } => {
                 (tls("DownstreamTlsContext", client, roots, ", require_client_certificate: true"), String::new())
@@ -64,13 +64,17 @@ impl Sidecar<'_> {
     }
 
     /// The sum of all counters of secrets, or of TLS, whose name ends so.
-    fn stat(&self, mesh: &Mesh, name: &str) -> Result<u64> {
+    pub(crate) fn stat(&self, mesh: &Mesh, name: &str) -> Result<u64> {
         let admin = SocketAddr::from(([127, 0, 0, 1], self.admin));
         let (_, stats) = mesh.host(self.host).within(|| http::get(admin, "/stats"))??;
         let ours = stats.lines().filter(|line| line.contains("sds.") || line.contains(".ssl."));
         let values = ours.filter_map(|line| line.split_once(": ")).filter(|(key, _)| key.ends_with(name));
         values.map(|(_, value)| value.trim().parse::<u64>().context("not a count")).sum()
     }
+}
+
+pub(crate) fn exactly(id: &str) -> String {
+    format!("exact: \"{id}\"")
 }
 
 fn tls(context: &str, peer: &str, roots: &str, more: &str) -> String {
@@ -80,7 +84,7 @@ fn tls(context: &str, peer: &str, roots: &str, more: &str) -> String {
         "transport_socket: {{ name: envoy.transport_sockets.tls, typed_config: {{ \"@type\": {TLS}.{context}, \
          common_tls_context: {{ tls_certificate_sds_secret_configs: [{{ name: default, sds_config: {sds} }}], \
          combined_validation_context: {{ default_validation_context: {{ match_typed_subject_alt_names: \
-         [{{ san_type: URI, matcher: {{ exact: \"{peer}\" }} }}] }}, \
+         [{{ san_type: URI, matcher: {{ {peer} }} }}] }}, \
          validation_context_sds_secret_config: {{ name: \"{roots}\", sds_config: {sds} }} }} }}{more} }} }}"
     )
 }
@@ -92,14 +96,21 @@ fn server(mesh: &Mesh) -> Sidecar<'static> {
         listen: (Ipv4Addr::UNSPECIFIED, 9443),
         far: (Ipv4Addr::LOCALHOST, 8080),
         admin: 9901,
-        side: Side::Server { client: mesh.spiffe_id("checkout"), roots: "ROOTCA" },
+        side: Side::Server { client: exactly(&mesh.spiffe_id("checkout")), roots: "ROOTCA" },
     }
 }
 
 fn client(mesh: &Mesh, unit: &'static str, port: u16, admin: u16) -> Sidecar<'static> {
-    let side = Side::Client { server: mesh.spiffe_id("payments"), roots: "ALL" };
+    let side = Side::Client { server: exactly(&mesh.spiffe_id("payments")), roots: "ALL" };
     let far = (mesh.host("api-1").address(), 9443);
     Sidecar { host: "web", unit, listen: (Ipv4Addr::LOCALHOST, port), far, admin, side }
+}
+
+/// One request through openssl from a host.
+pub(crate) fn call(mesh: &Mesh, host: &str, to: SocketAddr, options: &str) -> Result<Finished> {
+    let request = "printf 'GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n'";
+    let openssl = format!("{request} | openssl s_client -quiet -connect {to} {options}");
+    mesh.host(host).run(&Program::new("sh").args(["-c", &openssl]))
 }
 
 fn ask(mesh: &Mesh, port: u16) -> Result<String> {
@@ -159,15 +170,13 @@ fn envoys_follow_the_root_from_one_to_the_next() -> Result<()> {
 fn openssl_with_what_pypis_client_saved_is_served_by_envoy_and_without_it_is_not() -> Result<()> {
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
     let _running = server(&mesh).start(&mesh)?;
-    let (fetched, directory) = pypi::fetch(&mesh, "checkout")?;
+    let (fetched, directory) = pypi::fetch(&mesh, "web", "checkout")?;
     fetched.expect_success("fetching checkout's identity")?;
     let file = |name: &str| directory.join(name).display().to_string();
     let (chain, key, roots) = (file("chain.pem"), file("key.pem"), file("roots.pem"));
-    let to = format!("{}:9443", mesh.host("api-1").address());
-    let request = "printf 'GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n'";
+    let verified = format!("-verify_return_error -CAfile {roots}");
     let call = |certificate: &str| {
-        let openssl = format!("{request} | openssl s_client -quiet -verify_return_error -CAfile {roots} -connect {to}");
-        mesh.host("web").run(&Program::new("sh").args(["-c", &format!("{openssl} {certificate}")]))
+        call(&mesh, "web", (mesh.host("api-1").address(), 9443).into(), &format!("{verified} {certificate}"))
     };
     let served = call(&format!("-cert_chain {chain} -cert {chain} -key {key}"))?;
     ensure!(served.stdout.contains("payments on api-1"), "{served:?}");

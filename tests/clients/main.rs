@@ -2,6 +2,7 @@
 //! core), Envoy, openssl. Run by `cargo xtask test`; needs root, and PyPI's packages.
 
 mod envoy;
+mod federation;
 mod pypi;
 
 use std::path::PathBuf;

@@ -11,19 +11,19 @@ use meshd_tests::wait::until;
 
 use crate::{DEADLINE, script};
 
-/// As the unit on web; what it fetched, and where it put it.
-pub(crate) fn fetch(mesh: &Mesh, name: &str) -> Result<(Finished, PathBuf)> {
-    let directory = mesh.host("web").directory().join(name);
+/// As the unit of a host; what it fetched, and where it put it.
+pub(crate) fn fetch(mesh: &Mesh, host: &str, name: &str) -> Result<(Finished, PathBuf)> {
+    let directory = mesh.host(host).directory().join(name);
     std::fs::create_dir_all(&directory)?;
-    let program = script(mesh, "web", &format!("{name}.service"), "fetch.py", include_str!("fetch.py"))?;
-    let fetched = mesh.host("web").run(&program.arg(mesh.daemon("web").api_socket()).arg(&directory))?;
+    let program = script(mesh, host, &format!("{name}.service"), "fetch.py", include_str!("fetch.py"))?;
+    let fetched = mesh.host(host).run(&program.arg(mesh.daemon(host).api_socket()).arg(&directory))?;
     Ok((fetched, directory))
 }
 
 #[test]
 fn it_gets_its_identity_unmodified_and_openssl_verifies_it() -> Result<()> {
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
-    let (fetched, directory) = fetch(&mesh, "checkout")?;
+    let (fetched, directory) = fetch(&mesh, "web", "checkout")?;
     let id = fetched.expect_success("PyPI's spiffe fetching checkout's identity")?;
     ensure!(id.trim() == mesh.spiffe_id("checkout"), "{id}");
     for purpose in ["sslclient", "sslserver"] {
@@ -38,7 +38,7 @@ fn it_gets_its_identity_unmodified_and_openssl_verifies_it() -> Result<()> {
 #[test]
 fn it_is_told_that_a_stray_unit_has_no_identity() -> Result<()> {
     let mesh = Mesh::start(Plan::shop_with_one_server())?;
-    let (told, _) = fetch(&mesh, "stray")?;
+    let (told, _) = fetch(&mesh, "web", "stray")?;
     ensure!(!told.success() && told.stderr.contains("no identity issued"), "{told:?}");
     Ok(())
 }

@@ -30,6 +30,8 @@ pub(crate) struct Tier {
     threads: u8,
     /// Ways to capture it holds for, each with the tests that are about something this backend cannot do.
     backends: &'static [(&'static str, &'static [&'static str])],
+    /// Tests that have nothing to do with how connections are captured: the first backend is enough.
+    once: &'static [&'static str],
     /// What may be in the way on a machine that has the packages.
     preflight: fn() -> Result<()>,
     /// Whether CI fails without it.
@@ -42,6 +44,7 @@ const SCENARIOS: Tier = Tier {
     packages: &[packages::FOR_LABS],
     threads: 4,
     backends: &BACKENDS,
+    once: &ONCE,
     preflight: || Ok(()),
     required: true,
 };
@@ -53,6 +56,7 @@ pub(crate) const RELIABILITY: Tier = Tier {
     threads: 5,
     // The PKI and the clock do not care how connections are captured.
     backends: &[("nft-tproxy", &[])],
+    once: &[],
     preflight: || Ok(()),
     required: true,
 };
@@ -64,6 +68,7 @@ const MACHINES: Tier = Tier {
     threads: 3,
     // What differs between backends is shown on namespace hosts.
     backends: &[("auto", &[])],
+    once: &[],
     preflight: machine::preflight,
     required: true,
 };
@@ -75,6 +80,7 @@ const CLIENTS: Tier = Tier {
     threads: 2,
     // Capture has no part in it.
     backends: &[("auto", &[])],
+    once: &[],
     preflight: || python::environment().map(drop),
     required: true,
 };
@@ -85,40 +91,27 @@ const KUBERNETES: Tier = Tier {
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
     threads: 2,
     backends: &[("auto", &[])],
-    preflight: || servers::kube_apiserver().map(drop),
+    once: &[],
+    preflight: || servers::kube_apiserver().and_then(|_| servers::istio_client()).map(drop),
     // No package has it: not everywhere is there a Go toolchain to build it with.
     required: false,
 };
 
 const TIERS: [Tier; 5] = [SCENARIOS, RELIABILITY, CLIENTS, KUBERNETES, MACHINES];
 
-/// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md). The Workload API,
-/// the deny set, federation and recovery have nothing to do with capture: once is enough.
+/// Every scenario holds for every way to capture, except for what a backend cannot do (docs/capture.md).
 const BACKENDS: [(&str, &[&str]); 5] = [
     ("nft-tproxy", &["tun::"]),
-    ("nft-redirect", &["tun::", "workload_api::", "deny::", "federation::", "recovery::"]),
-    ("iptables-nft", &["tun::", "workload_api::", "deny::", "federation::", "recovery::", NAMED_REMOVER, HUNG_RAW]),
+    ("nft-redirect", &["tun::"]),
+    ("iptables-nft", &["tun::", NAMED_REMOVER, HUNG_RAW]),
     (
         "iptables-legacy",
-        &[
-            "tun::",
-            "workload_api::",
-            "deny::",
-            "federation::",
-            "recovery::",
-            NAMED_REMOVER,
-            HUNG_RAW,
-            "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern",
-        ],
+        &["tun::", NAMED_REMOVER, HUNG_RAW, "enrol::a_strict_port_lets_in_every_scope_of_its_owners_pattern"],
     ),
     // No strict ports; and a firewall like ufw's must be told to accept the device (tun:: shows that it is named).
     (
         "tun",
         &[
-            "workload_api::",
-            "deny::",
-            "federation::",
-            "recovery::",
             "strict::",
             "ledger::",
             "raw::",
@@ -136,6 +129,22 @@ const BACKENDS: [(&str, &[&str]); 5] = [
             "intercept::a_plan_shows_what_happens_to_open_connections",
         ],
     ),
+];
+
+/// What happens at the socket of the Workload API, at the PKI, between meshds and in files; and `hasty::`, where each test
+/// brings its own backend.
+const ONCE: [&str; 11] = [
+    "workload_api::",
+    "deny::",
+    "federation::",
+    "recovery::",
+    "certificates::",
+    "entries::",
+    "bad_config::",
+    "targets::",
+    "black_hole::",
+    "lab::",
+    "hasty::",
 ];
 
 /// The kernel tells who changed nft's rules, and nobody else's.
@@ -242,9 +251,10 @@ fn run_as_root(tier: &Tier, program: &PathBuf, only: Option<&str>) -> Result<boo
     }
     let tests = names_of_tests(program)?;
     let mut passed = true;
-    for (name, skipped) in tier.backends {
+    for (run, (name, cannot)) in tier.backends.iter().enumerate() {
         println!("\nThe {} with capture backend {name}", tier.name);
-        if let Some(left_out) = left_out(&tests, skipped, only)? {
+        let skipped = [*cannot, if run == 0 { &[] } else { tier.once }].concat();
+        if let Some(left_out) = left_out(&tests, &skipped, only)? {
             println!("{LEFT_OUT}{name}: {left_out}");
         }
         let mut command = Command::new(program);
@@ -285,7 +295,8 @@ fn left_out(tests: &[String], skipped: &[&str], only: Option<&str>) -> Result<Op
 }
 
 fn test_program(tier: &Tier) -> Result<PathBuf> {
-    let args = ["test", "-p", "meshd-tests", "--test", tier.test, "--no-run", "--message-format=json"];
+    // Of the whole workspace, as the unit tests were: other features of what both use would build it anew.
+    let args = ["test", "--workspace", "--test", tier.test, "--no-run", "--message-format=json"];
     let output = cargo_command(&args).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "the {} do not build", tier.name);
     let text = String::from_utf8_lossy(&output.stdout);

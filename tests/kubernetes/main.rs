@@ -1,11 +1,14 @@
 //! Kubernetes' own API server behind our PKI. Run by `cargo xtask test`; needs root, and an API server or a Go toolchain.
 
+mod istio;
+
 use std::fs;
 use std::os::unix::fs::chown;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use meshd_tests::host::Host;
 use meshd_tests::kubernetes::{Cluster, ISSUER};
 use meshd_tests::lab::Lab;
 use meshd_tests::mesh::{Mesh, PKI_UID};
@@ -28,7 +31,11 @@ struct Bed {
 
 impl Bed {
     fn make() -> Result<Self> {
-        let mut plan = Plan::shop_with_one_server();
+        Self::make_with(Plan::shop_with_one_server(), |_| String::new())
+    }
+
+    /// `more` of the file --attestors, for a PKI on that host.
+    fn make_with(mut plan: Plan, more: impl FnOnce(&Host) -> String) -> Result<Self> {
         let lab = Arc::new(Lab::new(&plan.host_names())?);
         let directory = lab.host(&plan.pki_host).directory();
         let attestors = directory.join("attestors.toml");
@@ -50,7 +57,7 @@ impl Bed {
             namespace = ACCOUNT.0,
             account = ACCOUNT.1,
         );
-        fs::write(&attestors, text)?;
+        fs::write(&attestors, text + &more(&mesh.pki_host()))?;
         for file in [&attestors, &reader] {
             chown(file, Some(PKI_UID), Some(PKI_UID))?;
         }
