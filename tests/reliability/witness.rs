@@ -31,12 +31,12 @@ impl Witness {
         };
         let http2 = [&PAYMENTS[..], &["--protocol", "http2"]].concat();
         let loads = vec![
-            load("HTTP/1 that stays", &PAYMENTS, &["--connections", "16", "--rate", "200"])?,
-            load("one each", &PAYMENTS, &["--connections", "8", "--rate", "75", "--per-request"])?,
+            load("HTTP/1 that stays", &PAYMENTS, &["--connections", "16", "--rate", "225"])?,
+            load("one each", &PAYMENTS, &["--connections", "8", "--rate", "60", "--per-request"])?,
             load("HTTP/2 that stays", &http2, &["--connections", "4", "--streams", "4", "--rate", "100"])?,
-            load("one each", &http2, &["--connections", "4", "--rate", "25", "--per-request"])?,
+            load("one each", &http2, &["--connections", "4", "--rate", "20", "--per-request"])?,
             load("TCP that stays", &SMTP, &["--connections", "16", "--rate", "75"])?,
-            load("one each", &SMTP, &["--connections", "4", "--rate", "25", "--per-request"])?,
+            load("one each", &SMTP, &["--connections", "4", "--rate", "20", "--per-request"])?,
         ];
         Ok(Self { pids: pids.into_iter().collect::<Result<_>>()?, loads })
     }
