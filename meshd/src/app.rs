@@ -14,23 +14,24 @@ use meshd_identity::SpiffeId;
 use meshd_pki_client::{Agent, Credentials};
 use meshd_sys::sockets::Mark;
 use meshd_sys::{inherit, memory};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UdpSocket, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Control, View};
-use crate::attest::{Attestor, Sight};
+use crate::attest::Attestor;
 use crate::capture::KeeperHandle;
 use crate::config::Config;
 use crate::dns::{self, Vips};
-use crate::enrol::{PortMemory, PortWatch};
+use crate::enrol::{PortMemory, PortWatch, Sight};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
 use crate::proxy::{self, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::denied::Denied;
+use crate::transport::generations::Generations;
 use crate::transport::tls::TlsState;
 use crate::workload_api;
 
@@ -67,12 +68,14 @@ mod intent;
 mod listeners;
 mod reload;
 mod self_check;
+mod supervise;
 
 pub use intent::wanted;
 
 use certificates::{Certificates, default_identity, wait_for_certificates};
 use listeners::{Captured, bind_dns, start_capture};
 use reload::{Reloader, load_enrolment, withhold};
+use supervise::{Supervisor, another};
 
 /// A daemon that has everything it needs and serves already.
 pub struct App {
@@ -101,17 +104,26 @@ impl App {
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
         let mut credentials = agent.watch();
         let renewals = agent.metrics();
-        let denied = Denied::follow(agent.denied());
+        let (denied, denials) = Denied::follow(agent.denied());
         let selectors = credentials.borrow().selectors.clone();
         let attestor = Attestor::new(Sight::of(config.workload_api.path_selectors));
         let mut enrolment = start!(load_enrolment(&config, &credentials.borrow(), attestor.sight()), "enrolment")?;
         let (identities, identities_receiver) = watch::channel(enrolment.identities());
-        tokio::spawn(agent.run(identities_receiver));
+        let access_log = match &config.proxy.access_log {
+            Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
+            None => AccessLog::off(),
+        };
+        let telemetry = Telemetry::new(config.proxy.worker_count(), access_log);
+        count_panics(&telemetry);
+        let tasks = Supervisor(telemetry.clone());
+        tasks.keep("renewal", (agent, identities_receiver), |(agent, wanted)| Box::pin(agent.work(wanted)));
+        tasks.keep("denials", denials, |denials| Box::pin(denials.run()));
         // First of all: until then strict ports of a host that has just booted are open. What is captured meanwhile
         // waits in the listeners' queues.
         let Captured { keeper, listeners, recovery } = start_capture(&config, &enrolment, inherited).await?;
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
-        withhold(&mut enrolment, &credentials.borrow(), attestor.sight());
+        let installed = credentials.borrow().clone();
+        withhold(&mut enrolment, &installed, attestor.sight());
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
         let watcher = Watcher::new(sources);
@@ -120,13 +132,11 @@ impl App {
             Vips::open(&config.state_dir.join("vips.json"), config.capture.vip4, config.capture.vip6),
             "virtual IPs"
         )?);
-        let default_identity = default_identity(&config, config_path, &credentials.borrow())?;
-        let installed = credentials.borrow().clone();
-        let tls = start!(TlsState::build_denying(&installed, default_identity.as_ref(), 0, denied), "certificates")?;
-        let access_log = match &config.proxy.access_log {
-            Some(path) => start!(AccessLog::to_file(path), "access_log {}", path.display())?,
-            None => AccessLog::off(),
-        };
+        let default_identity = default_identity(&config, config_path, &installed)?;
+        let tls = start!(
+            TlsState::build_denying(&installed, default_identity.as_ref(), Generations::default(), denied),
+            "certificates"
+        )?;
         let shared = Arc::new(Shared {
             config: config.proxy.clone(),
             mark: Mark(config.capture.mark),
@@ -141,10 +151,9 @@ impl App {
             tls: ArcSwap::from_pointee(tls),
             vips: vips.clone(),
             raw: ArcSwap::default(),
-            telemetry: Telemetry::new(config.proxy.worker_count(), access_log),
+            telemetry,
         });
-        let certificates = Arc::new(Certificates::new(&config, config_path, shared.clone(), installed));
-        count_panics(&shared.telemetry);
+        let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         shared.ports.refresh(&shared.enrolment.load());
         let dns = bind_dns(&config).await?;
         let metrics =
@@ -152,36 +161,60 @@ impl App {
         let admin_socket = start!(admin::bind(&config.admin_socket()), "{}", config.admin_socket().display())?;
 
         let (conductor, lifecycle) = lifecycle::channel();
-        tokio::spawn(watcher.run());
+        tasks.watch("discovery", watcher.run());
         if tokio::time::timeout(SETTLE, meshd_discovery::settled(&mut health)).await.is_err() {
             tracing::warn!("a discovery source has not answered yet; serving with what is known");
         }
         shared.directory.store(directory.borrow().clone());
         vips.sync(&directory.borrow());
-        tokio::spawn(follow_directory(shared.clone(), directory.clone()));
-        tokio::spawn(follow_ports(shared.clone()));
-        tokio::spawn(self_check::watch(shared.clone()));
-        let workers =
-            start!(proxy::start(&shared, listeners, &lifecycle, &certificates.generation()), "worker threads")?;
+        let following = (shared.clone(), directory.clone());
+        tasks.keep("directory", following, |(shared, directory)| Box::pin(follow_directory(shared, directory)));
+        tasks.keep("ports", shared.clone(), |shared| Box::pin(follow_ports(shared)));
+        tasks.keep("self_check", shared.clone(), |shared| Box::pin(self_check::watch(shared.clone())));
+        let workers = start!(proxy::start(&shared, listeners, &lifecycle, &certificates.changes()), "worker threads")?;
         let mut raw = RawFollower::new(&config.capture.raw, shared.clone(), keeper.clone());
         raw.follow_to(&directory.borrow().clone()).await;
-        let raw = tokio::spawn(raw.follow(directory.clone()));
-        tokio::spawn(dns::serve(dns.0, dns.1, config.dns.clone(), directory, vips, shared.telemetry.clone()));
-        tokio::spawn(keep_integrated(&config, shared.clone(), keeper.clone()));
+        let raw = tasks.keep("raw", (raw, directory.clone()), |(raw, directory)| Box::pin(raw.follow(directory)));
+        keep_answering(&tasks, &config, &shared, dns, directory)?;
+        let integrated = (config.clone(), shared.clone(), keeper.clone());
+        tasks.keep("dns_integration", integrated, |(config, shared, keeper)| {
+            Box::pin(keep_integrated(config, shared.clone(), keeper.clone()))
+        });
         let capture = (keeper.clone(), recovery);
         let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, capture);
         let view = Arc::new(view);
-        tokio::spawn(admin::serve_metrics(metrics, view.clone()));
+        let metrics = start!(metrics.into_std(), "[metrics] listen")?;
+        tasks.keep("metrics", (metrics, view.clone()), |(socket, view)| {
+            Box::pin(async {
+                if let Some(listener) = another(socket.try_clone().and_then(TcpListener::from_std)) {
+                    admin::serve_metrics(listener, view.clone()).await;
+                }
+            })
+        });
         let (reload, reloads) = mpsc::channel(1);
         let control = Control { keeper: keeper.clone(), reload };
-        tokio::spawn(admin::serve_socket(admin_socket, view, control));
+        let admin_socket = start!(admin_socket.into_std(), "{}", config.admin_socket().display())?;
+        tasks.keep("admin", (admin_socket, view, control), |(socket, view, control)| {
+            Box::pin(async {
+                if let Some(listener) = another(socket.try_clone().and_then(UnixListener::from_std)) {
+                    admin::serve_socket(listener, view.clone(), control.clone()).await;
+                }
+            })
+        });
         if config.workload_api.enabled {
             let path = config.api_socket();
             let socket = start!(workload_api::bind(&path), "{}", path.display())?;
-            let (shared, credentials, enrolled) = (shared.clone(), credentials.clone(), identities.subscribe());
+            let socket = start!(socket.into_std(), "{}", path.display())?;
+            let (shared, credentials, enrolled) = (shared.clone(), certificates.published(), identities.subscribe());
             let tokens = Arc::new(workload_api::PkiTokens::new(credentials.clone()));
             let sources = workload_api::Sources { shared, credentials, enrolled, tokens: Some(tokens) };
-            tokio::spawn(workload_api::serve(socket, sources));
+            tasks.keep("workload_api", (socket, Arc::new(sources)), |(socket, sources)| {
+                Box::pin(async {
+                    if let Some(listener) = another(socket.try_clone().and_then(UnixListener::from_std)) {
+                        workload_api::serve(listener, sources.clone()).await;
+                    }
+                })
+            });
         }
         let reloader = Reloader {
             config: config.clone(),
@@ -192,7 +225,9 @@ impl App {
             keeper: keeper.clone(),
         };
         let hangup = Arc::new(Notify::new());
-        let reloading = tokio::spawn(reloader.serve(reloads, hangup.clone()));
+        let reloading = tasks.keep("reload", (reloader, reloads, hangup.clone()), |(reloader, orders, hangup)| {
+            Box::pin(reloader.serve(orders, hangup))
+        });
         Ok(App {
             config,
             selectors,
@@ -231,8 +266,8 @@ impl App {
                 changed = self.credentials.changed(), if renewing => {
                     renewing = changed.is_ok();
                     if renewing {
-                        self.follow_selectors();
                         self.certificates.install(self.credentials.borrow_and_update().clone());
+                        self.follow_selectors();
                     } else {
                         tracing::error!("certificates are not renewed any more; restart meshd before they expire");
                     }
@@ -317,16 +352,42 @@ fn keep_integrated(config: &Config, shared: Arc<Shared>, capture: KeeperHandle) 
 }
 
 /// Units restart, and others take their ports: whoever is enrolled by a port is looked for again and again.
-async fn follow_ports(shared: Arc<Shared>) {
+async fn follow_ports(shared: &Shared) {
     loop {
         shared.ports.refresh_if_due(&shared.enrolment.load(), Instant::now());
         tokio::time::sleep(PORTS_TICK).await;
     }
 }
 
-async fn follow_directory(shared: Arc<Shared>, mut directory: watch::Receiver<Arc<meshd_discovery::Directory>>) {
+async fn follow_directory(shared: &Shared, directory: &mut watch::Receiver<Arc<meshd_discovery::Directory>>) {
     while directory.changed().await.is_ok() {
         let current = directory.borrow_and_update().clone();
         shared.directory.store(current);
     }
+    // Discovery is gone; what it said last stays.
+    std::future::pending::<()>().await;
+}
+
+/// Answers questions for names.
+fn keep_answering(
+    tasks: &Supervisor,
+    config: &Config,
+    shared: &Arc<Shared>,
+    (udp, tcp): (UdpSocket, TcpListener),
+    directory: watch::Receiver<Arc<meshd_discovery::Directory>>,
+) -> Result<(), StartError> {
+    let udp = start!(udp.into_std(), "[dns] listen {} (UDP)", config.dns.listen)?;
+    let tcp = start!(tcp.into_std(), "[dns] listen {} (TCP)", config.dns.listen)?;
+    let answering = (udp, tcp, config.dns.clone(), shared.clone(), directory);
+    tasks.keep("dns", answering, |(udp, tcp, config, shared, directory)| {
+        Box::pin(async {
+            let udp = another(udp.try_clone().and_then(UdpSocket::from_std));
+            let tcp = another(tcp.try_clone().and_then(TcpListener::from_std));
+            if let (Some(udp), Some(tcp)) = (udp, tcp) {
+                let (vips, telemetry) = (shared.vips.clone(), shared.telemetry.clone());
+                dns::serve(udp, tcp, config.clone(), directory.clone(), vips, telemetry).await;
+            }
+        })
+    });
+    Ok(())
 }

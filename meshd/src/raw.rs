@@ -23,10 +23,14 @@ impl RawFollower {
         RawFollower { names: names.clone(), shared, keeper, current: RawPlaces::default(), told: Vec::new() }
     }
 
-    pub(crate) async fn follow(mut self, mut directory: watch::Receiver<Arc<Directory>>) {
-        while directory.changed().await.is_ok() {
+    pub(crate) async fn follow(&mut self, directory: &mut watch::Receiver<Arc<Directory>>) {
+        loop {
             let now = directory.borrow_and_update().clone();
             self.follow_to(&now).await;
+            if directory.changed().await.is_err() {
+                // Discovery is gone; what it said last stays.
+                std::future::pending::<()>().await;
+            }
         }
     }
 

@@ -33,3 +33,20 @@ fn an_identity_the_pki_gives_to_another_unit_is_withheld_until_both_sides_agree(
     give_to("checkout.service")?;
     until(DEADLINE, "checkout to be served again", || ask(&mesh).is_ok())
 }
+
+#[test]
+fn an_entry_that_is_tightened_is_in_force_although_enrol_d_cannot_be_read_again() -> Result<()> {
+    let mesh = Mesh::start(Plan { leaf_ttl: Some("15"), ..Plan::shop_with_one_server() })?;
+    if !mesh.lab().has_units() {
+        return Ok(());
+    }
+    ask(&mesh)?;
+    mesh.daemon("web").enrol("[[workload]\n")?;
+    mesh.pki(&["entry", "add", "--host", "web", "--selector", "systemd:unit:other.service", "ns/shop/sa/checkout"])?;
+    until(DEADLINE, "checkout to be refused", || {
+        mesh.curl("web", "checkout", &["--max-time", "5", PAYMENTS]).is_ok_and(|curl| ensure_refused(&curl).is_ok())
+    })?;
+    until(DEADLINE, "the reload to fail", || mesh.daemon("web").log().contains("enrolment not reloaded"))?;
+    ensure!(mesh.curl("web", "billing", &[PAYMENTS])?.success(), "billing is refused, too");
+    Ok(())
+}

@@ -9,6 +9,7 @@ mod pki;
 mod probe;
 mod server;
 mod show;
+mod tasks;
 mod view;
 mod withheld;
 
@@ -21,5 +22,6 @@ pub use pki::PkiView;
 pub use probe::{OutcomeAsked, ProbeOutcome, ProbeRequest, ProbeView};
 pub use server::{bind, bind_with_mode, serve_metrics, serve_socket};
 pub use show::{edges, status};
+pub use tasks::TaskView;
 pub use view::{EdgeView, EnrolledView, StatusView, View};
 pub use withheld::WithheldView;

@@ -1,7 +1,7 @@
 //! `meshd status` and `meshd edges` as tables.
 
 use super::view::{EdgeView, StatusView};
-use super::withheld;
+use super::{tasks, withheld};
 use crate::capture::KeeperView;
 
 /// The status as a page of text.
@@ -55,6 +55,7 @@ pub fn status(status: &StatusView) -> String {
         }
     }
     page += &capture(&status.capture);
+    page += &tasks::show(&status.tasks);
     page += &status.pki.show();
     page += &format!("  {} renewals, {} attempts failed\n", status.renewals_ok, status.renewals_failed);
     page

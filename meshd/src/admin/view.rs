@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::ledger::{Callers, LedgerView};
 use super::pki::PkiView;
+use super::tasks::TaskView;
 use super::withheld::WithheldView;
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
@@ -60,6 +61,8 @@ pub struct StatusView {
     pub renewals_failed: u64,
     #[serde(default)]
     pub pki: PkiView,
+    #[serde(default)]
+    pub tasks: Vec<TaskView>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -182,6 +185,7 @@ impl View {
             renewals_ok: self.renewals.refreshes_ok(),
             renewals_failed: self.renewals.refreshes_failed(),
             pki: PkiView::of(&self.renewals, &credentials, &self.shared),
+            tasks: TaskView::all(&self.shared.telemetry.tasks),
         }
     }
 

@@ -53,8 +53,7 @@ mod tests {
     use meshd_pki_client::fake::FakeCa;
 
     use super::*;
-    use crate::attest::Sight;
-    use crate::enrol::{Reserved, load};
+    use crate::enrol::{Reserved, Sight, load};
 
     #[test]
     fn what_the_pki_has_no_entry_for_and_what_it_gives_to_others_is_shown() {

@@ -10,10 +10,9 @@ use tokio::sync::{Notify, mpsc, watch};
 use super::certificates::{Certificates, wait_for_certificates};
 use super::intent::planned;
 use crate::admin::Reload;
-use crate::attest::Sight;
 use crate::capture::{KeeperHandle, Wanted};
 use crate::config::Config;
-use crate::enrol::{self, Enrolment};
+use crate::enrol::{self, Enrolment, Sight};
 use crate::proxy::Shared;
 
 pub(super) struct Reloader {
@@ -28,7 +27,7 @@ pub(super) struct Reloader {
 
 impl Reloader {
     /// One after the other: what is ordered meanwhile reads what is there by then.
-    pub(super) async fn serve(self, mut orders: mpsc::Receiver<Reload>, hangup: Arc<Notify>) {
+    pub(super) async fn serve(&self, orders: &mut mpsc::Receiver<Reload>, hangup: &Notify) {
         loop {
             tokio::select! {
                 Some(Reload { apply, answer }) = orders.recv() => {
@@ -52,7 +51,7 @@ impl Reloader {
     }
 
     async fn try_reload(&self, apply: Option<&str>) -> Result<(), String> {
-        let credentials = self.credentials.borrow().clone();
+        let credentials = self.certificates.installed();
         let enrolment = Arc::new(
             load_enrolment(&self.config, &credentials, self.shared.attestor.sight())
                 .map_err(|error| error.to_string())?,
@@ -63,7 +62,7 @@ impl Reloader {
         }
         // Who is captured must be known and certified first: a connection that went direct a moment ago is not to
         // be refused for that.
-        let before = self.shared.enrolment.swap(enrolment.clone());
+        let before = self.certificates.enrol(&enrolment);
         self.identities.send_replace(enrolment.identities());
         if !plan.raw_callers.is_empty() {
             wait_for_certificates(&mut self.credentials.clone(), &enrolment.identities()).await;
@@ -76,7 +75,7 @@ impl Reloader {
         };
         if let Err(error) = done {
             self.identities.send_replace(before.identities());
-            self.shared.enrolment.store(before);
+            self.certificates.enrol(&before);
             return Err(error.to_string());
         }
         self.shared.ports.refresh(&enrolment);

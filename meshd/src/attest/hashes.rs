@@ -1,8 +1,9 @@
 //! SHA-256 of programs, read once per version of a file.
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::digest::{Context, SHA256};
 
@@ -13,60 +14,105 @@ const REMEMBERED: usize = 256;
 /// Larger ones are not read: some seconds of a core each.
 const LARGEST: u64 = 1 << 30;
 const CHUNK: usize = 256 * 1024;
+/// A file that was changed more lately may change again without its times telling: they move in ticks, of up to two
+/// seconds on some file systems.
+const TICK: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 pub(super) struct Hashes {
-    /// None: could not be read.
-    known: Mutex<HashMap<FileId, Option<[u8; 32]>>>,
+    known: Mutex<HashMap<FileId, Known>>,
     /// One at a time: whoever waits finds it done more often than not.
     reading: Mutex<()>,
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Known {
+    Hash([u8; 32]),
+    /// Nothing but another file will do.
+    Unreadable,
+    /// It could not be read, which was said, and is tried again.
+    Failed,
+}
+
+/// Why there is no hash.
+struct Failure {
+    reason: String,
+    is_lasting: bool,
+}
+
 impl Hashes {
-    /// The outer None: not measured yet.
+    /// The outer None: not measured, or to be measured again.
     pub(super) fn known(&self, program: &Program) -> Option<Option<[u8; 32]>> {
-        lock(&self.known).get(&program.id()).copied()
+        match lock(&self.known).get(&program.id())? {
+            Known::Hash(hash) => Some(Some(*hash)),
+            Known::Unreadable => Some(None),
+            Known::Failed => None,
+        }
     }
 
-    pub(super) fn measure(&self, program: &Program) {
+    pub(super) fn measure(&self, program: &Program) -> Option<[u8; 32]> {
         let _one_at_a_time = lock(&self.reading);
-        if self.known(program).is_some() {
-            return;
+        if let Some(known) = self.known(program) {
+            return known;
         }
-        let hash = read(program).map_err(|reason| {
-            let path = program.path().unwrap_or_else(|| "(gone)".to_owned());
-            tracing::warn!(path, reason, "a program cannot be read for its SHA-256; selectors of that do not hold");
-        });
+        let read = read(program);
+        self.note(program, &read, SystemTime::now());
+        read.ok()
+    }
+
+    fn note(&self, program: &Program, read: &Result<[u8; 32], Failure>, now: SystemTime) {
         let mut known = lock(&self.known);
         if known.len() >= REMEMBERED {
             known.clear();
         }
-        known.insert(program.id(), hash.ok());
+        let said = match read {
+            Ok(hash) => {
+                if program.id().is_settled(now, TICK) {
+                    known.insert(program.id(), Known::Hash(*hash));
+                }
+                return;
+            }
+            Err(failure) if failure.is_lasting => known.insert(program.id(), Known::Unreadable),
+            Err(_) => known.insert(program.id(), Known::Failed),
+        };
+        drop(known);
+        if let (None, Err(Failure { reason, .. })) = (said, read) {
+            let path = program.path().unwrap_or_else(|| "(gone)".to_owned());
+            tracing::warn!(path, reason, "a program cannot be read for its SHA-256; selectors of that do not hold");
+        }
     }
 }
 
-fn read(program: &Program) -> Result<[u8; 32], String> {
+impl From<std::io::Error> for Failure {
+    /// Descriptors that are lacking, a signal, a file system that is away: all of that passes.
+    fn from(error: std::io::Error) -> Failure {
+        Failure { reason: error.to_string(), is_lasting: error.kind() == ErrorKind::PermissionDenied }
+    }
+}
+
+fn read(program: &Program) -> Result<[u8; 32], Failure> {
+    let passing = |reason: &str| Failure { reason: reason.to_owned(), is_lasting: false };
     let size = program.id().size();
     if size > LARGEST {
-        return Err(format!("it has {size} bytes, {LARGEST} are read at most"));
+        let reason = format!("it has {size} bytes, {LARGEST} are read at most");
+        return Err(Failure { reason, is_lasting: true });
     }
-    let mut file = program.open().map_err(|error| error.to_string())?;
+    let mut file = program.open()?;
     let mut hash = Context::new(&SHA256);
     let mut chunk = vec![0; CHUNK];
     let mut left = size;
     while left > 0 {
-        let length = file.read(&mut chunk).map_err(|error| error.to_string())?;
+        let length = file.read(&mut chunk)?;
         if length == 0 {
             break;
         }
         hash.update(&chunk[..length]);
         left = left.saturating_sub(length as u64);
     }
-    let now = file.metadata().map_err(|error| error.to_string())?;
-    if FileId::of(&now) != program.id() {
-        return Err("it was changed meanwhile".to_owned());
+    if FileId::of(&file.metadata()?) != program.id() {
+        return Err(passing("it was changed meanwhile"));
     }
-    hash.finish().as_ref().try_into().map_err(|_| "a hash of another length".to_owned())
+    hash.finish().as_ref().try_into().map_err(|_| passing("a hash of another length"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -77,15 +123,44 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
+    fn own() -> Program {
+        Program::of(std::process::id().cast_signed()).unwrap()
+    }
+
+    fn later() -> SystemTime {
+        SystemTime::now() + TICK
+    }
+
     #[test]
     fn a_program_is_read_once_and_its_hash_is_that_of_its_content() {
         let hashes = Hashes::default();
-        let own = Program::of(std::process::id().cast_signed()).unwrap();
+        let own = own();
         assert_eq!(hashes.known(&own), None);
-        hashes.measure(&own);
         let content = std::fs::read("/proc/self/exe").unwrap();
-        assert_eq!(hashes.known(&own), Some(Some(meshd_identity::sha256(&content))));
+        let hash = meshd_identity::sha256(&content);
+        assert_eq!(hashes.measure(&own), Some(hash));
+        hashes.note(&own, &Ok(hash), later());
         let again = Program::of(std::process::id().cast_signed()).unwrap();
-        assert!(hashes.known(&again).flatten().is_some(), "the file is the same");
+        assert_eq!(hashes.known(&again), Some(Some(hash)), "the file is the same");
+    }
+
+    #[test]
+    fn the_hash_of_a_file_that_was_changed_just_now_is_not_remembered() {
+        let (hashes, own) = (Hashes::default(), own());
+        hashes.note(&own, &Ok([7; 32]), own.id().changed());
+        assert_eq!(hashes.known(&own), None);
+        hashes.note(&own, &Ok([7; 32]), own.id().changed() + TICK);
+        assert_eq!(hashes.known(&own), Some(Some([7; 32])));
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_tried_again_unless_nothing_but_another_file_will_do() {
+        let (hashes, own) = (Hashes::default(), own());
+        for (error, known) in [(ErrorKind::Interrupted, None), (ErrorKind::PermissionDenied, Some(None))] {
+            hashes.note(&own, &Err(std::io::Error::from(error).into()), later());
+            assert_eq!(hashes.known(&own), known, "{error}");
+        }
+        hashes.note(&own, &Ok([7; 32]), later());
+        assert_eq!(hashes.known(&own), Some(Some([7; 32])));
     }
 }

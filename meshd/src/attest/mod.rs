@@ -4,89 +4,53 @@
 //! A process is held by a descriptor (`meshd_sys::peer::Process`) while it is looked at, its program by another: neither
 //! a number used again nor another program in its place can pass for it.
 
+mod descriptors;
 mod hashes;
 mod holders;
+mod lookouts;
 mod process;
 mod program;
 
-use tokio::sync::Semaphore;
-
 pub use holders::{Socket, Unproven};
+pub use lookouts::TooSlow;
 pub use process::user_of;
 pub use program::Program;
 
-use crate::enrol::ProgramFacts;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use crate::enrol::{Cgroup, Guard, Owner, ProcessFacts, ProgramFacts, Sight};
 use hashes::Hashes;
-
-/// Sockets whose holders are looked for at once: each look goes through the processes of a unit.
-const AT_ONCE: usize = 4;
-/// linux/capability.h
-const CAP_SYS_PTRACE: u32 = 19;
-
-/// Whether programs of other users' processes can be seen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Sight {
-    /// `[workload_api] path_selectors` is off.
-    #[default]
-    Off,
-    /// It is on, and the capability is missing.
-    Blind,
-    On,
-}
-
-impl Sight {
-    /// Of this process.
-    pub fn of(path_selectors: bool) -> Sight {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        Sight::judge(path_selectors, crate::host::effective_capabilities(&status))
-    }
-
-    fn judge(path_selectors: bool, capabilities: Option<u64>) -> Sight {
-        match capabilities {
-            _ if !path_selectors => Sight::Off,
-            Some(bits) if bits & (1 << CAP_SYS_PTRACE) != 0 => Sight::On,
-            _ => Sight::Blind,
-        }
-    }
-
-    pub fn label(self) -> &'static str {
-        match self {
-            Sight::Off => "off",
-            Sight::Blind => "no CAP_SYS_PTRACE",
-            Sight::On => "on",
-        }
-    }
-
-    /// What to do for programs to be seen; None if they are.
-    pub fn remedy(self) -> Option<&'static str> {
-        match self {
-            Sight::Off => Some(
-                "set `path_selectors = true` in [workload_api] of meshd.toml, give meshd CAP_SYS_PTRACE, and restart it",
-            ),
-            Sight::Blind => Some(
-                "give meshd CAP_SYS_PTRACE: in a drop-in of its unit, AmbientCapabilities=CAP_SYS_PTRACE and \
-                 CapabilityBoundingSet=CAP_SYS_PTRACE, and restart it",
-            ),
-            Sight::On => None,
-        }
-    }
-}
+use lookouts::Lookouts;
 
 /// The host's means of telling programs apart, with what was found lately.
 #[derive(Debug)]
 pub struct Attestor {
     sight: Sight,
     hashes: Hashes,
-    looks: Semaphore,
+    lookouts: Lookouts,
+    /// Where units were found.
+    cgroups: Mutex<HashMap<Arc<str>, Cgroup>>,
 }
 
 impl Attestor {
     pub fn new(sight: Sight) -> Attestor {
-        Attestor { sight, hashes: Hashes::default(), looks: Semaphore::new(AT_ONCE) }
+        Attestor { sight, hashes: Hashes::default(), lookouts: Lookouts::default(), cgroups: Mutex::default() }
     }
 
     pub fn sight(&self) -> Sight {
         self.sight
+    }
+
+    /// Looks at processes or programs on a thread of its own, as whatever file system they are on may not answer. Those
+    /// of one `subject` wait for each other, not for those of others.
+    pub async fn look<T: Send + 'static>(
+        self: &Arc<Attestor>,
+        subject: &str,
+        look: impl FnOnce(&Attestor) -> T + Send + 'static,
+    ) -> Result<T, TooSlow> {
+        let attestor = self.clone();
+        self.lookouts.run(subject, move || look(&attestor)).await
     }
 
     /// The program of a process, held; None where it cannot be seen. The process must be held while this is asked.
@@ -94,37 +58,36 @@ impl Attestor {
         (self.sight == Sight::On).then(|| Program::of(pid).ok()).flatten()
     }
 
-    /// Without reading its content: None for a hash that is not known yet.
+    /// Of a process with this program, with its content where the guard asks for that: who does not meet the rest is not
+    /// worth reading.
+    pub fn process_facts(&self, owner: Owner, gid: u32, program: Option<&Program>, guard: &Guard) -> ProcessFacts {
+        let mut facts = ProcessFacts { owner, gid, program: program.map(|program| self.facts(program)) };
+        let is_worth_it = guard.needs_hash() && guard.unmet_but_hash(&facts).is_none();
+        if let (true, Some(program), Some(told)) = (is_worth_it, program, &mut facts.program) {
+            told.sha256 = self.measure(program);
+        }
+        facts
+    }
+
+    /// Without reading its content: None for a hash that is not known.
     pub fn facts(&self, program: &Program) -> ProgramFacts {
         ProgramFacts { path: program.path(), sha256: self.hashes.known(program).flatten() }
     }
 
+    /// Whether all that can be known of its content is known.
     pub fn is_measured(&self, program: &Program) -> bool {
         self.hashes.known(program).is_some()
     }
 
-    /// Reads the program, unless that was done already. Takes as long as that takes: never on a thread of the reactor.
-    pub fn measure(&self, program: &Program) {
-        self.hashes.measure(program);
+    /// Reads the program, unless that was done already. None: it cannot be read, or not now. Takes as long as that
+    /// takes: never on a thread of the reactor.
+    pub fn measure(&self, program: &Program) -> Option<[u8; 32]> {
+        self.hashes.measure(program)
     }
 }
 
 impl Default for Attestor {
     fn default() -> Attestor {
         Attestor::new(Sight::Off)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn programs_are_seen_where_it_is_switched_on_and_the_capability_is_there() {
-        let ptrace = Some(1 << CAP_SYS_PTRACE);
-        assert_eq!(Sight::judge(false, ptrace), Sight::Off);
-        assert_eq!(Sight::judge(true, ptrace), Sight::On);
-        assert_eq!((Sight::judge(true, Some(1 << 12)), Sight::judge(true, None)), (Sight::Blind, Sight::Blind));
-        assert!(Sight::Blind.remedy().unwrap().contains("CAP_SYS_PTRACE") && Sight::On.remedy().is_none());
     }
 }

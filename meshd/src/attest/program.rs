@@ -4,10 +4,12 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::OFlag;
 
-/// Which file it is, and which version of it: whatever changes the content changes this.
+/// Which file it is, and which version of it: whatever changes the content changes this, once a tick of the file system
+/// has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FileId {
     dev: u64,
@@ -30,6 +32,18 @@ impl FileId {
 
     pub(super) fn size(&self) -> u64 {
         self.size
+    }
+
+    /// When anything of it was changed.
+    pub(super) fn changed(&self) -> SystemTime {
+        let (seconds, nanoseconds) = self.ctime;
+        let since = Duration::new(seconds.max(0).cast_unsigned(), u32::try_from(nanoseconds).unwrap_or(0));
+        SystemTime::UNIX_EPOCH + since
+    }
+
+    /// Whether a later change shows. A time yet to come tells nothing.
+    pub(super) fn is_settled(&self, now: SystemTime, tick: Duration) -> bool {
+        now.duration_since(self.changed()).is_ok_and(|age| age >= tick)
     }
 }
 

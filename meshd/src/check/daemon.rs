@@ -8,11 +8,10 @@ use meshd_pki_client::Credentials;
 use super::finding::Finding;
 use super::rules::RuleFacts;
 use super::ruleset::Chain;
-use crate::admin::{AdminError, PkiView, StatusView};
-use crate::attest::Sight;
+use crate::admin::{AdminError, PkiView, StatusView, TaskView};
 use crate::capture::{self, Applied, BackendKind, CaptureError, StateFile, Wanted};
 use crate::config::Config;
-use crate::enrol::{EnrolError, Enrolment};
+use crate::enrol::{EnrolError, Enrolment, Sight};
 use crate::unix_time::unix_now;
 
 /// A PKI address that does not answer within this time is reported.
@@ -160,8 +159,21 @@ pub(super) fn decisions(config: &Config) -> Vec<Finding> {
 pub(super) fn running(status: &Result<StatusView, AdminError>) -> Vec<Finding> {
     let check = "the daemon is running";
     match status {
-        Ok(status) => vec![Finding::ok(check, ""), sources(status), federation(&status.pki, unix_now().cast_signed())],
+        Ok(status) => {
+            let federation = federation(&status.pki, unix_now().cast_signed());
+            vec![Finding::ok(check, ""), tasks(&status.tasks), sources(status), federation]
+        }
         Err(error) => vec![Finding::failed(check, error.to_string(), "")],
+    }
+}
+
+fn tasks(ended: &[TaskView]) -> Finding {
+    let check = "no part of the daemon has ended";
+    let said = ended.iter().map(TaskView::said).collect::<Vec<_>>().join("; ");
+    match (ended.is_empty(), ended.iter().all(|task| task.is_running)) {
+        (true, _) => Finding::ok(check, ""),
+        (_, true) => Finding::warning(check, said, "that is a defect of meshd; please report it with the log"),
+        (_, false) => Finding::failed(check, said, "restart meshd, and please report it with the log"),
     }
 }
 
@@ -169,7 +181,9 @@ fn federation(pki: &PkiView, now: i64) -> Finding {
     let check = "bundles of federated trust domains are fresh";
     let refused =
         pki.federation_refused.iter().map(|(domain, why)| format!("that sent for {domain} is refused: {why}"));
-    let stale = pki.federation.iter().filter_map(|one| one.stale(now));
+    // While the PKI is away, which is told elsewhere, nobody knows how its publishers fare.
+    let known_at = now.min(pki.last_heard_unix.unwrap_or(0));
+    let stale = pki.federation.iter().filter_map(|one| one.stale(known_at));
     let problems: Vec<String> = refused.chain(stale).collect();
     match problems.is_empty() {
         true => Finding::ok(check, format!("{} of them", pki.federation.len())),
@@ -210,6 +224,15 @@ mod tests {
         assert!(blind.verdict == Verdict::Failed && blind.remedy.contains("AmbientCapabilities=CAP_SYS_PTRACE"));
     }
 
+    #[test]
+    fn a_part_that_ended_is_a_warning_once_it_runs_again_and_an_error_until_then() {
+        assert_eq!(tasks(&[]).verdict, Verdict::Ok);
+        let mut task = TaskView { task: "renewal".to_owned(), is_running: true, failures: 1, ..TaskView::default() };
+        assert_eq!(tasks(&[task.clone()]).verdict, Verdict::Warning);
+        task.is_running = false;
+        assert_eq!(tasks(&[task]).verdict, Verdict::Failed);
+    }
+
     fn verdict(backend: Option<BackendKind>, has_chains: bool, routed: bool) -> Verdict {
         let wanted = CaptureConfig::default().bare(15001);
         let applied = backend.map(|backend| Applied { backend, wanted });
@@ -224,8 +247,11 @@ mod tests {
             last_good_unix: Some(1000),
             ..FederationView::default()
         };
-        let mut pki = PkiView { federation: vec![fresh], ..PkiView::default() };
+        let heard = Some(1090);
+        let mut pki = PkiView { federation: vec![fresh], last_heard_unix: heard, ..PkiView::default() };
         assert_eq!(federation(&pki, 1100).verdict, Verdict::Ok);
+        assert_eq!(federation(&pki, 9000).verdict, Verdict::Ok, "the PKI was not heard of since");
+        pki.last_heard_unix = Some(8990);
         assert_eq!(federation(&pki, 9000).verdict, Verdict::Warning);
         pki.federation_refused.insert("third.example".to_owned(), "no root".to_owned());
         assert_eq!(federation(&pki, 1100).verdict, Verdict::Warning);

@@ -10,6 +10,7 @@ mod owner;
 mod port_memory;
 mod ports;
 mod selector;
+mod sight;
 mod walk_budget;
 mod withheld;
 
@@ -32,6 +33,7 @@ pub use owner::Owner;
 pub use port_memory::PortMemory;
 pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
 pub use selector::{ScopePattern, Selector, SelectorError};
+pub use sight::Sight;
 pub use withheld::Withheld;
 
 /// One enrolled workload of this host.

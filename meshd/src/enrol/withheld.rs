@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use meshd_identity::{ProcessSelector, SpiffeId};
 
-use super::{Enrolment, Guard, Origin, Selector, Workload};
-use crate::attest::Sight;
+use super::{Enrolment, Guard, Origin, Selector, Sight, Workload};
 
 /// A claim that nobody has.
 #[derive(Clone, Debug, PartialEq, Eq)]

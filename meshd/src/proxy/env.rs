@@ -46,7 +46,8 @@ pub(super) struct Env {
     pub(super) dialer: Dialer,
     pub(super) pool: Pool,
     pub(super) lifecycle: Lifecycle,
-    pub(super) tls_generation: watch::Receiver<u64>,
+    /// Counts the replacements of what `Shared::tls` has.
+    pub(super) tls_changes: watch::Receiver<u64>,
     pub(super) work: Arc<Work>,
     pub(super) budget: Budget,
     pub(super) limits: SourceLimits,
@@ -59,12 +60,12 @@ pub(super) struct Env {
 }
 
 impl Env {
-    /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
     /// Outbound connections ended because of who the peer is.
     pub(super) fn count_cut(&self, cut: u64) {
         self.shared.telemetry.handshakes.cut[Direction::Outbound as usize].fetch_add(cut, Ordering::Relaxed);
     }
 
+    /// Lets go of connections nobody uses, and of balancers whose service is gone, their probes with them.
     pub(super) fn sweep(&self) {
         self.measure();
         let tls = self.shared.tls.load();

@@ -131,9 +131,11 @@ async fn handshake(tls: &TlsState, socket: StdStream, address: SocketAddr) -> Re
 /// Accepts streams until the connection ends; told to go elsewhere at drain, rotation or expiry.
 async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
     let mut lifecycle = env.lifecycle.clone();
-    let mut rotated = env.tls_generation.clone();
+    let mut rotated = env.tls_changes.clone();
     let mut denied = tls.denied().clone();
-    let mut renewed = env.tls_generation.clone();
+    let mut renewed = env.tls_changes.clone();
+    let domain = peer.facts.id.trust_domain().clone();
+    let is_old = |_: &u64| env.shared.tls.load().generation(&domain) != tls.generation(&domain);
     let lifetime = peer.expires.duration_since(SystemTime::now()).unwrap_or_default();
     let mut farewell = false;
     let expiry = tokio::time::sleep_until(Instant::now() + lifetime);
@@ -142,7 +144,7 @@ async fn streams(env: Rc<Env>, tls: &TlsState, mut peer: Peer) {
         let go_away = async {
             tokio::select! {
                 () = lifecycle.reached(Stage::Draining) => {}
-                _ = rotated.wait_for(|generation| *generation != tls.generation) => {}
+                _ = rotated.wait_for(is_old) => {}
                 () = &mut expiry => {}
             }
         };

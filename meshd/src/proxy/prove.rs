@@ -18,7 +18,7 @@ pub(super) struct Unguarded {
 pub(super) async fn process(env: &Env, who: &Workload, unguarded: Unguarded) -> Result<(), Fault> {
     let Unguarded { guard, socket } = unguarded;
     let proved = match socket {
-        Some(socket) => env.shared.attestor.prove(socket, guard).await,
+        Some(socket) => env.shared.attestor.prove(&who.identity, &socket, &guard).await,
         None => Err(Unproven::NoHolder),
     };
     proved.map_err(|why| {
@@ -27,7 +27,9 @@ pub(super) async fn process(env: &Env, who: &Workload, unguarded: Unguarded) -> 
         }
         match why {
             Unproven::Unmet(_) => Fault::Unenrolled,
-            Unproven::NoHolder | Unproven::TooMany(_) | Unproven::NoAnswer(_) => Fault::IdentifyUnknown,
+            Unproven::NoHolder | Unproven::TooMany(_) | Unproven::NoAnswer(_) | Unproven::TooSlow(_) => {
+                Fault::IdentifyUnknown
+            }
         }
     })
 }

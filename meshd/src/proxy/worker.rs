@@ -87,7 +87,7 @@ pub fn start(
     shared: &Arc<Shared>,
     listeners: Vec<Listeners>,
     lifecycle: &Lifecycle,
-    tls_generation: &watch::Receiver<u64>,
+    tls_changes: &watch::Receiver<u64>,
 ) -> io::Result<Workers> {
     let (team, inboxes): (Vec<_>, Vec<_>) = listeners
         .iter()
@@ -105,7 +105,7 @@ pub fn start(
             worker,
             shared: shared.clone(),
             lifecycle: lifecycle.clone(),
-            tls_generation: tls_generation.clone(),
+            tls_changes: tls_changes.clone(),
             work: work.clone(),
             limits: limits.clone(),
             team: team.clone(),
@@ -121,7 +121,7 @@ struct Parts {
     worker: usize,
     shared: Arc<Shared>,
     lifecycle: Lifecycle,
-    tls_generation: watch::Receiver<u64>,
+    tls_changes: watch::Receiver<u64>,
     work: Arc<Work>,
     limits: SourceLimits,
     team: Arc<Vec<Teammate>>,
@@ -157,7 +157,7 @@ impl Parts {
             dialer,
             pool: Pool::default(),
             lifecycle: self.lifecycle,
-            tls_generation: self.tls_generation,
+            tls_changes: self.tls_changes,
             work: self.work,
             budget: Budget {
                 telemetry: self.shared.telemetry.clone(),
@@ -184,7 +184,7 @@ async fn work(env: Rc<Env>, listeners: Listeners, mut inbox: mpsc::Receiver<Hand
     }
     let mut lifecycle = env.lifecycle.clone();
     let mut denied = env.shared.tls.load().denied().clone();
-    let mut renewed = env.tls_generation.clone();
+    let mut renewed = env.tls_changes.clone();
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
         tokio::select! {

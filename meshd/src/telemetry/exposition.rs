@@ -89,6 +89,7 @@ fn data_plane(telemetry: &Telemetry) -> Vec<Exposition> {
     metrics.extend(telemetry.self_handshakes.metrics());
     metrics.push(dns_queries(telemetry));
     metrics.extend(telemetry.workload_api.metrics());
+    metrics.extend(telemetry.tasks.metrics());
     let single = |value: u64| vec![(Labels::new(), value as f64)];
     metrics.push(Exposition::counter(
         "meshd_panics",

@@ -2,12 +2,15 @@
 //! A leaf: it knows labels and numbers, never the pipeline.
 
 mod access_log;
+#[cfg(test)]
+mod alerts_tests;
 mod dns;
 mod edges;
 mod exposition;
 mod probes;
 mod process;
 mod self_handshakes;
+mod tasks;
 mod unknown;
 mod workload_api;
 
@@ -23,6 +26,7 @@ pub use edges::{Direction, Edge, EdgeKey, EdgeRow, Edges, Tls};
 pub use exposition::{Exposition, encode};
 pub use probes::Probes;
 pub use self_handshakes::SelfHandshakes;
+pub use tasks::{TaskRecord, Tasks};
 pub use unknown::UnknownOwners;
 pub use workload_api::WorkloadApiCounters;
 
@@ -54,6 +58,7 @@ pub struct Telemetry {
     pub self_handshakes: SelfHandshakes,
     pub dns: DnsCounters,
     pub workload_api: WorkloadApiCounters,
+    pub tasks: Tasks,
     /// A panic ends one connection; the operator must see that it happened.
     pub panics: AtomicU64,
     /// Streams whose application asked for the caller's address and could not be given it.
@@ -74,6 +79,7 @@ impl Telemetry {
             self_handshakes: SelfHandshakes::default(),
             dns: DnsCounters::default(),
             workload_api: WorkloadApiCounters::default(),
+            tasks: Tasks::default(),
             panics: AtomicU64::new(0),
             hidden_callers: AtomicU64::new(0),
             buffered_bytes: AtomicU64::new(0),

@@ -6,6 +6,29 @@ use meshd_identity::denial::{DenyIndex, Marks};
 use meshd_identity::statements::DenySet;
 use tokio::sync::watch;
 
+/// Puts the sets in force that the PKI's agent has.
+#[derive(Debug)]
+pub struct Follower {
+    sets: watch::Receiver<Arc<DenySet>>,
+    sender: watch::Sender<Arc<DenyIndex>>,
+}
+
+impl Follower {
+    /// For ever.
+    pub async fn run(&mut self) {
+        loop {
+            let set = self.sets.borrow_and_update().clone();
+            if self.sender.borrow().sequence != set.sequence {
+                self.sender.send_replace(Arc::new(DenyIndex::of(&set)));
+            }
+            if self.sets.changed().await.is_err() {
+                // The agent is gone; what it said last stays in force.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
 /// Cheap to clone; all clones see the set in force.
 #[derive(Debug, Clone)]
 pub struct Denied(watch::Receiver<Arc<DenyIndex>>);
@@ -21,18 +44,10 @@ impl Denied {
         (sender, Denied(receiver))
     }
 
-    /// What the PKI's agent has, from now on.
-    pub fn follow(mut sets: watch::Receiver<Arc<DenySet>>) -> Denied {
-        let index = |set: &Arc<DenySet>| Arc::new(DenyIndex::of(set));
-        let (sender, receiver) = watch::channel(index(&sets.borrow_and_update()));
-        tokio::spawn(async move {
-            while sets.changed().await.is_ok() {
-                sender.send_replace(index(&sets.borrow_and_update()));
-            }
-            // The agent is gone; what it said last stays in force.
-            sender.closed().await;
-        });
-        Denied(receiver)
+    /// What the PKI's agent has, for as long as the follower runs.
+    pub fn follow(mut sets: watch::Receiver<Arc<DenySet>>) -> (Denied, Follower) {
+        let (sender, receiver) = watch::channel(Arc::new(DenyIndex::of(&sets.borrow_and_update())));
+        (Denied(receiver), Follower { sets, sender })
     }
 
     pub fn denies(&self, marks: &Marks) -> bool {

@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 
 use super::denied::Denied;
 use super::dial::{Dialer, Opened, PoolKey};
+use super::generations::Generation;
 use super::tls::TlsState;
 use super::wire::STREAMS;
 use crate::fault::Fault;
@@ -42,7 +43,7 @@ pub struct Link {
     ended: Cell<bool>,
     /// The peer said goodbye, and was done with every stream it had looked at.
     in_order: Cell<bool>,
-    generation: u64,
+    generation: Generation,
     expires: SystemTime,
     heard: Rc<Cell<Instant>>,
     used: Cell<Instant>,
@@ -107,10 +108,15 @@ impl Drop for Slot {
 impl Link {
     fn usable(&self, tls: &TlsState) -> bool {
         !self.retired.get()
-            && self.generation == tls.generation
+            && !self.is_old(tls)
             && self.streams.get() < STREAMS.min(self.send.current_max_send_streams() as u32)
             && self.suspected.get().is_none_or(|since| self.heard.get() > since)
             && self.expires > SystemTime::now()
+    }
+
+    /// Whether a handshake would show or believe something else now.
+    fn is_old(&self, tls: &TlsState) -> bool {
+        self.generation != tls.generation(self.peer.id.trust_domain())
     }
 
     /// Ends the connection with everything on it.
@@ -125,7 +131,7 @@ impl Link {
 
     /// Nothing will ever use it again.
     fn finished(&self, tls: &TlsState, now: Instant) -> bool {
-        let stale = self.retired.get() || self.generation != tls.generation;
+        let stale = self.retired.get() || self.is_old(tls);
         let idle = now.saturating_duration_since(self.used.get()) >= IDLE_MAX;
         self.streams.get() == 0 && (stale || idle)
     }
@@ -151,7 +157,7 @@ impl Pool {
         match dialer.mesh(tls, key).await {
             // Denied between its handshake and now.
             Ok(opened) if tls.denied().denies(&opened.peer.marks) => Err(Fault::Banned),
-            Ok(opened) => Ok(self.adopt(key, opened, tls.generation)),
+            Ok(opened) => Ok(self.adopt(key, opened, tls)),
             Err(fault) => {
                 *last_failure = Some((Instant::now(), fault));
                 Err(fault)
@@ -164,7 +170,7 @@ impl Pool {
         links.get(key)?.iter().find(|link| link.usable(tls)).map(Slot::take)
     }
 
-    fn adopt(&self, key: &PoolKey, opened: Opened, generation: u64) -> Slot {
+    fn adopt(&self, key: &PoolKey, opened: Opened, tls: &TlsState) -> Slot {
         let now = Instant::now();
         let link = Rc::new(Link {
             send: opened.send,
@@ -172,7 +178,7 @@ impl Pool {
             retired: Cell::new(false),
             ended: Cell::new(false),
             in_order: Cell::new(false),
-            generation,
+            generation: tls.generation(opened.peer.marks.id.trust_domain()),
             expires: opened.expires,
             heard: opened.io.heard(),
             used: Cell::new(now),

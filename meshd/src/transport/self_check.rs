@@ -67,6 +67,7 @@ mod tests {
 
     use super::*;
     use crate::transport::denied::Denied;
+    use crate::transport::generations::Generations;
 
     fn domain() -> TrustDomain {
         "prod.example.org".parse().unwrap()
@@ -98,7 +99,7 @@ mod tests {
         assert!(handshake(&tls, &payments()).unwrap_err().contains("UnknownIssuer"));
         let (set, denied) = Denied::channel();
         let credentials = ca.credentials("web", &[payments()]);
-        let tls = TlsState::build_denying(&credentials, None, 0, denied).unwrap();
+        let tls = TlsState::build_denying(&credentials, None, Generations::default(), denied).unwrap();
         assert_eq!(handshake(&tls, &payments()), Ok(()));
         let entries = vec![Entry { whom: Whom::Identity(payments()), until: 0 }];
         let deny = DenySet { trust_domain: domain(), sequence: 1, entries };

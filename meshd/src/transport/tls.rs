@@ -22,12 +22,13 @@ use rustls::{
 };
 
 use super::denied::Denied;
+use super::generations::{Generation, Generations};
 use super::trust::Trust;
 use super::wire::{ALPN_HBONE, ALPN_MESHD};
 
-/// Everything handshakes need, of one generation of certificates.
+/// Everything handshakes need.
 pub struct TlsState {
-    pub generation: u64,
+    generations: Generations,
     pub server: Arc<ServerConfig>,
     keys: HashMap<SpiffeId, Identity>,
     by_sni: HashMap<String, SpiffeId>,
@@ -61,14 +62,14 @@ pub struct PeerCertificate {
 
 impl TlsState {
     /// Denies nobody.
-    pub fn build(credentials: &Credentials, default: Option<&SpiffeId>, generation: u64) -> Result<TlsState, TlsError> {
-        TlsState::build_denying(credentials, default, generation, Denied::nobody())
+    pub fn build(credentials: &Credentials, default: Option<&SpiffeId>, changes: u64) -> Result<TlsState, TlsError> {
+        TlsState::build_denying(credentials, default, Generations::with(changes), Denied::nobody())
     }
 
     pub fn build_denying(
         credentials: &Credentials,
         default: Option<&SpiffeId>,
-        generation: u64,
+        generations: Generations,
         denied: Denied,
     ) -> Result<TlsState, TlsError> {
         let provider = Arc::new(provider());
@@ -85,7 +86,7 @@ impl TlsState {
             default: default_identity.as_ref().map(|id| keys[id].key.clone()),
         };
         let server = server_config(&trust, &provider, resolver)?;
-        Ok(TlsState { generation, server: Arc::new(server), keys, by_sni, default_identity, trust, provider })
+        Ok(TlsState { generations, server: Arc::new(server), keys, by_sni, default_identity, trust, provider })
     }
 
     /// Whom we can be.
@@ -110,6 +111,15 @@ impl TlsState {
         let chain = chain?;
         let info = inspect_svid(chain.first()?).ok()?;
         Some(PeerCertificate { id: info.id, not_after: info.not_after, marks: self.trust.marks(chain)? })
+    }
+
+    pub fn generations(&self) -> &Generations {
+        &self.generations
+    }
+
+    /// Of connections made now with peers of a trust domain.
+    pub fn generation(&self, domain: &TrustDomain) -> Generation {
+        self.generations.of(domain)
     }
 
     pub fn denied(&self) -> &Denied {

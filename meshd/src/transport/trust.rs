@@ -136,8 +136,12 @@ impl Anchors {
         provider: &Arc<CryptoProvider>,
     ) -> Result<Anchors, String> {
         let mut store = RootCertStore::empty();
+        let domain = &bundle.trust_domain;
         for root in &bundle.roots {
-            store.add(CertificateDer::from(root.clone())).map_err(|error| error.to_string())?;
+            // The others are good all the same.
+            if let Err(error) = store.add(CertificateDer::from(root.clone())) {
+                tracing::error!(%domain, %error, "a root cannot be verified with and is left out");
+            }
         }
         let store = Arc::new(store);
         let clients = WebPkiClientVerifier::builder_with_provider(store.clone(), provider.clone());
@@ -267,6 +271,22 @@ mod tests {
         let trust = trust_of(&held);
         assert!(verdicts(&trust, &impostor.svid(&web())).iter().all(Result::is_err));
         assert_eq!(verdicts(&trust, &two.ours.svid(&web())), [Ok(()), Ok(())]);
+    }
+
+    #[test]
+    fn a_root_that_cannot_be_verified_with_takes_no_other_one_along() {
+        let two = Two::new();
+        let mut held = two.web.clone();
+        let foreign = held.federation.domains.get_mut(&theirs()).unwrap();
+        foreign.bundle.roots.push(b"no certificate".to_vec());
+        held.bundle.roots.push(b"no certificate".to_vec());
+        assert_eq!(handshake(&held, &two.api), Ok(()));
+        foreign_only_bad(&mut held);
+        assert!(!trust_of(&held).knows(&theirs()));
+    }
+
+    fn foreign_only_bad(held: &mut Credentials) {
+        held.federation.domains.get_mut(&theirs()).unwrap().bundle.roots.remove(0);
     }
 
     #[test]

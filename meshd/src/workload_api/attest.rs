@@ -4,14 +4,15 @@
 //! The kernel holds on to the process for us, so its number means nobody else while it lives; that it does is asked
 //! last, after all that was read by number.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use meshd_identity::ProcessSelector;
 use meshd_sys::peer::Peer;
 
 use crate::attest::{Attestor, Program, user_of};
-use crate::enrol::{self, Enrolment, Guard, Owner, PortWatch, ProcessFacts, Workload};
+use crate::enrol::{self, Enrolment, Guard, Owner, PortWatch, ProcessFacts, Sight, Workload};
 
 /// The caller of one connection. What it may have is asked anew for every answer.
 #[derive(Debug)]
@@ -19,7 +20,16 @@ pub(super) struct Caller {
     peer: Peer,
     attestor: Arc<Attestor>,
     /// What it ran when it connected, where that can be seen.
-    program: Option<Program>,
+    program: OnceLock<Arc<Program>>,
+    /// What it was when it was looked at last. None: it could not be told by then.
+    seen: Mutex<Option<Sighting>>,
+}
+
+#[derive(Clone, Debug)]
+enum Sighting {
+    Process(ProcessFacts),
+    /// It runs another program than when it connected: whoever does lends nothing of either.
+    Changed,
 }
 
 /// Why a caller is nobody.
@@ -32,16 +42,46 @@ pub(super) enum Unattested {
     Unenrolled(Owner),
     /// It is not what the PKI's entry for its workload asks for.
     Unmet(Owner, ProcessSelector),
-    /// Its program has to be read first.
+    /// Its program has to be looked at first.
     Unread,
 }
 
 impl Caller {
     pub(super) fn of(peer: Peer, attestor: Arc<Attestor>) -> Caller {
-        let program = attestor.program(peer.pid);
-        Caller { peer, attestor, program }
+        Caller { peer, attestor, program: OnceLock::new(), seen: Mutex::default() }
     }
 
+    /// Notes what it runs, before anything else is done for it.
+    pub(super) async fn meet(&self) {
+        let (true, Ok(owner)) = (self.attestor.sight() == Sight::On, self.owner()) else { return };
+        let pid = self.peer.pid;
+        if let Ok(Some(program)) = self.attestor.look(&owner.selector(), move |attestor| attestor.program(pid)).await {
+            // The first time only.
+            _ = self.program.set(Arc::new(program));
+        }
+    }
+
+    /// Looks at its program, where who it is depends on that.
+    pub(super) async fn look(&self, enrolment: &ArcSwap<Enrolment>, ports: &PortWatch) {
+        let Some((owner, guard)) = self.guarded(&enrolment.load(), ports, Instant::now()) else { return };
+        let (subject, before) = (owner.selector(), self.program.get().cloned());
+        let (pid, gid) = (self.peer.pid, self.peer.gid);
+        let look = move |attestor: &Attestor| see(attestor, pid, gid, owner, before.as_deref(), &guard);
+        let seen = self.attestor.look(&subject, look).await;
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen.unwrap_or_else(|error| {
+            tracing::warn!(caller = subject, %error, "a caller of the Workload API has to wait");
+            None
+        });
+    }
+
+    fn guarded(&self, enrolment: &Enrolment, ports: &PortWatch, now: Instant) -> Option<(Owner, Arc<Guard>)> {
+        let owner = self.owner().ok()?;
+        let workload = owner.workload(enrolment, ports, now)?;
+        let guard = enrolment.guard(&workload.identity).filter(|guard| guard.needs_program())?;
+        Some((owner, guard.clone()))
+    }
+
+    /// By what was seen of it last.
     pub(super) fn workload(
         &self,
         enrolment: &Enrolment,
@@ -53,48 +93,22 @@ impl Caller {
             return Err(Unattested::Unenrolled(owner));
         };
         if let Some(guard) = enrolment.guard(&workload.identity) {
-            self.meet(guard, owner)?;
+            let facts = self.facts(guard, owner)?;
+            if let Some(unmet) = guard.unmet(&facts).cloned() {
+                return Err(Unattested::Unmet(facts.owner, unmet));
+            }
         }
         Ok(workload)
     }
 
-    fn meet(&self, guard: &Guard, owner: Owner) -> Result<(), Unattested> {
-        let (program, facts) = self.process(guard, owner)?;
-        let is_unread = || program.as_ref().is_some_and(|program| !self.attestor.is_measured(program));
-        match guard.unmet(&facts) {
-            None => Ok(()),
-            Some(_) if guard.needs_hash() && guard.unmet_but_hash(&facts).is_none() && is_unread() => {
-                Err(Unattested::Unread)
-            }
-            Some(unmet) => Err(Unattested::Unmet(facts.owner, unmet.clone())),
+    fn facts(&self, guard: &Guard, owner: Owner) -> Result<ProcessFacts, Unattested> {
+        if !guard.needs_program() {
+            return Ok(ProcessFacts { owner, gid: self.peer.gid, program: None });
         }
-    }
-
-    fn process(&self, guard: &Guard, owner: Owner) -> Result<(Option<Program>, ProcessFacts), Unattested> {
-        let program = if guard.needs_program() { self.program()? } else { None };
-        let told = program.as_ref().map(|program| self.attestor.facts(program));
-        Ok((program, ProcessFacts { owner, gid: self.peer.gid, program: told }))
-    }
-
-    /// What it runs now, and ran when it connected: whoever runs another program since lends nothing of either.
-    fn program(&self) -> Result<Option<Program>, Unattested> {
-        let now = self.attestor.program(self.peer.pid);
-        if !self.peer.lives() {
-            return Err(Unattested::Gone);
-        }
-        match (&self.program, &now) {
-            (Some(before), Some(program)) if !program.is(before) => Err(Unattested::Changed),
-            (Some(_), _) => Ok(now),
-            // It could not be seen then.
-            (None, _) => Ok(None),
-        }
-    }
-
-    /// What has to be read, off the reactor's threads, before it can be told who this is.
-    pub(super) fn unread(&self, enrolment: &Enrolment, ports: &PortWatch, now: Instant) -> Option<Program> {
-        match self.workload(enrolment, ports, now) {
-            Err(Unattested::Unread) => self.program().ok().flatten(),
-            _ => None,
+        match self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            Some(Sighting::Process(seen)) => Ok(ProcessFacts { owner, gid: self.peer.gid, program: seen.program }),
+            Some(Sighting::Changed) => Err(Unattested::Changed),
+            None => Err(Unattested::Unread),
         }
     }
 
@@ -113,12 +127,34 @@ impl Caller {
     }
 }
 
+/// By number: whoever asks holds the process, and asks whether it lives afterwards. None: its content cannot be told yet.
+fn see(
+    attestor: &Attestor,
+    pid: i32,
+    gid: u32,
+    owner: Owner,
+    before: Option<&Program>,
+    guard: &Guard,
+) -> Option<Sighting> {
+    // What could not be seen when it connected is not believed now.
+    let now = before.and_then(|_| attestor.program(pid));
+    if let (Some(before), Some(now)) = (before, &now)
+        && !now.is(before)
+    {
+        return Some(Sighting::Changed);
+    }
+    let facts = attestor.process_facts(owner, gid, now.as_ref(), guard);
+    let is_read = now.as_ref().is_none_or(|program| attestor.is_measured(program));
+    let is_known = facts.program.as_ref().is_none_or(|program| program.sha256.is_some());
+    let lacks_content = guard.needs_hash() && guard.unmet_but_hash(&facts).is_none() && !is_known;
+    (!lacks_content || is_read).then_some(Sighting::Process(facts))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::attest::Sight;
     use crate::enrol::Reserved;
 
     fn enrolled(text: &str) -> Enrolment {
@@ -160,39 +196,49 @@ mod tests {
         enrolment
     }
 
-    #[test]
-    fn the_program_is_read_before_its_content_is_judged_and_only_if_all_else_holds() {
-        let caller = this_process();
-        let (ports, now) = (PortWatch::default(), Instant::now());
-        let own = caller.program().unwrap().unwrap();
-        let path = format!("unix:path:{}", own.path().unwrap());
-        let content = std::fs::read("/proc/self/exe").unwrap();
-        let hash = ProcessSelector::Sha256(meshd_identity::sha256(&content)).to_string();
-        let both = guarded(&caller, vec![path, hash.clone()]);
-        assert_eq!(caller.workload(&both, &ports, now).unwrap_err(), Unattested::Unread);
-        let elsewhere = guarded(&caller, vec!["unix:path:/bin/other".to_owned(), hash]);
-        assert!(matches!(caller.workload(&elsewhere, &ports, now), Err(Unattested::Unmet(..))));
-        assert!(caller.unread(&elsewhere, &ports, now).is_none());
-        caller.attestor.measure(&caller.unread(&both, &ports, now).unwrap());
-        assert_eq!(caller.workload(&both, &ports, now).unwrap().identity.name(), "web");
-        let other = guarded(&caller, vec![format!("unix:sha256:{}", "00".repeat(32))]);
-        assert!(matches!(caller.workload(&other, &ports, now), Err(Unattested::Unmet(..))));
-        let group = guarded(&caller, vec![format!("unix:gid:{}", caller.peer.gid + 1)]);
-        assert!(matches!(caller.workload(&group, &ports, now), Err(Unattested::Unmet(..))));
+    /// What becomes of the caller after a look at it.
+    async fn judged(caller: &Caller, enrolment: &Enrolment) -> Result<Arc<Workload>, Unattested> {
+        let enrolment = ArcSwap::from_pointee(enrolment.clone());
+        let ports = PortWatch::default();
+        caller.look(&enrolment, &ports).await;
+        caller.workload(&enrolment.load(), &ports, Instant::now())
     }
 
-    #[test]
-    fn a_program_unseen_at_the_start_or_another_since_meets_nothing() {
-        let mut caller = this_process();
-        let (ports, now) = (PortWatch::default(), Instant::now());
-        let path = format!("unix:path:{}", caller.program().unwrap().unwrap().path().unwrap());
-        let enrolment = guarded(&caller, vec![path]);
-        assert!(caller.workload(&enrolment, &ports, now).is_ok());
+    fn path_of(caller: &Caller) -> String {
+        format!("unix:path:{}", caller.program.get().unwrap().path().unwrap())
+    }
+
+    #[tokio::test]
+    async fn all_selectors_must_hold_and_nothing_is_judged_before_a_look() {
+        let caller = this_process();
+        caller.meet().await;
+        let content = std::fs::read("/proc/self/exe").unwrap();
+        let hash = ProcessSelector::Sha256(meshd_identity::sha256(&content)).to_string();
+        let both = guarded(&caller, vec![path_of(&caller), hash.clone()]);
+        let unseen = caller.workload(&both, &PortWatch::default(), Instant::now());
+        assert_eq!(unseen.unwrap_err(), Unattested::Unread);
+        assert_eq!(judged(&caller, &both).await.unwrap().identity.name(), "web");
+        let elsewhere = vec!["unix:path:/bin/other".to_owned(), hash];
+        let other = vec![format!("unix:sha256:{}", "00".repeat(32))];
+        let group = vec![format!("unix:gid:{}", caller.peer.gid + 1)];
+        for selectors in [elsewhere, other, group] {
+            let enrolment = guarded(&caller, selectors);
+            assert!(matches!(judged(&caller, &enrolment).await, Err(Unattested::Unmet(..))));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_unseen_at_the_start_or_another_since_meets_nothing() {
+        let caller = this_process();
+        caller.meet().await;
+        let enrolment = guarded(&caller, vec![path_of(&caller)]);
+        assert!(judged(&caller, &enrolment).await.is_ok());
         let mut child = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
-        caller.program = Some(Program::of(child.id().cast_signed()).unwrap());
-        assert_eq!(caller.workload(&enrolment, &ports, now).unwrap_err(), Unattested::Changed);
-        caller.program = None;
-        assert!(matches!(caller.workload(&enrolment, &ports, now), Err(Unattested::Unmet(..))));
+        let changed = this_process();
+        changed.program.set(Arc::new(Program::of(child.id().cast_signed()).unwrap())).unwrap();
+        assert_eq!(judged(&changed, &enrolment).await.unwrap_err(), Unattested::Changed);
+        let unseen = this_process();
+        assert!(matches!(judged(&unseen, &enrolment).await, Err(Unattested::Unmet(..))));
         drop(child.stdin.take());
         child.wait().unwrap();
     }

@@ -47,8 +47,7 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     admin::bind_with_mode(path, 0o666)
 }
 
-pub async fn serve(listener: UnixListener, sources: Sources) {
-    let sources = Arc::new(sources);
+pub async fn serve(listener: UnixListener, sources: Arc<Sources>) {
     let (limits, complaints) = (Limits::default(), Arc::new(Complaints::default()));
     loop {
         let socket = match listener.accept().await {
@@ -80,6 +79,7 @@ fn admit(limits: &Limits, socket: &UnixStream, attestor: &Arc<Attestor>) -> Opti
 
 async fn connection(socket: UnixStream, session: Arc<Session>) {
     let _open = session.sources.shared.telemetry.workload_api.connection();
+    session.caller.meet().await;
     let admission = session.admission.clone();
     let socket = Named::new(socket, move |requests| admission.pace(requests, Instant::now()));
     let service = service_fn(move |request| {

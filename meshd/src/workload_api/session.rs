@@ -51,21 +51,19 @@ impl Session {
         found.map(|workload| workload.identity.clone()).map_err(|why| {
             self.explain(&why);
             match why {
-                Unattested::Unread => Refused::NotYet("the caller's program is being read; ask again".to_owned()),
+                Unattested::Unread => {
+                    Refused::NotYet("the caller's program could not be looked at yet; ask again".to_owned())
+                }
                 _ => Refused::NoIdentity,
             }
         })
     }
 
-    /// Reads the caller's program, where its identity depends on that and it was not read yet. Before every answer:
-    /// what is read is remembered, so this costs nothing the second time.
+    /// Looks at the caller's program, where its identity depends on that. Before every answer: what is read of its content
+    /// is remembered.
     pub(super) async fn look(&self) {
         let shared = &self.sources.shared;
-        let Some(program) = self.caller.unread(&shared.enrolment.load(), &shared.ports, Instant::now()) else { return };
-        let attestor = shared.attestor.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || attestor.measure(&program)).await {
-            tracing::error!(%error, "reading the program of a caller of the Workload API failed");
-        }
+        self.caller.look(&shared.enrolment, &shared.ports).await;
     }
 
     pub(super) fn stream(&self) -> Result<StreamSlot, Refused> {

@@ -55,6 +55,7 @@ impl SpiffeWorkloadApi for Spiffe {
         let _slot = self.0.stream()?;
         let token = self.token(&identity, audience).await?;
         // Asking the PKI takes its time: only whoever asked gets the answer.
+        self.0.look().await;
         if self.0.identity()? != identity {
             return Err(Refused::NoIdentity.into());
         }

@@ -34,6 +34,18 @@ impl Process {
     }
 }
 
+/// Whether two threads have one table of descriptors; None where the kernel does not say.
+pub fn share_descriptors(one: i32, other: i32) -> Option<bool> {
+    /// linux/kcmp.h
+    const KCMP_FILES: i32 = 2;
+    // SAFETY: takes five numbers and no pointer.
+    match unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) } {
+        0 => Some(true),
+        1..=3 => Some(false),
+        _ => None,
+    }
+}
+
 impl Peer {
     /// An error if the process has ended, or is none of this pid namespace.
     pub fn of(socket: &impl AsFd) -> io::Result<Peer> {
@@ -73,6 +85,24 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    #[test]
+    fn threads_share_their_descriptors_and_processes_do_not() {
+        let own = std::process::id().cast_signed();
+        let thread = std::thread::spawn(|| nix::unistd::gettid().as_raw());
+        let other = std::thread::spawn(move || {
+            let thread = nix::unistd::gettid().as_raw();
+            // A kernel built without CONFIG_KCMP answers nothing.
+            share_descriptors(own, thread) != Some(false)
+        });
+        assert!(other.join().unwrap());
+        let gone = thread.join().unwrap();
+        assert!(!matches!(share_descriptors(own, gone), Some(true)));
+        let mut child = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        assert_ne!(share_descriptors(own, child.id().cast_signed()), Some(true));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
 
     #[test]
     fn whoever_made_the_connection_is_named_and_lives() {

@@ -9,7 +9,7 @@ use meshd_identity::SpiffeId;
 use meshd_identity::statements::DenySet;
 use meshd_pki_api::{MAX_BATCH, v1};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use crate::Credentials;
 use crate::ban;
@@ -46,9 +46,14 @@ pub struct Agent {
     /// The conversation with the PKI failed for a reason that does not pass by itself.
     adrift: Option<Adrift>,
     retry: Retry,
-    /// In use but not yet on disk.
-    unsaved: bool,
+    /// Generations on disk that have yet to be replaced by what is in use.
+    unsaved: u8,
+    /// What is held may not have been published: the last run ended wherever it was.
+    is_broken: bool,
 }
+
+/// All there are.
+const GENERATIONS: u8 = 2;
 
 /// Reports that wait while the agent is busy renewing.
 const HEARD_QUEUE: usize = 8;
@@ -77,7 +82,10 @@ impl Agent {
         let mut store = Store::new(dir, &surroundings.machine_id_file);
         let state = store.load()?;
         let denials = Denials::open(dir, &state.credentials.trust_domain);
-        let state = ban::heed(&state, denials.name(&state.credentials.host.id)).unwrap_or(state);
+        let heeded = ban::heed(&state, denials.name(&state.credentials.host.id));
+        // Neither generation may keep the keys. Whoever only looks, as the command line does, writes nothing.
+        let unsaved = if heeded.is_some() { GENERATIONS } else { 0 };
+        let state = heeded.unwrap_or(state);
         let (publish, _) = watch::channel(Arc::new(state.credentials.clone()));
         Ok(Agent {
             store,
@@ -91,7 +99,8 @@ impl Agent {
             lend_denials: false,
             adrift: None,
             retry: Retry::default(),
-            unsaved: false,
+            unsaved,
+            is_broken: false,
         })
     }
 
@@ -110,6 +119,15 @@ impl Agent {
 
     /// Renews what is held and asks for what is newly wanted, for ever. A failure never takes anything away.
     pub async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SpiffeId>>) {
+        self.work(&mut wanted).await;
+    }
+
+    /// The same, to be supervised: ends, or panics, by a defect only, and goes on from what is held when it is called again.
+    pub async fn work(&mut self, wanted: &mut watch::Receiver<BTreeSet<SpiffeId>>) {
+        self.metrics.lost();
+        if std::mem::replace(&mut self.is_broken, true) {
+            self.publish.send_replace(Arc::new(self.state.credentials.clone()));
+        }
         let mut known = wanted.borrow_and_update().clone();
         let facts = watch::Sender::new(self.facts());
         let (say, mut heard) = mpsc::channel(HEARD_QUEUE);
@@ -122,6 +140,7 @@ impl Agent {
             let wake = self.sleep_time(&known);
             tokio::select! {
                 () = tokio::time::sleep(wake) => {}
+                Some(ended) = link.join_next() => return bequeath(ended),
                 Some(heard) = heard.recv() => {
                     match heard {
                         Heard::Reply(reply) => self.hear(*reply),
@@ -142,8 +161,8 @@ impl Agent {
     }
 
     async fn step(&mut self, wanted: &BTreeSet<SpiffeId>) {
-        if self.unsaved {
-            self.save();
+        if self.unsaved > 0 {
+            self.write();
         }
         let now = self.now();
         let asked = due(&self.state.credentials, wanted, &self.told, now);
@@ -398,14 +417,26 @@ impl Agent {
 
     /// A full disk must not stop renewal: the new credentials are used, and written as soon as that works.
     fn save(&mut self) {
-        match self.store.save(&self.state) {
-            Ok(()) => self.unsaved = false,
-            Err(error) => {
+        self.unsaved = GENERATIONS.min(self.unsaved + 1);
+        self.write();
+    }
+
+    fn write(&mut self) {
+        while self.unsaved > 0 {
+            if let Err(error) = self.store.save(&self.state) {
                 tracing::error!(%error, "new credentials are in use but not on disk");
-                self.metrics.store_failed();
-                self.unsaved = true;
+                return self.metrics.store_failed();
             }
+            self.unsaved -= 1;
         }
+    }
+}
+
+/// The conversation never ends by itself: whoever holds it has a defect, which is its starter's, too.
+fn bequeath(ended: Result<(), JoinError>) {
+    match ended {
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        _ => tracing::error!("the task that talks with the PKI has ended"),
     }
 }
 

@@ -6,6 +6,8 @@ use std::time::SystemTime;
 
 use meshd_identity::{Bundle, SpiffeId, TrustDomain};
 use meshd_pki_api::v1;
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
@@ -121,15 +123,26 @@ impl Federation {
         Document { revision: self.revision, domains, refused: self.refused.clone() }
     }
 
-    pub(crate) fn from_document(document: Document) -> Result<Federation, String> {
-        let domain = |one: DomainDocument| {
-            let bundle = Bundle::from_jwks(one.trust_domain.clone(), one.bundle.as_bytes());
-            let bundle = bundle.map_err(|error| format!("federated with {}: {error}", one.trust_domain))?;
-            let since = from_unix_ms(one.since_unix_ms);
-            Ok((one.trust_domain, Federated { bundle, identities: one.identities, since }))
-        };
-        let domains = document.domains.into_iter().map(domain).collect::<Result<_, String>>()?;
-        Ok(Federation { revision: document.revision, domains, refused: document.refused })
+    /// What this version cannot make sense of, or an earlier one could not, is asked for again: never may somebody else's
+    /// bundle be in the way of this host's own identity.
+    pub(crate) fn from_document(document: Document) -> Federation {
+        let mut held = Federation { refused: document.refused, ..Federation::default() };
+        let mut is_whole = held.refused.is_empty();
+        for one in document.domains {
+            match Bundle::from_jwks(one.trust_domain.clone(), one.bundle.as_bytes()) {
+                Ok(bundle) => {
+                    let since = from_unix_ms(one.since_unix_ms);
+                    held.domains.insert(one.trust_domain, Federated { bundle, identities: one.identities, since });
+                }
+                Err(error) => {
+                    let domain = one.trust_domain;
+                    tracing::warn!(%domain, %error, "a federated bundle on disk is unreadable; asking for it again");
+                    is_whole = false;
+                }
+            }
+        }
+        held.revision = if is_whole { document.revision } else { 0 };
+        held
     }
 }
 
@@ -137,6 +150,10 @@ impl Federation {
 fn read(domain: &TrustDomain, jwks: &[u8]) -> Result<Bundle, String> {
     let bundle = Bundle::from_jwks(domain.clone(), jwks).map_err(|error| error.to_string())?;
     for root in &bundle.roots {
+        // What handshakes verify with reads certificates its own way.
+        RootCertStore::empty()
+            .add(CertificateDer::from(&root[..]))
+            .map_err(|error| format!("one of its authorities is no certificate to verify with: {error}"))?;
         if let Some(other) = domains_of(root).into_iter().find(|named| named != domain.as_str()) {
             let other = printable(&other);
             return Err(format!("one of its authorities is of trust domain `{other}`; a bundle is of one domain only"));
@@ -265,9 +282,42 @@ mod tests {
     #[test]
     fn it_survives_the_disk_form() {
         let mut held = holding(&FakeCa::new(other()));
+        assert_eq!(stored(&held), held);
         held.refused.insert("third".to_owned(), "why".to_owned());
+        // A newer version may read what this one could not.
+        assert_eq!(stored(&held), Federation { revision: 0, ..held });
+    }
+
+    fn stored(held: &Federation) -> Federation {
         let json = serde_json::to_string(&held.to_document()).unwrap();
-        let read = Federation::from_document(serde_json::from_str(&json).unwrap()).unwrap();
-        assert_eq!(read, held);
+        Federation::from_document(serde_json::from_str(&json).unwrap())
+    }
+
+    #[test]
+    fn a_bundle_on_disk_that_is_unreadable_is_asked_for_again_and_the_others_stay() {
+        let third: TrustDomain = "third.example".parse().unwrap();
+        let mut held = holding(&FakeCa::new(other()));
+        let more = Federated { bundle: FakeCa::new(&third).bundle(), identities: BTreeSet::new(), since: at(1) };
+        held.domains.insert(third, more);
+        let mut document = held.to_document();
+        document.domains[0].bundle = "{}".to_owned();
+        let read = Federation::from_document(document);
+        assert_eq!((read.revision, read.domains.keys().map(TrustDomain::as_str).collect()), (0, vec!["third.example"]));
+    }
+
+    #[test]
+    fn an_authority_that_handshakes_cannot_verify_with_is_refused_before_it_replaces_a_good_one() {
+        let held = holding(&FakeCa::new(other()));
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        // More than webpki reads of one certificate.
+        let filler = rcgen::CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![0; 66_000]);
+        params.custom_extensions.push(filler);
+        let root = params.self_signed(&key).unwrap();
+        let bundle = Bundle::new(other(), 2, 300, vec![root.der().to_vec()]).unwrap();
+        let next = held.replaced_by(told(8, vec![told_as("other.example", bundle.to_jwks())]), &own(), at(9));
+        assert_eq!(next.domains, held.domains);
+        assert!(next.refused["other.example"].contains("to verify with"), "{:?}", next.refused);
     }
 }

@@ -93,7 +93,7 @@ impl State {
             hints: document.hints,
             // Told by the deny set, which has a file of its own.
             banned: false,
-            federation: Federation::from_document(document.federation)?,
+            federation: Federation::from_document(document.federation),
             pki: document.pki,
         };
         let keys = document.recovery_keys.iter().map(|key| decode(key)).collect::<Result<_, String>>()?;

@@ -105,7 +105,7 @@ impl Keeper {
                 (self, result)
             });
             let Ok((keeper, result)) = looked.await else {
-                return tracing::error!("DNS integration is not kept up any more; restart meshd");
+                return tracing::error!("keeping up DNS integration has failed");
             };
             self = keeper;
             match result {

@@ -1,6 +1,8 @@
 //! Judging what a bundle endpoint sent. Pure.
 
-use meshd_identity::{Bundle, BundleError, TrustDomain};
+use meshd_identity::{Bundle, BundleError, MAX_BUNDLE_BYTES, TrustDomain};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
 
 use crate::store::federation::Held;
 
@@ -20,6 +22,8 @@ pub(crate) enum Unacceptable {
          you: `meshd-pki federation add ... --bundle FILE`"
     )]
     Back { held: u64, sent: u64 },
+    #[error("one of its authorities is no certificate to verify with: {0}")]
+    Unusable(String),
     #[error("it changed under the same sequence {0}; whoever publishes it has to raise that")]
     SameSequence(u64),
 }
@@ -34,6 +38,14 @@ pub(crate) fn accept(
     let sent = Bundle::from_jwks(domain.clone(), document)?;
     // As we would write it: what hosts get does not depend on how the publisher formats.
     let jwks = String::from_utf8(sent.to_jwks()).expect("JSON is text");
+    if jwks.len() > MAX_BUNDLE_BYTES {
+        return Err(BundleError::TooLarge(jwks.len()).into());
+    }
+    // Handshakes read certificates their own way.
+    for root in &sent.roots {
+        let added = RootCertStore::empty().add(CertificateDer::from(&root[..]));
+        added.map_err(|error| Unacceptable::Unusable(error.to_string()))?;
+    }
     if let Some(held) = held {
         if held.jwks == jwks {
             return Ok(None);
@@ -65,7 +77,7 @@ pub(crate) fn next_poll(held: Option<&Held>, now: i64, chance: f64) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+    use rcgen::{BasicConstraints, CertificateParams, CustomExtension, IsCa, KeyPair};
 
     use super::*;
 
@@ -120,6 +132,18 @@ mod tests {
         for document in [&b"{\"keys\":[],\"spiffe_sequence\":9}"[..], b"<html>", b""] {
             assert!(matches!(judge(None, document), Err(Unacceptable::Document(_))));
         }
+    }
+
+    #[test]
+    fn an_authority_that_handshakes_cannot_verify_with_takes_no_good_one_s_place() {
+        let held = judge(None, &document(5, &[&root()])).unwrap().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // More than webpki reads of one certificate.
+        params.custom_extensions.push(CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![0; 66_000]));
+        let large = params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().to_vec();
+        let judged = judge(Some(&held), &document(6, &[&large, &root()]));
+        assert!(matches!(judged, Err(Unacceptable::Unusable(_))), "{judged:?}");
     }
 
     #[test]

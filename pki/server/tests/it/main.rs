@@ -23,6 +23,7 @@ mod profile;
 mod records;
 mod recovery;
 mod renewal;
+mod restarts;
 mod rotations;
 mod shut_out;
 mod support;
