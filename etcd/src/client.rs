@@ -54,6 +54,13 @@ impl Error {
         matches!(self, Error::Refused(status) if matches!(status.code(), Code::ResourceExhausted | Code::PermissionDenied))
     }
 
+    /// Whether etcd does not know any more who asks: it was not done, and may be asked again.
+    fn is_of_old_login(&self) -> bool {
+        let old = ["invalid auth token", "revision of auth store is old"];
+        matches!(self, Error::Refused(status) if status.code() == Code::Unauthenticated
+            || old.iter().any(|text| status.message().contains(text)))
+    }
+
     /// For whoever follows etcd, when following cannot go on.
     pub fn gone(why: &str) -> Error {
         Error::Refused(Status::unavailable(why))
@@ -62,16 +69,6 @@ impl Error {
     /// The revision asked for is not kept any more.
     pub fn compacted() -> Error {
         Error::Refused(Status::out_of_range("compacted"))
-    }
-
-    /// What was allowed was asked before etcd's users or roles were changed: it is to be asked again, nothing was done.
-    fn is_outdated(&self) -> bool {
-        let said = |status: &Status| {
-            // An old token: etcd forgets its users' tokens when it restarts.
-            status.message().contains("invalid auth token")
-                || status.message().contains("revision of auth store is old")
-        };
-        matches!(self, Error::Refused(status) if status.code() == Code::Unauthenticated || said(status))
     }
 
     pub fn is_compacted(&self) -> bool {
@@ -153,24 +150,23 @@ impl Client {
     async fn range(&self, request: RangeRequest) -> Result<crate::api::RangeResponse, Error> {
         let mut attempts = self.settings.endpoints.len();
         loop {
-            let asked = request.clone();
-            let answer = self.call(|session| async move {
-                let request = session.request(asked);
-                session.kv().range(request).await
+            let answer = self.call(|session| {
+                let request = session.request(request.clone());
+                async move { session.kv().range(request).await }
             });
             attempts -= 1;
             match answer.await {
-                Err(error) if (error.is_gone() || error.is_outdated()) && attempts > 0 => {}
+                Err(error) if error.is_gone() && attempts > 0 => {}
                 other => return other,
             }
         }
     }
 
-    /// Never sent twice.
+    /// Never carried out twice.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse, Error> {
-        self.call(|session| async move {
-            let request = session.request(request);
-            session.kv().txn(request).await
+        self.call(|session| {
+            let request = session.request(request.clone());
+            async move { session.kv().txn(request).await }
         })
         .await
     }
@@ -212,14 +208,16 @@ impl Client {
             start_revision: from,
             progress_notify: false,
         };
-        let started = self.call(|session| async move {
-            let (requests, queue) = mpsc::channel(1);
-            let first = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-            requests.try_send(first).map_err(|_| Status::internal("a new queue is full"))?;
-            let mut request = session.request(ReceiverStream::new(queue));
-            request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
-            let responses = session.watch().watch(request).await?.into_inner();
-            Ok(tonic::Response::new(Watching { _requests: requests, responses }))
+        let started = self.call(|session| {
+            let first = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create.clone())) };
+            async move {
+                let (requests, queue) = mpsc::channel(1);
+                requests.try_send(first).map_err(|_| Status::internal("a new queue is full"))?;
+                let mut request = session.request(ReceiverStream::new(queue));
+                request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
+                let responses = session.watch().watch(request).await?.into_inner();
+                Ok(tonic::Response::new(Watching { _requests: requests, responses }))
+            }
         });
         started.await
     }
@@ -232,7 +230,17 @@ impl Client {
         }
     }
 
-    async fn call<T, F>(&self, act: impl FnOnce(Session) -> F) -> Result<T, Error>
+    async fn call<T, F>(&self, act: impl Fn(Session) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        match self.attempt(&act).await {
+            Err(error) if error.is_of_old_login() => self.attempt(&act).await,
+            other => other,
+        }
+    }
+
+    async fn attempt<T, F>(&self, act: &impl Fn(Session) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
@@ -242,7 +250,8 @@ impl Client {
             Err(_) => Err(Error::Deadline),
         };
         match &answer {
-            Err(error) if error.is_outdated() => self.forget(),
+            // Tokens end, and etcd forgets those of its users when it restarts.
+            Err(error) if error.is_of_old_login() => self.forget(),
             Err(error) if error.is_gone() || matches!(error, Error::Deadline) => self.leave_member(),
             _ => {}
         }

@@ -23,6 +23,8 @@ pub enum SettingsError {
     HalfUser,
     #[error("TLS to etcd is not possible with this material: {0}")]
     Tls(#[from] rustls::Error),
+    #[error("https:// to etcd needs the authority that its certificates chain to; give --etcd-ca FILE")]
+    NoAuthority,
     #[error("http:// to etcd at {0}: it would carry what the mesh trusts in clear; use https://, or loopback")]
     Clear(String),
 }
@@ -50,11 +52,12 @@ pub(crate) struct Endpoint {
 
 impl Settings {
     pub fn check(&self) -> Result<(), SettingsError> {
-        let endpoints = self.parsed()?;
-        if endpoints.iter().any(|endpoint| endpoint.tls) {
+        let is_tls = self.parsed()?.iter().any(|endpoint| endpoint.tls);
+        if is_tls {
             self.tls()?;
         }
-        self.credentials().map(drop)
+        self.credentials()?;
+        if is_tls && self.ca.is_none() { Err(SettingsError::NoAuthority) } else { Ok(()) }
     }
 
     pub(crate) fn parsed(&self) -> Result<Vec<Endpoint>, SettingsError> {
@@ -158,6 +161,7 @@ mod tests {
         assert!(matches!(half.check(), Err(SettingsError::HalfCertificate)));
         let half = Settings { user: Some("u".to_owned()), ..base.clone() };
         assert!(matches!(half.check(), Err(SettingsError::HalfUser)));
+        assert!(matches!(base.check(), Err(SettingsError::NoAuthority)));
         let missing = Settings { ca: Some("/no/such.pem".into()), ..base };
         assert!(missing.check().unwrap_err().to_string().contains("/no/such.pem"));
     }

@@ -1,5 +1,9 @@
-//! Kubernetes' own API server behind our PKI. Run by `cargo xtask test`; needs root, and an API server or a Go toolchain.
+//! Servers others wrote, as they are: Kubernetes' API server behind our PKI, etcd, Consul. Run by `cargo xtask test`; needs
+//! root, and the servers or a Go toolchain.
 
+mod consul;
+mod controllers;
+mod etcd;
 mod istio;
 
 use std::fs;

@@ -20,7 +20,7 @@ pub(crate) fn directory_of(name: &str, build: impl FnOnce(&Path) -> Result<()>) 
     fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let kept = cache.join(name);
     // Several test processes want the same one; the first builds it.
-    let lock = File::create(cache.join("lock"))?;
+    let lock = File::create(cache.join(format!("{name}.lock")))?;
     lock.lock()?;
     if !kept.exists() {
         let partial = kept.with_extension("partial");

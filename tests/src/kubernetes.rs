@@ -1,12 +1,12 @@
-//! A Kubernetes API server over an etcd of its own, on the loopback of a host: TLS, RBAC, tokens; no nodes, no controllers.
+//! A Kubernetes API server over an etcd of its own on a host: TLS, RBAC, tokens; controllers where asked for, no nodes.
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::authority::Authority;
 use crate::host::Host;
 use crate::process::{Process, Program};
 use crate::servers;
@@ -21,34 +21,68 @@ pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 
 // Fields drop in order: the API server first.
 pub struct Cluster {
+    controllers: Option<Process>,
     apiserver: Process,
     _etcd: Process,
+    authority: Authority,
     host: Host,
 }
 
 impl Cluster {
     pub fn start(host: &Host) -> Result<Self> {
         let program = servers::kube_apiserver()?;
-        let directory = directory_on(host);
-        fs::create_dir_all(&directory)?;
-        host.run(&Program::new("sh").args(["-euc", CERTIFICATES, "sh"]).arg(&directory))?
-            .expect_success("the cluster's certificates")?;
+        let authority = Authority::create(host, &directory_on(host))?;
+        authority.issue("server", "/CN=kube-apiserver")?;
+        authority.issue("admin", "/O=system:masters/CN=admin")?;
+        let accounts = Program::new("openssl").args(["genrsa", "-out"]).arg(authority.file("accounts.key")).arg("2048");
+        host.run(&accounts)?.expect_success("the key of service accounts")?;
         let etcd = start_etcd(host)?;
         let apiserver = host.spawn(&Program::new(program).args(arguments(host)))?;
-        let mut cluster = Self { apiserver, _etcd: etcd, host: host.clone() };
+        let mut cluster = Self { controllers: None, apiserver, _etcd: etcd, authority, host: host.clone() };
         until(READY, "a ready API server", || cluster.get("/readyz").is_ok() || !cluster.apiserver.is_running())?;
         ensure!(cluster.apiserver.is_running(), "kube-apiserver ended:\n{}", cluster.apiserver.output());
         Ok(cluster)
     }
 
-    /// `https://` and where it is, on the loopback of its host.
+    /// What makes endpoint slices of services and pods, among others.
+    pub fn start_controllers(&mut self) -> Result<()> {
+        self.authority.issue("controllers", "/CN=system:kube-controller-manager")?;
+        let file = |name: &str| self.authority.file(name);
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "it",
+            "clusters": [{ "name": "it", "cluster": {
+                "server": self.url(), "certificate-authority": self.authority.certificate() } }],
+            "users": [{ "name": "it", "user": {
+                "client-certificate": file("controllers.pem"), "client-key": file("controllers.key") } }],
+            "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "it" } }],
+        });
+        std::fs::write(file("controllers.json"), config.to_string())?;
+        let program = Program::new(servers::kube_controller_manager()?).args(["--leader-elect=false"]);
+        let program = program.args(["--use-service-account-credentials", "--bind-address=127.0.0.1"]);
+        let files = [
+            ("--kubeconfig", "controllers.json"),
+            ("--service-account-private-key-file", "accounts.key"),
+            ("--root-ca-file", "ca.pem"),
+            ("--cert-dir", "."),
+        ];
+        let program = files.iter().fold(program, |program, (option, name)| program.arg(option).arg(file(name)));
+        self.controllers = Some(self.host.spawn(&program)?);
+        Ok(())
+    }
+
+    /// What the controllers say, and whether they run.
+    pub fn controllers(&mut self) -> Option<&mut Process> {
+        self.controllers.as_mut()
+    }
+
+    /// `https://` and where it is, for its own host and others.
     pub fn url(&self) -> String {
-        format!("https://127.0.0.1:{PORT}")
+        format!("https://{}:{PORT}", self.host.address())
     }
 
     /// Its authority, PEM.
     pub fn authority(&self) -> PathBuf {
-        directory_on(&self.host).join("ca.pem")
+        self.authority.certificate()
     }
 
     pub fn get(&self, path: &str) -> Result<String> {
@@ -94,11 +128,10 @@ impl Cluster {
 
     /// As an administrator.
     fn curl(&self, args: &[&str]) -> Result<String> {
-        let directory = directory_on(&self.host);
         let program = Program::new("curl").args(["-sS", "--fail-with-body", "--max-time", "10"]);
         let program = program.arg("--cacert").arg(self.authority());
-        let program = program.arg("--cert").arg(directory.join("admin.pem"));
-        let program = program.arg("--key").arg(directory.join("admin.key")).args(args);
+        let program = program.arg("--cert").arg(self.authority.file("admin.pem"));
+        let program = program.arg("--key").arg(self.authority.file("admin.key")).args(args);
         let finished = self.host.run(&program)?;
         ensure!(finished.success(), "{}: {}{}", args[args.len() - 1], finished.stderr, finished.stdout);
         Ok(finished.stdout)
@@ -112,7 +145,8 @@ fn directory_on(host: &Host) -> PathBuf {
 fn start_etcd(host: &Host) -> Result<Process> {
     let clients = format!("http://127.0.0.1:{ETCD_PORT}");
     let peers = format!("http://127.0.0.1:{ETCD_PEER_PORT}");
-    let program = Program::new("etcd").args(["--name", "only", "--data-dir"]).arg(directory_on(host).join("etcd"));
+    let program =
+        Program::new(servers::etcd()?).args(["--name", "only", "--data-dir"]).arg(directory_on(host).join("etcd"));
     let program = program.args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients]);
     let program = program.args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers]);
     host.spawn(&program.args(["--initial-cluster", &format!("only={peers}")]))
@@ -123,8 +157,7 @@ fn arguments(host: &Host) -> Vec<String> {
     let file = |name: &str| directory.join(name).display().to_string();
     vec![
         format!("--etcd-servers=http://127.0.0.1:{ETCD_PORT}"),
-        "--bind-address=127.0.0.1".to_owned(),
-        "--advertise-address=127.0.0.1".to_owned(),
+        format!("--advertise-address={}", host.address()),
         // Otherwise it wants to tell others where it is, which is nowhere but here.
         "--endpoint-reconciler-type=none".to_owned(),
         format!("--secure-port={PORT}"),
@@ -139,21 +172,3 @@ fn arguments(host: &Host) -> Vec<String> {
         "--authorization-mode=RBAC".to_owned(),
     ]
 }
-
-/// An authority, a server and an administrator below it, and a key that signs tokens; `$1` is where.
-const CERTIFICATES: &str = r#"
-cd "$1"
-new() { openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$1" 2>/dev/null; }
-new ca.key
-openssl req -x509 -key ca.key -out ca.pem -days 2 -subj /CN=kubernetes
-issue() {
-    new "$1.key"
-    openssl req -new -key "$1.key" -subj "$2" | openssl x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
-        -extfile /dev/fd/3 -out "$1.pem" 2>/dev/null 3<<'END'
-subjectAltName = IP:127.0.0.1, DNS:kubernetes.default.svc
-END
-}
-issue server /CN=kube-apiserver
-issue admin /O=system:masters/CN=admin
-openssl genrsa -out accounts.key 2048 2>/dev/null
-"#;

@@ -2,6 +2,7 @@
 //! metrics and access logs. Scenarios and `cargo xtask demo|bench` stand on it; nothing here is specific to one of them.
 
 pub mod access_log;
+pub mod authority;
 pub mod backend;
 pub mod binaries;
 mod cache;
@@ -9,9 +10,11 @@ pub mod capture;
 mod cgroup;
 pub mod clock;
 pub mod command;
+pub mod consul;
 pub mod daemon;
 pub mod disk;
 pub mod dns;
+pub mod etcd;
 pub mod fault;
 pub mod host;
 pub mod http;

@@ -87,12 +87,12 @@ const CLIENTS: Tier = Tier {
 
 const KUBERNETES: Tier = Tier {
     test: "kubernetes",
-    name: "tests with Kubernetes' API server",
+    name: "tests with Kubernetes' API server, etcd and Consul",
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
     threads: 2,
     backends: &[("auto", &[])],
     once: &[],
-    preflight: || servers::kube_apiserver().and_then(|_| servers::istio_client()).map(drop),
+    preflight: servers::all,
     // No package has it: not everywhere is there a Go toolchain to build it with.
     required: false,
 };
@@ -169,6 +169,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         return run_as_root(&tier.context("no such tier")?, &program.into(), args.only.as_deref());
     }
     packages::ensure(&[packages::FOR_TESTS])?;
+    // Whose tests are the last but one: meanwhile there is time to build them. What is in the way, their tier tells.
+    let _servers = (args.only.is_none() && root::is_root()).then(|| std::thread::spawn(servers::all));
     let mut summary = Summary::default();
     if args.only.is_none() {
         if args.no_lint {

@@ -11,7 +11,7 @@ use crate::keys::{KeyError, random};
 use crate::labels::{Label, LabelError, label_map};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::tokens::{self, Token};
-use crate::store::{DbError, View, hosts, replicas, settings};
+use crate::store::{DbError, Records, View, hosts, replicas, settings};
 use crate::times::{rfc3339, unix};
 
 /// Longer than any installation takes; a token is a password.
@@ -84,15 +84,18 @@ impl Default for TokenRequest<'_> {
 }
 
 pub fn create_token(dir: &Path, asked: &TokenRequest<'_>, now: SystemTime) -> Result<JoinToken, CommandError> {
-    create_token_in(&StateDir::open(dir)?, asked, now, None)
+    let state = StateDir::open(dir)?;
+    let (token, row) = make_token(&state, asked, now)?;
+    state.change(now, |records, told| -> Result<(), CommandError> { Ok(put_token(records, told, &row)?) })?;
+    Ok(token)
 }
 
-pub(crate) fn create_token_in(
+/// A token, and what is to be on record of it.
+pub(crate) fn make_token(
     state: &StateDir,
     asked: &TokenRequest<'_>,
     now: SystemTime,
-    by: Option<String>,
-) -> Result<JoinToken, CommandError> {
+) -> Result<(JoinToken, Token), CommandError> {
     SpiffeId::host(&state.trust_domain, asked.host)?;
     let allow = asked.allow.iter().map(|text| workload(&state.trust_domain, text)).collect::<Result<Vec<_>, _>>()?;
     if asked.ttl > LONGEST_TTL {
@@ -126,22 +129,20 @@ pub(crate) fn create_token_in(
         from: asked.from.to_vec(),
         labels: label_map(asked.labels)?,
     };
-    let event = Event {
+    Ok((token, row))
+}
+
+pub(crate) fn put_token(records: &mut dyn Records, told: &mut Vec<Event>, row: &Token) -> Result<(), DbError> {
+    told.push(Event {
         event: "token_create",
         result: "ok",
         host: Some(row.host_id.clone()),
         token: Some(row.id.clone()),
         not_after: Some(rfc3339(row.expires_at)),
-        by,
-        detail: Some(token_detail(&row)),
+        detail: Some(token_detail(row)),
         ..Event::default()
-    };
-    state.change(now, |records, told| -> Result<(), CommandError> {
-        tokens::put_token(records, &row)?;
-        told.push(event.clone());
-        Ok(())
-    })?;
-    Ok(token)
+    });
+    tokens::put_token(records, row)
 }
 
 /// Where this PKI is and how to recognise it, for hosts that prove in another way than by a token who they are.
@@ -187,46 +188,43 @@ fn addresses(state: &StateDir, asked: &[String]) -> Result<Vec<String>, CommandE
 
 /// Permits a host an identity. True when that is new.
 pub fn add_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<bool, CommandError> {
-    add_entry_in(&StateDir::open(dir)?, host, identity, now, None)
+    let state = StateDir::open(dir)?;
+    let id = workload(&state.trust_domain, identity)?;
+    state.change(now, |records, told| add_entry_in(records, told, host, &id, now))
 }
 
 pub(crate) fn add_entry_in(
-    state: &StateDir,
+    records: &mut dyn Records,
+    told: &mut Vec<Event>,
     host: &str,
-    identity: &str,
+    id: &SpiffeId,
     now: SystemTime,
-    by: Option<String>,
 ) -> Result<bool, CommandError> {
-    let id = workload(&state.trust_domain, identity)?;
-    SpiffeId::host(&state.trust_domain, host)?;
-    state.change(now, |records, told| -> Result<bool, CommandError> {
-        refuse_unknown(records, host, unix(now))?;
-        let new = hosts::permit(records, host, id.as_str(), unix(now))?;
-        told.extend(new.then(|| entry_event("entry_add", host, &id, &by)));
-        Ok(new)
-    })
+    SpiffeId::host(id.trust_domain(), host)?;
+    refuse_unknown(records, host, unix(now))?;
+    let new = hosts::permit(records, host, id.as_str(), unix(now))?;
+    told.extend(new.then(|| entry_event("entry_add", host, id)));
+    Ok(new)
 }
 
 /// Takes an identity away: it is not renewed any more, and ends with its certificate.
 pub fn remove_entry(dir: &Path, host: &str, identity: &str, now: SystemTime) -> Result<(), CommandError> {
-    remove_entry_in(&StateDir::open(dir)?, host, identity, now, None)
+    let state = StateDir::open(dir)?;
+    let id = workload(&state.trust_domain, identity)?;
+    state.change(now, |records, told| remove_entry_in(records, told, host, &id))
 }
 
 pub(crate) fn remove_entry_in(
-    state: &StateDir,
+    records: &mut dyn Records,
+    told: &mut Vec<Event>,
     host: &str,
-    identity: &str,
-    now: SystemTime,
-    by: Option<String>,
+    id: &SpiffeId,
 ) -> Result<(), CommandError> {
-    let id = workload(&state.trust_domain, identity)?;
-    state.change(now, |records, told| -> Result<(), CommandError> {
-        if !hosts::forbid(records, host, id.as_str())? {
-            return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
-        }
-        told.push(entry_event("entry_remove", host, &id, &by));
-        Ok(())
-    })
+    if !hosts::forbid(records, host, id.as_str())? {
+        return Err(CommandError::NoEntry { host: host.to_owned(), identity: id.short().to_owned() });
+    }
+    told.push(entry_event("entry_remove", host, id));
+    Ok(())
 }
 
 /// A misspelt host would otherwise wait for ever, with nothing wrong to see.
@@ -254,7 +252,7 @@ pub(crate) fn workload(domain: &TrustDomain, text: &str) -> Result<SpiffeId, Com
     Ok(id)
 }
 
-fn entry_event(event: &'static str, host: &str, id: &SpiffeId, by: &Option<String>) -> Event {
+fn entry_event(event: &'static str, host: &str, id: &SpiffeId) -> Event {
     let (host, identity) = (Some(host.to_owned()), Some(id.to_string()));
-    Event { event, result: "ok", host, identity, by: by.clone(), ..Event::default() }
+    Event { event, result: "ok", host, identity, ..Event::default() }
 }

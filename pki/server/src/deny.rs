@@ -20,6 +20,7 @@ use crate::refused::Refused;
 use crate::service::Peer;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
+use crate::store::hosts::{self, HostState};
 use crate::store::{DbError, View, trust};
 use crate::times::{unix, unix_ms};
 
@@ -152,7 +153,33 @@ impl Pki {
         }
         let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
         _ = self.record(&[Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() }]);
-        self.refresh_deny()
+        self.refresh_deny()?;
+        self.ban_the_denied(&set)
+    }
+
+    /// A host whose own identity is denied was banned after the backup in use; without that the ban would end with the
+    /// last certificate it had.
+    fn ban_the_denied(&self, set: &DenySet) -> Result<(), PkiError> {
+        let now = self.now();
+        let hosts = set.entries.iter().filter_map(|one| match &one.whom {
+            Whom::Identity(id) if id.is_system() => Some(id.name()),
+            _ => None,
+        });
+        for host in hosts {
+            self.state.change(now, |records, told| -> Result<(), StateError> {
+                let Some(mut known) = hosts::host(records, host)?.filter(|known| known.state == HostState::Active)
+                else {
+                    return Ok(());
+                };
+                known.state = HostState::Banned;
+                hosts::put_host(records, &known)?;
+                let (host, detail) =
+                    (Some(host.to_owned()), Some("its identity is in the set that hosts hold".to_owned()));
+                told.push(Event { event: "host_ban", result: "ok", host, detail, ..Event::default() });
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Entries whose last certificate has ended do nothing any more.

@@ -164,6 +164,8 @@ fn admit(
     now: i64,
     clock_offset_ms: i64,
 ) -> Result<(), DbError> {
+    // What may be out there of it is, whoever it is now.
+    let unrecorded_until = hosts::host(records, &invited.host_id)?.and_then(|known| known.unrecorded_until);
     // A host that is known and enrols again has a new key; what it did before is not its own any more.
     let host = Host {
         id: invited.host_id,
@@ -180,6 +182,7 @@ fn admit(
         labels: invited.labels,
         enrolled_by: invited.enrolled_by,
         adopted_until: None,
+        unrecorded_until,
     };
     hosts::put_host(records, &host)?;
     for identity in &invited.allow {

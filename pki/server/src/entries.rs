@@ -4,13 +4,14 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use meshd_identity::ProcessSelector;
+use meshd_identity::{ProcessSelector, SpiffeId, TrustDomain};
 
 use crate::audit::Event;
 use crate::commands::{CommandError, refuse_unknown, workload};
 use crate::enrol::excerpt;
 use crate::labels::{Label, label_map};
 use crate::state_dir::StateDir;
+use crate::store::Records;
 use crate::store::grants::{self, LabelEntry, Terms};
 use crate::times::{rfc3339, unix};
 
@@ -79,18 +80,20 @@ impl<'a> EntryRequest<'a> {
 
 /// Makes an entry, or changes its terms.
 pub fn put_entry(dir: &Path, asked: &EntryRequest<'_>, now: SystemTime) -> Result<(), CommandError> {
-    put_entry_in(&StateDir::open(dir)?, asked, now, None)
+    let state = StateDir::open(dir)?;
+    state.change(now, |records, told| put_entry_in(records, told, &state.trust_domain, asked, now))
 }
 
 pub(crate) fn put_entry_in(
-    state: &StateDir,
+    records: &mut dyn Records,
+    told: &mut Vec<Event>,
+    domain: &TrustDomain,
     asked: &EntryRequest<'_>,
     now: SystemTime,
-    by: Option<String>,
 ) -> Result<(), CommandError> {
-    let id = workload(&state.trust_domain, asked.identity)?;
+    let id = workload(domain, asked.identity)?;
     let terms = asked.terms(now)?;
-    let mut event = Event { event: "entry_add", result: "ok", identity: Some(id.to_string()), by, ..Event::default() };
+    let mut event = Event { event: "entry_add", result: "ok", identity: Some(id.to_string()), ..Event::default() };
     let mut detail = String::new();
     if let Parent::Labels(labels) = asked.parent {
         _ = write!(detail, "hosts with {}; ", grants::labels_text(&label_map(labels)?));
@@ -101,48 +104,42 @@ pub(crate) fn put_entry_in(
     }
     event.not_after = terms.expires_at.map(rfc3339);
     event.detail = Some(detail);
-    state.change(now, |records, told| -> Result<(), CommandError> {
-        let (terms, mut event) = (terms.clone(), event.clone());
-        match asked.parent {
-            Parent::Host(host) => {
-                refuse_unknown(records, host, unix(now))?;
-                grants::put_entry(records, host, id.as_str(), terms, unix(now))?;
-                event.host = Some(host.to_owned());
-            }
-            Parent::Labels(labels) => {
-                let (labels, spiffe_id) = (label_map(labels)?, id.to_string());
-                grants::put_label_entry(records, &LabelEntry { labels, spiffe_id, created_at: unix(now), terms })?;
-            }
+    match asked.parent {
+        Parent::Host(host) => {
+            refuse_unknown(records, host, unix(now))?;
+            grants::put_entry(records, host, id.as_str(), terms, unix(now))?;
+            event.host = Some(host.to_owned());
         }
-        told.push(event);
-        Ok(())
-    })
+        Parent::Labels(labels) => {
+            let (labels, spiffe_id) = (label_map(labels)?, id.to_string());
+            grants::put_label_entry(records, &LabelEntry { labels, spiffe_id, created_at: unix(now), terms })?;
+        }
+    }
+    told.push(event);
+    Ok(())
 }
 
 /// Takes an identity away from all hosts with exactly these labels named.
 pub fn remove_label_entry(dir: &Path, labels: &[Label], identity: &str, now: SystemTime) -> Result<(), CommandError> {
-    remove_label_entry_in(&StateDir::open(dir)?, labels, identity, now, None)
+    let state = StateDir::open(dir)?;
+    let id = workload(&state.trust_domain, identity)?;
+    state.change(now, |records, told| remove_label_entry_in(records, told, labels, &id))
 }
 
 pub(crate) fn remove_label_entry_in(
-    state: &StateDir,
+    records: &mut dyn Records,
+    told: &mut Vec<Event>,
     labels: &[Label],
-    identity: &str,
-    now: SystemTime,
-    by: Option<String>,
+    id: &SpiffeId,
 ) -> Result<(), CommandError> {
-    let id = workload(&state.trust_domain, identity)?;
     let labels = label_map(labels)?;
     let parent = grants::labels_text(&labels);
-    state.change(now, |records, told| -> Result<(), CommandError> {
-        if !grants::delete_label_entry(records, &labels, id.as_str())? {
-            return Err(CommandError::NoEntry { host: parent.clone(), identity: id.short().to_owned() });
-        }
-        let (identity, detail) = (Some(id.to_string()), Some(format!("hosts with {parent}")));
-        let by = by.clone();
-        told.push(Event { event: "entry_remove", result: "ok", identity, detail, by, ..Event::default() });
-        Ok(())
-    })
+    if !grants::delete_label_entry(records, &labels, id.as_str())? {
+        return Err(CommandError::NoEntry { host: parent, identity: id.short().to_owned() });
+    }
+    let (identity, detail) = (Some(id.to_string()), Some(format!("hosts with {parent}")));
+    told.push(Event { event: "entry_remove", result: "ok", identity, detail, ..Event::default() });
+    Ok(())
 }
 
 /// Names a certificate can have; no wildcards, which would mean hosts that others name.

@@ -89,8 +89,8 @@ impl Pki {
         let signer = self.signer();
         let (caller, granted, federation) = self.state.database.read_latest(|view| -> Result<_, Refused> {
             let caller = self.caller(view, certificate)?;
-            self.wait_for_others(view, &caller.host, &caller.certificate)?;
             let granted = grants::granted(view, &caller.host.id)?;
+            self.wait_for_others(view, &caller, &granted)?;
             let permitted: Vec<String> = granted.keys().cloned().collect();
             let federation = self.federation_for(view, &permitted)?;
             Ok((caller, granted, federation))

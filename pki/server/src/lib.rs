@@ -39,6 +39,7 @@ pub mod metrics;
 pub mod pki;
 pub mod recovery;
 mod refused;
+pub mod rehearsal;
 pub mod replicas;
 mod rotation;
 pub mod serve;

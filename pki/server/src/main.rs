@@ -15,6 +15,7 @@ use meshd_identity::TrustDomain;
 use meshd_pki::federation::web::{WebCertificate, serve_web};
 use meshd_pki::labels::Label;
 use meshd_pki::lifetimes::Lifetimes;
+use meshd_pki::rehearsal::refuse_in_earnest;
 use meshd_pki::serve::{serve, serve_metrics};
 use meshd_pki::status::Status;
 use meshd_pki::times::parse_duration;
@@ -323,10 +324,12 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     let (upstream_chain, upstream_key) = (args.upstream_chain.clone(), args.upstream_key.clone());
     let roots = args.upstream_roots.clone();
     let upstream = upstream_chain.zip(upstream_key).map(|(chain, key)| UpstreamFiles { chain, key, roots });
+    let rehearsed = args.rehearse.map(Lifetimes::rehearsal);
+    if let Some(lifetimes) = &rehearsed {
+        refuse_in_earnest(&args.state, lifetimes)?;
+    }
     let options = Options {
-        lifetimes: args
-            .rehearse
-            .map_or(Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() }, Lifetimes::rehearsal),
+        lifetimes: rehearsed.unwrap_or(Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() }),
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
         attestors: args.attestors.clone(),

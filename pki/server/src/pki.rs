@@ -15,6 +15,7 @@ use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
 use crate::deny::SignedDeny;
 use crate::failpoint;
+use crate::federation::share::Followed;
 use crate::federation::web::WebCertificate;
 use crate::handshakes::Handshakes;
 use crate::health::clocks::HEARD_LATELY_S;
@@ -28,7 +29,7 @@ use crate::replicas;
 use crate::rotation::step::Rotator;
 use crate::signer::{Signer, SignerError};
 use crate::start::{Standing, Start};
-use crate::state_dir::{RunLock, StateDir, StateError, lock};
+use crate::state_dir::{DirLock, StateDir, StateError, lock};
 use crate::store::{Records, bundles, hosts, intermediates, settings, tainted, tokens, trust};
 use crate::sync::{Current, Had};
 use crate::times::{Clock, seconds, unix, unix_ms};
@@ -122,11 +123,12 @@ pub struct Pki {
     signer: RwLock<Arc<Signer>>,
     refusals: Mutex<Allowance>,
     pub(crate) keeper: Keeper,
+    pub(crate) followed: Followed,
     /// Of the https_web endpoint, where this process serves one.
     web_certificate: RwLock<Option<Arc<WebCertificate>>>,
     /// When health was last looked at.
     pub(crate) health_seen: Mutex<Option<i64>>,
-    _running: RunLock,
+    _running: DirLock,
 }
 
 impl Pki {
@@ -175,6 +177,7 @@ impl Pki {
             signer: RwLock::new(Arc::new(signer)),
             refusals: Mutex::new(Allowance::new(unix(now))),
             keeper,
+            followed: Followed::default(),
             web_certificate: RwLock::default(),
             health_seen: Mutex::default(),
             _running: running,
@@ -185,7 +188,7 @@ impl Pki {
         pki.show_health().map_err(StateError::from)?;
         pki.read_attestors()?;
         pki.refresh()?;
-        pki.keeper.keep(&pki.state, &pki.metrics, pki.moment());
+        pki.keeper.keep(&pki.state, &pki.rotator(), &pki.metrics, pki.moment());
         Ok(pki)
     }
 
@@ -196,7 +199,7 @@ impl Pki {
         self.look_at_clocks()?;
         rotate(&self.state, &self.kek, &self.lifetimes, self.is_sure_of_clock(), now)?;
         self.refresh()?;
-        self.keeper.keep(&self.state, &self.metrics, self.moment());
+        self.keeper.keep(&self.state, &self.rotator(), &self.metrics, self.moment());
         if self.is_sure_of_clock() {
             self.record_good_time(now)?;
             self.forget_ended(now)?;

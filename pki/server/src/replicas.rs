@@ -13,14 +13,14 @@ use crate::times::unix;
 
 /// Puts down where hosts reach this server. What is there already is not written again, so that a start needs no etcd.
 pub(crate) fn register(state: &StateDir, advertise: &[String], now: SystemTime) -> Result<(), StateError> {
-    if advertise.is_empty() {
+    if advertise.is_empty() && state.replica == LOCAL_REPLICA {
         return Ok(());
     }
     state.database.transaction(|records| -> Result<(), StateError> {
         let id = state.replica.clone();
         if id != LOCAL_REPLICA {
             let known = replicas::replica(records, &id)?;
-            if known.is_none_or(|known| known.addresses != advertise) {
+            if known.is_none_or(|known| !advertise.is_empty() && known.addresses != advertise) {
                 let replica = Replica { id, addresses: advertise.to_vec(), started_at: unix(now) };
                 replicas::put_replica(records, &replica)?;
             }

@@ -13,6 +13,7 @@ use rcgen::{KeyPair, PublicKeyData};
 use crate::audit::{Audit, Event};
 use crate::authority::AuthorityError;
 use crate::keeping::backups::BackupError;
+use crate::keeping::mirror::MirrorFile;
 use crate::keys::{CREDENTIAL, Kek, KeyError, write_private};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::{Rotator, bundle_of};
@@ -27,12 +28,16 @@ pub(crate) const LOCAL_REPLICA: &str = "local";
 pub enum StateError {
     #[error("{} already holds a PKI; use it with `meshd-pki run`, or choose an empty directory", dir.display())]
     Initialised { dir: PathBuf },
+    #[error("{} holds what a PKI has left (authorities.json): `meshd-pki restore` brings it back; for a new one choose an empty directory", dir.display())]
+    Remains { dir: PathBuf },
     #[error("{} is open to other users (mode {mode:o}); run `chmod 700` on it or choose another directory", dir.display())]
     Open { dir: PathBuf, mode: u32 },
     #[error("cannot {action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("another meshd-pki runs on {}; stop it first", dir.display())]
     Running { dir: PathBuf },
+    #[error("a command is under way on {}; try again when it is over", dir.display())]
+    InUse { dir: PathBuf },
     #[error("{} lacks {what}; restore the newest backup", dir.display())]
     Incomplete { dir: PathBuf, what: &'static str },
     #[error("cannot write the audit log {}: {source}", path.display())]
@@ -63,6 +68,8 @@ pub struct StateDir {
     pub(crate) replica: String,
     pub(crate) database: Database,
     pub audit: Audit,
+    /// Its records are not moved elsewhere meanwhile.
+    _in_use: DirLock,
 }
 
 /// What `init` made.
@@ -85,6 +92,9 @@ pub fn init(
     let database = dir.join("pki.db");
     if EtcdConfig::read(dir)?.is_some() || Database::is_initialised(&database)? {
         return Err(StateError::Initialised { dir: dir.to_owned() });
+    }
+    if MirrorFile::new(dir).path().exists() {
+        return Err(StateError::Remains { dir: dir.to_owned() });
     }
     let recovery_path = recovery_key.map_or_else(|| dir.join("recovery.key"), Path::to_owned);
     let recovery = KeyPair::generate()?;
@@ -128,20 +138,22 @@ fn fill(
 
 impl StateDir {
     pub fn open(dir: &Path) -> Result<StateDir, StateError> {
-        StateDir::of(dir, Database::open(dir)?)
+        let in_use = in_use(dir)?;
+        StateDir::of(dir, Database::open(dir)?, in_use)
     }
 
     /// As a server does: it starts without etcd, too.
     pub(crate) fn open_to_serve(dir: &Path) -> Result<StateDir, StateError> {
-        StateDir::of(dir, Database::open_to_serve(dir)?)
+        let in_use = in_use(dir)?;
+        StateDir::of(dir, Database::open_to_serve(dir)?, in_use)
     }
 
-    fn of(dir: &Path, database: Database) -> Result<StateDir, StateError> {
+    fn of(dir: &Path, database: Database, in_use: DirLock) -> Result<StateDir, StateError> {
         let incomplete = |what| StateError::Incomplete { dir: dir.to_owned(), what };
         let trust_domain = database.read(settings::trust_domain)?.ok_or_else(|| incomplete("its trust domain"))?;
         let audit = Audit::new(dir.join("audit.jsonl"));
         let replica = EtcdConfig::read(dir)?.map_or_else(|| LOCAL_REPLICA.to_owned(), |config| config.replica);
-        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica, database, audit })
+        Ok(StateDir { dir: dir.to_owned(), trust_domain, replica, database, audit, _in_use: in_use })
     }
 
     pub fn dir(&self) -> &Path {
@@ -207,17 +219,18 @@ fn telling<T, E>(
     Ok((done, told))
 }
 
-/// Held while a server runs; a second one would rotate the same authorities.
-pub(crate) struct RunLock(File);
+/// Held while a server runs, for a second one would rotate the same authorities; while a command or a server uses the
+/// directory; or while its records move elsewhere.
+pub(crate) struct DirLock(File);
 
-impl Drop for RunLock {
+impl Drop for DirLock {
     /// Closing is not enough: until a program forked meanwhile is executed, it has the file open, too.
     fn drop(&mut self) {
         let _ = self.0.unlock();
     }
 }
 
-pub(crate) fn lock(dir: &Path) -> Result<RunLock, StateError> {
+pub(crate) fn lock(dir: &Path) -> Result<DirLock, StateError> {
     if !dir.is_dir() {
         return Err(DbError::Missing { dir: dir.to_owned() }.into());
     }
@@ -225,10 +238,34 @@ pub(crate) fn lock(dir: &Path) -> Result<RunLock, StateError> {
     let io = |source| StateError::Io { action: "lock", path: path.clone(), source };
     let file = File::create(&path).map_err(io)?;
     match file.try_lock() {
-        Ok(()) => Ok(RunLock(file)),
+        Ok(()) => Ok(DirLock(file)),
         Err(TryLockError::WouldBlock) => Err(StateError::Running { dir: dir.to_owned() }),
         Err(TryLockError::Error(source)) => Err(io(source)),
     }
+}
+
+/// Waits for a move to be over: what is done here would be lost in it.
+fn in_use(dir: &Path) -> Result<DirLock, StateError> {
+    let file = open_dir(dir)?;
+    file.lock_shared().map_err(|source| StateError::Io { action: "lock", path: dir.to_owned(), source })?;
+    Ok(DirLock(file))
+}
+
+/// For whoever moves what is in it elsewhere: no command changes it meanwhile.
+pub(crate) fn alone(dir: &Path) -> Result<DirLock, StateError> {
+    let file = open_dir(dir)?;
+    match file.try_lock() {
+        Ok(()) => Ok(DirLock(file)),
+        Err(TryLockError::WouldBlock) => Err(StateError::InUse { dir: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(StateError::Io { action: "lock", path: dir.to_owned(), source }),
+    }
+}
+
+fn open_dir(dir: &Path) -> Result<File, StateError> {
+    File::open(dir).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => DbError::Missing { dir: dir.to_owned() }.into(),
+        _ => StateError::Io { action: "open", path: dir.to_owned(), source },
+    })
 }
 
 fn append(audit: &Audit, now: SystemTime, events: &[Event]) -> Result<(), StateError> {
@@ -294,6 +331,16 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let error = StateDir::open(parent.path()).err().unwrap().to_string();
         assert!(error.contains("meshd-pki init"), "{error}");
+    }
+
+    #[test]
+    fn what_a_lost_database_has_left_makes_no_new_pki() {
+        let parent = tempfile::tempdir().unwrap();
+        init(parent.path(), &domain(), None, SystemTime::now()).unwrap();
+        fs::write(parent.path().join("authorities.json"), "{}").unwrap();
+        fs::remove_file(parent.path().join("pki.db")).unwrap();
+        let error = init(parent.path(), &domain(), None, SystemTime::now()).unwrap_err();
+        assert!(matches!(error, StateError::Remains { .. }), "{error}");
     }
 
     #[test]

@@ -85,6 +85,9 @@ impl Pki {
     fn note_sighting(&self, caller: &Caller, sighting: &Sighting<'_>) {
         let noted = self.state.database.transaction(|records| {
             let Some(mut host) = hosts::host(records, &caller.host.id)? else { return Ok(()) };
+            if host.adopted_until.is_some() {
+                settings::note_return(records, sighting.now)?;
+            }
             host.saw(sighting);
             host.used_key(&caller.key_id);
             hosts::put_host(records, &host)

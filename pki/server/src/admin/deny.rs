@@ -90,10 +90,12 @@ impl Desk<'_> {
             deny_whom::Whom::Identity(text) => self.identity(text),
             deny_whom::Whom::Serial(text) => self.serial(view, text),
             deny_whom::Whom::Host(name) => {
-                known(view, name)?;
+                let host = known(view, name)?;
                 let longest = self.longest_leaf(view)?;
                 let entries = of_host(view, name, None, unix(self.now), longest, self.skew())?;
-                let what = format!("the {} valid certificates of host {name}", entries.len());
+                let unrecorded = self.unrecorded(view, &host)?.map(|one| format!("; {}", one.hint()));
+                let unrecorded = unrecorded.unwrap_or_default();
+                let what = format!("the {} valid certificates of host {name}{unrecorded}", entries.len());
                 Ok(Target { entries, what, host: Some(name.clone()) })
             }
             deny_whom::Whom::Authority(text) => self.authority(view, text),

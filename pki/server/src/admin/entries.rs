@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use meshd_identity::ProcessSelector;
+use meshd_identity::{ProcessSelector, SpiffeId};
 use meshd_pki_api::admin as wire;
 
 use super::{AdminError, Desk, done};
@@ -32,27 +32,26 @@ impl Desk<'_> {
             from: &from,
             labels: &labels,
         };
-        let reach = self.reach(&request)?;
-        self.state.database.read(|view| self.check_reach(view, &reach))?;
-        let token = commands::create_token_in(self.state, &request, self.now, self.by())?;
+        let (token, row) = commands::make_token(self.state, &request, self.now)?;
+        self.change(|records, told| {
+            let reach = self.reach(records, &request)?;
+            self.check_reach(records, &reach)?;
+            Ok(commands::put_token(records, told, &row)?)
+        })?;
         Ok(wire::Token { token: token.to_string() })
     }
 
     /// What the hosts that come by a token could hold.
-    fn reach(&self, asked: &TokenRequest<'_>) -> Result<BTreeSet<String>, AdminError> {
-        let mut reach = asked.allow.iter().map(|text| self.spiffe_id(text)).collect::<Result<BTreeSet<_>, _>>()?;
+    fn reach(&self, view: &mut dyn View, asked: &TokenRequest<'_>) -> Result<BTreeSet<String>, AdminError> {
+        let allowed = asked.allow.iter().map(|text| Ok(self.workload(text)?.to_string()));
+        let mut reach = allowed.collect::<Result<BTreeSet<_>, AdminError>>()?;
         let labels = label_map(asked.labels).map_err(CommandError::from)?;
-        self.state
-            .database
-            .read(|view| -> Result<_, DbError> {
-                reach.extend(grants::granted_to(view, &labels)?.into_keys());
-                match asked.max_uses {
-                    1 => reach.extend(hosts::permitted(view, asked.host)?),
-                    _ => reach.extend(waiting_for(view, asked.host)?),
-                }
-                Ok(reach)
-            })
-            .map_err(AdminError::from)
+        reach.extend(grants::granted_to(view, &labels)?.into_keys());
+        match asked.max_uses {
+            1 => reach.extend(hosts::permitted(view, asked.host)?),
+            _ => reach.extend(waiting_for(view, asked.host)?),
+        }
+        Ok(reach)
     }
 
     pub(super) fn entry_list(&self, host: &str) -> Result<wire::Entries, AdminError> {
@@ -66,8 +65,8 @@ impl Desk<'_> {
 
     pub(super) fn entry_add(&self, asked: &wire::EntryAdd) -> Result<wire::Done, AdminError> {
         let identity = &asked.identity;
-        let reach = BTreeSet::from([self.spiffe_id(identity)?]);
-        self.state.database.read(|view| self.check_reach(view, &reach))?;
+        let id = self.workload(identity)?;
+        let reach = BTreeSet::from([id.to_string()]);
         let labels = labels(&asked.labels)?;
         let parent = parent(&asked.host, &labels)?;
         let request = EntryRequest {
@@ -80,15 +79,19 @@ impl Desk<'_> {
             hint: &asked.hint,
             expires_in: asked.expires_in_s.map(|seconds| Duration::from_secs(seconds.min(LONGEST_S))),
         };
-        let mut what = "may now hold";
-        match parent {
-            Parent::Host(host) if !request.has_terms() => {
-                if !commands::add_entry_in(self.state, host, identity, self.now, self.by())? {
-                    what = "already may hold";
+        let is_new = self.change(|records, told| {
+            self.check_reach(records, &reach)?;
+            Ok(match parent {
+                Parent::Host(host) if !request.has_terms() => {
+                    commands::add_entry_in(records, told, host, &id, self.now)?
                 }
-            }
-            _ => entries::put_entry_in(self.state, &request, self.now, self.by())?,
-        }
+                _ => {
+                    entries::put_entry_in(records, told, &self.state.trust_domain, &request, self.now)?;
+                    true
+                }
+            })
+        })?;
+        let what = if is_new { "may now hold" } else { "already may hold" };
         let only = asked.selectors.join(" ");
         let only = if only.is_empty() { only } else { format!(", {only} only") };
         let is_of_program = |text: &String| text.parse().is_ok_and(|one: ProcessSelector| one.is_of_program());
@@ -102,27 +105,25 @@ impl Desk<'_> {
 
     pub(super) fn entry_remove(&self, asked: &wire::EntryRemove) -> Result<wire::Done, AdminError> {
         let identity = &asked.identity;
-        let reach = BTreeSet::from([self.spiffe_id(identity)?]);
-        self.state.database.read(|view| self.check_reach(view, &reach))?;
+        let id = self.workload(identity)?;
+        let reach = BTreeSet::from([id.to_string()]);
         let labels = labels(&asked.labels)?;
         let parent = parent(&asked.host, &labels)?;
-        match parent {
-            Parent::Host(host) => commands::remove_entry_in(self.state, host, identity, self.now, self.by())?,
-            Parent::Labels(labels) => {
-                entries::remove_label_entry_in(self.state, labels, identity, self.now, self.by())?;
+        self.change(|records, told| {
+            self.check_reach(records, &reach)?;
+            match parent {
+                Parent::Host(host) => commands::remove_entry_in(records, told, host, &id)?,
+                Parent::Labels(labels) => entries::remove_label_entry_in(records, told, labels, &id)?,
             }
-        }
+            Ok(())
+        })?;
         let whom = whom(parent);
         let what = format!("{whom} gets no new certificate for {identity} by this entry; the last one ends by itself");
         Ok(done(what, Vec::new()))
     }
 
-    fn by(&self) -> Option<String> {
-        Some(self.actor.name.clone())
-    }
-
-    fn spiffe_id(&self, text: &str) -> Result<String, AdminError> {
-        Ok(workload(&self.state.trust_domain, text)?.to_string())
+    fn workload(&self, text: &str) -> Result<SpiffeId, AdminError> {
+        Ok(workload(&self.state.trust_domain, text)?)
     }
 }
 

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use data_encoding::HEXLOWER;
 use meshd_identity::SpiffeId;
+use meshd_identity::statements::Denied;
 use meshd_pki_api::admin as wire;
 
 use super::deny::of_host;
+use super::unrecorded::Unrecorded;
 use super::{AdminError, Desk, done, time};
 use crate::audit::Event;
 use crate::deny::Floor;
@@ -19,14 +21,29 @@ use crate::times::{unix, unix_ms};
 /// About 130 bytes each in a signed set: half of what a host takes for one.
 const MOST_DENIED: usize = 16_000;
 
+/// In one reply; the database is read as long as it is made.
+const MOST_LISTED: usize = 1000;
+/// Of the names of identities: messages of gRPC have 4 MiB.
+const MOST_BYTES: usize = 2 << 20;
+
 impl Desk<'_> {
-    pub(super) fn host_list(&self) -> Result<wire::Hosts, AdminError> {
+    /// Those after this one, as many as fit into a message.
+    pub(super) fn host_list(&self, after: &str) -> Result<wire::Hosts, AdminError> {
         self.state.database.read(|view| {
-            let all = hosts::hosts(view)?;
+            let mut rest = hosts::hosts(view)?;
+            rest.retain(|host| host.id.as_str() > after);
             let newest = trust::trust(view)?.sequence;
-            let summaries =
-                all.iter().map(|host| self.summary(view, host, newest)).collect::<Result<_, AdminError>>()?;
-            Ok(wire::Hosts { hosts: summaries })
+            let (mut listed, mut bytes) = (wire::Hosts::default(), 0);
+            for host in &rest {
+                if listed.hosts.len() >= MOST_LISTED || bytes > MOST_BYTES {
+                    listed.next = listed.hosts.last().map(|last| last.id.clone());
+                    break;
+                }
+                let summary = self.summary(view, host, newest)?;
+                bytes += summary.identities.iter().map(String::len).sum::<usize>();
+                listed.hosts.push(summary);
+            }
+            Ok(listed)
         })
     }
 
@@ -86,7 +103,7 @@ impl Desk<'_> {
 
     pub(super) fn host_ban(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let (serials, shared) = self.change(|records, told| {
+        let (serials, shared, unrecorded) = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state == HostState::Banned {
                 return Err(AdminError::NotNow(format!("host `{name}` is banned already")));
@@ -95,18 +112,21 @@ impl Desk<'_> {
             hosts::put_host(records, &host)?;
             tokens::end_those_of(records, name, unix(self.now))?;
             let longest = self.longest_leaf(records)?;
-            let entries = of_host(records, name, Some(&id), unix(self.now), longest, self.skew())?;
+            let mut entries = of_host(records, name, Some(&id), unix(self.now), longest, self.skew())?;
             let serials = entries.len() - 1;
+            let unrecorded = self.unrecorded(records, &host)?;
+            entries.extend(unrecorded.iter().flat_map(Unrecorded::denials));
             self.change_deny(records, |all| entries.iter().for_each(|one| super::deny::put(all, one.clone())))?;
             let detail = format!("{serials} certificates denied{}", because(reason));
             told.push(host_event("host_ban", name, &id, detail));
-            Ok((serials, tokens::shared_by(records, name, unix(self.now))?))
+            Ok((serials, tokens::shared_by(records, name, unix(self.now))?, unrecorded))
         })?;
         let mut follows = vec![
             format!("its identity and its {serials} valid certificates are refused, and what is open is closed"),
             "it gets nothing more; JWT-SVIDs it was given end by themselves within an hour".to_owned(),
             format!("until `meshd-pki host unban {name}`"),
         ];
+        follows.extend(unrecorded.iter().flat_map(Unrecorded::follows));
         follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is banned"), follows))
     }
@@ -122,7 +142,9 @@ impl Desk<'_> {
             hosts::put_host(records, &host)?;
             let longest = self.longest_leaf(records)?;
             let entries = of_host(records, name, Some(&id), 0, longest, self.skew())?;
-            self.change_deny(records, |all| all.retain(|one| !entries.iter().any(|gone| gone.whom == one.whom)))?;
+            let unrecorded = self.unrecorded(records, &host)?.map(|one| one.all()).unwrap_or_default();
+            let goes = |one: &Denied| entries.iter().any(|gone| gone.whom == one.whom) || unrecorded.contains(one);
+            self.change_deny(records, |all| all.retain(|one| !goes(one)))?;
             told.push(host_event("host_unban", name, &id, String::new()));
             Ok(host.state)
         })?;
@@ -140,7 +162,7 @@ impl Desk<'_> {
 
     pub(super) fn host_evict(&self, name: &str, reason: &str) -> Result<wire::Done, AdminError> {
         let id = self.host_id(name)?;
-        let (host, valid, shared) = self.change(|records, told| {
+        let (host, valid, shared, unrecorded) = self.change(|records, told| {
             let mut host = known(records, name)?;
             if host.state != HostState::Active {
                 let state = host.state.name();
@@ -155,7 +177,8 @@ impl Desk<'_> {
             let detail = because(reason).trim_start_matches(": ").to_owned();
             told.push(host_event("host_evict", name, &id, detail));
             let valid = hosts::issued(records, name)?.into_iter().filter(|one| one.not_after > unix(self.now)).count();
-            Ok((host, valid, tokens::shared_by(records, name, unix(self.now))?))
+            let unrecorded = self.unrecorded(records, &host)?;
+            Ok((host, valid, tokens::shared_by(records, name, unix(self.now))?, unrecorded))
         })?;
         let mut follows = vec![
             match host.enrolled_by.as_str() {
@@ -169,6 +192,7 @@ impl Desk<'_> {
                  --host {name}`"
             ),
         ];
+        follows.extend(unrecorded.map(|one| one.hint()));
         follows.extend(shared_tokens(&shared));
         Ok(done(format!("host {name} is evicted, and its join tokens have ended"), follows))
     }
@@ -249,7 +273,7 @@ impl Desk<'_> {
     pub(super) fn change_deny(
         &self,
         records: &mut dyn Records,
-        act: impl FnOnce(&mut Vec<meshd_identity::statements::Denied>),
+        act: impl FnOnce(&mut Vec<Denied>),
     ) -> Result<(), AdminError> {
         let floor = Floor::new(self.state);
         if floor.get() > deny::deny(records)?.sequence {

@@ -11,6 +11,7 @@ mod recovery;
 mod role;
 mod service;
 mod socket;
+mod unrecorded;
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -116,7 +117,7 @@ impl Desk<'_> {
             Command::AuthorityRemove(asked) => self.authority_remove(&asked.id).map(Reply::Done),
             Command::AuthorityTaint(asked) => self.authority_taint(&asked.id).map(Reply::Done),
             Command::AuthorityRotate(asked) => self.authority_rotate(asked.force).map(Reply::Done),
-            Command::HostList(_) => self.host_list().map(Reply::Hosts),
+            Command::HostList(asked) => self.host_list(&asked.after).map(Reply::Hosts),
             Command::HostShow(asked) => self.host_show(&asked.host).map(Reply::Host),
             Command::HostBan(asked) => self.host_ban(&asked.host, &asked.reason).map(Reply::Done),
             Command::HostUnban(asked) => self.host_unban(&asked.host).map(Reply::Done),

@@ -8,7 +8,7 @@ use meshd_pki_api::admin as wire;
 
 use super::{AdminError, Desk, done, time};
 use crate::audit::Event;
-use crate::store::{Records, bundles, settings};
+use crate::store::{Records, View, bundles, settings};
 use crate::times::unix;
 
 impl Desk<'_> {
@@ -47,7 +47,10 @@ impl Desk<'_> {
             self.check_statement(records, &statement)?;
             let keys = settings::recovery_keys(records)?;
             match keys.iter().position(|known| *known == signer) {
-                Some(position) => settings::set_recovery_keys(records, &succeeded(&keys[position..], &statement)?)?,
+                Some(position) => {
+                    self.check_succession(records, &statement)?;
+                    settings::set_recovery_keys(records, &succeeded(&keys[position..], &statement)?)?;
+                }
                 None => self.check_foreign(&statement, &keys)?,
             }
             let mut statements = settings::recovery_statements(records)?;
@@ -112,6 +115,27 @@ impl Desk<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A running host is told the last statement alone: of two successions within a day it could miss the first, and
+    /// would go on pinning the key before it.
+    fn check_succession(&self, view: &mut dyn View, statement: &RecoveryStatement) -> Result<(), AdminError> {
+        let heard_after = self.longest_leaf(view)?;
+        let earlier = settings::recovery_statements(view)?;
+        let last = earlier.iter().filter_map(|jws| content(jws)).rfind(|one| one.next_key.is_some());
+        let Some(last) = last.filter(|last| statement.next_key.is_some() && last.next_key != statement.next_key) else {
+            return Ok(());
+        };
+        let until = last.issued_at + heard_after;
+        if until <= unix(self.now) {
+            return Ok(());
+        }
+        Err(AdminError::NotNow(format!(
+            "another recovery key was named at {}, and hosts that are away have not heard of it: import this statement \
+             after {}",
+            time(last.issued_at),
+            time(until)
+        )))
     }
 
     /// Signed with a key this PKI never had: that of one that was lost.

@@ -79,7 +79,7 @@ impl Federation {
             Federation::Add(args) => add(&args),
             Federation::List(args) => list(&args),
             Federation::Refresh(args) => {
-                commands::refresh(&args.state, &args.trust_domain)?;
+                commands::refresh(&args.state, &args.trust_domain, SystemTime::now())?;
                 println!("a running meshd-pki asks {} within seconds", args.trust_domain);
                 Ok(())
             }

@@ -45,15 +45,18 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 impl Place {
     /// Has the command carried out, and prints what came of it.
     pub(crate) fn run(&self, command: Command) -> anyhow::Result<()> {
-        let reply = self.ask(command)?;
+        self.show(&self.ask(command)?)
+    }
+
+    pub(crate) fn show(&self, reply: &Reply) -> anyhow::Result<()> {
         match self.output {
-            Output::Json => println!("{}", serde_json::to_string_pretty(&reply)?),
-            Output::Text => print!("{}", show(&reply)),
+            Output::Json => println!("{}", serde_json::to_string_pretty(reply)?),
+            Output::Text => print!("{}", show(reply)),
         }
         Ok(())
     }
 
-    fn ask(&self, command: Command) -> anyhow::Result<Reply> {
+    pub(crate) fn ask(&self, command: Command) -> anyhow::Result<Reply> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         if let Some(address) = &self.server {
             return runtime.block_on(async { send(over_tls(address, &self.proof()?).await?, command).await });

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use meshd_identity::TrustDomain;
-use meshd_pki::adoption;
+use meshd_pki::adoption::{self, Adopted};
 use meshd_pki::recovery::{Request, SignedStatement, succeed, vouch};
 use meshd_pki::times::parse_duration;
 use meshd_pki_api::admin::command::Command;
@@ -80,17 +80,39 @@ impl Adopt {
     fn run(&self) -> anyhow::Result<()> {
         let asked = adoption::Adopt { roster: &self.list, within: self.within, without_roots: self.without_roots };
         let adopted = adoption::adopt(&self.state, &asked, SystemTime::now())?;
-        println!("{} hosts and {} entries from a list with sha256 {}", adopted.hosts, adopted.entries, adopted.sha256);
-        if adopted.known > 0 {
-            println!("{} hosts were known here already; they stay as they are", adopted.known);
-        }
-        println!(
-            "They may come back until {}, once a statement of the recovery key tells them to: `meshd-pki recovery \
-             request`, `sign-bundle`, `import`",
-            adopted.until
-        );
+        print!("{}", said(&adopted, self.without_roots));
         Ok(())
     }
+}
+
+fn said(adopted: &Adopted, without_roots: bool) -> String {
+    let Adopted { hosts, known, shut_out, entries, until, list } = adopted;
+    let mut lines = vec![
+        format!("{hosts} hosts and {entries} entries from a list with sha256 {}", list.sha256),
+        format!("its bundle is of {}; {} hosts are banned, {} evicted", list.bundle_of, list.banned, list.evicted),
+    ];
+    if list.is_old {
+        let why = "roots are replaced more often than that: if there is a later copy, adopt that one, too";
+        lines.push(format!("the list is old, {why}; who was shut out since is not in it"));
+    }
+    lines.extend(list.roots.iter().map(|root| format!("hosts believe the root with sha256 {root}")));
+    if *known > 0 {
+        lines.push(format!("{known} hosts were known here already; they stay as they are"));
+    }
+    if !shut_out.is_empty() {
+        lines.push(format!("shut out, as the list has it: {}", shut_out.join(", ")));
+    }
+    if without_roots && list.has_denied {
+        let why = "nobody can verify the deny set of the lost PKI: deny anew whom it denied";
+        lines.push(format!("{why} (its audit.jsonl, if there is a copy)"));
+    }
+    let statement =
+        "a statement of the recovery key tells them to: `meshd-pki recovery request`, `sign-bundle`, `import`";
+    lines.push(match list.is_ours {
+        true => format!("They may come back until {until}"),
+        false => format!("They may come back until {until}, once {statement}"),
+    });
+    lines.into_iter().map(|line| line + "\n").collect()
 }
 
 impl Recovery {

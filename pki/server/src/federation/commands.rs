@@ -134,12 +134,14 @@ pub fn remove(dir: &Path, domain: &TrustDomain, now: SystemTime) -> Result<(), F
 }
 
 /// The running server asks again within seconds.
-pub fn refresh(dir: &Path, domain: &TrustDomain) -> Result<(), FederationError> {
+pub fn refresh(dir: &Path, domain: &TrustDomain, now: SystemTime) -> Result<(), FederationError> {
     let state = StateDir::open(dir)?;
-    state.database.transaction(|records| {
+    state.change(now, |records, told| {
         if federation::find(records, domain)?.is_none() {
             return Err(FederationError::Unknown(domain.clone()));
         }
+        let (by, detail) = (Some(Actor::local().name), Some(domain.to_string()));
+        told.push(Event { event: "federation_refresh", result: "ok", by, detail, ..Event::default() });
         Ok(ask_now(records, domain)?)
     })
 }

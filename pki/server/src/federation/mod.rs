@@ -10,6 +10,6 @@ pub(crate) mod accept;
 pub mod commands;
 mod fetch;
 pub(crate) mod poll;
-mod share;
+pub(crate) mod share;
 mod tls;
 pub mod web;

@@ -96,7 +96,7 @@ pub async fn serve_web(pki: Arc<Pki>, listener: TcpListener, certificate: Arc<We
     let router = crate::serve::bundle_router(pki.clone());
     pki.set_web_certificate(certificate.clone());
     let (mut connections, mut reading) = (JoinSet::new(), JoinSet::new());
-    reading.spawn(follow_files(pki.clone(), certificate.clone()));
+    reading.spawn(follow_files(pki.clone()));
     loop {
         tokio::select! {
             Some(_) = connections.join_next() => {}
@@ -115,28 +115,36 @@ pub async fn serve_web(pki: Arc<Pki>, listener: TcpListener, certificate: Arc<We
 }
 
 /// On threads where files may be slow.
-async fn follow_files(pki: Arc<Pki>, certificate: Arc<WebCertificate>) {
+async fn follow_files(pki: Arc<Pki>) {
     let mut ticks = interval(READ_EVERY);
     loop {
         ticks.tick().await;
-        let (pki, certificate) = (pki.clone(), certificate.clone());
-        if let Err(error) = spawn_blocking(move || reload(&pki, &certificate)).await {
+        let pki = pki.clone();
+        if let Err(error) = spawn_blocking(move || pki.reload_web_certificate()).await {
             tracing::error!(%error, "reading the certificate of the https_web endpoint panicked");
         }
     }
 }
 
-fn reload(pki: &Pki, certificate: &WebCertificate) {
-    match certificate.reload(pki.now()) {
-        Ok(changed) => {
-            pki.metrics.health.web_certificate_refused.set(0);
-            if changed {
-                tracing::info!("the certificate of the https_web endpoint was replaced");
+impl Pki {
+    /// Reads the files of the https_web endpoint again, where this process serves one.
+    pub fn reload_web_certificate(&self) {
+        let Some(certificate) = self.web_certificate() else { return };
+        let refused = &self.metrics.health.web_certificate_refused;
+        match certificate.reload(self.now()) {
+            Ok(changed) => {
+                refused.set(0);
+                if changed {
+                    tracing::info!("the certificate of the https_web endpoint was replaced");
+                }
             }
-        }
-        Err(reason) => {
-            pki.metrics.health.web_certificate_refused.set(1);
-            tracing::error!(reason, "the certificate of the https_web endpoint cannot be replaced; the last one stays");
+            Err(reason) => {
+                refused.set(1);
+                tracing::error!(
+                    reason,
+                    "the certificate of the https_web endpoint cannot be replaced; the last one stays"
+                );
+            }
         }
     }
 }

@@ -73,7 +73,7 @@ impl Backups {
             tracing::debug!(%error, "the database does not know of its backup");
         }
         database.copy_to(&partial.0)?;
-        heal::check_file(&partial.0)?;
+        heal::check_copy(&partial.0)?;
         let file = File::open(&partial.0).map_err(io("open", &partial.0))?;
         file.sync_all().map_err(io("sync", &partial.0))?;
         let bytes = file.metadata().map_err(io("read", &partial.0))?.len();
@@ -109,9 +109,14 @@ impl Backups {
         Ok(sorted)
     }
 
+    /// What a state is marked with that counts now, whatever newer backups there are.
+    pub(crate) fn mark(&self, now: SystemTime) -> Result<String, BackupError> {
+        Ok(self.list()?.first().map(Backup::name).unwrap_or_default().max(stamp(now)))
+    }
+
     pub(crate) fn newest_whole(&self, now: SystemTime) -> Option<Backup> {
         // An unreadable directory has none.
-        self.by_age(now).unwrap_or_default().into_iter().find(|backup| heal::check_file(&backup.path).is_ok())
+        self.by_age(now).unwrap_or_default().into_iter().find(|backup| heal::check_copy(&backup.path).is_ok())
     }
 
     /// Never what was made just now, whose name a clock that is behind makes an old one.
@@ -128,11 +133,15 @@ impl Backups {
     }
 }
 
-/// A file that is removed again, with what SQLite makes beside it, unless it became a backup.
-struct Partial(PathBuf);
+/// A file that is removed again, with what SQLite makes beside it, unless it became something else.
+pub(crate) struct Partial(PathBuf);
 
 impl Partial {
-    fn new(path: PathBuf) -> Partial {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn new(path: PathBuf) -> Partial {
         let partial = Partial(path);
         // What a crash left would be added to.
         partial.remove();
@@ -141,10 +150,8 @@ impl Partial {
 
     fn remove(&self) {
         for side in ["", "-wal", "-shm", "-journal"] {
-            let mut path = self.0.clone().into_os_string();
-            path.push(side);
             // It is not there, most times.
-            _ = fs::remove_file(path);
+            _ = fs::remove_file(beside(&self.0, side));
         }
     }
 }
@@ -153,6 +160,13 @@ impl Drop for Partial {
     fn drop(&mut self) {
         self.remove();
     }
+}
+
+/// What SQLite makes beside a file.
+pub(crate) fn beside(path: &Path, side: &str) -> PathBuf {
+    let mut path = path.to_owned().into_os_string();
+    path.push(side);
+    path.into()
 }
 
 /// Sorts as the time does, and is a file name everywhere: 20261121T152536.123Z

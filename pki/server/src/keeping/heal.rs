@@ -2,17 +2,18 @@
 //! hold goes on, and what was lost of the authorities is in the mirror. The operator gets an alarm.
 
 use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::DirBuilderExt;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rusqlite::{ErrorCode, ffi};
 
-use super::backups::{Backup, Backups, stamp};
+use super::backups::{Backup, Backups, Partial, beside, stamp};
 use super::restored::Restored;
 use super::roster;
 use crate::state_dir::StateError;
-use crate::store::{Database, DbError, settings};
+use crate::store::{Database, DbError, settings, tokens};
 use crate::times::unix;
 
 /// Called before a server opens its database, which nobody else serves then.
@@ -25,17 +26,17 @@ pub(crate) fn heal(dir: &Path, now: SystemTime) -> Result<Option<Restored>, Stat
         // What cannot be judged now is not replaced; opening it says what is wrong.
         _ => return Ok(None),
     };
-    let good = backups.iter().find(|backup| check_file(&backup.path).is_ok());
+    let good = backups.iter().find(|backup| is_usable(&backup.path));
     let Some(backup) = good else { return Err(damage.into()) };
-    put_in_place(dir, backup, damage.to_string(), now).map(Some)
+    put_in_place(dir, &fetch(dir, &backup.path)?, damage.to_string(), now).map(Some)
 }
 
 /// A database that lost its log of changes is whole, and what it was long ago.
 fn refuse_if_older(dir: &Path, backups: &[Backup]) -> Result<(), DbError> {
     let path = dir.join("pki.db");
-    let name_in = |path: &Path| Database::open_file(path)?.read(settings::backed_up);
-    let known = name_in(&path)?;
-    match backups.iter().find_map(|backup| name_in(&backup.path).ok()?) {
+    let known = Database::open_file(&path)?.read(settings::backed_up)?;
+    let name_in = |backup: &Backup| Database::open_copy(&backup.path)?.read(settings::backed_up);
+    match backups.iter().find_map(|backup| name_in(backup).ok()?) {
         Some(newest) if known.as_ref() < Some(&newest) => {
             let detail = format!("it is from before the backup {newest}; its log of changes was lost");
             Err(DbError::Damaged { path, detail })
@@ -48,6 +49,46 @@ fn refuse_if_older(dir: &Path, backups: &[Backup]) -> Result<(), DbError> {
 pub(crate) fn last_written(dir: &Path, now: SystemTime) -> SystemTime {
     let written = ["pki.db", "pki.db-wal"].iter().filter_map(|name| dir.join(name).metadata().ok()?.modified().ok());
     written.fold(now, SystemTime::max)
+}
+
+/// As `check_file`, for a copy, of which nothing is changed.
+pub(crate) fn check_copy(path: &Path) -> Result<(), DbError> {
+    Database::open_copy(path)?.check()
+}
+
+/// Whether a copy is whole, or of an earlier version, which is converted where it is put in place.
+pub(crate) fn is_usable(path: &Path) -> bool {
+    matches!(check_copy(path), Ok(()) | Err(DbError::OldCopy { .. }))
+}
+
+/// A backup in the state directory, whole and ready to be put in place.
+pub(crate) struct Fetched {
+    pub(crate) from: PathBuf,
+    partial: Partial,
+}
+
+impl Fetched {
+    pub(crate) fn path(&self) -> &Path {
+        self.partial.path()
+    }
+}
+
+/// Copies a backup from wherever it lies: it is judged, and converted if it is of an earlier version, only here.
+pub(crate) fn fetch(dir: &Path, from: &Path) -> Result<Fetched, StateError> {
+    let partial = Partial::new(dir.join("pki.partial"));
+    let copied = copy_private(from, partial.path()).and_then(|()| {
+        // Of a database that was put aside by hand.
+        let log = beside(from, "-wal");
+        if log.exists() { copy_private(&log, &beside(partial.path(), "-wal")) } else { Ok(()) }
+    });
+    copied.map_err(|source| StateError::Io { action: "copy", path: from.to_owned(), source })?;
+    check_file(partial.path())?;
+    Ok(Fetched { from: from.to_owned(), partial })
+}
+
+fn copy_private(from: &Path, to: &Path) -> io::Result<()> {
+    fs::copy(from, to)?;
+    fs::set_permissions(to, fs::Permissions::from_mode(0o600))
 }
 
 /// Whether the file holds a whole PKI.
@@ -87,7 +128,7 @@ fn is_damage(error: &DbError) -> bool {
 /// Puts the database aside and a backup in its place.
 pub(crate) fn put_in_place(
     dir: &Path,
-    backup: &Backup,
+    fetched: &Fetched,
     reason: String,
     now: SystemTime,
 ) -> Result<Restored, StateError> {
@@ -95,36 +136,34 @@ pub(crate) fn put_in_place(
         let path = path.to_owned();
         move |source| StateError::Io { action, path, source }
     };
-    let partial = dir.join("pki.partial");
-    // What a crash left would be taken for a part of it.
-    for side in ["pki.partial-wal", "pki.partial-shm"] {
-        _ = fs::remove_file(dir.join(side));
-    }
-    fs::copy(&backup.path, &partial).map_err(io("copy", &backup.path))?;
-    // It is what counts now, whatever newer backups there are.
-    let newest = Backups::new(dir).list()?.first().map(Backup::name).unwrap_or_default().max(stamp(now));
-    Database::open_file(&partial)?.transaction(|records| settings::set_backed_up(records, &newest))?;
-    File::open(&partial).and_then(|file| file.sync_all()).map_err(io("sync", &partial))?;
+    let partial = fetched.path();
+    let newest = Backups::new(dir).mark(now)?;
+    Database::open_file(partial)?.transaction(|records| -> Result<(), DbError> {
+        settings::set_backed_up(records, &newest)?;
+        let mut found = records.list("token/")?;
+        tokens::end_all(&mut found, unix(now))?;
+        found.iter().try_for_each(|(key, value)| records.put(key, value))
+    })?;
+    File::open(partial).and_then(|file| file.sync_all()).map_err(io("sync", partial))?;
     let restored = Restored {
         at: unix(now),
-        backup: backup.path.clone(),
+        backup: fetched.from.clone(),
         reason,
-        put_aside: put_aside(dir, now)?,
+        put_aside: put_aside(dir, "damaged", now)?,
         published: false,
         seen: false,
     };
     // Said before it is done: a crash in between restores once more.
     restored.write(dir).map_err(io("write", dir))?;
     let path = dir.join("pki.db");
-    fs::rename(&partial, &path).map_err(io("rename", &partial))?;
+    fs::rename(partial, &path).map_err(io("rename", partial))?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("sync", dir))?;
     Ok(restored)
 }
 
-/// Also the side files: a log of changes would be applied to the backup. And the list of hosts, which may know some that
-/// the backup does not.
-fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
-    let aside = dir.join(format!("damaged-{}", stamp(now)));
+/// Also the side files: a log of changes would be applied to the backup. And the list of hosts.
+pub(crate) fn put_aside(dir: &Path, why: &str, now: SystemTime) -> Result<PathBuf, StateError> {
+    let aside = dir.join(format!("{why}-{}", stamp(now)));
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&aside);
     made.map_err(|source| StateError::Io { action: "create", path: aside.clone(), source })?;
     for name in ["pki.db", "pki.db-wal", "pki.db-shm"] {
@@ -133,12 +172,18 @@ fn put_aside(dir: &Path, now: SystemTime) -> Result<PathBuf, StateError> {
             fs::rename(&path, aside.join(name)).map_err(|source| StateError::Io { action: "move", path, source })?;
         }
     }
+    keep_list(dir, &aside)?;
+    Ok(aside)
+}
+
+/// It may know hosts that the backup does not, and is written anew soon.
+pub(crate) fn keep_list(dir: &Path, aside: &Path) -> Result<(), StateError> {
     let list = dir.join(roster::FILE);
     if list.exists() {
         let copied = fs::copy(&list, aside.join(roster::FILE));
         copied.map_err(|source| StateError::Io { action: "copy", path: list, source })?;
     }
-    Ok(aside)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::state_dir::{StateDir, StateError};
 use crate::store::etcd::config::EtcdConfig;
 use crate::store::hosts::HostState;
 use crate::store::{deny, trust};
-use crate::times::{rfc3339, seconds, unix};
+use crate::times::{from_unix, rfc3339, seconds, unix, unix_ms};
 
 const BACKUP_EVERY: Duration = Duration::from_secs(3600);
 /// What failed for want of space, or for a damaged record, fails again for a while.
@@ -78,7 +78,6 @@ impl Keeper {
     /// Gives a database that went back in time what it has forgotten, and hosts a bundle newer than any they have.
     pub(crate) fn open(state: &StateDir, rotator: &Rotator<'_>) -> Result<Keeper, PkiError> {
         let dir = state.dir();
-        let mut restored = Restored::read(dir);
         let keeper = Keeper {
             backups: Backups::new(dir),
             mirror: MirrorFile::new(dir),
@@ -86,21 +85,32 @@ impl Keeper {
             last: Mutex::default(),
             shut_out: Mutex::default(),
             told_of: AtomicU64::default(),
-            restored: Mutex::default(),
+            restored: Mutex::new(Restored::read(dir)),
             hold_s: seconds(rotator.lifetimes.hold),
         };
         if let Some(mirror) = keeper.mirror.read() {
             keeper.remind(state, &mirror, rotator.now)?;
         }
+        keeper.publish_anew(state, rotator)?;
+        Ok(keeper)
+    }
+
+    /// Once after a restore; the server that leads does it, which may be this one only later.
+    fn publish_anew(&self, state: &StateDir, rotator: &Rotator<'_>) -> Result<(), PkiError> {
+        let mut restored = self.lock_restored();
         if let Some(restored) = restored.as_mut().filter(|restored| !restored.published)
-            && let floor = keeper.mirror.read().map_or(0, |mirror| mirror.sequence())
+            && let floor = self.mirror.read().map_or(0, |mirror| mirror.sequence())
             && republish(state, rotator, floor)?
         {
             restored.published = true;
-            restored.write(dir).map_err(|source| StateError::Io { action: "write", path: dir.to_owned(), source })?;
+            let path = state.dir().to_owned();
+            restored.write(&path).map_err(|source| StateError::Io { action: "write", path, source })?;
         }
-        *keeper.restored.lock().unwrap_or_else(PoisonError::into_inner) = restored;
-        Ok(keeper)
+        Ok(())
+    }
+
+    fn lock_restored(&self) -> MutexGuard<'_, Option<Restored>> {
+        self.restored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remind(&self, state: &StateDir, mirror: &Mirror, now: SystemTime) -> Result<(), PkiError> {
@@ -124,15 +134,17 @@ impl Keeper {
     }
 
     /// Called every few seconds. A failure is an alarm and stops nothing.
-    pub(crate) fn keep(&self, state: &StateDir, metrics: &Metrics, moment: Moment) {
+    pub(crate) fn keep(&self, state: &StateDir, rotator: &Rotator<'_>, metrics: &Metrics, moment: Moment) {
+        if let Err(error) = self.publish_anew(state, rotator) {
+            tracing::error!(%error, "the bundle could not be published anew after a restore");
+        }
         if let Err(error) = self.try_keep(state, metrics, moment) {
             self.owed.store(true, Ordering::Relaxed);
             self.lock_last().failed = Some(moment.boot);
             metrics.backup_failures.inc();
             tracing::error!(error = format!("{error:#}"), "backup, list of hosts or authorities cannot be kept");
         }
-        let restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner);
-        metrics.restored.set(restored.as_ref().map_or(0, |restored| restored.at));
+        metrics.restored.set(self.lock_restored().as_ref().map_or(0, |restored| restored.at));
     }
 
     fn try_keep(&self, state: &StateDir, metrics: &Metrics, moment: Moment) -> anyhow::Result<()> {
@@ -182,9 +194,8 @@ impl Keeper {
         Ok(!newest.is_some_and(is_recent))
     }
 
-    fn is_recently_restored(&self, now: SystemTime) -> bool {
-        let restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner);
-        restored.as_ref().is_some_and(|restored| restored.is_recent(unix(now)))
+    fn recently_restored_at(&self, now: SystemTime) -> Option<i64> {
+        self.lock_restored().as_ref().filter(|restored| restored.is_recent(unix(now))).map(|restored| restored.at)
     }
 }
 
@@ -197,14 +208,19 @@ impl Pki {
         }
         // Another replica may have published it a moment ago.
         let known = self.state.database.read(trust::trust).map_or(u64::MAX, |trust| trust.sequence);
-        // A sequence is a time: one from the future is a lie, or a clock to look after first.
-        let latest = self.now_ms() + u64::try_from(self.lifetimes.skew.as_millis()).unwrap_or(u64::MAX);
+        // A sequence is a time: one from the future is a lie, or a clock to look after first. So is one from after a
+        // restore that this PKI did not publish.
+        let restored_at = self.keeper.recently_restored_at(self.now());
+        let latest = unix_ms(restored_at.map_or(self.now(), from_unix) + self.lifetimes.skew);
         if sequence <= known || sequence > latest {
             return;
         }
-        self.keeper.told_of.store(sequence, Ordering::Relaxed);
-        self.metrics.hosts_ahead.inc();
-        if !self.keeper.is_recently_restored(self.now()) {
+        let told = || {
+            self.keeper.told_of.store(sequence, Ordering::Relaxed);
+            self.metrics.hosts_ahead.inc();
+        };
+        if restored_at.is_none() {
+            told();
             tracing::error!(
                 host,
                 sequence,
@@ -214,10 +230,14 @@ impl Pki {
             );
             return;
         }
-        tracing::warn!(host, sequence, known, "a host has a newer bundle than the backup; publishing above it");
-        let rotator = self.rotator();
-        if let Err(error) = republish(&self.state, &rotator, sequence) {
-            tracing::error!(%error, "the bundle could not be published above what hosts have");
+        match republish(&self.state, &self.rotator(), sequence) {
+            Ok(true) => {
+                told();
+                tracing::warn!(host, sequence, known, "a host had a newer bundle than the backup");
+            }
+            // Another leads: a host tells that one, or this one again.
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "the bundle could not be published above what hosts have"),
         }
     }
 }

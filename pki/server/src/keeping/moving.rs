@@ -2,27 +2,30 @@
 
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, ensure};
 use data_encoding::HEXLOWER;
 use meshd_identity::{TrustDomain, sha256};
 
-use super::backups::stamp;
-use super::heal::check_file;
+use super::backups::{Backups, stamp};
+use super::heal::{Fetched, check_file, keep_list, put_aside};
 use super::restored::Restored;
 use crate::audit::{Audit, Event};
 use crate::authority::new_id;
 use crate::keys::Kek;
 use crate::rotation::Trust;
-use crate::state_dir::{StateDir, kek_path, lock, prepare_dir};
+use crate::state_dir::{StateDir, alone, kek_path, lock, prepare_dir};
 use crate::store::etcd::config::EtcdConfig;
-use crate::store::etcd::transfer::Transfer;
-use crate::store::{self, Database, DbError, intermediates, replicas, servers};
+use crate::store::etcd::transfer::{Record, Transfer};
+use crate::store::{self, Database, DbError, intermediates, replicas, servers, settings, tokens};
 use crate::times::unix;
 
-pub(crate) type All = Vec<(String, Vec<u8>)>;
+pub(crate) type All = Vec<Record>;
+
+const CHANGED: &str = "a server has started, or a command has changed something in etcd, meanwhile; nothing was done, try \
+                       again";
 
 /// What was moved.
 #[derive(Debug, PartialEq, Eq)]
@@ -49,9 +52,10 @@ pub(crate) fn records_of(path: &Path) -> Result<All, DbError> {
 pub fn to_etcd(dir: &Path, mut config: EtcdConfig, now: SystemTime) -> anyhow::Result<Moved> {
     let _running = lock(dir)?;
     ensure!(EtcdConfig::read(dir)?.is_none(), "{} is in etcd already", dir.display());
+    config.trust_domain = StateDir::open(dir)?.trust_domain.to_string();
+    let _alone = alone(dir)?;
     let path = dir.join("pki.db");
     let mut records = records_of(&path)?;
-    config.trust_domain = StateDir::open(dir)?.trust_domain.to_string();
     config.replica = new_id()?[..8].to_owned();
     // No server runs, so nothing signs; each makes an intermediate of its own when it starts.
     intermediates::retire_all(&mut records, unix(now))?;
@@ -88,20 +92,34 @@ fn fill(etcd: &Transfer, records: &All) -> anyhow::Result<Moved> {
 /// etcd's records into the file, and out of etcd.
 pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
     let _running = lock(dir)?;
+    let _alone = alone(dir)?;
     let config = EtcdConfig::read(dir)?.with_context(|| format!("{} is not in etcd", dir.display()))?;
     let etcd = Transfer::new(&config)?;
+    let (mut records, revision) = etcd.records_at()?;
     refuse_while_running(&etcd)?;
-    let mut records = etcd.records()?;
-    ensure!(!records.is_empty(), "etcd holds no PKI; restore a backup into it first: `meshd-pki restore`");
+    ensure!(
+        records.iter().any(|(key, _)| key == "trust"),
+        "etcd holds no whole PKI; if {} is there, a move was cut short: take {} away. Otherwise restore a backup into \
+         etcd first: `meshd-pki restore`",
+        dir.join("pki.db").display(),
+        EtcdConfig::path(dir).display()
+    );
     intermediates::retire_all(&mut records, unix(now))?;
     forget_servers(&mut records);
+    settings::mark_backed_up(&mut records, &Backups::new(dir).mark(now)?)?;
     let partial = dir.join("pki.partial");
     _ = fs::remove_file(&partial);
     store::write_copy(&partial, &records)?;
     let (sent, found) = (sum_up(&records), sum_up(&records_of(&partial)?));
     ensure!(sent == found, "{} is not what etcd holds; try again", partial.display());
     fs::File::open(&partial)?.sync_all()?;
+    // What a move to etcd left that was cut short: its log would be applied to the new file.
+    put_aside(dir, "replaced", now)?;
     fs::rename(&partial, dir.join("pki.db"))?;
+    if !etcd.close(revision)? {
+        fs::remove_file(dir.join("pki.db"))?;
+        anyhow::bail!(CHANGED);
+    }
     fs::rename(EtcdConfig::path(dir), dir.join("etcd.toml.migrated"))?;
     fs::File::open(dir)?.sync_all()?;
     etcd.clear()?;
@@ -113,27 +131,31 @@ pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
 pub(crate) fn restore_etcd(
     dir: &Path,
     config: &EtcdConfig,
-    backup: &Path,
+    fetched: &Fetched,
     now: SystemTime,
 ) -> anyhow::Result<Restored> {
     let etcd = Transfer::new(config)?;
-    refuse_while_running(&etcd)?;
-    let mut records = records_of(backup)?;
+    let mut records = records_of(fetched.path())?;
     intermediates::retire_all(&mut records, unix(now))?;
-    let before = etcd.records()?;
+    settings::mark_backed_up(&mut records, &Backups::new(dir).mark(now)?)?;
+    tokens::end_all(&mut records, unix(now))?;
+    let (before, revision) = etcd.records_at()?;
+    refuse_while_running(&etcd)?;
     let aside = dir.join(format!("damaged-{}", stamp(now)));
     DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
     if !before.is_empty() {
         store::write_copy(&aside.join("pki.db"), &before)?;
     }
+    keep_list(dir, &aside)?;
     let restored = Restored {
         at: unix(now),
-        backup: backup.to_owned(),
+        backup: fetched.from.clone(),
         reason: "the operator asked for it".to_owned(),
         put_aside: aside,
         published: false,
         seen: false,
     };
+    ensure!(etcd.close(revision)?, CHANGED);
     restored.write(dir)?;
     etcd.clear()?;
     fill(&etcd, &records)?;
@@ -173,12 +195,11 @@ pub fn remove_replica(dir: &Path, id: &str, now: SystemTime) -> anyhow::Result<(
     let state = StateDir::open(dir)?;
     let running = state.database.engine().live_replicas();
     ensure!(!running.iter().any(|one| one == id), "replica {id} runs; stop it first");
-    let known = state.database.transaction(|records| -> Result<bool, DbError> {
+    state.database.transaction(|records| -> anyhow::Result<()> {
+        ensure!(replicas::forget(records, id)?, "there is no replica {id}; see `meshd-pki replica list`");
         intermediates::retire(records, id, unix(now))?;
-        servers::forget(records, id)?;
-        replicas::forget(records, id)
+        Ok(servers::forget(records, id)?)
     })?;
-    ensure!(known, "there is no replica {id}; see `meshd-pki replica list`");
     note(dir, now, "replica_remove", id.to_owned())
 }
 
@@ -192,18 +213,7 @@ fn refuse_while_running(etcd: &Transfer) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn put_aside(dir: &Path, why: &str, now: SystemTime) -> anyhow::Result<PathBuf> {
-    let aside = dir.join(format!("{why}-{}", stamp(now)));
-    DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
-    for name in ["pki.db", "pki.db-wal", "pki.db-shm"] {
-        if dir.join(name).exists() {
-            fs::rename(dir.join(name), aside.join(name))?;
-        }
-    }
-    Ok(aside)
-}
-
-fn note(dir: &Path, now: SystemTime, event: &'static str, detail: String) -> anyhow::Result<()> {
+pub(super) fn note(dir: &Path, now: SystemTime, event: &'static str, detail: String) -> anyhow::Result<()> {
     let event = Event { event, result: "ok", detail: Some(detail), ..Event::default() };
     Ok(Audit::new(dir.join("audit.jsonl")).append(unix(now), &[event])?)
 }

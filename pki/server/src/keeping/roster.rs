@@ -12,10 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use super::backups::stamp;
 use crate::keys::replace_private;
-use crate::rotation::Trust;
+use crate::rotation::{Root, RootState, Trust};
 use crate::store::grants::{self, LabelEntry};
 use crate::store::hosts::{self, Entry, HostState};
-use crate::store::{DbError, View, base64, trust};
+use crate::store::intermediates::{self, Intermediate};
+use crate::store::{DbError, View, base64, deny, trust};
 
 pub(crate) const FILE: &str = "hosts.json";
 pub(crate) const SCHEMA: u32 = 1;
@@ -27,6 +28,12 @@ pub(crate) struct Roster {
     pub(crate) trust_domain: TrustDomain,
     /// Of the bundle in force.
     pub(crate) sequence: u64,
+    /// Of the deny set, which the hosts have.
+    #[serde(default)]
+    pub(crate) deny_sequence: u64,
+    /// No certificate of a host or workload lives longer, in seconds.
+    #[serde(default)]
+    pub(crate) longest_leaf_s: i64,
     pub(crate) roots: Vec<KnownRoot>,
     pub(crate) hosts: Vec<KnownHost>,
     pub(crate) entries: Vec<Permitted>,
@@ -39,6 +46,19 @@ pub(crate) struct KnownRoot {
     #[serde(with = "base64")]
     pub(crate) certificate: Vec<u8>,
     pub(crate) not_after: i64,
+    /// When the last certificate under it ends, where it signs none any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) leaves_until: Option<i64>,
+}
+
+impl KnownRoot {
+    fn of(root: Root, speaker: Option<&str>, all: &[Intermediate]) -> KnownRoot {
+        let is_old = root.state == RootState::Old && speaker != Some(&root.id);
+        let under = all.iter().filter(|one| one.root == root.id);
+        let last_end = under.map(|one| one.replaced_at.unwrap_or(one.not_after) + one.longest_leaf_s).max();
+        let leaves_until = is_old.then(|| last_end.unwrap_or(root.published_at));
+        KnownRoot { id: root.id, certificate: root.certificate, not_after: root.not_after, leaves_until }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,7 +84,10 @@ pub(crate) struct Permitted {
 
 impl Roster {
     pub(crate) fn of(view: &mut dyn View, trust_domain: &TrustDomain) -> Result<Roster, DbError> {
-        let Trust { sequence, roots, .. } = trust::trust(view)?;
+        let trust = trust::trust(view)?;
+        let speaker = trust.speaker().map(|root| root.id.clone());
+        let Trust { sequence, roots, .. } = trust;
+        let intermediates = intermediates::all(view)?;
         let roots = roots.into_iter().filter(|root| root.state.is_in_bundle() && root.tainted_at.is_none());
         let hosts = hosts::hosts(view)?.into_iter().map(|host| KnownHost {
             key: if host.enrolled_key.is_empty() { host.public_key } else { host.enrolled_key },
@@ -80,13 +103,18 @@ impl Roster {
             schema: SCHEMA,
             trust_domain: trust_domain.clone(),
             sequence,
-            roots: roots
-                .map(|root| KnownRoot { id: root.id, certificate: root.certificate, not_after: root.not_after })
-                .collect(),
+            deny_sequence: deny::deny(view)?.sequence,
+            longest_leaf_s: intermediates.iter().map(|one| one.longest_leaf_s).max().unwrap_or_default(),
+            roots: roots.map(|root| KnownRoot::of(root, speaker.as_deref(), &intermediates)).collect(),
             hosts,
             entries: entries.map(|entry| Permitted { host: entry.host.clone(), entry }).collect(),
             label_entries: grants::label_entries(view)?,
         })
+    }
+
+    /// What a server wrote last, if it can be read.
+    pub(crate) fn read(dir: &Path) -> Option<Roster> {
+        serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()
     }
 
     /// Banned and evicted hosts.

@@ -42,7 +42,8 @@ fn old(root: &KnownRoot, now: i64) -> Root {
         wrapped_key: Vec::new(),
         published_sequence: 0,
         published_at: now,
-        activated_at: Some(now),
+        // Here it never was: the first root of this PKI is still its first.
+        activated_at: None,
         removed_at: None,
         tainted_at: None,
         not_after: root.not_after,

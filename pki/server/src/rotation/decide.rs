@@ -129,7 +129,11 @@ fn offer(decision: &mut Decision, root: Option<&str>, step: Step, mut gates: Vec
 
 pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     let mut gates = Vec::new();
-    if trust.in_bundle().count() >= MOST_ROOTS {
+    let ends = |active: &Root| active.not_after - seconds(world.lifetimes.last_call) <= world.now;
+    let cannot_stay = |active: &Root| active.tainted_at.is_some() || ends(active);
+    // One more is better than going on with a root that has to be left.
+    let most = MOST_ROOTS + usize::from(trust.active().is_some_and(cannot_stay));
+    if trust.in_bundle().count() >= most {
         gates.push(Gate::TooManyRoots);
     }
     let Some(active) = trust.active() else {
@@ -141,8 +145,7 @@ pub(crate) fn prepare_gates(trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate
         }
         return gates;
     }
-    let ends = active.not_after - seconds(world.lifetimes.last_call);
-    let wanted = trust.urgent.is_some() || active.tainted_at.is_some() || ends <= world.now;
+    let wanted = trust.urgent.is_some() || cannot_stay(active);
     let at = next_rotation(trust, active, world.lifetimes);
     if !wanted && at > world.now {
         gates.push(Gate::Due { at });
@@ -298,4 +301,32 @@ fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
         gates.push(Gate::HostsUnder(on_it));
     }
     gates
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root(n: usize, state: RootState, tainted_at: Option<i64>) -> Root {
+        let record = serde_json::json!({
+            "id": n.to_string(), "state": state, "certificate": "", "published_sequence": 1, "published_at": 0,
+            "activated_at": 0, "tainted_at": tainted_at, "not_after": 365 * 86_400,
+        });
+        serde_json::from_value(record).unwrap()
+    }
+
+    #[test]
+    fn a_full_bundle_holds_up_the_next_root_but_not_the_replacement_of_one_whose_key_leaked() {
+        let lifetimes = Lifetimes::default();
+        let gates = |tainted_at| {
+            let mut roots: Vec<Root> = (0..MOST_ROOTS).map(|n| root(n, RootState::Old, None)).collect();
+            roots[0] = root(0, RootState::Active, tainted_at);
+            let trust = Trust { roots, ..Trust::default() };
+            let (clock_is_good, now) = (true, 200 * 86_400);
+            let world = Surroundings { hosts: &[], intermediates: &[], lifetimes: &lifetimes, clock_is_good, now };
+            prepare_gates(&trust, &world)
+        };
+        assert_eq!(gates(None), [Gate::TooManyRoots]);
+        assert_eq!(gates(Some(1)), []);
+    }
 }

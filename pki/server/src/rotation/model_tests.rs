@@ -122,7 +122,7 @@ impl World {
             self.publish();
         }
         assert!(self.trust.roots.iter().filter(|root| root.state == RootState::Active).count() == 1);
-        assert!((1..=4).contains(&self.trust.in_bundle().count()));
+        assert!((1..=5).contains(&self.trust.in_bundle().count()));
     }
 
     /// A replica reads what is stored, and makes a new intermediate when it is time.
@@ -224,6 +224,7 @@ fn record(id: usize) -> Host {
         labels: Default::default(),
         enrolled_by: String::new(),
         adopted_until: None,
+        unrecorded_until: None,
         roots_in_use: vec![],
     }
 }

@@ -53,11 +53,18 @@ pub(super) fn advice(health: &Health) -> Vec<String> {
     let mut advice: Vec<String> = clocks_of(skewed.into_iter()).into_iter().collect();
     let active = || health.hosts.iter().filter(|host| host.state == HostState::Active);
     let (come, adopted): (Vec<&Host>, Vec<&Host>) = active().partition(|host| host.adopted_until.is_none());
-    if let Some(until) = adopted.iter().filter_map(|host| host.adopted_until).max() {
-        let names: Vec<&str> = adopted.iter().map(|host| host.id.as_str()).collect();
-        let (count, names, until) = (names.len(), listed(&names), rfc3339(until));
-        advice.push(format!("{count} hosts of the PKI before have not come back; they may until {until}: {names}"));
-    }
+    let (may, late): (Vec<&Host>, Vec<&Host>) =
+        adopted.into_iter().partition(|host| host.adopted_until.is_some_and(|until| until >= health.now));
+    let not_back = |hosts: &[&Host], what: &dyn Fn(String) -> String| {
+        let until = hosts.iter().filter_map(|host| host.adopted_until).max()?;
+        let names: Vec<&str> = hosts.iter().map(|host| host.id.as_str()).collect();
+        let (count, names) = (names.len(), listed(&names));
+        Some(format!("{count} hosts of the PKI before have not come back; {}: {names}", what(rfc3339(until))))
+    };
+    advice.extend(not_back(&may, &|until| format!("they may until {until}")));
+    advice.extend(not_back(&late, &|until| {
+        format!("they had until {until}, and need a token now (`meshd-pki token create --host NAME`)")
+    }));
     let forgotten = come.into_iter().filter(|host| host.last_seen < health.now - FORGOTTEN_S);
     let names: Vec<&str> = forgotten.map(|host| host.id.as_str()).collect();
     if !names.is_empty() {

@@ -82,7 +82,7 @@ pub(crate) fn find(view: &mut dyn View, domain: &TrustDomain) -> Result<Option<F
 
 fn federated(view: &mut dyn View, relationship: Relationship) -> Result<Federated, DbError> {
     let held = get(view, &key("bundle", &relationship.trust_domain))?;
-    let polled = get(view, &key("polled", &relationship.trust_domain))?.unwrap_or_default();
+    let polled = polled(view, &relationship.trust_domain)?;
     Ok(Federated { relationship, held, polled })
 }
 
@@ -99,6 +99,10 @@ pub(crate) fn put_held(
 ) -> Result<(), DbError> {
     revise(records, now_ms)?;
     put(records, &key("bundle", domain), held)
+}
+
+pub(crate) fn polled(view: &mut dyn View, domain: &TrustDomain) -> Result<Polled, DbError> {
+    Ok(get(view, &key("polled", domain))?.unwrap_or_default())
 }
 
 pub(crate) fn put_polled(records: &mut dyn Records, domain: &TrustDomain, polled: &Polled) -> Result<(), DbError> {

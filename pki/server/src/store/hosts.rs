@@ -75,6 +75,9 @@ pub(crate) struct Host {
     /// It is a host of a PKI that was lost, and may come back by its key until then. Nothing once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) adopted_until: Option<i64>,
+    /// What the PKI before gave it is not on record here, and has ended by then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) unrecorded_until: Option<i64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

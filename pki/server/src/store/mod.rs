@@ -50,6 +50,8 @@ pub enum DbError {
     Create { path: PathBuf, source: std::io::Error },
     #[error("{} has schema {found}, this meshd-pki reads schema 1 to {SCHEMA}; run the version that wrote it", path.display())]
     Schema { path: PathBuf, found: String },
+    #[error("{} is of an earlier version (schema {found}); `meshd-pki restore --from` converts it", path.display())]
+    OldCopy { path: PathBuf, found: i64 },
     #[error("{} is damaged ({detail}); stop the PKI and restore the newest backup", path.display())]
     Damaged { path: PathBuf, detail: String },
     #[error("the record `{key}` is unreadable ({detail}); stop the PKI and restore the newest backup")]
@@ -201,6 +203,14 @@ impl Database {
         }
     }
 
+    /// For a copy, wherever it lies: nothing is written, not even beside it.
+    pub(crate) fn open_copy(path: &Path) -> Result<Database, DbError> {
+        match Sqlite::open_copy(path)? {
+            Some(engine) => Ok(Database { engine: Box::new(engine) }),
+            None => Err(DbError::Empty { path: path.to_owned() }),
+        }
+    }
+
     /// Whether the file holds a finished PKI; an `init` that was cut short leaves one that does not.
     pub(crate) fn is_initialised(path: &Path) -> Result<bool, DbError> {
         Ok(Sqlite::open(path)?.is_some())
@@ -257,11 +267,15 @@ fn commit<'a, T, E: From<DbError>>(
     mut begin: impl FnMut() -> Result<Option<Box<dyn Transaction + 'a>>, DbError>,
     mut act: impl FnMut(&mut dyn Records) -> Result<T, E>,
 ) -> Result<Option<T>, E> {
+    let mut has_caught_up = false;
     for _ in 0..ATTEMPTS {
         let Some(mut transaction) = begin()? else { return Ok(None) };
         let result = match act(transaction.as_mut()) {
             // It may have missed what another server wrote a moment ago: a token, a host.
-            Err(_) if engine.catch_up() => continue,
+            Err(_) if !has_caught_up && engine.catch_up() => {
+                has_caught_up = true;
+                continue;
+            }
             result => result?,
         };
         match transaction.commit()? {
@@ -280,7 +294,7 @@ pub(crate) fn write_copy(path: &Path, records: &[(String, Vec<u8>)]) -> Result<(
 
 fn newest_records(dir: &Path) -> Option<Vec<(String, Vec<u8>)>> {
     let backup = Backups::new(dir).newest_whole(SystemTime::now())?;
-    let database = Database::open_file(&backup.path).ok()?;
+    let database = Database::open_copy(&backup.path).ok()?;
     database.read(|view| view.list("")).ok()
 }
 

@@ -147,6 +147,7 @@ fn convert_hosts(connection: &Connection) -> Result<(), DbError> {
             labels: Default::default(),
             enrolled_by: String::new(),
             adopted_until: None,
+            unrecorded_until: None,
         })
     })?;
     for host in hosts {

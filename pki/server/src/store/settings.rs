@@ -2,7 +2,7 @@
 
 use meshd_identity::TrustDomain;
 
-use super::{DbError, Records, View, get, put};
+use super::{DbError, Records, View, encode, get, put};
 
 const TRUST_DOMAIN: &str = "setting/trust_domain";
 const ADVERTISE: &str = "setting/advertise";
@@ -10,6 +10,7 @@ const LAST_GOOD: &str = "setting/last_good_time";
 const BACKED_UP: &str = "setting/backed_up";
 const RECOVERY_STATEMENTS: &str = "setting/recovery_statements";
 const RECOVERED_AT: &str = "setting/recovered_at";
+const RETURNED_AT: &str = "setting/returned_at";
 const RECOVERY_KEYS: &str = "setting/recovery_keys";
 
 pub(crate) fn set_trust_domain(records: &mut dyn Records, domain: &TrustDomain) -> Result<(), DbError> {
@@ -50,6 +51,16 @@ pub(crate) fn set_backed_up(records: &mut dyn Records, name: &str) -> Result<(),
     put(records, BACKED_UP, &newest.as_deref().unwrap_or(name))
 }
 
+/// As `set_backed_up`, among all records of a PKI of which no server runs; they are in the order of their keys.
+pub(crate) fn mark_backed_up(records: &mut Vec<(String, Vec<u8>)>, name: &str) -> Result<(), DbError> {
+    let value = encode(BACKED_UP, &name)?;
+    match records.binary_search_by(|(key, _)| key.as_str().cmp(BACKED_UP)) {
+        Ok(at) => records[at].1 = value,
+        Err(at) => records.insert(at, (BACKED_UP.to_owned(), value)),
+    }
+    Ok(())
+}
+
 /// What the holders of recovery keys have said, oldest first: JWS of type `meshd-recovery+jws`.
 pub(crate) fn recovery_statements(view: &mut dyn View) -> Result<Vec<String>, DbError> {
     Ok(get(view, RECOVERY_STATEMENTS)?.unwrap_or_default())
@@ -66,6 +77,18 @@ pub(crate) fn recovered_at(view: &mut dyn View) -> Result<Option<i64>, DbError> 
 
 pub(crate) fn set_recovered_at(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
     put(records, RECOVERED_AT, &time)
+}
+
+/// When the first host of the lost PKI reported here that may wait for the others.
+pub(crate) fn returned_at(view: &mut dyn View) -> Result<Option<i64>, DbError> {
+    get(view, RETURNED_AT)
+}
+
+pub(crate) fn note_return(records: &mut dyn Records, time: i64) -> Result<(), DbError> {
+    match returned_at(records)? {
+        Some(_) => Ok(()),
+        None => put(records, RETURNED_AT, &time),
+    }
 }
 
 /// SubjectPublicKeyInfo of each recovery key in base64, current first.

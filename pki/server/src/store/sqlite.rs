@@ -1,12 +1,13 @@
 //! Records in one SQLite file: WAL, every commit synced. The server and the command line share it.
 
 use std::fs::OpenOptions;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 
 use super::{Committed, DbError, Engine, Records, SCHEMA, Transaction, View, schema1, schema2};
 
@@ -47,16 +48,28 @@ impl Sqlite {
             schema2::VERSION => schema2::convert(&mut connection, TABLE)?,
             0 if schema1::is_in(&connection)? => schema1::convert(&mut connection, TABLE)?,
             0 => return Ok(None),
-            other if (1..=LAST_SCHEMA).contains(&other) => {
-                return Err(DbError::Schema { path: path.to_owned(), found: other.to_string() });
-            }
-            other => {
-                let detail = format!("its header names schema {other}, which no meshd-pki ever writes");
-                return Err(DbError::Damaged { path: path.to_owned(), detail });
-            }
+            other => return Err(unreadable(path, other)),
         }
-        let records: i64 = connection.query_row("SELECT count(*) FROM record", [], |row| row.get(0))?;
-        if records == 0 { Ok(None) } else { Sqlite::new(path, connection).map(Some) }
+        if is_empty(&connection)? { Ok(None) } else { Sqlite::new(path, connection).map(Some) }
+    }
+
+    /// As `open`, without a trace: a copy may lie where nobody can write.
+    pub(super) fn open_copy(path: &Path) -> Result<Option<Sqlite>, DbError> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let connection = connect_to_copy(path)?;
+        match version(&connection)? {
+            SCHEMA => {}
+            0 if !schema1::is_in(&connection)? => return Ok(None),
+            found @ (0 | schema2::VERSION) => return Err(DbError::OldCopy { path: path.to_owned(), found }),
+            other => return Err(unreadable(path, other)),
+        }
+        if is_empty(&connection)? {
+            return Ok(None);
+        }
+        let reader = Mutex::new(connect_to_copy(path)?);
+        Ok(Some(Sqlite { path: path.to_owned(), writer: Mutex::new(connection), reader }))
     }
 
     fn new(path: &Path, writer: Connection) -> Result<Sqlite, DbError> {
@@ -117,6 +130,19 @@ impl Sqlite {
 
 pub(super) fn version(connection: &Connection) -> Result<i64, DbError> {
     Ok(connection.pragma_query_value(None, "user_version", |row| row.get(0))?)
+}
+
+fn unreadable(path: &Path, version: i64) -> DbError {
+    let path = path.to_owned();
+    if (1..=LAST_SCHEMA).contains(&version) {
+        return DbError::Schema { path, found: version.to_string() };
+    }
+    DbError::Damaged { path, detail: format!("its header names schema {version}, which no meshd-pki ever writes") }
+}
+
+fn is_empty(connection: &Connection) -> Result<bool, DbError> {
+    let records: i64 = connection.query_row("SELECT count(*) FROM record", [], |row| row.get(0))?;
+    Ok(records == 0)
 }
 
 /// A panic while it was held rolled its transaction back.
@@ -240,6 +266,20 @@ fn connect(path: &Path) -> Result<Connection, DbError> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     Ok(connection)
+}
+
+fn connect_to_copy(path: &Path) -> Result<Connection, DbError> {
+    let mut uri = "file:".to_owned();
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'/' | b'.' | b'-' | b'_' => uri.push(char::from(*byte)),
+            byte if byte.is_ascii_alphanumeric() => uri.push(char::from(*byte)),
+            byte => uri.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    // Without this SQLite makes files beside one that was ever in WAL mode.
+    uri.push_str("?immutable=1");
+    Ok(Connection::open_with_flags(uri, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI)?)
 }
 
 #[cfg(test)]

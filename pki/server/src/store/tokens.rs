@@ -6,7 +6,7 @@ use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{DbError, Records, View, base64, get, glance, list, put};
+use super::{DbError, Records, View, base64, decode, encode, get, glance, list, put};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Token {
@@ -99,6 +99,16 @@ pub(crate) fn end_those_of(records: &mut dyn Records, host: &str, now: i64) -> R
     for mut token in all(records)?.into_iter().filter(|token| token.is_for(host) && token.expires_at > now) {
         token.expires_at = now;
         put_token(records, &token)?;
+    }
+    Ok(())
+}
+
+/// Nobody joins with what a backup brought back: it may have been used or ended since. Of records of whatever kind.
+pub(crate) fn end_all(records: &mut [(String, Vec<u8>)], now: i64) -> Result<(), DbError> {
+    for (key, value) in records.iter_mut().filter(|(key, _)| key.starts_with("token/")) {
+        let mut token: Token = decode(key, value)?;
+        token.expires_at = token.expires_at.min(now);
+        *value = encode(key, &token)?;
     }
     Ok(())
 }

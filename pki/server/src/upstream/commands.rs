@@ -9,6 +9,8 @@ use x509_parser::prelude::FromDer;
 
 use super::check::{Unusable, certificates, check, id_of_key, private_key};
 use super::import::{Imported, Source};
+use crate::admin::Actor;
+use crate::audit::Event;
 use crate::authority::{AuthorityError, csr_params};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::Rotator;
@@ -53,7 +55,7 @@ pub enum UpstreamError {
 pub fn csr(dir: &Path, now: SystemTime) -> Result<String, UpstreamError> {
     let state = StateDir::open(dir)?;
     let kek = state.kek()?;
-    let pending = state.database.transaction(|records| -> Result<Pending, UpstreamError> {
+    let pending = state.change(now, |records, told| -> Result<Pending, UpstreamError> {
         if let Some(pending) = upstream::pending(records)? {
             return Ok(pending);
         }
@@ -62,6 +64,8 @@ pub fn csr(dir: &Path, now: SystemTime) -> Result<String, UpstreamError> {
         let wrapped_key = kek.wrap(&id, &key.serialize_der()).map_err(StateError::from)?;
         let pending = Pending { id, wrapped_key, created_at: unix(now) };
         upstream::put_pending(records, &pending)?;
+        let (by, detail) = (Some(Actor::local().name), Some(format!("over the key {}", pending.id)));
+        told.push(Event { event: "upstream_csr", result: "ok", by, detail, ..Event::default() });
         Ok(pending)
     })?;
     let key = kek.unwrap(&pending.id, &pending.wrapped_key).map_err(StateError::from)?;

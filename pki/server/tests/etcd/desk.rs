@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::{JoinToken, SpiffeId, TrustDomain};
-use meshd_pki::commands::{TokenRequest, create_token};
+use meshd_pki::commands::{CommandError, TokenRequest, create_token};
 use meshd_pki::keeping::moving::{init_replica, to_etcd};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::pki::PkiError;
@@ -105,9 +105,13 @@ impl Desk {
     }
 
     pub(crate) fn token(&self, state: &str, host: &str) -> JoinToken {
+        self.try_token(state, host).unwrap()
+    }
+
+    pub(crate) fn try_token(&self, state: &str, host: &str) -> Result<JoinToken, CommandError> {
         let pki = ["10.0.0.1:15012".to_owned()];
         let request = TokenRequest { host, pki: &pki, ..TokenRequest::default() };
-        create_token(&self.state(state), &request, self.now()).unwrap()
+        create_token(&self.state(state), &request, self.now())
     }
 }
 

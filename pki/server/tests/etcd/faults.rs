@@ -1,14 +1,18 @@
 //! What etcd can do to the PKI.
 
 use meshd_pki::Refused;
+use meshd_pki::admin::{Actor, Role};
 use meshd_pki::commands::add_entry;
 use meshd_pki::keeping::command::restore;
 use meshd_pki::status::Status;
 use meshd_pki::store::etcd::config::EtcdConfig;
+use meshd_pki_api::admin::HostBan;
+use meshd_pki_api::admin::command::Command;
 use nix::sys::signal::Signal;
 
 use crate::cluster::{Cluster, until};
 use crate::desk::{Desk, HOUR, enrol, metric, metric_like, renew};
+use crate::way::Way;
 
 fn in_trouble(pki: &meshd_pki::Pki) -> bool {
     _ = pki.refresh();
@@ -158,6 +162,42 @@ fn an_etcd_that_was_wiped_is_not_believed_and_a_backup_brings_it_back() {
     enrol(&pki, &desk.token("a", "db")).unwrap();
     let status = Status::read(&desk.state("a"), desk.now()).unwrap();
     assert!(status.problems.iter().any(|problem| problem.contains("restored at")), "{:?}", status.problems);
+}
+
+#[test]
+fn a_ban_whose_answer_was_lost_is_told_as_done_once() {
+    let desk = Desk::new();
+    let member = desk.cluster.endpoints().remove(0);
+    let way = Way::to(&member);
+    let config = EtcdConfig { endpoints: vec![way.endpoint()], ..desk.cluster.config() };
+    desk.replica("b", config).unwrap();
+    let pki = desk.open("b");
+    for n in 0..3 {
+        let host = format!("web-{n}");
+        until("etcd is followed", || !in_trouble(&pki));
+        enrol(&pki, &desk.token("b", &host)).unwrap();
+        way.lose_the_next_answer();
+        let ban = Command::HostBan(HostBan { host: host.clone(), reason: "stolen".to_owned() });
+        let actor = Actor { name: "alice".to_owned(), role: Role::Admin };
+        pki.command(&actor, ban).unwrap();
+        let log = std::fs::read_to_string(desk.state("b").join("audit.jsonl")).unwrap();
+        let told = log.lines().filter(|line| line.contains("\"host_ban\"") && line.contains(&host)).count();
+        assert_eq!(told, 1, "{log}");
+    }
+    assert!(way.lost() > 0, "an answer was lost");
+}
+
+#[test]
+fn an_etcd_that_forgets_who_is_logged_in_fails_no_change() {
+    let desk = Desk::new();
+    desk.replica("b", desk.cluster.config_by_password()).unwrap();
+    let pki = desk.open("b");
+    for n in 0..3 {
+        let token = desk.token("a", &format!("web-{n}"));
+        desk.cluster.must(&["auth", "disable"]);
+        desk.cluster.must(&["auth", "enable"]);
+        enrol(&pki, &token).unwrap();
+    }
 }
 
 #[test]

@@ -8,3 +8,4 @@ mod moving;
 mod operators;
 mod processes;
 mod replicas;
+mod way;

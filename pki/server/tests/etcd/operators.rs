@@ -187,7 +187,7 @@ fn a_list_of_hosts_longer_than_a_transaction_of_etcd_is_adopted_and_every_server
     let asked = Adopt { roster: &roster, within: Duration::from_secs(3600), without_roots: false };
     let adopted = adopt(&desk.state("b"), &asked, desk.now()).unwrap();
     assert_eq!((adopted.hosts, adopted.known, adopted.entries), (130, 0, 130));
-    let known = || match a.command(&alice(), Command::HostList(HostList {})).unwrap() {
+    let known = || match a.command(&alice(), Command::HostList(HostList { after: String::new() })).unwrap() {
         Reply::Hosts(list) => list.hosts.iter().filter(|host| host.identities == ["ns/shop/sa/web"]).count(),
         other => panic!("unexpected {other:?}"),
     };

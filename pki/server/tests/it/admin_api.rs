@@ -17,7 +17,7 @@ use tonic::Code;
 
 use crate::support::{Lab, workload};
 
-const LIST: Command = Command::HostList(HostList {});
+const LIST: Command = Command::HostList(HostList { after: String::new() });
 const PREPARE: Command = Command::AuthorityPrepare(AuthorityPrepare {});
 
 fn grant(role: &str) -> Command {

@@ -253,10 +253,14 @@ fn a_certificate_of_the_web_that_nobody_renews_is_told_a_week_ahead() {
     std::fs::write(&files[0], params.self_signed(&key).unwrap().pem()).unwrap();
     std::fs::write(&files[1], key.serialize_pem()).unwrap();
     let [chain, key] = files;
-    desk.pki().set_web_certificate(Arc::new(WebCertificate::load(chain, key).unwrap()));
+    desk.pki().set_web_certificate(Arc::new(WebCertificate::load(chain.clone(), key).unwrap()));
     desk.pass(60);
     let mut history = History::of(&desk);
     history.is_quiet();
+    std::fs::write(&chain, "nonsense").unwrap();
+    desk.pki().reload_web_certificate();
+    history.scrape(&desk, HOUR);
+    history.fires("MeshdPkiWebCertificateRefused");
     desk.pass(25 * HOUR);
     history.scrape(&desk, 2 * HOUR);
     history.fires("MeshdPkiWebCertificateEnding");

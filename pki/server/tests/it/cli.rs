@@ -74,6 +74,8 @@ fn it_serves_until_sigterm_and_ends_cleanly() {
     let mut log = String::new();
     server.0.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert!(log.contains("stopped") && !log.contains("ERROR"), "{log}");
+    let rehearsal = error_of(&["run", "--state", &state, "--listen", "127.0.0.1:0", "--rehearse", "10s"]);
+    assert!(rehearsal.contains("on a directory of its own"), "{rehearsal}");
 }
 
 #[test]

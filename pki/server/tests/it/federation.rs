@@ -160,7 +160,7 @@ async fn two_pkis_follow_each_other_through_a_root_rotation() {
         roots() == 2
     })
     .await;
-    refresh(&theirs.state(), &domain).unwrap();
+    refresh(&theirs.state(), &domain, theirs.now()).unwrap();
     eventually("they hold both of our roots", || state_of(&theirs, &domain).roots == 2).await;
     let active = || {
         let status = Status::read(&ours.state(), SystemTime::now()).unwrap();
@@ -175,7 +175,7 @@ async fn two_pkis_follow_each_other_through_a_root_rotation() {
     .await;
     let asked_at = state_of(&theirs, &domain).last_good;
     eventually("they ask a server that the new root vouches for", || {
-        refresh(&theirs.state(), &domain).unwrap();
+        refresh(&theirs.state(), &domain, theirs.now()).unwrap();
         state_of(&theirs, &domain).last_good > asked_at
     })
     .await;
@@ -196,7 +196,7 @@ async fn two_pkis_follow_each_other_through_a_root_rotation() {
     assert!(certificate.reload(late).unwrap_err().contains("ended at"), "the last good one stays");
     assert!(certificate.reload(now).unwrap());
     let before = state_of(&ours, &other());
-    refresh(&ours.state(), &other()).unwrap();
+    refresh(&ours.state(), &other(), ours.now()).unwrap();
     eventually("the old authority is not enough any more", || state_of(&ours, &other()).problem.is_some()).await;
     let kept = state_of(&ours, &other());
     assert_eq!((kept.sequence, kept.roots), (before.sequence, before.roots), "the last good bundle stays");
@@ -259,7 +259,7 @@ impl Fake {
 
     /// What `lab` says of it after asking once more.
     async fn asked_by(&self, lab: &Lab) -> FederationStatus {
-        refresh(&lab.state(), &other()).unwrap();
+        refresh(&lab.state(), &other(), lab.now()).unwrap();
         let pending = "1970-01-01T00:00:00Z";
         eventually("the endpoint was asked", || state_of(lab, &other()).next != pending).await;
         state_of(lab, &other())

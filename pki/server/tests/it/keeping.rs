@@ -1,12 +1,17 @@
 //! What hosts see, and do not see, when the PKI's database is damaged or goes back in time.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::SeqCst;
 
 use meshd_pki::adoption::{Adopt, adopt};
-use meshd_pki::keeping::command::{acknowledge, create, restore};
+use meshd_pki::keeping::command::{acknowledge, create, list, restore};
+use meshd_pki::state_dir::init;
+use meshd_pki::times::unix_ms;
 use meshd_pki::{Options, Pki};
+use meshd_pki_api::admin::command::Command;
+use meshd_pki_api::admin::{HostBan, HostEvict};
 use meshd_pki_api::v1;
 
 use proptest::prelude::*;
@@ -18,6 +23,7 @@ use crate::support::workload;
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
+const WEEK: std::time::Duration = std::time::Duration::from_secs(7 * DAY);
 
 fn backups(desk: &Desk) -> Vec<PathBuf> {
     let found = fs::read_dir(desk.dir.path().join("backups")).unwrap();
@@ -29,6 +35,12 @@ fn backups(desk: &Desk) -> Vec<PathBuf> {
 fn roots(desk: &Desk) -> Vec<(String, String)> {
     let authorities = desk.status().authorities.into_iter();
     authorities.filter(|one| one.kind == "root").map(|one| (one.id, one.state)).collect()
+}
+
+/// Where the database is that a backup replaced.
+fn aside(desk: &Desk) -> PathBuf {
+    let found = fs::read_dir(desk.dir()).unwrap().map(|entry| entry.unwrap().path());
+    found.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap()
 }
 
 /// Stops the PKI without any other sign.
@@ -147,13 +159,75 @@ fn hosts_enrolled_after_the_backup_come_back_by_the_list_that_was_put_aside() {
     desk.passed.fetch_add(5, SeqCst);
     desk.open();
     assert!(desk.renew("late", Some(&chain[0])).is_err(), "the backup knows it");
-    let aside = fs::read_dir(desk.dir.path()).unwrap().map(|entry| entry.unwrap().path());
-    let aside = aside.into_iter().find(|path| path.to_str().unwrap().contains("damaged-")).unwrap();
-    let within = std::time::Duration::from_secs(HOUR);
-    let asked = Adopt { roster: &aside.join("hosts.json"), within, without_roots: false };
+    let asked = Adopt { roster: &aside(&desk).join("hosts.json"), within: WEEK, without_roots: false };
     assert_eq!(adopt(desk.dir.path(), &asked, desk.now()).unwrap().hosts, 1);
     desk.pki().refresh().unwrap();
     chain_of(desk.renew("late", Some(&chain[0])).unwrap());
+}
+
+#[test]
+fn a_token_that_a_backup_brings_back_lets_nobody_in() {
+    let mut desk = Desk::new();
+    let token = desk.token("db", &[]).unwrap();
+    create(desk.dir(), desk.now()).unwrap();
+    stop(&mut desk);
+    spoil(&desk.dir().join("pki.db"));
+    desk.off_for(5);
+    desk.open();
+    let refused = desk.enrol_with(&token).unwrap_err().to_string();
+    assert!(refused.contains("expired"), "{refused}");
+    desk.enrol("db");
+}
+
+#[test]
+fn a_backup_is_read_without_a_trace_and_put_in_place_as_our_own_of_our_own() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    let made = create(desk.dir(), desk.now()).unwrap();
+    // Bytes 18 and 19 of a file say that it was opened for a log of changes: 1 is without.
+    let untouched = |path: &Path| fs::read(path).unwrap()[18] == 1 && !path.with_extension("db-wal").exists();
+    assert!(list(desk.dir()).unwrap().iter().all(|(one, state)| state == "whole" && untouched(&one.path)));
+    let elsewhere = desk.dir().join("copy.db");
+    fs::copy(&made.path, &elsewhere).unwrap();
+    fs::set_permissions(&elsewhere, fs::Permissions::from_mode(0o644)).unwrap();
+    stop(&mut desk);
+    restore(desk.dir(), Some(&elsewhere), desk.now()).unwrap();
+    assert!(untouched(&elsewhere));
+    assert_eq!(fs::metadata(desk.dir().join("pki.db")).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(!desk.dir().join("pki.partial").exists());
+
+    let other = tempfile::tempdir().unwrap();
+    init(other.path(), &"other.example.org".parse().unwrap(), None, desk.now()).unwrap();
+    let foreign = create(other.path(), desk.now()).unwrap();
+    let refused = restore(desk.dir(), Some(&foreign.path), desk.now()).unwrap_err().to_string();
+    assert!(refused.contains("of the trust domain `other.example.org`"), "{refused}");
+    desk.open();
+    assert_eq!(desk.status().hosts.len(), 1);
+}
+
+#[test]
+fn who_was_shut_out_after_the_backup_that_is_in_use_is_shut_out_again_by_the_list() {
+    let mut desk = Desk::new();
+    let (web, db) = (desk.enrol("web"), desk.enrol("db"));
+    let chain = desk.enrol("cache");
+    desk.pass(10);
+    let older = create(desk.dir(), desk.now()).unwrap();
+    desk.done(Command::HostBan(HostBan { host: "db".to_owned(), reason: String::new() }));
+    desk.done(Command::HostEvict(HostEvict { host: "web".to_owned(), reason: String::new() }));
+    desk.pass(10);
+    stop(&mut desk);
+    restore(desk.dir(), Some(&older.path), desk.now()).unwrap();
+    desk.open();
+    chain_of(desk.renew("web", Some(&web[0])).unwrap());
+    let asked = Adopt { roster: &aside(&desk).join("hosts.json"), within: WEEK, without_roots: false };
+    let adopted = adopt(desk.dir(), &asked, desk.now()).unwrap();
+    assert_eq!((adopted.shut_out, adopted.hosts, adopted.list.is_ours), (vec!["db".into(), "web".into()], 0, true));
+    assert!(desk.renew("web", Some(&web[0])).unwrap_err().to_string().contains("was evicted"));
+    assert!(desk.renew("db", Some(&db[0])).unwrap_err().to_string().contains("is banned"));
+    chain_of(desk.renew("cache", Some(&chain[0])).unwrap());
+    assert_eq!(adopt(desk.dir(), &asked, desk.now()).unwrap().shut_out, Vec::<String>::new());
+    let log = fs::read_to_string(desk.dir().join("audit.jsonl")).unwrap();
+    assert!(log.contains("\"event\":\"host_ban\"") && log.contains("by a list with sha256"), "{log}");
 }
 
 #[test]
@@ -224,6 +298,9 @@ fn hosts_ahead_of_a_backup_put_into_an_empty_directory_are_caught_up_with() {
     renew_with(&desk, &chain[0], ahead + 10 * DAY * 1000);
     assert_eq!(desk.status().bundle_sequence, ahead + 1, "nobody pushes the sequence into the far future");
     assert!(desk.pki().metrics.encode().contains("meshd_pki_hosts_ahead_total 1"));
+    desk.pass(HOUR);
+    renew_with(&desk, &chain[0], unix_ms(desk.now()));
+    assert_eq!(desk.status().bundle_sequence, ahead + 1, "what came after the restore this PKI has published itself");
 }
 
 /// A PKI as a power cut leaves it: some changes in the backup, some in the file, some in its log only.

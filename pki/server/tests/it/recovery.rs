@@ -74,6 +74,9 @@ fn a_recovery_key_is_succeeded_and_its_successor_by_another() {
     assert_eq!(told, one.statement);
 
     let two = succeed(&second, &third, &domain(), later(&desk, 1)).unwrap();
+    let refused = desk.refusal(import(&two));
+    assert!(refused.contains("have not heard of it"), "hosts hear the last alone: {refused}");
+    desk.pass(86_400);
     desk.done(import(&two));
     assert_eq!(desk.recovery().key_ids.len(), 2);
     let db = desk.enrol_with(&desk.token("db", &[]).unwrap()).unwrap();

@@ -4,7 +4,9 @@ use meshd_identity::signed::{self, VerifyingKey};
 use meshd_identity::statements::{DenySet, Whom};
 use meshd_identity::{Bundle, SpiffeId, inspect_svid};
 use meshd_pki::Refused;
+use meshd_pki::adoption::{Adopt, adopt};
 use meshd_pki::commands::{TokenRequest, add_entry, create_token};
+use meshd_pki::keeping::command::{create, restore};
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
 use meshd_pki_api::admin::{
@@ -355,13 +357,45 @@ fn hosts_and_the_deny_set_are_listed() {
     desk.enrol("web");
     desk.enrol("db");
     desk.done(ban("db"));
-    let Reply::Hosts(hosts) = desk.ask(Command::HostList(HostList {})).unwrap() else { panic!("no hosts") };
+    let Reply::Hosts(hosts) = desk.ask(Command::HostList(HostList { after: String::new() })).unwrap() else {
+        panic!("no hosts")
+    };
     let seen: Vec<_> = hosts.hosts.iter().map(|one| (one.id.as_str(), one.state.as_str())).collect();
     assert_eq!(seen, [("db", "banned"), ("web", "active")]);
     let Reply::DenySet(set) = desk.ask(Command::DenyList(DenyList {})).unwrap() else { panic!("no deny set") };
     let kinds: Vec<_> = set.entries.iter().map(|one| (one.kind.as_str(), one.until.is_some())).collect();
     assert_eq!(kinds, [("identity", true), ("serial", true)]);
     assert!(!set.is_behind);
+}
+
+#[test]
+fn more_hosts_than_one_reply_holds_are_listed_in_several() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    desk.pass(10);
+    let mut list: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(desk.dir().join("hosts.json")).unwrap()).unwrap();
+    let known = list["hosts"][0].clone();
+    let named = |n: usize| {
+        let mut host = known.clone();
+        host["id"] = format!("host-{n:04}").into();
+        host
+    };
+    list["hosts"] = (0..1200).map(named).collect();
+    let roster = desk.dir().join("many.json");
+    std::fs::write(&roster, list.to_string()).unwrap();
+    desk.pki = None;
+    let within = std::time::Duration::from_secs(HOUR);
+    adopt(desk.dir(), &Adopt { roster: &roster, within, without_roots: false }, desk.now()).unwrap();
+    desk.open();
+    let page = |after: &str| match desk.ask(Command::HostList(HostList { after: after.to_owned() })).unwrap() {
+        Reply::Hosts(hosts) => hosts,
+        other => panic!("unexpected {other:?}"),
+    };
+    let first = page("");
+    assert_eq!((first.hosts.len(), first.next.as_deref()), (1000, Some("host-0999")));
+    let second = page("host-0999");
+    assert_eq!((second.hosts.len(), second.next), (201, None), "and `web`");
 }
 
 #[test]
@@ -389,6 +423,29 @@ fn who_was_shut_out_moments_before_the_database_was_damaged_stays_out() {
     desk.off_for(5);
     desk.open();
     assert_eq!((desk.state_of("web").as_str(), desk.state_of("db").as_str()), ("banned", "evicted"));
+}
+
+#[test]
+fn a_ban_that_a_restored_backup_has_forgotten_comes_back_with_the_deny_set_of_hosts() {
+    let mut desk = Desk::new();
+    desk.enrol("web");
+    let db = desk.enrol("db");
+    desk.pass(10);
+    let older = create(desk.dir(), desk.now()).unwrap();
+    desk.done(ban("web"));
+    let report = |desk: &Desk, deny_set: String| {
+        let report = v1::SyncRequest { instance: "one".to_owned(), deny_set, ..v1::SyncRequest::default() };
+        desk.pki().sync_report(Some(&db[0]), &report, "test").unwrap().deny_set
+    };
+    let held = report(&desk, String::new());
+    desk.pass(10);
+    desk.pki = None;
+    restore(desk.dir(), Some(&older.path), desk.now()).unwrap();
+    desk.open();
+    assert_eq!(desk.state_of("web"), "active", "the backup is from before");
+    report(&desk, held);
+    assert_eq!(desk.state_of("web"), "banned");
+    assert_eq!(desk.audit_lines("host_ban").len(), 2);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! All keys of a PKI in etcd as they last were, so that reading needs no etcd. Kept current by a watch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -99,6 +99,8 @@ fn entry(base: &str, pair: api::KeyValue) -> Option<(String, Value)> {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) snapshot: Snapshot,
+    /// What the last changes wrote at the tip, by which whoever made one knows it again.
+    pub(super) tips: VecDeque<Vec<u8>>,
     /// Why nothing can be written now.
     pub(super) trouble: Option<String>,
     /// Why etcd refused the last change, which it may not refuse the next time.
@@ -109,6 +111,17 @@ pub(super) struct State {
     pub(super) leads: Option<(i64, Instant)>,
     /// What the keys of this process hang on.
     pub(super) lease: Option<i64>,
+}
+
+/// More than happen while an answer is waited for.
+const TIPS: usize = 256;
+
+impl State {
+    pub(super) fn note_tip(&mut self, tip: &[u8]) {
+        self.tips.push_back(tip.to_vec());
+        let surplus = self.tips.len().saturating_sub(TIPS);
+        self.tips.drain(..surplus);
+    }
 }
 
 #[derive(Default)]

@@ -37,9 +37,9 @@ impl Candidate {
         let mut good_until = Instant::now() + life;
         let lease = self.client.grant(self.lease_s).await?;
         self.cache.change(|state| state.lease = Some(lease));
-        self.announce(lease).await?;
+        let announced = self.announce(lease).await?;
         loop {
-            self.watch_for_twins(lease);
+            self.watch_for_twins(lease, announced);
             self.stand(lease, good_until).await?;
             sleep(life / 5).await;
             let asked = Instant::now();
@@ -52,15 +52,22 @@ impl Candidate {
         }
     }
 
-    async fn announce(&self, lease: i64) -> Result<(), Error> {
+    /// The revision that did it.
+    async fn announce(&self, lease: i64) -> Result<i64, Error> {
         let live = put(format!("{}{LIVE}{}", self.base, self.replica), lease.to_string(), lease);
-        self.client.txn(TxnRequest { success: vec![live], ..TxnRequest::default() }).await.map(drop)
+        let answer = self.client.txn(TxnRequest { success: vec![live], ..TxnRequest::default() }).await?;
+        Ok(answer.header.map_or(0, |header| header.revision))
     }
 
     /// Two servers from copies of one state directory would sign with one intermediate, and count as one.
-    fn watch_for_twins(&self, lease: i64) {
+    fn watch_for_twins(&self, lease: i64, announced: i64) {
         let key = format!("{LIVE}{}", self.replica);
-        let found = self.cache.lock().snapshot.keys.get(&key).map(|value| value.bytes.clone());
+        let snapshot = self.cache.snapshot();
+        if snapshot.revision < announced {
+            // What is known is this server's own word of before.
+            return;
+        }
+        let found = snapshot.keys.get(&key).map(|value| value.bytes.clone());
         if found.is_some_and(|found| found != lease.to_string().as_bytes()) {
             tracing::error!(
                 replica = self.replica,

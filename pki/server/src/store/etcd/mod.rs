@@ -27,6 +27,7 @@ use self::config::EtcdConfig;
 use self::leader::Candidate;
 use self::watcher::Watcher;
 use super::{Committed, DbError, Engine, Records, Transaction, View, sqlite};
+use crate::authority::new_id;
 
 /// etcd's own default for --max-txn-ops.
 const MOST_OPERATIONS: usize = 128;
@@ -34,6 +35,8 @@ const MOST_OPERATIONS: usize = 128;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Until a change that etcd has confirmed is seen here, too.
 const SEE_OWN: Duration = Duration::from_secs(2);
+/// Until another member has told what one did that went away.
+const FIND_OUT: Duration = Duration::from_secs(5);
 /// For leaving the lead to others at the end.
 const GOODBYE: Duration = Duration::from_secs(1);
 const FIRST_LOAD: Duration = Duration::from_secs(10);
@@ -108,6 +111,17 @@ impl Etcd {
                 RecvTimeoutError::Disconnected => "its task panicked".to_owned(),
             })
         })
+    }
+
+    /// Whether a change whose answer was lost is among those that etcd has told of since.
+    fn was_done(&self, id: &str, error: &Error) -> bool {
+        if !error.is_gone() && !matches!(error, Error::Deadline) {
+            return false;
+        }
+        let (client, tip) = (self.client.clone(), format!("{}{TIP}", self.base));
+        let Ok(Ok((_, latest))) = self.block(async move { client.modified(&tip).await }) else { return false };
+        self.cache.wait(FIND_OUT, |state| state.snapshot.revision >= latest);
+        self.cache.lock().tips.iter().any(|known| known == id.as_bytes())
     }
 
     fn start(&self, leader: Option<i64>) -> Open<'_> {
@@ -301,7 +315,8 @@ impl Open<'_> {
         compares
     }
 
-    fn operations(&self) -> Vec<RequestOp> {
+    /// `id` tells this change from all others.
+    fn operations(&self, id: &str) -> Vec<RequestOp> {
         let base = &self.etcd.base;
         let mut marks = BTreeSet::new();
         let mut operations = Vec::new();
@@ -316,7 +331,7 @@ impl Open<'_> {
                 }
             }
         }
-        operations.push(put(format!("{base}{TIP}"), Vec::new(), 0));
+        operations.push(put(format!("{base}{TIP}"), id, 0));
         operations.extend(marks.into_iter().map(|mark| put(format!("{base}{GONE}{mark}"), Vec::new(), 0)));
         operations
     }
@@ -351,7 +366,8 @@ impl Transaction for Open<'_> {
             // What was read was so at one moment.
             return Ok(Committed::Yes);
         }
-        let (compare, success) = (self.compares(), self.operations());
+        let id = new_id().map_err(|error| DbError::Etcd(error.to_string()))?;
+        let (compare, success) = (self.compares(), self.operations(&id));
         let operations = compare.len().max(success.len());
         if operations > MOST_OPERATIONS {
             return Err(DbError::TooLarge { operations });
@@ -375,15 +391,12 @@ impl Transaction for Open<'_> {
                 Ok(Committed::Yes)
             }
             Ok(answer) => self.lost(&answer),
-            // The member went away, having done it or not: whoever tries again sees which.
-            Err(error) if error.is_gone() => {
-                let seen = self.snapshot.revision;
-                self.etcd.cache.wait(SEE_OWN, |state| state.snapshot.revision > seen);
-                Ok(Committed::LostRace)
-            }
+            Err(error) if self.etcd.was_done(&id, &error) => Ok(Committed::Yes),
+            // The member went away without having done it, as far as can be known.
+            Err(error) if error.is_gone() => Ok(Committed::LostRace),
             Err(error @ Error::Deadline) => {
                 self.etcd.cache.change(|state| state.trouble = Some(error.to_string()));
-                Err(error.into())
+                Err(DbError::Etcd(format!("{error} It may have done what was asked: look before you repeat it")))
             }
             Err(error) => Err(error.into()),
         }

@@ -1,9 +1,9 @@
 //! All records at once, from one engine to another.
 
 use meshd_etcd::api::TxnRequest;
-use meshd_etcd::{Client, Prefix, absent, delete, put};
+use meshd_etcd::{Client, Prefix, absent, delete, none_changed_since, put};
 
-use super::cache::{LIVE, RECORDS, Snapshot};
+use super::cache::{LEADER, LIVE, RECORDS, Snapshot, TIP};
 use super::config::EtcdConfig;
 use crate::store::DbError;
 
@@ -13,7 +13,7 @@ const BATCH: usize = 50;
 /// etcd takes requests of 1.5 MiB; one record may have some 400 KB.
 const BATCH_BYTES: usize = 512 * 1024;
 
-type Record = (String, Vec<u8>);
+pub(crate) type Record = (String, Vec<u8>);
 
 /// A connection for moving records while nobody serves them.
 pub(crate) struct Transfer {
@@ -39,10 +39,27 @@ impl Transfer {
         Ok(self.snapshot()?.below(LIVE).map(|(key, _)| key[LIVE.len()..].to_owned()).collect())
     }
 
-    pub(crate) fn records(&self) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+    pub(crate) fn records(&self) -> Result<Vec<Record>, DbError> {
+        self.records_at().map(|(records, _)| records)
+    }
+
+    /// With the revision at which they are so.
+    pub(crate) fn records_at(&self) -> Result<(Vec<Record>, i64), DbError> {
         let snapshot = self.snapshot()?;
         let records = snapshot.below(RECORDS);
-        Ok(records.map(|(key, value)| (key[RECORDS.len()..].to_owned(), value.bytes.clone())).collect())
+        let records = records.map(|(key, value)| (key[RECORDS.len()..].to_owned(), value.bytes.clone())).collect();
+        Ok((records, snapshot.revision))
+    }
+
+    /// Makes it no PKI any more, unless a server has started or somebody changed something since this revision. Whether
+    /// it did.
+    pub(crate) fn close(&self, revision: i64) -> Result<bool, DbError> {
+        let below = |prefix: &str| Prefix::new(format!("{}{prefix}", self.base));
+        let mut compare: Vec<_> = [TIP, LIVE].map(|prefix| none_changed_since(&below(prefix), revision)).to_vec();
+        compare.push(absent(format!("{}{LEADER}", self.base)));
+        let success = vec![delete(format!("{}{RECORDS}{LAST}", self.base))];
+        let request = TxnRequest { compare, success, failure: Vec::new() };
+        Ok(self.runtime.block_on(self.client.txn(request))?.succeeded)
     }
 
     /// Refuses where there is a PKI already. What an upload that was cut short left is overwritten.

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use meshd_etcd::api::{Event, WatchResponse};
 use meshd_etcd::{Client, Error, Prefix, Watching};
 use tokio::time::{Instant, interval, sleep, timeout};
 
@@ -101,7 +102,7 @@ impl Watcher {
         Ok(is_current)
     }
 
-    fn take(&self, answer: meshd_etcd::api::WatchResponse) -> Result<(), Error> {
+    fn take(&self, answer: WatchResponse) -> Result<(), Error> {
         if answer.compact_revision > 0 {
             tracing::info!(
                 compacted = answer.compact_revision,
@@ -117,6 +118,9 @@ impl Watcher {
             let mut next = state.snapshot.clone();
             for event in answer.events {
                 next.apply(&self.base, event);
+                if let Some(tip) = next.keys.get(TIP).filter(|tip| state.tips.back() != Some(&tip.bytes)) {
+                    state.note_tip(&tip.bytes);
+                }
             }
             wiped = state.snapshot.has_pki() && !next.has_pki();
             if wiped {
@@ -142,20 +146,32 @@ impl Watcher {
         let found = Snapshot::from_list(&self.base, self.client.list(&self.prefix).await?);
         // What happened since the last event is on its way.
         while self.cache.lock().snapshot.content() != found.content() {
-            match timeout(SILENCE, watching.next()).await {
-                Ok(answer) => self.take(answer?)?,
-                Err(_) => {
-                    tracing::error!("what was known of etcd was not what it holds; reading all of it again");
-                    self.cache.change(|state| state.loaded = false);
-                    return Ok(());
-                }
+            let Ok(answer) = timeout(SILENCE, watching.next()).await else { return self.read_anew() };
+            let (then, since) = split(answer?, found.revision);
+            self.take(then)?;
+            if since.events.is_empty() {
+                continue;
             }
-            if self.cache.lock().snapshot.revision > found.revision {
-                return Ok(());
+            // Changes come in order: what is not here by now will not come.
+            if self.cache.lock().snapshot.content() != found.content() {
+                return self.read_anew();
             }
+            return self.take(since);
         }
         Ok(())
     }
+
+    fn read_anew(&self) -> Result<(), Error> {
+        self.cache.change(|state| state.loaded = false);
+        Err(Error::gone("what was known of it was not what it holds; reading all of it again"))
+    }
+}
+
+/// What a message tells of changes until a revision, and of those since.
+fn split(answer: WatchResponse, revision: i64) -> (WatchResponse, WatchResponse) {
+    let is_until = |event: &Event| event.kv.as_ref().is_none_or(|pair| pair.mod_revision <= revision);
+    let (until, since) = answer.events.clone().into_iter().partition(is_until);
+    (WatchResponse { events: until, ..answer }, WatchResponse { events: since, ..WatchResponse::default() })
 }
 
 /// An etcd that has nothing of a PKI that was there was wiped, or is another: then what is known counts.
@@ -167,7 +183,31 @@ fn replace(state: &mut State, found: Snapshot) {
         state.trouble = Some(WIPED.to_owned());
         return;
     }
+    if let Some(tip) = found.keys.get(TIP) {
+        state.note_tip(&tip.bytes);
+    }
     state.snapshot = found;
     state.loaded = true;
     state.trouble = None;
+}
+
+#[cfg(test)]
+mod tests {
+    use meshd_etcd::api::KeyValue;
+
+    use super::*;
+
+    #[test]
+    fn a_message_is_split_where_the_list_was_made_that_the_cache_is_compared_with() {
+        let event =
+            |mod_revision| Event { kv: Some(KeyValue { mod_revision, ..KeyValue::default() }), ..Event::default() };
+        let events: Vec<Event> = [7, 8, 8, 9].map(event).to_vec();
+        let (until, since) = split(WatchResponse { events, ..WatchResponse::default() }, 8);
+        let revisions = |answer: &WatchResponse| {
+            answer.events.iter().map(|event| event.kv.as_ref().unwrap().mod_revision).collect::<Vec<_>>()
+        };
+        assert_eq!((revisions(&until), revisions(&since)), (vec![7, 8, 8], vec![9]));
+        let canceled = WatchResponse { canceled: true, ..WatchResponse::default() };
+        assert!(split(canceled, 8).0.canceled, "what it says besides is not lost");
+    }
 }
