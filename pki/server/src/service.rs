@@ -39,16 +39,12 @@ impl Peer {
 
 /// Calls worked on at once. All of them share one database, so more would only wait with a thread each.
 pub(crate) const AT_ONCE: usize = 8;
-/// Reports and pushes worked on at once. A fleet that reports, or is told of a new root, must not keep renewals waiting.
-const REPORTS_AT_ONCE: usize = 2;
 /// A host that does not read is told nothing more; what it missed is in the answer to its next report.
 const UNREAD_REPLIES: usize = 4;
 
 pub(crate) struct HostService {
     pki: Arc<Pki>,
-    permits: Semaphore,
-    /// Of conversations.
-    reports: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 #[tonic::async_trait]
@@ -106,7 +102,7 @@ impl Host for HostService {
     ) -> Result<Response<BoxStream<v1::SyncReply>>, Status> {
         let peer = peer(&request)?;
         let (replies, stream) = channel(UNREAD_REPLIES);
-        let (pki, permits) = (self.pki.clone(), self.reports.clone());
+        let (pki, permits) = (self.pki.clone(), self.permits.clone());
         // Ends with the connection: then nobody reads the replies, and no report comes.
         tokio::spawn(Conversation { pki, permits, peer, reports: request.into_inner(), replies }.hold());
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -125,8 +121,7 @@ impl Host for HostService {
 
 impl HostService {
     pub(crate) fn new(pki: Arc<Pki>) -> HostService {
-        let reports = Arc::new(Semaphore::new(REPORTS_AT_ONCE));
-        HostService { pki, permits: Semaphore::new(AT_ONCE), reports }
+        HostService { pki, permits: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
     async fn answer<T: Send + 'static>(
