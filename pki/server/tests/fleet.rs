@@ -90,14 +90,16 @@ fn hosts_directory() -> TempDir {
 }
 
 async fn enrol(state: PathBuf, hosts: &Path, address: &str) -> Vec<Member> {
+    let address = address.to_owned();
+    // Before anybody joins: a command that waits for its turn to write gives up after 5 s, on a busy machine.
+    let making = move || (0..agents()).map(|n| token(&state, &format!("h{n}"), &address)).collect::<Vec<_>>();
+    let tokens = tokio::task::spawn_blocking(making).await.unwrap();
     let (permits, mut joining) = (Arc::new(Semaphore::new(JOINING_AT_ONCE)), JoinSet::new());
-    for n in 0..agents() {
-        let (permits, state, address) = (permits.clone(), state.clone(), address.to_owned());
-        let directory = hosts.join(n.to_string());
+    for (n, token) in tokens.into_iter().enumerate() {
+        let (permits, directory) = (permits.clone(), hosts.join(n.to_string()));
         joining.spawn(async move {
             let _permit = permits.acquire().await.unwrap();
-            let making = tokio::task::spawn_blocking(move || token(&state, &format!("h{n}"), &address));
-            join(&directory, &making.await.unwrap(), None).await.unwrap();
+            join(&directory, &token, None).await.unwrap();
             directory
         });
     }
