@@ -88,6 +88,8 @@ pub struct App {
     keeper: KeeperHandle,
     /// Keeps the captured raw addresses equal to the directory's.
     raw: JoinHandle<()>,
+    /// Tells if what keeps the kernel as it should be has ended.
+    capture: JoinHandle<()>,
     reloading: JoinHandle<()>,
     /// The PKI's, which enrolment in force agrees with.
     selectors: BTreeMap<SpiffeId, Vec<String>>,
@@ -121,6 +123,8 @@ impl App {
         // First of all: until then strict ports of a host that has just booted are open. What is captured meanwhile
         // waits in the listeners' queues.
         let Captured { keeper, listeners, recovery } = start_capture(&config, &enrolment, inherited).await?;
+        let ended = keeper.clone();
+        let capture = tasks.watch("capture", async move { ended.ended().await });
         wait_for_certificates(&mut credentials, &enrolment.identities()).await;
         let installed = credentials.borrow().clone();
         withhold(&mut enrolment, &installed, attestor.sight());
@@ -180,8 +184,8 @@ impl App {
         tasks.keep("dns_integration", integrated, |(config, shared, keeper)| {
             Box::pin(keep_integrated(config, shared.clone(), keeper.clone()))
         });
-        let capture = (keeper.clone(), recovery);
-        let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, capture);
+        let captured = (keeper.clone(), recovery);
+        let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, captured);
         let view = Arc::new(view);
         let metrics = start!(metrics.into_std(), "[metrics] listen")?;
         tasks.keep("metrics", (metrics, view.clone()), |(socket, view)| {
@@ -238,6 +242,7 @@ impl App {
             certificates,
             keeper,
             raw,
+            capture,
             reloading,
             hangup,
             _only_one: only_one,
@@ -313,6 +318,7 @@ impl App {
         self.conductor.enter(Stage::Stopped);
         // Rules stay on purpose: virtual IPs are refused and strict ports closed until meshd is back or reverted.
         self.workers.join();
+        self.capture.abort();
         // After the last socket: what closing it said must still reach the application.
         self.keeper.stop().await;
         if let Err(error) = dns::integrate::release(&self.config.dns) {

@@ -42,3 +42,18 @@ fn a_transfer_in_progress_is_finished_before_a_stop() -> Result<()> {
     ensure!(held.stop()?.success(), "the held connection ended: {}", held.output());
     mesh.daemon("api-1").stop()
 }
+
+#[test]
+fn all_parts_run_until_they_are_stopped_and_that_is_no_defect() -> Result<()> {
+    let mesh = Mesh::start(Plan::shop_with_one_server())?;
+    let metrics = mesh.daemon("api-1").metrics()?;
+    for task in ["renewal", "denials", "capture", "discovery", "dns", "metrics", "admin", "workload_api", "reload"] {
+        let labels = [("task", task)];
+        ensure!(metrics.sum("meshd_task_running", &labels) == 1.0, "{task} does not run");
+        ensure!(metrics.sum("meshd_task_failures_total", &labels) == 0.0, "{task} has ended");
+    }
+    mesh.daemon("api-1").stop()?;
+    let log = mesh.daemon("api-1").log();
+    ensure!(!log.contains("by a defect"), "{log}");
+    Ok(())
+}

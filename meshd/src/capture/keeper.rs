@@ -71,6 +71,7 @@ impl Keeper {
         let events = KernelEvents::open().map_err(failed("cannot follow changes of rules and routes"))?;
         let shared = Arc::new(Shared::default());
         let (commands, inbox) = channel();
+        let (living, alive) = tokio::sync::watch::channel(());
         let ledger = Ledger::open(file.path())?;
         let handle = KeeperHandle {
             commands,
@@ -78,6 +79,7 @@ impl Keeper {
             passed_over: passed_over.into(),
             shared: shared.clone(),
             ledger: ledger.published(),
+            alive,
         };
         let keeper = Keeper {
             backend,
@@ -97,7 +99,11 @@ impl Keeper {
         };
         std::thread::Builder::new()
             .name("capture".into())
-            .spawn(move || keeper.run(&inbox))
+            .spawn(move || {
+                // Dropped by a panic, too.
+                let _living = living;
+                keeper.run(&inbox);
+            })
             .map_err(failed("cannot start the capture thread"))?;
         Ok(handle)
     }

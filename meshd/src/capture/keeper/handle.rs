@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::super::backend::{BackendKind, PassedOver};
 use super::super::ledger::PublishedBook;
@@ -71,9 +71,17 @@ pub struct KeeperHandle {
     pub(super) shared: Arc<Shared>,
     /// Who called in clear, as of the last ten seconds.
     pub ledger: PublishedBook,
+    /// Of the thread, until it ends.
+    pub(super) alive: watch::Receiver<()>,
 }
 
 impl KeeperHandle {
+    /// Resolves when the thread has ended, by a defect or told to.
+    pub async fn ended(&self) {
+        let mut alive = self.alive.clone();
+        while alive.changed().await.is_ok() {}
+    }
+
     /// Puts `wanted` in force, as far as operators let it; on an error what was in force before still is.
     pub async fn want(&self, wanted: Wanted) -> Result<(), CaptureError> {
         self.ask(|answer| Command::Want(Box::new(wanted), answer)).await
@@ -141,5 +149,34 @@ impl KeeperHandle {
             // A thread that panicked has stopped, too.
             let _ = answered.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_thread_that_panics_is_known_to_have_ended_and_one_that_waits_is_not() {
+        let ((living, alive), (commands, inbox)) = (watch::channel(()), channel());
+        let passed_over = Arc::from([]);
+        let (shared, ledger) = (Arc::default(), Arc::default());
+        let keeper = KeeperHandle { commands, backend: BackendKind::Tun, passed_over, shared, ledger, alive };
+        let thread = std::thread::spawn(move || {
+            let _living = living;
+            let _ = inbox.recv();
+            panic!("a defect");
+        });
+        tokio::select! {
+            biased;
+            () = keeper.ended() => panic!("it waits"),
+            () = tokio::task::yield_now() => {}
+        }
+        let (answer, _) = oneshot::channel();
+        keeper.commands.send(Command::Stop(answer)).unwrap();
+        keeper.ended().await;
+        assert!(thread.join().is_err());
     }
 }

@@ -1,10 +1,6 @@
-//! What the rotation waits for, in words, and which of it will not pass by itself.
+//! Which of what the rotation waits for will not pass by itself.
 
 use crate::rotation::decide::{Decision, Gate};
-use crate::times::rfc3339;
-
-/// How many names a line lists.
-const LISTED: usize = 5;
 
 /// Something that holds a rotation up and that time alone does not cure.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,51 +14,9 @@ pub(crate) const REASONS: [&str; 7] =
     ["clock", "hosts", "hosts_under", "replicas", "still_signing", "too_many_roots", "upstream"];
 
 impl Gate {
-    pub(crate) fn reason(&self) -> &'static str {
-        match self {
-            Gate::Speaks => "speaks",
-            Gate::Upstream => "import",
-            Gate::Due { .. } => "calendar",
-            Gate::TooManyRoots => "too_many_roots",
-            Gate::Clock => "clock",
-            Gate::Replicas(_) => "replicas",
-            Gate::OldLeaves { .. } => "old_leaves",
-            Gate::Followers { .. } => "followers",
-            Gate::Hosts(_) => "hosts",
-            Gate::StillSigning(_) => "still_signing",
-            Gate::LeavesUnder { .. } => "leaves_under",
-            Gate::HostsUnder(_) => "hosts_under",
-        }
-    }
-
-    pub(crate) fn text(&self) -> String {
-        match self {
-            Gate::Speaks => "it signs what hosts are told, for the active root is from outside".to_owned(),
-            Gate::Upstream => "the next root comes from outside, by `meshd-pki import` or --upstream-chain".to_owned(),
-            Gate::Due { at } => format!("not due before {}", rfc3339(*at)),
-            Gate::TooManyRoots => "the bundle holds as many roots as it may; one has to leave first".to_owned(),
-            Gate::Clock => "the clock is not believed; see the log of meshd-pki, check NTP".to_owned(),
-            Gate::Replicas(names) => format!("servers that do not hand out the new root yet: {}", listed(names)),
-            Gate::OldLeaves { until } => format!("leaves from before the new root live until {}", rfc3339(*until)),
-            Gate::Followers { until } => format!("followers may ask for the bundle until {}", rfc3339(*until)),
-            Gate::Hosts(names) => format!("hosts that have not acknowledged the new root: {}", listed(names)),
-            Gate::StillSigning(names) => format!("servers that still sign under it: {}", listed(names)),
-            Gate::LeavesUnder { until } => format!("leaves under it, and the hold, until {}", rfc3339(*until)),
-            Gate::HostsUnder(names) => format!("hosts that still use a chain to it: {}", listed(names)),
-        }
-    }
-
-    /// Whether it opens by itself, at a time known now.
+    /// Whether time alone, or what is under way elsewhere, opens it.
     fn is_time(&self) -> bool {
-        matches!(
-            self,
-            Gate::Speaks
-                | Gate::Upstream
-                | Gate::Due { .. }
-                | Gate::OldLeaves { .. }
-                | Gate::Followers { .. }
-                | Gate::LeavesUnder { .. }
-        )
+        self.until().is_some() || matches!(self, Gate::Speaks | Gate::Upstream)
     }
 }
 
@@ -77,19 +31,13 @@ pub(crate) fn blocks(outlook: &Decision) -> Vec<Block> {
                 Some(root) if *gate != Gate::Clock => format!("root {root}: {}", gate.text()),
                 _ => gate.text(),
             };
-            let block = Block { reason: gate.reason(), text };
+            let block = Block { reason: gate.name(), text };
             if !blocks.contains(&block) {
                 blocks.push(block);
             }
         }
     }
     blocks
-}
-
-fn listed(names: &[String]) -> String {
-    let more = names.len().saturating_sub(LISTED);
-    let shown = names.iter().take(LISTED).map(String::as_str).collect::<Vec<_>>().join(", ");
-    if more > 0 { format!("{shown} and {more} more") } else { shown }
 }
 
 #[cfg(test)]
@@ -130,12 +78,6 @@ mod tests {
             Gate::StillSigning(none()),
             Gate::HostsUnder(none()),
         ];
-        assert!(all.iter().all(|gate| REASONS.contains(&gate.reason())));
-    }
-
-    #[test]
-    fn long_lists_of_names_are_cut() {
-        let names: Vec<String> = (0..8).map(|n| format!("h{n}")).collect();
-        assert_eq!(listed(&names), "h0, h1, h2, h3, h4 and 3 more");
+        assert!(all.iter().all(|gate| REASONS.contains(&gate.name())));
     }
 }

@@ -114,7 +114,9 @@ pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
     ensure!(sent == found, "{} is not what etcd holds; try again", partial.display());
     fs::File::open(&partial)?.sync_all()?;
     // What a move to etcd left that was cut short: its log would be applied to the new file.
-    put_aside(dir, "replaced", now)?;
+    if dir.join("pki.db").exists() || dir.join("pki.db-wal").exists() {
+        put_aside(dir, "replaced", now)?;
+    }
     fs::rename(&partial, dir.join("pki.db"))?;
     if !etcd.close(revision)? {
         fs::remove_file(dir.join("pki.db"))?;

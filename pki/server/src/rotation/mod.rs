@@ -3,6 +3,7 @@
 //! - [`trust`]: what there is. A root goes one way: prepared, active, old, removed, retired.
 //! - [`decide`]: which step may be taken now, and what the others wait for. Pure.
 //! - [`ask`]: what an operator may have sooner. Pure.
+//! - [`words`]: what it waits for, in words.
 //! - [`step`]: takes it: keys, bundle, signatures and state in one transaction, so that a crash is always between steps.
 //! - `adopt`: takes over the roots of a PKI that was lost, without their keys.
 //! - `provide`: the least that a PKI needs that is not sure of its clock.
@@ -17,5 +18,6 @@ mod model_tests;
 mod provide;
 pub(crate) mod step;
 pub(crate) mod trust;
+pub(crate) mod words;
 
 pub(crate) use trust::{JwtKey, Root, RootState, Trust};

@@ -6,6 +6,7 @@ use crate::health::report::SILENT_S;
 use crate::health::{Health, clocks as host_clocks};
 use crate::lifetimes::Lifetimes;
 use crate::rotation::decide::next_rotation;
+use crate::rotation::words::listed;
 use crate::store::clones::Alarm;
 use crate::store::federation::Federated;
 use crate::store::hosts::{Host, HostState};
@@ -16,8 +17,6 @@ use crate::times::{rfc3339, seconds};
 const WEB_WARNING_S: i64 = 7 * 86_400;
 /// Below this the root needs attention: replacing it takes weeks of overlap.
 const ROOT_WARNING_S: i64 = 60 * 86_400;
-/// How many hosts are named, of each kind of trouble.
-const NAMED: usize = 5;
 /// A host silent for longer is probably gone for good.
 const FORGOTTEN_S: i64 = 30 * 86_400;
 
@@ -153,14 +152,6 @@ fn clocks_of<'a>(far_off: impl Iterator<Item = &'a Host>) -> Option<String> {
     (!names.is_empty()).then(|| format!("clocks of hosts far from this one's: {}; check NTP there", listed(&names)))
 }
 
-fn listed(names: &[&str]) -> String {
-    let shown = names[..names.len().min(NAMED)].join(", ");
-    match names.len().saturating_sub(NAMED) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
-}
-
 /// The PKI's own first, then those of hosts and workloads with the earliest end first.
 pub(super) fn certificates(health: &Health, servers: &[Server]) -> Vec<CertificateStatus> {
     let own = own(&health.trust, &health.intermediates, health.now).into_iter().map(|one| CertificateStatus {
@@ -203,7 +194,7 @@ pub(super) fn rotation(health: &Health, servers: &[Server]) -> RotationStatus {
         text: block.text,
     });
     let waiting = health.outlook.waiting.iter().flat_map(|(root, gates)| {
-        gates.iter().map(|gate| GateStatus { root: root.clone(), reason: gate.reason().to_owned(), text: gate.text() })
+        gates.iter().map(|gate| GateStatus { root: root.clone(), reason: gate.name().to_owned(), text: gate.text() })
     });
     let active = health.trust.active();
     RotationStatus {

@@ -78,7 +78,7 @@ fn what_blocks_a_rotation_is_named_and_a_wait_is_not() {
     assert!(told.is_some_and(|text| text.contains("web")), "{:?}", status.problems);
     desk.pass(60);
     assert!(desk.metrics().contains("meshd_pki_rotation_blocked{reason=\"hosts\"} 1"), "{}", desk.metrics());
-    assert!(desk.status().to_text().contains("not acknowledged the new root: web"));
+    assert!(desk.status().to_text().contains("not acknowledged the root (one that stays silent stops counting): web"));
 }
 
 #[test]
