@@ -678,6 +678,25 @@ async fn bytes_a_far_host_refused_unseen_go_to_the_next() {
 }
 
 #[tokio::test]
+async fn bytes_a_far_host_left_unseen_reach_it_on_the_next_connection() {
+    let mesh = Mesh::new();
+    let (far, only) = scripted(&mesh).await;
+    let played = tokio::spawn(async move {
+        far.leave_during_a_stream().await;
+        react(far, &[Reaction::Echo]).await
+    });
+    let address = mesh.near.announce(vec![only]);
+    let mut caller = Connection::open(address).await;
+    caller.say(b"pay once").await;
+    assert_eq!(caller.hear(8).await, b"pay once");
+    caller.finish().await;
+    end_of(&mut caller).await;
+    assert_eq!(mesh.near.settled(Outbound, 1).await.ok, 1);
+    drop(mesh);
+    within("the far side", played).await.unwrap();
+}
+
+#[tokio::test]
 async fn what_a_program_says_while_a_host_refuses_reaches_the_next_whole() {
     // Whether the refusal or the program's next words are seen first is the scheduler's choice, so it gets many.
     for pauses in 0..40 {

@@ -13,11 +13,11 @@ use meshd_tests::wait::{rest, until};
 use crate::witness::Witness;
 use crate::{DEADLINE, SERVERS, asks_payments, figure, roots, scale};
 
-const LEAF: Duration = Duration::from_secs(8);
+const LEAF: Duration = Duration::from_secs(12);
 
 #[test]
 fn a_host_asleep_past_its_certificates_and_the_roots_comes_back_alone_unless_it_was_evicted() -> Result<()> {
-    let mut plan = Plan { rehearse: Some("8s"), ..Plan::shop() };
+    let mut plan = Plan { rehearse: Some("12s"), ..Plan::shop() };
     for name in ["depot", "attic"] {
         plan.hosts.push(HostPlan { name: name.to_owned(), workloads: vec![Workload::client("checkout", 2003)] });
     }

@@ -9,9 +9,10 @@ use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::{HostPlan, Plan, Workload};
 use meshd_tests::wait::until;
 
+use crate::endings::ends_watched;
 use crate::kills::renewed_everywhere;
 use crate::witness::Witness;
-use crate::{DEADLINE, asks_payments};
+use crate::{DEADLINE, PAYMENTS, asks_payments};
 
 #[test]
 fn a_pki_whose_disk_is_full_renews_and_refuses_to_enrol_until_there_is_room() -> Result<()> {
@@ -53,6 +54,7 @@ fn a_host_whose_disk_is_full_renews_and_writes_as_soon_as_it_can() -> Result<()>
     mesh.start_all()?;
     let load = Witness::start(&mesh)?;
     let is_told = || mesh.daemon("api-1").log().contains("new credentials are in use but not on disk");
+    let at_first = ends_watched(&mesh, "api-1")?;
 
     disk.fill()?;
     until(DEADLINE, "a renewal that could not be written", is_told)?;
@@ -61,6 +63,13 @@ fn a_host_whose_disk_is_full_renews_and_writes_as_soon_as_it_can() -> Result<()>
     renewed_everywhere(&mesh)?;
     load.end(&mesh, "disk of a host full, and room again")?;
     mesh.stop_pki()?;
+    // What it used last, and not what was on disk before that was full.
+    let in_use = ends_watched(&mesh, "api-1")?;
+    ensure!(in_use.iter().all(|(id, end)| at_first.get(id) < Some(end)), "not renewed: {at_first:?}, then {in_use:?}");
     mesh.daemon("api-1").restart()?;
-    asks_payments(&mesh, "web", "checkout")
+    let on_disk = ends_watched(&mesh, "api-1")?;
+    ensure!(on_disk == in_use, "in use were {in_use:?}, on disk {on_disk:?}");
+    let answers =
+        || mesh.curl("web", "checkout", &["--fail", PAYMENTS]).is_ok_and(|said| said.stdout.contains("api-1"));
+    until(DEADLINE, "an answer by api-1", answers)
 }

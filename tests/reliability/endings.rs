@@ -1,6 +1,6 @@
 //! No certificate is forgotten: what listens shows one whose end somebody watches.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use meshd_identity::{SpiffeId, server_name};
@@ -16,6 +16,8 @@ fn every_listener_with_tls_shows_a_certificate_whose_end_is_watched() -> Result<
     let pki = mesh.pki_metrics()?.sum("meshd_pki_certificate_not_after_seconds", &[("kind", "endpoint")]) as u64;
     let shown = ends_shown(&mesh.host("pki"), &[None])?;
     ensure!(shown == [(PKI_PORT, pki)], "of the PKI end {shown:?}, watched is {pki}");
+    let listed = ends_listed(&mesh)?;
+    ensure!(listed.contains(&pki), "meshd-pki status lists {listed:?} and not {pki}");
     for name in ["web", "api-1", "api-2"] {
         let watched = ends_watched(&mesh, name)?;
         let mut identities: Vec<Option<SpiffeId>> = Vec::new();
@@ -28,6 +30,7 @@ fn every_listener_with_tls_shows_a_certificate_whose_end_is_watched() -> Result<
         for (port, end) in shown {
             ensure!(port == MESH_PORT, "{name} speaks TLS on {port}, which is not known to");
             ensure!(watched.values().any(|watched| *watched == end), "{name}: {end} is not among {watched:?}");
+            ensure!(listed.contains(&end), "{name}: meshd-pki status lists {listed:?} and not {end}");
         }
     }
     Ok(())
@@ -63,12 +66,23 @@ fn end_of_certificate(host: &Host, address: &str, identity: Option<&SpiffeId>) -
     );
     let said = host.run(&Program::new("sh").args(["-c", &command]))?.stdout;
     let Some(end) = said.trim().strip_prefix("notAfter=") else { return Ok(None) };
-    let seconds = command::run("date", &["--utc", "--date", end, "+%s"])?;
-    Ok(Some(seconds.trim().parse().context("not a time")?))
+    unix(end).map(Some)
+}
+
+/// Of any certificate, by `meshd-pki status`.
+fn ends_listed(mesh: &Mesh) -> Result<BTreeSet<u64>> {
+    let status = mesh.pki_status()?;
+    let all = status["certificates"].as_array().context("no certificates")?;
+    all.iter().map(|one| unix(one["not_after"].as_str().context("no end")?)).collect()
+}
+
+fn unix(time: &str) -> Result<u64> {
+    let seconds = command::run("date", &["--utc", "--date", time, "+%s"])?;
+    seconds.trim().parse().with_context(|| format!("not a time: {time}"))
 }
 
 /// By identity.
-fn ends_watched(mesh: &Mesh, host: &str) -> Result<BTreeMap<String, u64>> {
+pub(crate) fn ends_watched(mesh: &Mesh, host: &str) -> Result<BTreeMap<String, u64>> {
     let text = mesh.daemon(host).metrics_text()?;
     let lines = text.lines().filter_map(|line| line.strip_prefix("identity_cert_expiration_timestamp_seconds{id=\""));
     let ends = lines.filter_map(|line| {

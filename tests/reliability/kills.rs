@@ -23,7 +23,7 @@ const STEPS: [&str; 7] = [
 
 #[test]
 fn a_pki_that_is_killed_at_any_step_goes_on_from_there() -> Result<()> {
-    let mut mesh = Mesh::start(Plan { rehearse: Some("10s"), ..Plan::shop() })?;
+    let mut mesh = Mesh::start(Plan { rehearse: Some("15s"), ..Plan::shop() })?;
     let load = Witness::start(&mesh)?;
     let (before, mut last) = (roots(&mesh)?.0, 0);
     mesh.stop_pki()?;

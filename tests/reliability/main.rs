@@ -7,6 +7,7 @@ mod away;
 mod clocks;
 mod disks;
 mod endings;
+mod etcd;
 mod kills;
 mod roots;
 mod shut_out;
@@ -24,7 +25,18 @@ const SERVERS: [&str; 3] = ["web", "api-1", "api-2"];
 
 /// One of two sizes of a test.
 fn scale<T>(short: T, long: T) -> T {
-    if std::env::var_os("MESHD_SOAK").is_some() { long } else { short }
+    if is_long() { long } else { short }
+}
+
+fn is_long() -> bool {
+    std::env::var_os("MESHD_SOAK").is_some()
+}
+
+/// A figure that depends on how busy the machine is: told always, and held against what is promised in the long form only.
+fn figure_promised(text: &str, kept: bool) -> Result<()> {
+    figure(text);
+    ensure!(kept || !is_long(), "more than was promised: {text}");
+    Ok(())
 }
 
 /// What docs/reliability.md reports.

@@ -14,7 +14,7 @@ use crate::{DEADLINE, asks_payments, figure, roots, scale};
 
 /// Hosts beside those under load: one is stopped for a while, one joins late.
 fn plan() -> Plan {
-    let mut plan = Plan { rehearse: Some("10s"), ..Plan::shop() };
+    let mut plan = Plan { rehearse: Some("15s"), ..Plan::shop() };
     for (name, uid) in [("depot", 2003), ("late", 2003)] {
         plan.hosts.push(HostPlan { name: name.to_owned(), workloads: vec![Workload::client("checkout", uid)] });
     }

@@ -9,7 +9,7 @@ use meshd_tests::process::Process;
 use meshd_tests::wait::until;
 
 use crate::witness::Witness;
-use crate::{DEADLINE, asks_payments, figure, scale};
+use crate::{DEADLINE, asks_payments, figure_promised, scale};
 
 /// From the operator's word to the last cut connection.
 const PROMISED: Duration = Duration::from_secs(5);
@@ -70,9 +70,9 @@ fn a_banned_host_and_a_denied_identity_are_cut_off_everywhere_and_nobody_else_no
         until(DEADLINE, "depot served again", || asks_payments(&mesh, "depot", "checkout").is_ok())?;
         until(DEADLINE, "billing served again", || asks_payments(&mesh, "web", "billing").is_ok())?;
     }
-    figure(&format!(
+    let text = format!(
         "{times} times: the slowest ban of a host cut everything in {slowest_ban:.1?}, of an identity in {slowest_denial:.1?}"
-    ));
-    ensure!(slowest_ban.max(slowest_denial) < PROMISED, "not within {PROMISED:?}");
+    );
+    figure_promised(&text, slowest_ban.max(slowest_denial) < PROMISED)?;
     load.end(&mesh, &format!("a host banned and an identity denied {times} times"))
 }

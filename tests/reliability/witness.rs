@@ -11,39 +11,51 @@ use crate::{SERVERS, figure};
 
 const END: Duration = Duration::from_secs(30);
 
-/// 500 requests a second from web to payments on api-1 and api-2: over connections that stay, and over one each.
+const PAYMENTS: [&str; 2] = ["--target", "payments.shop.mesh:80"];
+const SMTP: [&str; 4] = ["--target", "smtp.shop.mesh:25", "--protocol", "lines"];
+
+/// 500 requests a second from web to payments and smtp on api-1 and api-2, by HTTP/1.1, HTTP/2 and lines that must come
+/// back as they were sent: over connections that stay, and over one each.
 pub(crate) struct Witness {
     pids: Vec<(&'static str, u32)>,
-    loads: Vec<Process>,
+    loads: Vec<(&'static str, Process)>,
 }
 
 impl Witness {
     pub(crate) fn start(mesh: &Mesh) -> Result<Self> {
         let pids = SERVERS.map(|host| mesh.daemon(host).pid().map(|pid| (host, pid)));
         let host = mesh.host("web");
-        let load = |name: &str, more: &[&str]| {
-            let args = [&["load", "--target", "payments.shop.mesh:80"], more].concat();
-            host.start_testkit(&mesh.testkit("web", name, &args))
+        let load = |of: &'static str, target: &[&str], more: &[&str]| {
+            let args = [&["load"], target, more].concat();
+            host.start_testkit(&mesh.testkit("web", "checkout", &args)).map(|process| (of, process))
         };
-        let stay = load("checkout", &["--connections", "16", "--rate", "400"])?;
-        let short = load("checkout", &["--connections", "8", "--rate", "100", "--per-request"])?;
-        Ok(Self { pids: pids.into_iter().collect::<Result<_>>()?, loads: vec![stay, short] })
+        let http2 = [&PAYMENTS[..], &["--protocol", "http2"]].concat();
+        let loads = vec![
+            load("HTTP/1 that stays", &PAYMENTS, &["--connections", "16", "--rate", "225"])?,
+            load("one each", &PAYMENTS, &["--connections", "8", "--rate", "60", "--per-request"])?,
+            load("HTTP/2 that stays", &http2, &["--connections", "4", "--streams", "4", "--rate", "100"])?,
+            load("one each", &http2, &["--connections", "4", "--rate", "20", "--per-request"])?,
+            load("TCP that stays", &SMTP, &["--connections", "16", "--rate", "75"])?,
+            load("one each", &SMTP, &["--connections", "4", "--rate", "20", "--per-request"])?,
+        ];
+        Ok(Self { pids: pids.into_iter().collect::<Result<_>>()?, loads })
     }
 
     /// Not a request failed, and every meshd under it is the process it was.
     pub(crate) fn end(self, mesh: &Mesh, of: &str) -> Result<()> {
-        let mut told = Vec::new();
-        for mut load in self.loads {
+        let (mut told, mut all, mut seconds) = (Vec::new(), 0, 0.0_f64);
+        for (kind, mut load) in self.loads {
             load.stop()?;
             let report: LoadReport = report(&load.finish(END)?)?;
-            ensure!(report.failed == 0 && report.ok > 0, "{of}: requests failed: {report:?}");
-            told.push(format!("{} requests in {:.0} s, p99 {} ms", report.ok, report.seconds, report.p99_us / 1000));
+            ensure!(report.failed == 0 && report.ok > 0, "{of}: requests failed, {kind}: {report:?}");
+            told.push(format!("{kind} {} (p99 {} ms)", report.ok, report.p99_us / 1000));
+            (all, seconds) = (all + report.ok, seconds.max(report.seconds));
         }
         for (host, pid) in self.pids {
             let daemon = mesh.daemon(host);
             ensure!(daemon.is_running() && daemon.pid()? == pid, "{of}: meshd on {host} is not the process it was");
         }
-        figure(&format!("{of}: 0 failed; connections that stay: {}; one each: {}", told[0], told[1]));
+        figure(&format!("{of}: 0 of {all} requests in {seconds:.0} s failed: {}", told.join(", ")));
         Ok(())
     }
 }

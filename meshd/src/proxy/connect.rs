@@ -85,11 +85,13 @@ impl Early {
 struct Failure {
     fault: Fault,
     delivered: bool,
+    /// The connection was leaving, and another to the same endpoint may stay: it renewed its certificate, mostly.
+    left: bool,
 }
 
 impl From<Fault> for Failure {
     fn from(fault: Fault) -> Failure {
-        Failure { fault, delivered: false }
+        Failure { fault, delivered: false, left: false }
     }
 }
 
@@ -156,7 +158,10 @@ async fn attempt(
         match open_stream(&slot, endpoint, key.version) {
             Ok(opening) => {
                 let may_send = key.version == WireVersion::Meshd1 && slot.lively(Instant::now());
-                return answered(slot, opening, app, early, may_send, limit).await;
+                match answered(slot, opening, app, early, may_send, limit).await {
+                    Err(failure) if failure.left => {}
+                    answer => return answer,
+                }
             }
             Err(_) => slot.retire(),
         }
@@ -238,7 +243,7 @@ async fn answered(
         Outcome::Answer(Err(error)) => Err(broken(&slot, &error, sent > 0)),
         Outcome::TimedOut => {
             slot.suspect(Instant::now());
-            Err(Failure { fault: Fault::ConnectTimeout, delivered: sent > 0 })
+            Err(Failure { fault: Fault::ConnectTimeout, delivered: sent > 0, left: false })
         }
         Outcome::AppGone => Err(Fault::AppReset.into()),
     }
@@ -253,13 +258,14 @@ enum Outcome {
 /// GOAWAY and REFUSED_STREAM mean the stream was never looked at (RFC 9113, 8.7); anything else may
 /// have happened after the far application got our bytes.
 fn broken(slot: &Slot, error: &h2::Error, bytes_sent: bool) -> Failure {
-    // Once the connection itself is gone, its last GOAWAY is reported for streams that were under way, too.
-    let told_off = error.is_go_away() && error.is_remote() && !slot.ended();
+    // Once the connection itself has broken, its last GOAWAY is reported for streams that were under way, too. One that
+    // ended in order was done with those: what has no answer was not among them.
+    let left = error.is_go_away() && error.is_remote() && !slot.broke();
     if let Some(fault) = slot.cut() {
-        return Failure { fault, delivered: bytes_sent };
+        return Failure { fault, delivered: bytes_sent, left: false };
     }
-    let untouched = told_off || error.reason() == Some(h2::Reason::REFUSED_STREAM);
+    let untouched = left || error.reason() == Some(h2::Reason::REFUSED_STREAM);
     slot.retire();
     let fault = if untouched { Fault::Drain } else { Fault::ConnectRefused };
-    Failure { fault, delivered: bytes_sent && !untouched }
+    Failure { fault, delivered: bytes_sent && !untouched, left }
 }

@@ -41,6 +41,8 @@ pub struct Link {
     retired: Cell<bool>,
     /// The connection is over, not merely closed to new streams.
     ended: Cell<bool>,
+    /// The peer said goodbye, and was done with every stream it had looked at.
+    in_order: Cell<bool>,
     generation: Generation,
     expires: SystemTime,
     heard: Rc<Cell<Instant>>,
@@ -78,6 +80,11 @@ impl Slot {
 
     pub fn ended(&self) -> bool {
         self.0.ended.get()
+    }
+
+    /// Whether it ended in the middle of what was going on.
+    pub fn broke(&self) -> bool {
+        self.0.ended.get() && !self.0.in_order.get()
     }
 
     /// Why the connection was cut: the peer is one no longer to be talked to.
@@ -170,6 +177,7 @@ impl Pool {
             streams: Cell::new(0),
             retired: Cell::new(false),
             ended: Cell::new(false),
+            in_order: Cell::new(false),
             generation: tls.generation(opened.peer.marks.id.trust_domain()),
             expires: opened.expires,
             heard: opened.io.heard(),
@@ -181,17 +189,19 @@ impl Pool {
         });
         let slot = Slot::take(&link);
         self.links.borrow_mut().entry(key.clone()).or_default().push(link.clone());
-        let address = key.address;
+        let (address, io) = (key.address, opened.io.clone());
         let driven = Rc::downgrade(&link);
         let driver = tokio::task::spawn_local(async move {
             let watched = driven.clone();
             let busy = move || watched.upgrade().is_some_and(|link| link.streams.get() > 0);
-            if let Err(error) = opened.driver.run(busy).await {
+            let ended = opened.driver.run(busy).await;
+            if let Err(error) = &ended {
                 tracing::debug!(%address, %error, "connection to peer ended");
             }
             if let Some(link) = driven.upgrade() {
                 link.retired.set(true);
                 link.ended.set(true);
+                link.in_order.set(ended.is_ok() && io.ended_in_order());
             }
         });
         _ = link.driver.set(driver.abort_handle());

@@ -48,6 +48,8 @@ struct Inner {
     /// Ciphertext taken in this turn.
     taken: usize,
     ended: bool,
+    /// The peer has ended it by TLS close_notify, after everything it had to say.
+    in_order: bool,
     heard: Rc<Cell<Instant>>,
 }
 
@@ -69,6 +71,7 @@ impl SecureIo {
             encrypted: 0,
             taken: 0,
             ended: false,
+            in_order: false,
             heard,
         })))
     }
@@ -84,6 +87,11 @@ impl SecureIo {
         let peer_closed = poll_fn(|cx| self.0.borrow_mut().poll_discard(cx));
         // Whoever does not close within this time has lost interest in the rest.
         let _ = tokio::time::timeout(LINGER, peer_closed).await;
+    }
+
+    /// Whether the peer ended it by its own will, and did not break.
+    pub fn ended_in_order(&self) -> bool {
+        self.0.borrow().in_order
     }
 
     /// Ends the turn: encrypts and sends what was gathered. An error is the connection's end; a full
@@ -222,7 +230,7 @@ impl Inner {
             }
             let state = self.tls.process_new_packets().map_err(io::Error::other)?;
             if state.peer_has_closed() {
-                self.ended = true;
+                (self.ended, self.in_order) = (true, true);
             }
         }
         Ok(())

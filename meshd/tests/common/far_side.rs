@@ -59,6 +59,37 @@ impl FarSide {
     }
 }
 
+impl FarSide {
+    /// Takes the first bytes of a stream on the next connection, and leaves in order without having looked at it: the
+    /// last GOAWAY, TLS close_notify and the end arrive together.
+    pub(crate) async fn leave_during_a_stream(&self) {
+        const SETTINGS: [u8; 18] = [0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1, 0, 0, 0, 0];
+        const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        const PREFACE: usize = 24;
+        let mut stream = self.tls().await.unwrap();
+        stream.write_all(&SETTINGS).await.unwrap();
+        stream.read_exact(&mut [0; PREFACE]).await.unwrap();
+        loop {
+            let mut head = [0; 9];
+            stream.read_exact(&mut head).await.unwrap();
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            stream.read_exact(&mut payload).await.unwrap();
+            match (head[3], head[4]) {
+                // DATA
+                (0, _) => break,
+                // PING, not an answer to one
+                (6, 0) => {
+                    stream.write_all(&[&[0, 0, 8, 6, 1, 0, 0, 0, 0], &payload[..]].concat()).await.unwrap();
+                }
+                _ => {}
+            }
+        }
+        stream.write_all(&GOAWAY).await.unwrap();
+        stream.shutdown().await.unwrap();
+        _ = stream.read_to_end(&mut Vec::new()).await;
+    }
+}
+
 /// What the far side does with a stream it is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reaction {

@@ -17,6 +17,7 @@ use rustls::client::Resumption;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::Status;
@@ -27,8 +28,11 @@ use crate::error::RenewError;
 use crate::surroundings::{Clock, TlsTime};
 use crate::verify::{any_server, pki_server};
 
-/// TCP, TLS and the HTTP/2 preface together.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+const TCP_DEADLINE: Duration = Duration::from_secs(5);
+/// As long as a handshake takes with nobody before it, many times over.
+const NEXT_AFTER: Duration = Duration::from_secs(5);
+/// TLS and the HTTP/2 preface together; most of it is for a queue at the PKI.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(20);
 /// A full batch signs and syncs in well under a second; the rest is for a queue at the PKI.
 const RPC_DEADLINE: Duration = Duration::from_secs(20);
 /// A PKI that vanished without a word is noticed within twice this time.
@@ -39,6 +43,8 @@ const SERVER_NAME: &str = "pki.id.mesh.internal";
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     #[error("no answer from {address} within 5 s; check the address and the firewall for TCP")]
+    Unreachable { address: String },
+    #[error("{address} takes connections and does no handshake within 20 s; it hangs, or too many hosts ask it")]
     Deadline { address: String },
     #[error("cannot reach {address}: {source}")]
     Tcp { address: String, source: std::io::Error },
@@ -61,7 +67,10 @@ impl ConnectError {
     /// Whether the same address may work in a moment. A certificate that does not verify will not.
     pub(crate) fn may_pass(&self) -> bool {
         match self {
-            ConnectError::Deadline { .. } | ConnectError::Tcp { .. } | ConnectError::Http { .. } => true,
+            ConnectError::Unreachable { .. }
+            | ConnectError::Deadline { .. }
+            | ConnectError::Tcp { .. }
+            | ConnectError::Http { .. } => true,
             ConnectError::Tls { source, .. } => {
                 source.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>()).is_none()
             }
@@ -111,27 +120,41 @@ pub(crate) fn tls_config(
 }
 
 pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiClient, ConnectError> {
-    let handshake = handshake(address, config);
-    let channel = timeout(HANDSHAKE_DEADLINE, handshake)
-        .await
-        .map_err(|_| ConnectError::Deadline { address: address.to_owned() })??;
+    let channel = handshake(address, config).await?;
     let origin: Uri = format!("https://{address}").parse().map_err(|_| ConnectError::Address(address.to_owned()))?;
     Ok(HostClient::with_origin(channel, origin).max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
-/// The first of several servers that proves to be the PKI, in an order drawn anew each time.
+/// The first of several servers that proves to be the PKI, in an order drawn anew each time. One that stands still is not
+/// given up, but the next is asked beside it.
 pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig) -> Result<PkiClient, RenewError> {
     let mut addresses = addresses.to_vec();
     fastrand::shuffle(&mut addresses);
     let mut reasons = Vec::new();
     let mut is_distrusted = false;
-    for address in addresses {
-        match connect(&address, config.clone()).await {
-            Ok(pki) => return Ok(pki),
-            Err(error) => {
+    let mut asked = JoinSet::new();
+    loop {
+        let is_last = match addresses.pop() {
+            Some(address) => {
+                let config = config.clone();
+                asked.spawn(async move { connect(&address, config).await });
+                addresses.is_empty()
+            }
+            None => true,
+        };
+        let answer = match is_last {
+            true => asked.join_next().await,
+            false => timeout(NEXT_AFTER, asked.join_next()).await.unwrap_or_default(),
+        };
+        match answer {
+            Some(Ok(Ok(pki))) => return Ok(pki),
+            Some(Ok(Err(error))) => {
                 is_distrusted |= error.is_distrust();
                 reasons.push(error.to_string());
             }
+            Some(Err(error)) => reasons.push(error.to_string()),
+            None if is_last => break,
+            None => {}
         }
     }
     let reasons = reasons.join("; ");
@@ -140,7 +163,16 @@ pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig
 
 pub(crate) async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {
     let named = || address.to_owned();
-    let tcp = TcpStream::connect(address).await.map_err(|source| ConnectError::Tcp { address: named(), source })?;
+    let tcp = timeout(TCP_DEADLINE, TcpStream::connect(address))
+        .await
+        .map_err(|_| ConnectError::Unreachable { address: named() })?
+        .map_err(|source| ConnectError::Tcp { address: named(), source })?;
+    let over_tls = timeout(HANDSHAKE_DEADLINE, over_tls(address, config, tcp));
+    over_tls.await.map_err(|_| ConnectError::Deadline { address: named() })?
+}
+
+async fn over_tls(address: &str, config: ClientConfig, tcp: TcpStream) -> Result<Channel, ConnectError> {
+    let named = || address.to_owned();
     let name = ServerName::try_from(SERVER_NAME).expect("a constant DNS name");
     let tls = TlsConnector::from(Arc::new(config))
         .connect(name, tcp)

@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// No line is longer: texts in events are capped.
 const MAX_LINE: u64 = 64 * 1024;
+/// Most are a tenth of this.
+const USUAL_TAIL: u64 = 4 * 1024;
 
 /// What happened. Absent fields are left out of the line.
 #[derive(Debug, Default, Clone, Serialize)]
@@ -156,12 +158,19 @@ fn read_line(line: &str) -> Option<Tail> {
 /// Where the chain goes on: text to write first (a newline after a torn line), last sequence, last hash.
 fn continue_from(file: &mut File) -> io::Result<(String, u64, String)> {
     let length = file.seek(SeekFrom::End(0))?;
-    file.seek(SeekFrom::Start(length.saturating_sub(2 * MAX_LINE)))?;
-    let mut end = Vec::new();
-    file.take(2 * MAX_LINE).read_to_end(&mut end)?;
-    let end = String::from_utf8_lossy(&end);
-    let first = if end.is_empty() || end.ends_with('\n') { "" } else { "\n" };
-    let last = end.lines().rev().find_map(read_line);
+    let (mut first, mut last) = ("", None);
+    // Behind a torn line, the last whole one may be further away.
+    for tail in [USUAL_TAIL, 2 * MAX_LINE] {
+        file.seek(SeekFrom::Start(length.saturating_sub(tail)))?;
+        let mut end = Vec::new();
+        (&mut *file).take(tail).read_to_end(&mut end)?;
+        let end = String::from_utf8_lossy(&end);
+        first = if end.is_empty() || end.ends_with('\n') { "" } else { "\n" };
+        last = end.lines().rev().find_map(read_line);
+        if last.is_some() || tail >= length {
+            break;
+        }
+    }
     let (sequence, hash) = last.map_or((0, GENESIS.to_owned()), |tail| (tail.sequence, tail.hash));
     Ok((first.to_owned(), sequence, hash))
 }
@@ -211,6 +220,19 @@ mod tests {
         assert!(audit.verify().unwrap_err().contains(":2:"));
         fs::write(audit.path(), text.replace("\"host\":\"b\"", "\"host\":\"x\"")).unwrap();
         assert!(audit.verify().unwrap_err().contains(":3:"));
+    }
+
+    #[test]
+    fn the_chain_goes_on_behind_lines_of_any_length() {
+        let (_dir, audit) = log();
+        let long = "x".repeat(60_000);
+        for _ in 0..3 {
+            audit.append(0, &[event("a"), event(&long)]).unwrap();
+        }
+        let text = fs::read_to_string(audit.path()).unwrap();
+        fs::write(audit.path(), &text[..text.len() - 20]).unwrap();
+        audit.append(0, &[event("c")]).unwrap();
+        assert_eq!(audit.verify(), Ok(6));
     }
 
     #[test]

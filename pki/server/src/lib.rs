@@ -24,6 +24,7 @@ pub mod entries;
 mod failpoint;
 pub mod federation;
 mod files;
+mod handshakes;
 mod health;
 mod instances;
 pub mod issue;

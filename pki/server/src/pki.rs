@@ -17,6 +17,7 @@ use crate::deny::SignedDeny;
 use crate::failpoint;
 use crate::federation::share::Followed;
 use crate::federation::web::WebCertificate;
+use crate::handshakes::Handshakes;
 use crate::health::clocks::HEARD_LATELY_S;
 use crate::instances::Instances;
 use crate::keeping::keeper::{Keeper, Moment, heal_state};
@@ -109,6 +110,7 @@ pub struct Pki {
     start: Mutex<Start>,
     distrust: RwLock<Option<Distrust>>,
     instances: Mutex<Instances>,
+    pub(crate) handshakes: Handshakes,
     pub(crate) nonces: Nonces,
     pub(crate) attestors: Attestors,
     deny: RwLock<Arc<SignedDeny>>,
@@ -164,6 +166,7 @@ impl Pki {
             start: Mutex::new(start),
             distrust: RwLock::default(),
             instances: Mutex::default(),
+            handshakes: Handshakes::new(),
             nonces: Nonces::new(&kek.derived("attestation nonces")),
             attestors: Attestors::new(options.attestors),
             deny: RwLock::default(),

@@ -16,6 +16,7 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use meshd_pki_api::MAX_MESSAGE_BYTES;
 use meshd_pki_api::v1::host_server::HostServer;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -27,10 +28,13 @@ use crate::istio::IstioService;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
+/// From its turn on.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// Every host keeps one connection open and makes another for a renewal.
-const MAX_CONNECTIONS: usize = 16 * 1024;
+/// Every host keeps one connection open and makes another for a renewal: 10,000 hosts at once, and half as many more.
+const MAX_CONNECTIONS: usize = 32 * 1024;
+/// Descriptors for files, sockets of operators, etcd and federation, whatever hosts and strangers do.
+const OTHER_DESCRIPTORS: u64 = 256;
 const MAX_STREAMS: u32 = 32;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// A ban is on its way to every host within this time.
@@ -47,13 +51,13 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
     maintenance.spawn(poll::follow(pki.clone()));
     maintenance.spawn(every(REFRESH_EVERY, "reading how hosts may attest", pki.clone(), Pki::read_attestors));
     maintenance.spawn(pki.clone().follow_clusters());
-    let mut connections = JoinSet::new();
+    let (mut connections, most) = (JoinSet::new(), most_connections());
     tokio::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
             Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+            accepted = listener.accept(), if connections.len() < most => match accepted {
                 Ok((socket, address)) => {
                     connections.spawn(connection(pki.clone(), router.clone(), socket, address, graceful.watcher()));
                 }
@@ -72,6 +76,27 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
         tracing::warn!("calls still in progress after {} s were cut", DRAIN.as_secs());
     }
     connections.shutdown().await;
+}
+
+/// The usual soft limit of 1024 descriptors is for programs that use select(2), and a thousand hosts would take all.
+fn most_connections() -> usize {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open descriptors");
+    }
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    let most = connections_within(descriptors);
+    if most < MAX_CONNECTIONS {
+        tracing::warn!(descriptors, most, "fewer connections than a large fleet takes; raise LimitNOFILE");
+    }
+    most
+}
+
+/// A few always: of what little there is, half.
+fn connections_within(descriptors: u64) -> usize {
+    let left = descriptors.saturating_sub(OTHER_DESCRIPTORS).max(descriptors / 2);
+    usize::try_from(left).unwrap_or(MAX_CONNECTIONS).min(MAX_CONNECTIONS)
 }
 
 /// Prometheus text over plain HTTP; bind it to loopback.
@@ -106,6 +131,11 @@ async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki
 
 async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: SocketAddr, watcher: Watcher) {
     _ = socket.set_nodelay(true);
+    let Some(turn) = pki.handshakes.turn(address.ip()).await else {
+        pki.metrics.tls_failures.inc();
+        tracing::debug!(%address, "no turn for a TLS handshake came; the host asks again");
+        return;
+    };
     let signer = pki.signer();
     let acceptor = TlsAcceptor::from(signer.tls.clone());
     let tls = match timeout(HANDSHAKE_DEADLINE, acceptor.accept(socket)).await {
@@ -121,6 +151,7 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
             return;
         }
     };
+    drop(turn);
     let peer = Peer::of(tls.get_ref().1.peer_certificates().unwrap_or_default(), &signer.bundle, address);
     drop(signer);
     let router = router.layer(axum::Extension(peer));
@@ -198,4 +229,17 @@ async fn healthz(State(pki): State<Arc<Pki>>) -> Response {
 async fn metrics(State(pki): State<Arc<Pki>>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], pki.metrics.encode()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_descriptors_for_everything_else() {
+        assert_eq!(connections_within(1024), 768);
+        assert_eq!(connections_within(256), 128);
+        assert_eq!(connections_within(524_288), MAX_CONNECTIONS);
+        assert_eq!(connections_within(u64::MAX), MAX_CONNECTIONS);
+    }
 }

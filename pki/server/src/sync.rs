@@ -5,13 +5,16 @@ use meshd_pki_api::v1;
 
 use crate::audit::Event;
 use crate::enrol::excerpt;
-use crate::issue::offset_ms;
+use crate::issue::{Caller, offset_ms};
 use crate::pki::{Pki, trust_bundle};
 use crate::refused::Refused;
 use crate::rotation::{Root, RootState, Trust};
 use crate::store::hosts::{self, HostState, Sighting};
-use crate::store::{settings, tainted};
-use crate::times::{unix, unix_ms};
+use crate::store::{DbError, settings, tainted};
+use crate::times::{seconds, unix, unix_ms};
+
+/// Two minutes, unless leaves live for less than 200 s.
+const LOOKS_PER_NOTE: u32 = 12;
 
 /// What a host had when it last reported, so that it is told nothing twice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -58,18 +61,9 @@ impl Pki {
             clock_offset_ms: offset_ms(report.host_time_unix_ms, unix_ms(now)),
             roots_in_use: report.inventory.as_ref().map(|inventory| inventory.roots.as_slice()),
         };
-        let noted = self.state.database.transaction(|records| {
-            let Some(mut host) = hosts::host(records, &caller.host.id)? else { return Ok(()) };
-            if host.adopted_until.is_some() {
-                settings::note_return(records, sighting.now)?;
-            }
-            host.saw(&sighting);
-            host.used_key(&caller.key_id);
-            hosts::put_host(records, &host)
-        });
-        if let Err::<(), crate::store::DbError>(error) = noted {
-            self.metrics.note_failures.inc();
-            tracing::error!(%error, host = %caller.host.id, "a report is not on record");
+        // Most reports tell what the one before told, and a fleet reports all the time.
+        if !caller.host.is_known(&sighting, &caller.key_id, self.note_every_s()) {
+            self.note_sighting(&caller, &sighting);
         }
         self.heard_of_bundle(&caller.host.id, report.bundle_sequence);
         if !report.deny_set.is_empty()
@@ -80,6 +74,28 @@ impl Pki {
         let had =
             Had { bundle: report.bundle_sequence, deny: report.deny_sequence, federation: report.federation_revision };
         self.sync_news(&caller.host.id, had)
+    }
+
+    /// That a host lives is put on record as often as this, or whenever it tells something else: rarely beside ten
+    /// minutes, after which it counts as silent.
+    fn note_every_s(&self) -> i64 {
+        seconds(self.lifetimes.look_every() * LOOKS_PER_NOTE)
+    }
+
+    fn note_sighting(&self, caller: &Caller, sighting: &Sighting<'_>) {
+        let noted = self.state.database.transaction(|records| {
+            let Some(mut host) = hosts::host(records, &caller.host.id)? else { return Ok(()) };
+            if host.adopted_until.is_some() {
+                settings::note_return(records, sighting.now)?;
+            }
+            host.saw(sighting);
+            host.used_key(&caller.key_id);
+            hosts::put_host(records, &host)
+        });
+        if let Err::<(), DbError>(error) = noted {
+            self.metrics.note_failures.inc();
+            tracing::error!(%error, host = %caller.host.id, "a report is not on record");
+        }
     }
 
     /// What a host lacks that has this.

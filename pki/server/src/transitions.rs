@@ -10,7 +10,11 @@ use crate::store::{settings, trust};
 impl Pki {
     pub fn transitions(&self, request: &v1::TransitionsRequest) -> Result<v1::TransitionsReply, Refused> {
         let (all, sequence, recovery) = self.state.database.read(|view| -> Result<_, Refused> {
-            Ok((bundles::all(view)?, trust::trust(view)?.sequence, settings::recovery_statements(view)?))
+            let sequence = trust::trust(view)?.sequence;
+            // From a bundle that never was, no way is looked for.
+            let known = bundles::bundle(view, request.sequence)?.filter(|known| known.sequence < sequence);
+            let from = known.map_or(sequence, |known| known.sequence);
+            Ok((bundles::from(view, from)?, sequence, settings::recovery_statements(view)?))
         })?;
         let in_force = all.iter().find(|one| one.sequence == sequence).map(|one| self.wire(one));
         let steps = path(&all, request.sequence, sequence).into_iter();

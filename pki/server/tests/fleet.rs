@@ -41,7 +41,9 @@ struct Server(Child);
 impl Server {
     fn start(state: &Path, listen: &str) -> (Server, String) {
         let state = state.to_str().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_meshd-pki"));
+        // Under the soft limit of descriptors that systemd gives: more hosts than that must find a place.
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -Sn 1024; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_meshd-pki")]);
         command.args(["run", "--state", state, "--listen", listen, "--leaf-ttl", LEAF_TTL]).env("RUST_LOG", "error");
         let mut server = Server(command.stdout(Stdio::piped()).spawn().unwrap());
         let mut ready = String::new();
@@ -88,14 +90,16 @@ fn hosts_directory() -> TempDir {
 }
 
 async fn enrol(state: PathBuf, hosts: &Path, address: &str) -> Vec<Member> {
+    let address = address.to_owned();
+    // Before anybody joins: a command that waits for its turn to write gives up after 5 s, on a busy machine.
+    let making = move || (0..agents()).map(|n| token(&state, &format!("h{n}"), &address)).collect::<Vec<_>>();
+    let tokens = tokio::task::spawn_blocking(making).await.unwrap();
     let (permits, mut joining) = (Arc::new(Semaphore::new(JOINING_AT_ONCE)), JoinSet::new());
-    for n in 0..agents() {
-        let (permits, state, address) = (permits.clone(), state.clone(), address.to_owned());
-        let directory = hosts.join(n.to_string());
+    for (n, token) in tokens.into_iter().enumerate() {
+        let (permits, directory) = (permits.clone(), hosts.join(n.to_string()));
         joining.spawn(async move {
             let _permit = permits.acquire().await.unwrap();
-            let making = tokio::task::spawn_blocking(move || token(&state, &format!("h{n}"), &address));
-            join(&directory, &making.await.unwrap(), None).await.unwrap();
+            join(&directory, &token, None).await.unwrap();
             directory
         });
     }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{DbError, Records, View, get, list, put};
+use super::{DbError, Records, View, get, list, list_from, put};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct StoredBundle {
@@ -47,6 +47,12 @@ pub(crate) fn by_digest(view: &mut dyn View, digest: &[u8]) -> Result<Option<Sto
 /// In the order of their sequences.
 pub(crate) fn all(view: &mut dyn View) -> Result<Vec<StoredBundle>, DbError> {
     let found: Vec<(String, StoredBundle)> = list(view, "bundle/")?;
+    Ok(found.into_iter().map(|(_, bundle)| bundle).collect())
+}
+
+/// From this one on, in the order of their sequences.
+pub(crate) fn from(view: &mut dyn View, sequence: u64) -> Result<Vec<StoredBundle>, DbError> {
+    let found: Vec<(String, StoredBundle)> = list_from(view, "bundle/", &key(sequence))?;
     Ok(found.into_iter().map(|(_, bundle)| bundle).collect())
 }
 

@@ -13,6 +13,8 @@ const LIVES_ON_RECORD: i64 = 7;
 pub(crate) const KEEP_ENDED_S: i64 = 7 * 86_400;
 /// Per host, the newest: 500 identities renewed thrice a day, and one value of etcd (1.5 MiB).
 const MOST_ISSUED: usize = 2000;
+/// A clock that is as far off as this is no news: half of what any rotation allows.
+const SAME_CLOCK_MS: u64 = 500;
 /// A bundle never has as many roots, and no identifier of one is as long.
 const MOST_ROOTS_TOLD: usize = 16;
 const LONGEST_ROOT_ID: usize = 64;
@@ -104,6 +106,15 @@ impl Host {
             let possible = roots.iter().filter(|root| root.len() <= LONGEST_ROOT_ID);
             self.roots_in_use = possible.take(MOST_ROOTS_TOLD).cloned().collect();
         }
+    }
+
+    /// Whether what a host tells is on record already, but that it lives, and that was put there less than so long ago.
+    pub(crate) fn is_known(&self, sighting: &Sighting<'_>, key_id: &[u8], within_s: i64) -> bool {
+        (0..within_s).contains(&(sighting.now - self.last_seen))
+            && sighting.acked_sequence <= self.acked_sequence
+            && sighting.clock_offset_ms.abs_diff(self.clock_offset_ms) < SAME_CLOCK_MS
+            && sighting.roots_in_use.is_none_or(|roots| roots == self.roots_in_use)
+            && self.next.as_ref().is_none_or(|next| next.key_id != key_id)
     }
 
     /// No key of it counts any more, not even when a ban is undone later: it needs a token.
@@ -219,4 +230,30 @@ pub(crate) fn valid_issued(view: &mut dyn View, now: i64) -> Result<Vec<(String,
     let found: Vec<(String, Vec<Issued>)> = glance(view, "issued/")?;
     let of_hosts = found.into_iter().flat_map(|(host, all)| all.into_iter().map(move |one| (host.clone(), one)));
     Ok(of_hosts.filter(|(_, one)| one.not_after > now).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_news_when_it_tells_more_than_that_the_host_lives() {
+        let host: Host = serde_json::from_value(serde_json::json!({
+            "state": "active", "key_current": "", "enrolled_at": 0, "last_seen": 1000,
+            "acked_sequence": 7, "clock_offset_ms": -200, "roots_in_use": ["a"],
+            "next": { "key_id": "AQID", "public_key": "" },
+        }))
+        .unwrap();
+        let roots = ["a".to_owned()];
+        let sighting =
+            || Sighting { now: 1100, acked_sequence: 7, clock_offset_ms: 100, roots_in_use: Some(roots.as_slice()) };
+        assert!(host.is_known(&sighting(), &[9], 120));
+        assert!(!host.is_known(&sighting(), &[1, 2, 3], 120), "the key it was given last is in use");
+        assert!(!host.is_known(&sighting(), &[9], 100), "it was noted long ago");
+        assert!(!host.is_known(&Sighting { now: 999, ..sighting() }, &[9], 120), "the clock was set back");
+        assert!(!host.is_known(&Sighting { acked_sequence: 8, ..sighting() }, &[9], 120));
+        assert!(!host.is_known(&Sighting { clock_offset_ms: 300, ..sighting() }, &[9], 120));
+        assert!(!host.is_known(&Sighting { roots_in_use: Some(&[]), ..sighting() }, &[9], 120));
+        assert!(host.is_known(&Sighting { roots_in_use: None, ..sighting() }, &[9], 120));
+    }
 }

@@ -81,6 +81,12 @@ pub(crate) trait View {
     fn get(&mut self, key: &str) -> Result<Option<Vec<u8>>, DbError>;
     /// All records whose key starts so, in the order of keys.
     fn list(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, DbError>;
+    /// As `list`, from this key on.
+    fn list_from(&mut self, prefix: &str, first: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+        let mut all = self.list(prefix)?;
+        all.retain(|(key, _)| key.as_str() >= first);
+        Ok(all)
+    }
     /// As `list`, for what may change before the commit without harm to it: of a large fleet, some host does always.
     fn glance(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
         self.list(prefix)
@@ -305,8 +311,20 @@ pub(crate) fn glance<T: DeserializeOwned>(records: &mut dyn View, prefix: &str) 
 
 /// Reads all records below a prefix, with what follows the prefix in their keys.
 pub(crate) fn list<T: DeserializeOwned>(records: &mut dyn View, prefix: &str) -> Result<Vec<(String, T)>, DbError> {
-    let found = records.list(prefix)?.into_iter();
-    found.map(|(key, value)| Ok((key[prefix.len()..].to_owned(), decode(&key, &value)?))).collect()
+    decode_all(records.list(prefix)?, prefix)
+}
+
+/// As `list`, from this key on.
+pub(crate) fn list_from<T: DeserializeOwned>(
+    records: &mut dyn View,
+    prefix: &str,
+    first: &str,
+) -> Result<Vec<(String, T)>, DbError> {
+    decode_all(records.list_from(prefix, first)?, prefix)
+}
+
+fn decode_all<T: DeserializeOwned>(found: Vec<(String, Vec<u8>)>, prefix: &str) -> Result<Vec<(String, T)>, DbError> {
+    found.into_iter().map(|(key, value)| Ok((key[prefix.len()..].to_owned(), decode(&key, &value)?))).collect()
 }
 
 pub(crate) fn put<T: Serialize>(records: &mut dyn Records, key: &str, value: &T) -> Result<(), DbError> {

@@ -163,11 +163,15 @@ impl View for Open<'_> {
     }
 
     fn list(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+        self.list_from(prefix, prefix)
+    }
+
+    fn list_from(&mut self, prefix: &str, first: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
         // Keys are ASCII, so nothing below the prefix sorts after this.
         let end = format!("{prefix}\u{7f}");
         let select = "SELECT key, value, sum FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key";
         let mut query = self.connection.prepare_cached(select)?;
-        let rows = query.query_map([prefix, &end], stored)?;
+        let rows = query.query_map([first, &end], stored)?;
         rows.map(|row| row?.whole()).collect()
     }
 }

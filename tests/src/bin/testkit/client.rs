@@ -82,7 +82,7 @@ async fn receive(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<(), Fai
     }
 }
 
-fn name(error: &std::io::Error) -> Failure {
+pub(crate) fn name(error: &std::io::Error) -> Failure {
     match error.kind() {
         ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "reset",
         ErrorKind::ConnectionRefused => "connect_refused",

@@ -13,6 +13,8 @@ use tokio::task::{JoinSet, spawn_local};
 
 use crate::Stop;
 use crate::client::{self, Failure};
+use crate::http2::Shared;
+use crate::lines::Lines;
 use crate::pace::Pace;
 
 #[derive(clap::Args)]
@@ -20,8 +22,14 @@ pub(crate) struct Args {
     /// host:port
     #[arg(long)]
     target: String,
+    /// What is spoken
+    #[arg(long, value_enum, default_value_t)]
+    protocol: Protocol,
     #[arg(long, default_value_t = 1)]
     connections: usize,
+    /// Requests at the same time on each connection of HTTP/2
+    #[arg(long, default_value_t = 1)]
+    streams: usize,
     /// A new connection for every request
     #[arg(long)]
     per_request: bool,
@@ -39,8 +47,28 @@ pub(crate) struct Args {
     timeout_ms: u64,
 }
 
+#[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Protocol {
+    #[default]
+    Http1,
+    /// By prior knowledge
+    Http2,
+    /// Lines that a greeter echoes
+    Lines,
+}
+
+/// What a worker asks on.
+enum Asked {
+    Http1(TcpStream),
+    Http2(Rc<Shared>),
+    Lines(Lines),
+}
+
 struct Load {
     target: SocketAddr,
+    protocol: Protocol,
+    authority: String,
+    size: usize,
     request: Vec<u8>,
     limit: Duration,
     left: Cell<u64>,
@@ -51,9 +79,14 @@ struct Load {
 }
 
 pub(crate) async fn run(args: Args, stop: Rc<Stop>) -> Result<()> {
-    ensure!(args.connections > 0, "--connections must be at least 1");
+    ensure!(args.connections > 0 && args.streams > 0, "--connections and --streams must be at least 1");
+    ensure!(args.streams == 1 || args.protocol == Protocol::Http2, "--streams is for --protocol http2");
+    ensure!(args.streams == 1 || !args.per_request, "--per-request has one stream on each connection");
     let load = Rc::new(Load {
         target: client::resolve(&args.target).await?,
+        protocol: args.protocol,
+        authority: args.target.clone(),
+        size: args.size,
         request: client::request(args.size, &args.target, !args.per_request),
         limit: Duration::from_millis(args.timeout_ms),
         left: Cell::new(args.requests.unwrap_or(u64::MAX)),
@@ -74,14 +107,17 @@ pub(crate) async fn run(args: Args, stop: Rc<Stop>) -> Result<()> {
     let pace = args.rate.map(Pace::start);
     let mut workers = JoinSet::new();
     for _ in 0..args.connections {
-        let (load, pace) = (load.clone(), pace.clone());
-        workers.spawn_local(async move {
-            match pace {
-                Some(pace) => load.at_rate(&pace).await,
-                None if args.per_request => load.one_connection_per_request().await,
-                None => load.keep_alive().await,
-            }
-        });
+        let shared = (args.protocol == Protocol::Http2).then(|| load.shared());
+        for _ in 0..args.streams {
+            let (load, pace, asked) = (load.clone(), pace.clone(), shared.clone().map(Asked::Http2));
+            workers.spawn_local(async move {
+                match pace {
+                    Some(pace) => load.at_rate(&pace, asked).await,
+                    None if args.per_request => load.one_connection_per_request().await,
+                    None => load.keep_alive(asked).await,
+                }
+            });
+        }
     }
     while workers.join_next().await.is_some() {}
     println!("{}", serde_json::to_string(&load.finish(start.elapsed()))?);
@@ -99,25 +135,29 @@ impl Load {
         true
     }
 
-    async fn keep_alive(&self) {
-        let (mut stream, mut buffer) = (None, Vec::with_capacity(8192));
+    fn shared(&self) -> Rc<Shared> {
+        Shared::new(self.target, &self.authority, self.size, self.limit)
+    }
+
+    async fn keep_alive(&self, mut asked: Option<Asked>) {
+        let mut buffer = Vec::with_capacity(8192);
         while self.take() {
             let start = Instant::now();
-            let result = self.on(&mut stream, &mut buffer).await;
+            let result = self.on(&mut asked, &mut buffer).await;
             self.count(start, result);
         }
     }
 
-    async fn at_rate(&self, pace: &Pace) {
-        let (mut stream, mut buffer) = (None, Vec::with_capacity(8192));
+    async fn at_rate(&self, pace: &Pace, mut asked: Option<Asked>) {
+        let mut buffer = Vec::with_capacity(8192);
         while let Some(due) = pace.next().await {
             if !self.take() {
                 return;
             }
-            let result = self.on(&mut stream, &mut buffer).await;
+            let result = self.on(&mut asked, &mut buffer).await;
             self.count(due, result);
             if self.per_request {
-                self.see_closed(stream.take(), &mut buffer).await;
+                self.see_closed(asked.take(), &mut buffer).await;
             }
         }
     }
@@ -125,43 +165,68 @@ impl Load {
     async fn one_connection_per_request(&self) {
         let mut buffer = Vec::with_capacity(8192);
         while self.take() {
-            let (start, mut stream) = (Instant::now(), None);
-            let result = self.on(&mut stream, &mut buffer).await;
+            let (start, mut asked) = (Instant::now(), None);
+            let result = self.on(&mut asked, &mut buffer).await;
             self.count(start, result);
-            self.see_closed(stream, &mut buffer).await;
+            self.see_closed(asked, &mut buffer).await;
         }
     }
 
     /// The server closes first, so that its side keeps the port; the answer was complete before that.
-    async fn see_closed(&self, stream: Option<TcpStream>, buffer: &mut Vec<u8>) {
-        if let Some(mut stream) = stream {
-            let _ = tokio::time::timeout(self.limit, stream.read_buf(buffer)).await;
+    async fn see_closed(&self, asked: Option<Asked>, buffer: &mut Vec<u8>) {
+        match asked {
+            None | Some(Asked::Http2(_)) => {}
+            Some(Asked::Http1(mut stream)) => {
+                let _ = tokio::time::timeout(self.limit, stream.read_buf(buffer)).await;
+            }
+            Some(Asked::Lines(lines)) => {
+                if let Err(kind) = lines.end().await {
+                    self.fail(kind);
+                }
+            }
         }
     }
 
-    /// One request on `stream`, connecting it when there is none; a failed one is not used again.
-    async fn on(&self, stream: &mut Option<TcpStream>, buffer: &mut Vec<u8>) -> Result<(), Failure> {
-        let mut connected = match stream.take() {
+    /// One request on what is open, connecting it when there is nothing; a failed one is not used again.
+    async fn on(&self, asked: &mut Option<Asked>, buffer: &mut Vec<u8>) -> Result<(), Failure> {
+        let mut connected = match asked.take() {
             Some(connected) => connected,
-            None => client::connect(self.target, self.limit).await?,
+            None => self.connect().await?,
         };
-        client::exchange(&mut connected, &self.request, buffer, self.limit).await?;
-        *stream = Some(connected);
-        Ok(())
+        let result = match &mut connected {
+            Asked::Http1(stream) => client::exchange(stream, &self.request, buffer, self.limit).await,
+            Asked::Http2(shared) => shared.exchange().await,
+            Asked::Lines(lines) => lines.exchange(self.size).await,
+        };
+        // The one that is shared replaces itself.
+        if result.is_ok() || matches!(connected, Asked::Http2(_)) {
+            *asked = Some(connected);
+        }
+        result
+    }
+
+    async fn connect(&self) -> Result<Asked, Failure> {
+        Ok(match self.protocol {
+            Protocol::Http1 => Asked::Http1(client::connect(self.target, self.limit).await?),
+            Protocol::Http2 => Asked::Http2(self.shared()),
+            Protocol::Lines => Asked::Lines(Lines::open(self.target, self.limit).await?),
+        })
+    }
+
+    fn fail(&self, kind: Failure) {
+        let mut report = self.report.borrow_mut();
+        report.failed += 1;
+        *report.errors.entry(kind.to_owned()).or_default() += 1;
     }
 
     fn count(&self, start: Instant, result: Result<(), Failure>) {
-        let mut report = self.report.borrow_mut();
         match result {
             Ok(()) => {
-                report.ok += 1;
+                self.report.borrow_mut().ok += 1;
                 let micros = u32::try_from(start.elapsed().as_micros()).unwrap_or(u32::MAX);
                 self.latencies.borrow_mut().push(micros);
             }
-            Err(kind) => {
-                report.failed += 1;
-                *report.errors.entry(kind.to_owned()).or_default() += 1;
-            }
+            Err(kind) => self.fail(kind),
         }
     }
 

@@ -5,7 +5,9 @@ mod bulk;
 mod client;
 mod dns;
 mod hold;
+mod http2;
 mod leave;
+mod lines;
 mod load;
 mod pace;
 mod peer;
@@ -24,13 +26,14 @@ use tokio::sync::Notify;
 #[derive(Parser)]
 #[command(about)]
 enum Verb {
-    /// HTTP/1.1 server: `/bytes/N` answers N bytes, any other path its name
+    /// HTTP server, of 1.1 and of 2 by prior knowledge: `/bytes/N` answers N bytes, any other path its name
     EchoHttp(serve::Listen),
     /// Server that speaks first, echoes lines, and answers a half-close with a last line
     Greeter(serve::Listen),
     /// HTTP/1.1 server that answers with the caller's address; with what a PROXY header says, if told to expect one
     WhoCalls(peer::Args),
-    /// Requests: closed loop, one connection per request, or at a fixed rate; ends with one JSON line
+    /// Requests by HTTP/1.1, HTTP/2 or lines that are echoed: closed loop, one connection per request, or at a fixed rate;
+    /// ends with one JSON line
     Load(load::Args),
     /// Downloads as fast as it goes; ends with one JSON line
     Bulk(bulk::Args),

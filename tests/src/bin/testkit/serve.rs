@@ -8,6 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_local;
 
 use crate::client::{CHUNK, content_length, head_end};
+use crate::http2;
 
 #[derive(clap::Args)]
 pub(crate) struct Listen {
@@ -59,6 +60,9 @@ async fn answer_requests(mut stream: TcpStream, name: Rc<str>) -> std::io::Resul
     let mut buffer = Vec::with_capacity(4096);
     loop {
         let Some(end) = read_head(&mut stream, &mut buffer).await? else { return Ok(()) };
+        if http2::begins(&buffer[..end]) {
+            return http2::serve(stream, buffer, name).await.map_err(std::io::Error::other);
+        }
         let request = Request::of(&buffer[..end]);
         while buffer.len() < end + request.body {
             if stream.read_buf(&mut buffer).await? == 0 {
@@ -85,8 +89,12 @@ async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> std::io::Res
     }
 }
 
+/// `/bytes/N` asks for N; anything else for the name.
+pub(crate) fn bytes_asked(path: &str) -> Option<usize> {
+    path.strip_prefix("/bytes/").and_then(|count| count.parse().ok())
+}
+
 struct Request {
-    /// `/bytes/N` asks for N; anything else for the name.
     bytes: Option<usize>,
     body: usize,
     close: bool,
@@ -97,7 +105,7 @@ impl Request {
         let head = String::from_utf8_lossy(head);
         let path = head.split(' ').nth(1).unwrap_or("/");
         Self {
-            bytes: path.strip_prefix("/bytes/").and_then(|count| count.parse().ok()),
+            bytes: bytes_asked(path),
             body: content_length(&head).unwrap_or(0),
             close: head.contains("onnection: close") || head.contains(" HTTP/1.0\r\n"),
         }
