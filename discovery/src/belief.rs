@@ -24,23 +24,23 @@ pub enum Belief {
 /// What an event would take away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Loss {
-    /// Places the source has, once it is gone.
+    /// Places and definitions the source has, once it is gone.
     pub(crate) left: usize,
-    /// Some service would have no place left at this source.
+    /// Some service would have no place left at this source, or no definition.
     pub(crate) empties_a_service: bool,
     /// The store went on from where it was.
     pub(crate) same_epoch: bool,
 }
 
 impl Belief {
-    /// `peak`: the most places the source had within the last [`REPEATED_FOR`].
+    /// `peak`: the most the source had within the last [`REPEATED_FOR`].
     pub(crate) fn accepts(self, loss: Loss, peak: usize) -> bool {
         let most_is_left = if loss.empties_a_service { loss.left * 2 > peak } else { loss.left * 2 >= peak };
         self == Belief::Always || (loss.same_epoch && most_is_left)
     }
 }
 
-/// The most places a source had lately, so that a loss in small steps is seen as what it is.
+/// The most a source had lately, so that a loss in small steps is seen as what it is.
 #[derive(Debug, Default)]
 pub(crate) struct Peak {
     /// When there were how many: counts fall from front to back.
@@ -49,10 +49,13 @@ pub(crate) struct Peak {
 
 impl Peak {
     pub(crate) fn note(&mut self, count: usize, now: Instant) {
-        while self.counts.back().is_some_and(|(_, older)| *older <= count) {
+        while self.counts.back().is_some_and(|(_, older)| *older < count) {
             self.counts.pop_back();
         }
-        self.counts.push_back((now, count));
+        // Still the same: it has been so since then.
+        if self.counts.back().is_none_or(|(_, older)| *older != count) {
+            self.counts.push_back((now, count));
+        }
     }
 
     /// The count of the front holds until the one behind it began.
@@ -102,7 +105,11 @@ mod tests {
         assert_eq!(peak.within(start + Duration::from_secs(60)), 10);
         assert_eq!(peak.within(start + Duration::from_secs(62)), 9);
         assert_eq!(peak.within(start + Duration::from_secs(3600)), 6);
-        peak.note(20, start + Duration::from_secs(3601));
-        assert_eq!(peak.within(start + Duration::from_secs(3601)), 20);
+        for second in 0..200 {
+            peak.note(4, start + Duration::from_secs(3600 + second));
+        }
+        assert_eq!(peak.within(start + Duration::from_secs(3800)), 4, "being the same does not make it new");
+        peak.note(20, start + Duration::from_secs(3801));
+        assert_eq!(peak.within(start + Duration::from_secs(3801)), 20);
     }
 }

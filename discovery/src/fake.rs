@@ -22,7 +22,11 @@ pub fn trust_domain() -> TrustDomain {
 pub fn source(name: &str) -> (Script, Configured) {
     let (events, inbox) = mpsc::channel(16);
     let (tell, wanted) = oneshot::channel();
-    let source = Box::new(Scripted { name: name.to_owned(), inbox, tell });
+    let source = Box::new(Scripted {
+        name: name.to_owned(),
+        inbox: Arc::new(tokio::sync::Mutex::new(inbox)),
+        tell: Mutex::new(Some(tell)),
+    });
     let authority = Namespaces::everything();
     (
         Script { events, wanted: Mutex::new(Some(wanted)) },
@@ -60,8 +64,8 @@ impl Script {
 
 struct Scripted {
     name: String,
-    inbox: mpsc::Receiver<SourceEvent>,
-    tell: oneshot::Sender<watch::Receiver<Wanted>>,
+    inbox: Arc<tokio::sync::Mutex<mpsc::Receiver<SourceEvent>>>,
+    tell: Mutex<Option<oneshot::Sender<watch::Receiver<Wanted>>>>,
 }
 
 impl Source for Scripted {
@@ -73,11 +77,15 @@ impl Source for Scripted {
         "fake"
     }
 
-    fn watch(mut self: Box<Self>, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        Box::pin(async move {
+    fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+        if let Some(tell) = self.tell.lock().expect("no test panics with it").take() {
             // Most scripts do not care.
-            let _ = self.tell.send(wanted);
-            while let Some(event) = self.inbox.recv().await {
+            let _ = tell.send(wanted);
+        }
+        let inbox = self.inbox.clone();
+        Box::pin(async move {
+            let mut inbox = inbox.lock().await;
+            while let Some(event) = inbox.recv().await {
                 sink.send(event).await;
             }
         })
@@ -104,6 +112,7 @@ pub fn service(name: &str, source: &str, addresses: &[&str]) -> Arc<Service> {
             health: Health::Healthy,
             source: source.into(),
             rank: 0,
+            by_authority: true,
             stale: false,
             epoch: 0,
         })

@@ -38,6 +38,8 @@ pub struct FilesSource {
 }
 
 impl FilesSource {
+    pub(crate) const KIND: &'static str = "files";
+
     pub fn new(name: &str, dir: PathBuf, trust_domain: TrustDomain) -> FilesSource {
         FilesSource { name: name.to_owned(), dir, trust_domain }
     }
@@ -49,12 +51,12 @@ impl Source for FilesSource {
     }
 
     fn kind(&self) -> &'static str {
-        "files"
+        FilesSource::KIND
     }
 
     /// Says everything, wanted or not: it is here already.
-    fn watch(self: Box<Self>, _wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        Box::pin(poll(Files::new(self.dir, self.trust_domain), sink))
+    fn watch(&self, _wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+        Box::pin(poll(Files::new(self.dir.clone(), self.trust_domain.clone()), sink))
     }
 }
 

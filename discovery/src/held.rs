@@ -16,10 +16,11 @@ pub(crate) struct Held {
     by_service: HashMap<ServiceName, BTreeSet<Arc<str>>>,
     /// Keys that cannot be understood now, and in which scope they were read.
     refused: BTreeMap<Arc<str>, (Scope, Vec<String>)>,
-    /// The life of the store that was read last, and how far each scope had come in it.
-    store: Arc<str>,
-    positions: HashMap<Scope, u64>,
-    /// Places that the source says exist; those of `stale` are not among them.
+    /// Which life of the store each scope was read from, and how far it had come.
+    epochs: HashMap<Scope, Epoch>,
+    /// The same when nothing was doubted: what a restart goes by, so that it does not end a doubt.
+    settled: HashMap<Scope, Epoch>,
+    /// Places and definitions that the source says exist, and those it no longer says.
     live: usize,
     stale: usize,
     peak: Peak,
@@ -44,6 +45,20 @@ impl Entry {
     }
 }
 
+/// How much a record counts when it is lost.
+fn size(record: &Record) -> usize {
+    record.places.len() + usize::from(record.definition.is_some())
+}
+
+/// A narrower scope begins where the wider one was that held it.
+fn narrow_epochs(epochs: &mut HashMap<Scope, Epoch>, scopes: &[Scope]) {
+    let begun = |scope: &Scope| {
+        let wider = || epochs.iter().find(|(known, _)| known.overlaps(scope)).map(|(_, epoch)| epoch);
+        Some((scope.clone(), epochs.get(scope).or_else(wider)?.clone()))
+    };
+    *epochs = scopes.iter().filter_map(begun).collect();
+}
+
 /// The services an event may have changed.
 pub(crate) type Touched = BTreeSet<ServiceName>;
 
@@ -60,8 +75,8 @@ impl Held {
             records: BTreeMap::new(),
             by_service: HashMap::new(),
             refused: BTreeMap::new(),
-            store: "".into(),
-            positions: HashMap::new(),
+            epochs: HashMap::new(),
+            settled: HashMap::new(),
             live: 0,
             stale: 0,
             peak: Peak::default(),
@@ -69,12 +84,30 @@ impl Held {
     }
 
     pub(crate) fn apply(&mut self, event: SourceEvent, now: Instant) -> Touched {
-        match event {
+        let doubted = self.stale > 0;
+        let touched = match event {
             SourceEvent::Listed(listing) => self.list(listing, now),
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
             SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
             SourceEvent::InSync | SourceEvent::Unavailable { .. } => Touched::new(),
+        };
+        if doubted && self.stale == 0 {
+            self.settled.clone_from(&self.epochs);
         }
+        touched
+    }
+
+    /// True once a list said what there is of a service, be it in an earlier life of this daemon.
+    pub(crate) fn has_read(&self, service: &ServiceName) -> bool {
+        self.epochs.keys().any(|scope| scope.holds(service))
+    }
+
+    pub(crate) fn has_listed(&self, scope: &Scope) -> bool {
+        self.epochs.contains_key(scope)
+    }
+
+    pub(crate) fn services_in<'a>(&'a self, scope: &'a Scope) -> impl Iterator<Item = &'a ServiceName> {
+        self.by_service.keys().filter(|service| scope.holds(service))
     }
 
     /// What the source said of a service, by key.
@@ -100,22 +133,23 @@ impl Held {
         self.refused.values().flat_map(|(_, problems)| problems)
     }
 
-    pub(crate) fn epochs(&self) -> impl Iterator<Item = (&Scope, Epoch)> {
-        self.positions.iter().map(|(scope, position)| (scope, Epoch { store: self.store.clone(), position: *position }))
+    /// As of which epochs what is held was believed without a doubt.
+    pub(crate) fn settled(&self) -> impl Iterator<Item = (&Scope, &Epoch)> {
+        self.settled.iter()
     }
 
     /// The last good state of an earlier life of this daemon.
     pub(crate) fn restore(&mut self, epochs: Vec<(Scope, Epoch)>, records: Vec<Record>, now: Instant) -> Touched {
-        for (scope, epoch) in epochs {
-            self.store = epoch.store;
-            self.positions.insert(scope, epoch.position);
-        }
+        self.epochs = epochs.into_iter().collect();
+        self.settled.clone_from(&self.epochs);
         self.take(records.into_iter().map(Next::Is), true, now)
     }
 
     /// The operator says that what is doubted is gone indeed.
     pub(crate) fn accept_losses(&mut self) -> Touched {
-        self.settle(self.keys_in(&Scope::Everything), |_| true)
+        let touched = self.settle(self.keys_in(&Scope::Everything), |_| true);
+        self.settled.clone_from(&self.epochs);
+        touched
     }
 
     fn list(&mut self, listing: Listing, now: Instant) -> Touched {
@@ -126,17 +160,19 @@ impl Held {
         let gone =
             self.keys_in(&scope).into_iter().filter(|key| !said.contains(key)).map(Next::Gone).collect::<Vec<_>>();
         self.refused.retain(|_, (listed, _)| *listed != scope);
-        for Refused { key, problems } in refused {
-            self.refused.insert(key, (scope.clone(), problems));
+        let mut touched = Touched::new();
+        for refused in refused {
+            touched.extend(self.refuse(&scope, refused));
         }
-        let mut touched = self.take(gone.into_iter().chain(records.into_iter().map(Next::Is)), same_epoch, now);
+        touched.extend(self.take(gone.into_iter().chain(records.into_iter().map(Next::Is)), same_epoch, now));
         // What was doubted a minute before this list has been repeated by it.
         touched.extend(self.settle(self.keys_in(&scope), |since| now.saturating_duration_since(since) >= REPEATED_FOR));
+        self.note_settled(&scope);
         touched
     }
 
     fn change(&mut self, scope: &Scope, position: u64, changes: Vec<Change>, now: Instant) -> Touched {
-        let mut next = Vec::new();
+        let (mut next, mut touched) = (Vec::new(), Touched::new());
         for change in changes {
             match change {
                 Change::Set(record) => {
@@ -147,19 +183,43 @@ impl Held {
                     self.refused.remove(&key);
                     next.push(Next::Gone(key));
                 }
-                Change::Refused(Refused { key, problems }) => {
-                    self.refused.insert(key, (scope.clone(), problems));
-                }
+                Change::Refused(refused) => touched.extend(self.refuse(scope, refused)),
             }
         }
-        let known = self.positions.entry(scope.clone()).or_default();
-        *known = position.max(*known);
-        self.take(next, true, now)
+        if let Some(known) = self.epochs.get_mut(scope) {
+            known.position = position.max(known.position);
+        }
+        touched.extend(self.take(next, true, now));
+        self.note_settled(scope);
+        touched
+    }
+
+    /// What its key said before stays, and is there again if that was doubted.
+    fn refuse(&mut self, scope: &Scope, Refused { key, problems }: Refused) -> Option<ServiceName> {
+        self.refused.insert(key.clone(), (scope.clone(), problems));
+        let entry = self.records.get_mut(&key)?;
+        let gone = entry.gone.take()?;
+        let (back, stale): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut entry.stale).into_iter().partition(|(_, since)| *since == gone);
+        entry.record.places = back.into_iter().map(|(place, _)| place).collect();
+        entry.stale = stale;
+        self.stale -= size(&entry.record);
+        self.live += size(&entry.record);
+        Some(entry.record.service.clone())
+    }
+
+    fn note_settled(&mut self, scope: &Scope) {
+        if self.stale == 0
+            && let Some(epoch) = self.epochs.get(scope)
+        {
+            self.settled.insert(scope.clone(), epoch.clone());
+        }
     }
 
     fn narrow(&mut self, wanted: &Wanted) -> Touched {
         let scopes = wanted.scopes();
-        self.positions.retain(|scope, _| scopes.contains(scope));
+        narrow_epochs(&mut self.epochs, &scopes);
+        narrow_epochs(&mut self.settled, &scopes);
         self.refused.retain(|_, (read, _)| scopes.contains(read));
         let strange = |entry: &&Entry| !wanted.covers(&entry.record.service);
         let keys: Vec<_> = self.records.values().filter(strange).map(|entry| entry.record.key.clone()).collect();
@@ -176,15 +236,15 @@ impl Held {
         }
     }
 
-    /// Whether a list continues what this source said before of the same scope.
+    /// Whether a list continues what this source said before of the same services.
     fn goes_on(&mut self, scope: &Scope, epoch: &Epoch) -> bool {
-        let same_store = self.store == epoch.store || self.positions.is_empty();
-        if !same_store {
-            self.positions.clear();
-        }
-        self.store = epoch.store.clone();
-        let before = self.positions.insert(scope.clone(), epoch.position);
-        same_store && before.is_none_or(|before| before <= epoch.position)
+        let continues = |before: &Epoch| before.store == epoch.store && before.position <= epoch.position;
+        let goes_on = match self.epochs.get(scope) {
+            Some(before) => continues(before),
+            None => self.epochs.iter().filter(|(other, _)| other.overlaps(scope)).all(|(_, before)| continues(before)),
+        };
+        self.epochs.insert(scope.clone(), epoch.clone());
+        goes_on
     }
 
     /// What is there is taken; what is gone is taken away where that is believed, and doubted elsewhere.
@@ -223,9 +283,10 @@ impl Held {
         touched
     }
 
-    /// True when the source says of no place of the service that it exists.
+    /// True when the source says of no place of the service that it exists, or no longer what it is.
     fn is_empty(&self, service: &ServiceName) -> bool {
-        self.of(service).all(|entry| entry.gone.is_some() || entry.record.places.is_empty())
+        let no_places = self.of(service).all(|entry| entry.record.places.is_empty());
+        no_places || self.of(service).any(|entry| entry.gone.is_some() && entry.definition().is_some())
     }
 
     /// Takes a record as it is now. Places it no longer has become stale, and no service is told yet.
@@ -236,7 +297,7 @@ impl Held {
             self.remove(&record.key.clone());
         }
         let Some(entry) = self.records.get_mut(&record.key) else {
-            self.live += record.places.len();
+            self.live += size(&record);
             self.by_service.entry(service.clone()).or_default().insert(record.key.clone());
             self.records.insert(record.key.clone(), Entry::new(record));
             return Some(service);
@@ -254,14 +315,16 @@ impl Held {
         let before = entry.stale.len();
         entry.stale.retain(|(old, _)| !back(old));
         let returned = before - entry.stale.len();
-        if entry.gone.take().is_none() {
-            self.live -= entry.record.places.len();
+        if entry.gone.take().is_some() {
+            self.stale -= usize::from(entry.record.definition.is_some());
+        } else {
+            self.live -= size(&entry.record);
             let lost: Vec<_> = entry.record.places.iter().filter(|old| !back(old)).cloned().collect();
             self.stale += lost.len();
             entry.stale.extend(lost.into_iter().map(|place| (place, now)));
         }
         self.stale -= returned;
-        self.live += record.places.len();
+        self.live += size(&record);
         entry.record = record;
         Some(service)
     }
@@ -273,17 +336,21 @@ impl Held {
             return None;
         }
         entry.gone = Some(now);
+        self.live -= size(&entry.record);
+        self.stale += size(&entry.record);
         let places = std::mem::take(&mut entry.record.places);
-        self.live -= places.len();
-        self.stale += places.len();
         entry.stale.extend(places.into_iter().map(|place| (place, now)));
         Some(entry.record.service.clone())
     }
 
     fn remove(&mut self, key: &Arc<str>) -> Option<ServiceName> {
         let entry = self.records.remove(key)?;
-        self.live -= entry.record.places.len();
         self.stale -= entry.stale.len();
+        if entry.gone.is_some() {
+            self.stale -= size(&entry.record);
+        } else {
+            self.live -= size(&entry.record);
+        }
         let service = entry.record.service;
         if let Some(keys) = self.by_service.get_mut(&service) {
             keys.remove(key);

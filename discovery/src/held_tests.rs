@@ -27,8 +27,10 @@ fn services(count: u8) -> Vec<Record> {
     (0..count).map(|n| fake::record(&format!("{}.shop", char::from(b'a' + n)), &[&format!("10.0.0.{n}")])).collect()
 }
 
+/// Places, and stale ones.
 fn counts(held: &Held) -> (usize, usize) {
-    (held.live(), held.stale())
+    let places = held.entries().map(|entry| entry.record.places.len()).sum();
+    (places, held.entries().map(|entry| entry.stale.len()).sum())
 }
 
 #[test]
@@ -160,6 +162,58 @@ fn what_an_earlier_life_knew_is_doubted_like_any_other_loss() {
     assert_eq!(counts(&held), (0, 3));
 }
 
+#[test]
+fn documents_without_places_do_not_all_go_at_once_either() {
+    let (mut held, now) = (held(), Instant::now());
+    let documents = || ["a.shop", "b.shop"].map(|name| fake::record(name, &[])).to_vec();
+    held.apply(listing(1, documents()), now);
+    held.apply(listing(2, vec![]), now);
+    assert_eq!(held.entries().filter(|entry| entry.definition().is_some()).count(), 2);
+    held.apply(listing(3, vec![]), now + REPEATED_FOR);
+    assert_eq!(held.entries().count(), 0);
+}
+
+#[test]
+fn another_store_is_another_one_for_each_scope() {
+    let (mut held, now) = (held(), Instant::now());
+    let of = |record: &Record, store: &str, records: Vec<Record>| {
+        let (scope, epoch) = (Scope::Service(record.service.clone()), Epoch { store: store.into(), position: 7 });
+        SourceEvent::Listed(Listing { scope, epoch, records, refused: vec![] })
+    };
+    for record in services(4) {
+        held.apply(of(&record, "one", vec![record.clone()]), now);
+    }
+    for record in services(4).into_iter().take(2) {
+        held.apply(of(&record, "two", vec![]), now);
+    }
+    assert_eq!(counts(&held), (2, 2));
+}
+
+#[test]
+fn a_restart_does_not_end_a_doubt() {
+    let (mut before, now) = (held(), Instant::now());
+    before.apply(listing(5, services(5)), now);
+    before.apply(of_store("two", 1, services(4)), now);
+    assert_eq!(counts(&before), (4, 1));
+    let epochs = before.settled().map(|(scope, epoch)| (scope.clone(), epoch.clone())).collect();
+    let mut after = held();
+    after.restore(epochs, services(5), now);
+    after.apply(of_store("two", 2, services(4)), now);
+    assert_eq!(counts(&after), (4, 1));
+}
+
+#[test]
+fn what_is_doubted_and_comes_back_unreadable_is_there_as_it_was() {
+    let (mut held, now) = (held(), Instant::now());
+    held.apply(listing(1, services(1)), now);
+    held.apply(listing(2, vec![]), now);
+    assert_eq!(counts(&held), (0, 1));
+    let SourceEvent::Listed(mut list) = listing(3, vec![]) else { unreachable!() };
+    list.refused = vec![Refused { key: "a.shop".into(), problems: vec!["no".into()] }];
+    held.apply(SourceEvent::Listed(list), now + REPEATED_FOR);
+    assert_eq!((counts(&held), held.live(), held.stale()), ((1, 0), 2, 0));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     List(Vec<u8>, bool),
@@ -205,10 +259,11 @@ proptest! {
                 Step::Remove(service) => { held.apply(changed(Change::Removed(format!("s{service}.shop").into())), now); }
                 Step::Wait(seconds) => now += Duration::from_secs(seconds),
             }
-            let (live, stale) = counts(&held);
-            let entries: Vec<&Entry> = held.entries().collect();
-            prop_assert_eq!(live, entries.iter().map(|entry| entry.record.places.len()).sum::<usize>());
-            prop_assert_eq!(stale, entries.iter().map(|entry| entry.stale.len()).sum::<usize>());
+            let (live, stale) = (held.live(), held.stale());
+            let there = |entry: &&Entry| entry.gone.is_none();
+            let definitions = held.entries().filter(there).filter(|entry| entry.definition().is_some()).count();
+            let gone = held.entries().filter(|entry| entry.gone.is_some() && entry.definition().is_some()).count();
+            prop_assert_eq!((live, stale), (counts(&held).0 + definitions, counts(&held).1 + gone));
             last_minute.retain(|(at, _)| now.duration_since(*at) < REPEATED_FOR);
             let most = last_minute.iter().map(|(_, count)| *count).max().unwrap_or(0);
             prop_assert!((live + stale) * 2 >= most, "{} of {} are left", live + stale, most);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use meshd_identity::{SpiffeId, TrustDomain};
 
 use crate::held::{Entry, Held};
+use crate::registration::MOST_PORTS;
 use crate::{Definition, Endpoint, Namespaces, Place, Protocol, Service, ServiceName, ServicePort, Transport};
 
 /// One source's contribution; layers are given in order of precedence, first wins.
@@ -19,6 +20,13 @@ pub(crate) struct Layer<'a> {
     /// Where it may say that a service runs.
     pub(crate) endpoints: &'a Namespaces,
     pub(crate) held: &'a Held,
+}
+
+impl Layer<'_> {
+    /// It does not define the service, or it was read.
+    fn has_its_say(&self, name: &ServiceName) -> bool {
+        !self.authority.covers(name.namespace()) || self.held.has_read(name)
+    }
 }
 
 /// What became of what one source says of one service.
@@ -53,6 +61,8 @@ pub(crate) fn merge(
     let defined = define(name, layers, &mut parts);
     let (definition, source) = match defined {
         Some(found) => found,
+        // Who has not been read yet may define it.
+        None if !layers.iter().all(|layer| layer.has_its_say(name)) => return Merged { service: None, parts },
         None => match implied(name, trust_domain, layers) {
             Some(found) => found,
             None => {
@@ -109,7 +119,7 @@ fn implied(
         for (place, _) in layer.held.of(name).filter(|entry| entry.definition().is_none()).flat_map(places) {
             for served in &place.ports {
                 source.get_or_insert_with(|| layer.source.clone());
-                if !ports.iter().any(|port| port.port == served.port) {
+                if ports.len() < MOST_PORTS && !ports.iter().any(|port| port.port == served.port) {
                     ports.push(ServicePort { port: served.port, protocol: Protocol::default() });
                 }
             }
@@ -117,6 +127,9 @@ fn implied(
     }
     ports.sort_by_key(|port| port.port);
     let identity = SpiffeId::workload(trust_domain, name.namespace(), name.name()).ok()?;
+    if identity.is_system() {
+        return None;
+    }
     let definition = Definition { ports, identities: vec![identity], allow_plaintext: false, addresses: Vec::new() };
     Some((Arc::new(definition), source?))
 }
@@ -162,7 +175,7 @@ fn add_endpoints(service: &mut Service, rank: usize, layer: &Layer<'_>, part: &m
             continue;
         }
         for (place, stale) in places(entry) {
-            match check(place, service) {
+            match check(place, service, may_define) {
                 Ok(identity) => part.endpoints += add_place(service, place, identity, stale, rank, layer, seen),
                 Err(reason) => part.refused.push(format!("{}: {}: {reason}", entry.record.origin, place.address)),
             }
@@ -170,8 +183,14 @@ fn add_endpoints(service: &mut Service, rank: usize, layer: &Layer<'_>, part: &m
     }
 }
 
-/// Who answers at a place, if it may serve.
-fn check(place: &Place, service: &Service) -> Result<SpiffeId, String> {
+/// Who answers at a place, if it may serve. Plaintext proves nobody's identity, so it takes more than a registration.
+fn check(place: &Place, service: &Service, by_authority: bool) -> Result<SpiffeId, String> {
+    if place.transport == Transport::Plaintext && !by_authority {
+        return Err(format!(
+            "plaintext is taken only from a source with authority for `{}`, because nobody proves who answers there",
+            service.name.namespace()
+        ));
+    }
     if place.transport == Transport::Plaintext && !service.allow_plaintext {
         return Err(format!(
             "plaintext is not allowed for {}; set `spec.allowPlaintext: true` in its MeshService if traffic may go \
@@ -233,6 +252,7 @@ fn add_place(
             health: place.health,
             source: layer.source.clone(),
             rank: rank as u8,
+            by_authority: layer.authority.covers(service.name.namespace()),
             stale,
             epoch: place.epoch,
         };
@@ -243,11 +263,11 @@ fn add_place(
             }
             Slot::Occupied(known) => {
                 let known = &mut service.endpoints[*known.get()];
-                // What a source is sure of holds against what another one, or an earlier life of it, is not.
-                if known.stale && !stale
-                    || (known.rank, known.stale) == (rank as u8, stale) && known.epoch < place.epoch
-                {
-                    *known = Arc::new(endpoint);
+                let later_life = known.rank == rank as u8 && known.stale == stale && known.epoch < place.epoch;
+                // What a source is sure of holds against what another one, or an earlier life of it, is not. The place
+                // keeps its rank: it did not get worse by being vouched for.
+                if (known.stale && !stale) || later_life {
+                    *known = Arc::new(Endpoint { rank: known.rank, ..endpoint });
                 }
             }
         }

@@ -2,12 +2,14 @@ use proptest::prelude::*;
 use tokio::time::Instant;
 
 use super::*;
-use crate::{Belief, Change, Health, PortTarget, Record, Scope, SourceEvent, fake};
+use crate::{Belief, Change, Epoch, Health, Listing, PortTarget, Record, Scope, SourceEvent, fake};
 
 /// A source that says `records`.
 fn said(records: Vec<Record>) -> Held {
     let mut held = Held::new(Belief::Always);
     let changes = records.into_iter().map(Change::Set).collect();
+    let read = Listing::empty(Scope::Everything, Epoch::default());
+    held.apply(SourceEvent::Listed(read), Instant::now());
     held.apply(SourceEvent::Changed { scope: Scope::Everything, position: 1, changes }, Instant::now());
     held
 }
@@ -102,9 +104,45 @@ fn a_service_that_nobody_defines_has_its_default_identity_and_the_ports_that_are
 fn a_place_that_allows_no_authentication_needs_a_definition_that_says_so() {
     let mut record = registration("r/1", "a.shop", &["10.0.0.1"]);
     record.places = vec![Arc::new(Place { transport: Transport::Plaintext, ..(*record.places[0]).clone() })];
-    let merged = merged(&name("a.shop"), &[("etcd", &[], &said(vec![record]))]);
+    let merged = merged(&name("a.shop"), &[("etcd", &["*"], &said(vec![record]))]);
     assert!(merged.service.unwrap().endpoints.is_empty());
     assert!(merged.parts[0].refused[0].contains("plaintext is not allowed"), "{:?}", merged.parts);
+}
+
+#[test]
+fn a_registration_cannot_lead_callers_away_in_clear_even_where_plaintext_is_allowed() {
+    let mut document = fake::record("a.shop", &["10.0.0.1"]);
+    let definition = (**document.definition.as_ref().unwrap()).clone();
+    document.definition = Some(Arc::new(Definition { allow_plaintext: true, ..definition }));
+    let mut record = registration("r/1", "a.shop", &["10.6.6.6"]);
+    record.places = vec![Arc::new(Place { transport: Transport::Plaintext, ..(*record.places[0]).clone() })];
+    let (files, etcd) = (said(vec![document]), said(vec![record]));
+    let without = merged(&name("a.shop"), &[("files", &["shop"], &files), ("etcd", &[], &etcd)]);
+    assert_eq!(dials(&without.service.unwrap()), ["10.0.0.1"]);
+    assert!(without.parts[1].refused[0].contains("plaintext is taken only from a source with authority"));
+    let with = merged(&name("a.shop"), &[("files", &["shop"], &files), ("etcd", &["shop"], &etcd)]);
+    assert_eq!(with.service.unwrap().endpoints.len(), 2);
+}
+
+#[test]
+fn nobody_takes_a_service_for_undefined_before_every_source_that_may_define_it_was_read() {
+    let registered = said(vec![registration("r/1", "a.shop", &["10.0.0.1"])]);
+    let unread = Held::new(Belief::Always);
+    let service = |authority: &[&str], held: &Held| {
+        merged(&name("a.shop"), &[("files", authority, held), ("etcd", &[], &registered)]).service
+    };
+    assert!(service(&["shop"], &unread).is_none());
+    assert!(service(&["billing"], &unread).is_some());
+    assert!(service(&["shop"], &said(vec![])).is_some());
+}
+
+#[test]
+fn a_registration_decides_no_raw_address() {
+    let files = said(vec![fake::record("a.shop", &["10.0.0.1"])]);
+    let etcd = said(vec![registration("r/1", "a.shop", &["10.0.0.2"])]);
+    let service = merged(&name("a.shop"), &[("files", &["*"], &files), ("etcd", &[], &etcd)]).service.unwrap();
+    assert_eq!(service.endpoints.len(), 2);
+    assert_eq!(service.raw_addresses().collect::<Vec<_>>(), [("10.0.0.1:80".parse().unwrap(), 80)]);
 }
 
 #[test]

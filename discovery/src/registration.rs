@@ -7,10 +7,13 @@ use meshd_identity::{SpiffeId, TrustDomain};
 use serde::{Deserialize, Serialize};
 
 use crate::documents::{DEFAULT_MESH_PORT, DEFAULT_WEIGHT, MAX_WEIGHT, is_of_a_host, is_plain_word};
+use crate::yaml::printable;
 use crate::{Health, Place, PortTarget, Transport};
 
 /// A place takes a few hundred bytes; a value this long is no registration.
 const MOST_BYTES: usize = 16 * 1024;
+/// Ports of one service: so much is built for each place of it.
+pub(crate) const MOST_PORTS: usize = 64;
 
 /// Fields that are not known are passed over: a newer meshd may have written them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,8 +59,8 @@ impl Registration {
         if text.len() > MOST_BYTES {
             return Err(vec![format!("it has {} bytes and {MOST_BYTES} are allowed", text.len())]);
         }
-        let registration: Registration =
-            serde_json::from_slice(text).map_err(|error| vec![format!("is no registration: {error}")])?;
+        let registration: Registration = serde_json::from_slice(text)
+            .map_err(|error| vec![format!("is no registration: {}", printable(&error.to_string()))])?;
         registration.place(trust_domain)
     }
 
@@ -70,6 +73,13 @@ impl Registration {
         }
         if self.ports.is_empty() {
             refuse("ports", "none is named; name each port of the service with the program's".to_owned());
+        }
+        if self.ports.len() > MOST_PORTS {
+            refuse("ports", format!("{} are named and {MOST_PORTS} are allowed", self.ports.len()));
+        }
+        let twice = |n: usize| self.ports[..n].iter().any(|earlier| earlier.port == self.ports[n].port);
+        if let Some(n) = (0..self.ports.len().min(MOST_PORTS)).find(|n| twice(*n)) {
+            refuse("ports", format!("port {} is named twice; remove one of them", self.ports[n].port));
         }
         if self.mesh_port == 0 || self.ports.iter().any(|served| served.port == 0 || served.target == 0) {
             refuse("ports", "0 is no port; write 1 to 65535".to_owned());

@@ -1,8 +1,6 @@
 //! The last good state of every source, so that a host that starts while its backends are away knows what it knew.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -25,7 +23,7 @@ pub trait Keep: Send + Sync {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Saved {
+pub(crate) struct Saved {
     schema: u32,
     /// Of another kind, a source of the same name is another one.
     kind: String,
@@ -51,46 +49,26 @@ pub(crate) fn restore(keep: &dyn Keep, source: &str, kind: &str, held: &mut Held
     Ok(held.restore(saved.epochs, saved.records, tokio::time::Instant::now()))
 }
 
-/// What is believed now; places that are doubted to be gone are still believed.
-pub(crate) fn text(kind: &str, held: &Held) -> Option<String> {
+/// What is believed now; places that are doubted to be gone are still believed. Cheap: texts and places are shared.
+pub(crate) fn take(kind: &str, held: &Held) -> Saved {
     let records = held.entries().map(|entry| {
         let mut record = entry.record.clone();
         record.places.extend(entry.stale.iter().map(|(place, _)| place.clone()));
         record
     });
-    let epochs = held.epochs().map(|(scope, epoch)| (scope.clone(), epoch)).collect();
-    serde_json::to_string(&Saved { schema: SCHEMA, kind: kind.to_owned(), epochs, records: records.collect() }).ok()
+    let epochs = held.settled().map(|(scope, epoch)| (scope.clone(), epoch.clone())).collect();
+    Saved { schema: SCHEMA, kind: kind.to_owned(), epochs, records: records.collect() }
 }
 
-/// Saves in the background, one text per source, the newest only.
-pub(crate) struct Saver {
-    keep: Arc<dyn Keep>,
-    due: BTreeMap<Arc<str>, String>,
-}
-
-impl Saver {
-    pub(crate) fn new(keep: Arc<dyn Keep>) -> Saver {
-        Saver { keep, due: BTreeMap::new() }
+/// Blocks. Says whether it worked.
+pub(crate) fn save(keep: &dyn Keep, source: &str, saved: &Saved) -> bool {
+    let text = serde_json::to_string(saved).map_err(io::Error::other);
+    let written = text.and_then(|text| keep.save(source, &text));
+    if let Err(error) = &written {
+        tracing::warn!(
+            source,
+            "its last good state cannot be saved: {error}; it is tried again, and meshd goes on without"
+        );
     }
-
-    pub(crate) fn put(&mut self, source: &Arc<str>, text: String) {
-        self.due.insert(source.clone(), text);
-    }
-
-    /// Off the event loop: a disk may take its time.
-    pub(crate) async fn save(&mut self) {
-        let (keep, due) = (self.keep.clone(), std::mem::take(&mut self.due));
-        let all = tokio::task::spawn_blocking(move || {
-            for (source, text) in due {
-                if let Err(error) = keep.save(&source, &text) {
-                    tracing::warn!(
-                        source = &*source,
-                        "its last good state cannot be saved: {error}; meshd goes on without"
-                    );
-                }
-            }
-        });
-        // A panic in there is ours and was logged; nothing else depends on it.
-        let _ = all.await;
-    }
+    written.is_ok()
 }

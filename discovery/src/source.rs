@@ -25,7 +25,7 @@ pub type SourceFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// impl Source for Nothing {
 ///     fn name(&self) -> &str { "nothing" }
 ///     fn kind(&self) -> &'static str { "example" }
-///     fn watch(self: Box<Self>, _wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+///     fn watch(&self, _wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
 ///         Box::pin(async move {
 ///             sink.send(SourceEvent::Listed(Listing::empty(Scope::Everything, Epoch::default()))).await;
 ///             std::future::pending().await
@@ -34,11 +34,12 @@ pub type SourceFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// }
 /// # let _: Box<dyn Source> = Box::new(Nothing);
 /// ```
-pub trait Source: Send {
+pub trait Source: Send + Sync {
     fn name(&self) -> &str;
     fn kind(&self) -> &'static str;
     /// A source that reads from another machine keeps to what is `wanted`.
-    fn watch(self: Box<Self>, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture;
+    /// Called again when it ended, which only a defect does.
+    fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture;
 }
 
 /// What this host uses of the mesh.
@@ -85,6 +86,14 @@ impl Scope {
             Scope::Everything => true,
             Scope::Namespace(namespace) => service.namespace() == namespace,
             Scope::Service(name) => name == service,
+        }
+    }
+
+    pub fn overlaps(&self, other: &Scope) -> bool {
+        match (self, other) {
+            (Scope::Everything, _) | (_, Scope::Everything) => true,
+            (Scope::Namespace(ours), Scope::Namespace(theirs)) => ours == theirs,
+            (scope, Scope::Service(service)) | (Scope::Service(service), scope) => scope.holds(service),
         }
     }
 }

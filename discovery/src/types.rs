@@ -75,6 +75,8 @@ pub struct Endpoint {
     pub source: Arc<str>,
     /// The precedence of that source; 0 comes first.
     pub rank: u8,
+    /// That source may say what the service is.
+    pub by_authority: bool,
     /// Its source no longer names it, which is not believed yet (`belief.rs`).
     pub stale: bool,
     /// Fences what an earlier life of the program's registration said; always 0 for files.
@@ -106,9 +108,14 @@ impl Service {
         self.ports.iter().find(|candidate| candidate.port == port)
     }
 
-    /// Where programs that know nothing of the mesh reach a port of it: raw addresses.
+    /// Where programs that know nothing of the mesh reach a port of it: raw addresses. A registration does not decide
+    /// what is captured.
     pub fn raw_addresses(&self) -> impl Iterator<Item = (SocketAddr, u16)> {
-        let endpoints = self.endpoints.iter().map(|endpoint| (endpoint.target, endpoint.port));
+        let endpoints = self
+            .endpoints
+            .iter()
+            .filter(|endpoint| endpoint.by_authority)
+            .map(|endpoint| (endpoint.target, endpoint.port));
         let stable = self
             .addresses
             .iter()

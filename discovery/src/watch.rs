@@ -1,21 +1,22 @@
 //! The loop between sources and everybody who asks the directory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use meshd_identity::TrustDomain;
 use serde::{Serialize, Serializer};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{Id, JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
+use crate::backoff::Backoff;
 use crate::belief::REPEATED_FOR;
 use crate::config::Configured;
 use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part, merge};
-use crate::saved::{self, Keep, SAVE_EVERY, Saver};
-use crate::{Directory, Namespaces, ServiceName, Sink, SourceEvent, Wanted};
+use crate::saved::{self, Keep, SAVE_EVERY};
+use crate::{Directory, FilesSource, Namespaces, ServiceName, Sink, Source, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
@@ -31,8 +32,10 @@ pub struct SourceHealth {
     pub services: usize,
     /// Endpoints in the directory that come from it.
     pub endpoints: usize,
-    /// Those it no longer names, which is not believed yet.
+    /// Endpoints and documents it no longer names, which is not believed yet.
     pub stale: usize,
+    /// It was not read since meshd started: what is known of it was on disk.
+    pub from_disk: bool,
     /// Services another source of higher precedence defines as well.
     pub shadowed: Vec<ServiceName>,
     /// When what it offers changed.
@@ -91,8 +94,8 @@ struct State {
     /// What became of its say on each service, where there is something to tell.
     parts: BTreeMap<ServiceName, Part>,
     unavailable: Option<String>,
-    /// The source's task is over. Its last events may still be in the inbox then, and do not bring it back.
-    ended: Option<String>,
+    /// All that is known of it is what an earlier life knew.
+    from_disk: bool,
     /// It changed since it was saved.
     unsaved: bool,
     last_change: Option<SystemTime>,
@@ -127,7 +130,10 @@ impl Watcher {
         let mut touched = Touched::new();
         for layer in &mut self.layers {
             match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held) {
-                Ok(known) => touched.extend(known),
+                Ok(known) => {
+                    layer.from_disk = !known.is_empty();
+                    touched.extend(known);
+                }
                 Err(problem) => tracing::warn!("{problem}"),
             }
         }
@@ -151,50 +157,68 @@ impl Watcher {
     /// Never returns. Dropping the future ends the sources.
     pub async fn run(mut self) {
         let (events, mut inbox) = mpsc::channel(INBOX);
-        let (mut tasks, mut indexes) = (JoinSet::new(), HashMap::new());
+        let mut tasks = JoinSet::new();
         for (index, configured) in std::mem::take(&mut self.sources).into_iter().enumerate() {
-            let task = tasks.spawn(configured.source.watch(self.wanted.subscribe(), Sink::new(index, events.clone())));
-            indexes.insert(task.id(), index);
+            tasks.spawn(keep_watching(configured.source, self.wanted.subscribe(), Sink::new(index, events.clone())));
         }
-        let mut saver = self.keep.clone().map(Saver::new);
+        let mut saving = JoinSet::new();
         let mut saves = interval(SAVE_EVERY);
         saves.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut doubts = interval(REPEATED_FOR / 4);
         doubts.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let mut touched = Touched::new();
+            let (mut touched, mut accepted) = (Touched::new(), None);
             tokio::select! {
                 // `events` stays open above, so the inbox never ends.
                 Some((index, event)) = inbox.recv() => {
-                    touched.extend(self.layers[index].note(event));
+                    touched.extend(self.note(index, event));
                     // One merge for everything that is already waiting.
                     while let Ok((index, event)) = inbox.try_recv() {
-                        touched.extend(self.layers[index].note(event));
+                        touched.extend(self.note(index, event));
                     }
-                }
-                Some(ended) = tasks.join_next_with_id(), if !tasks.is_empty() => {
-                    let (id, reason) = why_it_ended(ended);
-                    self.layers[indexes[&id]].ended = Some(reason);
                 }
                 // We hold a sender, so these never end either.
                 Some(Acceptance { source, answer }) = self.losses.1.recv() => {
                     let (gone, result) = self.accept(&source);
-                    touched = gone;
-                    // Who asked may have left.
-                    let _ = answer.send(result);
+                    (touched, accepted) = (gone, Some((answer, result)));
                 }
                 // What is doubted is settled by another list, so one is asked for.
-                _ = doubts.tick(), if self.layers.iter().any(|layer| layer.held.stale() > 0) => {
+                _ = doubts.tick(), if self.layers.iter().any(State::may_settle_a_doubt) => {
                     self.wanted.send_modify(|wanted| wanted.resync += 1);
                     continue;
                 }
-                _ = saves.tick(), if saver.is_some() && self.layers.iter().any(|layer| layer.unsaved) => {
-                    self.save(saver.as_mut()).await;
+                _ = saves.tick(), if saving.is_empty() && self.layers.iter().any(|layer| layer.unsaved) => {
+                    self.save(&mut saving);
+                    continue;
+                }
+                Some(failed) = saving.join_next(), if !saving.is_empty() => {
+                    // A panic in there is ours and was logged; the next change is saved again.
+                    for index in failed.unwrap_or_default() {
+                        self.layers[index].unsaved = true;
+                    }
                     continue;
                 }
             }
             self.publish(&touched);
+            if let Some((answer, result)) = accepted {
+                // Who asked may have left.
+                let _ = answer.send(result);
+            }
         }
+    }
+
+    fn note(&mut self, index: usize, event: SourceEvent) -> Touched {
+        // Until a source was read, what others say of its services may wait for it.
+        let first = match &event {
+            SourceEvent::Listed(listing) => Some(listing.scope.clone()),
+            _ => None,
+        };
+        let first = first.filter(|scope| !self.layers[index].held.has_listed(scope));
+        let mut touched = self.layers[index].note(event);
+        if let Some(scope) = &first {
+            touched.extend(self.layers.iter().flat_map(|layer| layer.held.services_in(scope)).cloned());
+        }
+        touched
     }
 
     fn accept(&mut self, source: &str) -> (Touched, Result<(), String>) {
@@ -206,15 +230,18 @@ impl Watcher {
         (layer.held.accept_losses(), Ok(()))
     }
 
-    async fn save(&mut self, saver: Option<&mut Saver>) {
-        let Some(saver) = saver else { return };
-        for layer in self.layers.iter_mut().filter(|layer| layer.unsaved) {
-            layer.unsaved = false;
-            if let Some(text) = saved::text(layer.kind, &layer.held) {
-                saver.put(&layer.name, text);
-            }
-        }
-        saver.save().await;
+    /// Off the event loop: a disk may take its time. Tells which layers are still to be saved.
+    fn save(&mut self, saving: &mut JoinSet<Vec<usize>>) {
+        let Some(keep) = self.keep.clone() else { return };
+        let due = self.layers.iter_mut().enumerate().filter_map(|(index, layer)| {
+            let due = std::mem::take(&mut layer.unsaved);
+            due.then(|| (index, layer.name.clone(), saved::take(layer.kind, &layer.held)))
+        });
+        let due: Vec<_> = due.collect();
+        saving.spawn_blocking(move || {
+            let failed = due.iter().filter(|(_, name, saved)| !saved::save(&*keep, name, saved));
+            failed.map(|(index, ..)| *index).collect()
+        });
     }
 
     fn publish(&mut self, touched: &Touched) {
@@ -224,7 +251,7 @@ impl Watcher {
             changed |= self.merge_one(name, &mut directory);
         }
         if changed {
-            tracing::info!(services = directory.len(), "directory changed");
+            tracing::debug!(services = directory.len(), "directory changed");
             self.directory.send_replace(Arc::new(directory));
         }
         self.tell_health();
@@ -272,7 +299,7 @@ impl State {
             held: Held::new(configured.belief),
             parts: BTreeMap::new(),
             unavailable: None,
-            ended: None,
+            from_disk: false,
             unsaved: false,
             last_change: None,
             last_ok: None,
@@ -286,14 +313,22 @@ impl State {
     fn note(&mut self, event: SourceEvent) -> Touched {
         match &event {
             SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
+            // Said without having asked.
+            SourceEvent::Narrowed(_) => {}
             _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),
         }
         let listed = matches!(event, SourceEvent::Listed(_));
+        self.from_disk &= !listed;
         let touched = self.held.apply(event, Instant::now());
         if !touched.is_empty() || (listed && self.last_change.is_none()) {
             (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
         }
         touched
+    }
+
+    /// Another list could settle what is doubted.
+    fn may_settle_a_doubt(&self) -> bool {
+        self.held.stale() > 0 && self.unavailable.is_none()
     }
 
     fn take_part(&mut self, name: &ServiceName, part: Part) {
@@ -305,7 +340,7 @@ impl State {
     }
 
     fn health(&self) -> SourceHealth {
-        let own = self.ended.iter().chain(&self.unavailable);
+        let own = self.unavailable.iter();
         let refused = self.parts.values().flat_map(|part| &part.refused);
         let mut errors: Vec<String> =
             own.chain(self.held.problems()).chain(refused).take(MOST_ERRORS + 1).cloned().collect();
@@ -318,6 +353,7 @@ impl State {
             services: self.parts.values().filter(|part| part.defines).count(),
             endpoints: self.parts.values().map(|part| part.endpoints).sum(),
             stale: self.held.stale(),
+            from_disk: self.from_disk,
             shadowed: self.shadowed(),
             last_change: self.last_change,
             last_ok: self.last_ok,
@@ -330,11 +366,20 @@ impl State {
     }
 }
 
-fn why_it_ended(ended: Result<(Id, ()), JoinError>) -> (Id, String) {
-    let remedy = "what it said last stays in force; restart meshd and report this";
-    match ended {
-        Ok((id, ())) => (id, format!("the source ended by itself; {remedy}")),
-        Err(error) => (error.id(), format!("the source failed inside ({error}); {remedy}")),
+/// A source that ends or panics does so by a defect of ours. What it said stays, and it is started again.
+async fn keep_watching(source: Box<dyn Source>, wanted: watch::Receiver<Wanted>, sink: Sink) {
+    let mut backoff = Backoff::default();
+    loop {
+        let started = Instant::now();
+        let mut task = JoinSet::new();
+        task.spawn(source.watch(wanted.clone(), sink.clone()));
+        let reason = match task.join_next().await {
+            Some(Err(error)) => format!("the source failed inside ({error})"),
+            Some(Ok(())) | None => "the source ended by itself".to_owned(),
+        };
+        let error = format!("{reason}; what it said last stays in force, and it is started again; report this");
+        sink.send(SourceEvent::Unavailable { error }).await;
+        sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
     }
 }
 
@@ -343,7 +388,8 @@ fn log_difference(old: &SourceHealth, new: &SourceHealth) {
     for error in new.errors.iter().filter(|error| !old.errors.contains(error)) {
         tracing::warn!(source = new.name, "{error}");
     }
-    for service in new.shadowed.iter().filter(|service| !old.shadowed.contains(service)) {
+    let shadowed = if old.shadowed == new.shadowed { &[][..] } else { &new.shadowed };
+    for service in shadowed.iter().filter(|service| !old.shadowed.contains(service)) {
         tracing::warn!(source = new.name, %service, "also defined by a source listed earlier in meshd.toml, which holds");
     }
     if !old.errors.is_empty() && new.errors.is_empty() {
@@ -351,9 +397,11 @@ fn log_difference(old: &SourceHealth, new: &SourceHealth) {
     }
 }
 
-/// Waits until every source has said something, good or bad: before that an empty directory means nothing.
+/// Waits until every source has said something, good or bad, or is known from before: until then an empty directory
+/// means nothing. Files are waited for in any case, which takes a moment only.
 pub async fn settled(health: &mut watch::Receiver<Arc<Vec<SourceHealth>>>) {
-    let answered = |source: &SourceHealth| source.last_ok.is_some() || !source.errors.is_empty();
+    let known = |source: &SourceHealth| source.from_disk && source.kind != FilesSource::KIND;
+    let answered = |source: &SourceHealth| source.last_ok.is_some() || !source.errors.is_empty() || known(source);
     // An error means the watcher is gone, and nothing will be said any more.
     let _ = health.wait_for(|sources| sources.iter().all(answered)).await;
 }

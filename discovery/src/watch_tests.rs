@@ -1,5 +1,7 @@
+use std::collections::HashMap;
+
 use super::*;
-use crate::{Belief, Epoch, Listing, Namespaces, Scope, fake};
+use crate::{Belief, Namespaces, fake};
 
 struct Running {
     directory: watch::Receiver<Arc<Directory>>,
@@ -56,14 +58,14 @@ async fn an_unavailable_source_keeps_its_services_and_says_why_until_it_is_back(
 #[tokio::test(start_paused = true)]
 async fn a_source_that_ends_or_panics_leaves_its_services_and_does_not_touch_the_others() {
     struct Panics;
-    impl crate::Source for Panics {
+    impl Source for Panics {
         fn name(&self) -> &str {
             "panics"
         }
         fn kind(&self) -> &'static str {
             "fake"
         }
-        fn watch(self: Box<Self>, _: watch::Receiver<Wanted>, _: Sink) -> crate::SourceFuture {
+        fn watch(&self, _: watch::Receiver<Wanted>, _: Sink) -> crate::SourceFuture {
             Box::pin(async { panic!("expected by this test") })
         }
     }
@@ -81,13 +83,29 @@ async fn a_source_that_ends_or_panics_leaves_its_services_and_does_not_touch_the
     assert!(directory.find("a.shop").is_some());
 }
 
-#[test]
-fn the_end_of_a_source_outlasts_what_it_sent_before() {
-    let mut state = State::of(&fake::source("one").1);
-    state.ended = Some("over".into());
-    state.note(SourceEvent::Listed(Listing::empty(Scope::Everything, Epoch::default())));
-    state.note(SourceEvent::InSync);
-    assert_eq!(state.health().errors, ["over"]);
+#[tokio::test(start_paused = true)]
+async fn a_source_that_panicked_is_started_again() {
+    struct PanicsOnce(std::sync::atomic::AtomicBool);
+    impl Source for PanicsOnce {
+        fn name(&self) -> &str {
+            "once"
+        }
+        fn kind(&self) -> &'static str {
+            "fake"
+        }
+        fn watch(&self, _: watch::Receiver<Wanted>, sink: Sink) -> crate::SourceFuture {
+            let first = !self.0.swap(true, std::sync::atomic::Ordering::Relaxed);
+            Box::pin(async move {
+                assert!(!first, "expected by this test");
+                sink.send(SourceEvent::InSync).await;
+                std::future::pending().await
+            })
+        }
+    }
+    let source = Configured { source: Box::new(PanicsOnce(false.into())), ..fake::source("once").1 };
+    let mut running = start(vec![source]);
+    running.health_with(|health| health[0].errors.iter().any(|error| error.contains("it is started again"))).await;
+    running.health_with(|health| health[0].errors.is_empty() && health[0].last_ok.is_some()).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -157,12 +175,13 @@ fn health_is_shown_with_times_in_unix_seconds() {
         services: 1,
         endpoints: 4,
         stale: 2,
+        from_disk: false,
         shadowed: vec!["a.shop".parse().unwrap()],
         last_change: Some(UNIX_EPOCH + std::time::Duration::from_millis(12_345)),
         last_ok: None,
         errors: vec!["x".into()],
     };
-    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"stale":2,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"errors":["x"]}"#;
+    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"errors":["x"]}"#;
     assert_eq!(serde_json::to_string(&health).unwrap(), expected);
 }
 
@@ -176,7 +195,7 @@ async fn a_source_that_lost_everything_is_asked_again_and_believed_after_a_minut
     let mut wanted = script.wanted().await;
     wanted.mark_unchanged();
     script.publish([]).await;
-    let health = running.health_with(|health| health[0].stale == 1).await;
+    let health = running.health_with(|health| health[0].stale == 2).await;
     assert_eq!(health[0].endpoints, 1);
     let directory = running.directory_with(|directory| directory.find("a.shop").unwrap().endpoints[0].stale).await;
     assert_eq!(directory.find("a.shop").unwrap().endpoints.len(), 1);
@@ -236,7 +255,7 @@ async fn a_host_that_starts_while_its_sources_are_away_knows_what_it_knew() {
     let (script, source) = fake::source("one");
     let first = run(source);
     script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
-    tokio::time::sleep(SAVE_EVERY).await;
+    sleep(SAVE_EVERY).await;
     while memory.load("one").unwrap().is_none() {
         tokio::task::yield_now().await;
     }
@@ -246,19 +265,25 @@ async fn a_host_that_starts_while_its_sources_are_away_knows_what_it_knew() {
     let (script, source) = fake::source("one");
     let mut second = run(source);
     assert_eq!(*second.directory.borrow(), before);
+    assert!(second.health.borrow()[0].from_disk);
+    settled(&mut second.health).await;
     script.fail("no route to host").await;
     second.health_with(|health| !health[0].errors.is_empty()).await;
     assert_eq!(*second.directory.borrow(), before);
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    second.health_with(|health| !health[0].from_disk).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_last_good_state_that_cannot_be_read_stops_nothing() {
     let memory = Arc::new(Memory::default());
-    for text in ["{", r#"{"schema":99,"kind":"fake","epochs":[],"records":[]}"#] {
-        memory.save("one", text).unwrap();
+    let record = serde_json::to_string(&fake::record("a.shop", &["10.0.0.1"])).unwrap();
+    let saved = |schema| format!(r#"{{"schema":{schema},"kind":"fake","epochs":[],"records":[{record}]}}"#);
+    for (text, known) in [("{".to_owned(), 0), (saved(99), 0), (saved(1), 1)] {
+        memory.save("one", &text).unwrap();
         let (_script, source) = fake::source("one");
         let watcher = Watcher::new(vec![source], fake::trust_domain()).keeping(memory.clone());
-        assert!(watcher.directory().borrow().is_empty());
+        assert_eq!(watcher.directory().borrow().len(), known);
     }
 }
 
@@ -273,8 +298,23 @@ async fn an_operator_who_accepts_a_loss_does_not_wait_for_it_to_be_repeated() {
     let mut running = Running { directory, health, _task: task };
     script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
     script.publish([]).await;
-    running.health_with(|health| health[0].stale == 1).await;
+    running.health_with(|health| health[0].stale == 2).await;
     assert!(losses.accept("tow".into()).await.unwrap_err().contains("there are: one"));
     losses.accept("one".into()).await.unwrap();
     running.directory_with(|directory| directory.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_waited_for_a_source_appears_when_that_does_not_define_it() {
+    let (one, first) = fake::source("one");
+    let (two, mut second) = fake::source("two");
+    second.authority = Namespaces::default();
+    let mut running = start(vec![first, second]);
+    let place = crate::Place { ports: vec![crate::PortTarget { port: 80, target: 80 }], ..fake::place("10.0.0.1") };
+    let record = crate::Record { definition: None, places: vec![Arc::new(place)], ..fake::record("a.shop", &[]) };
+    two.publish([record]).await;
+    running.health_with(|health| health[1].last_ok.is_some()).await;
+    assert!(running.directory.borrow().is_empty());
+    one.publish([]).await;
+    running.directory_with(|directory| directory.find("a.shop").is_some()).await;
 }

@@ -134,8 +134,10 @@ impl Watches {
     }
 
     async fn request(&self, request: WatchRequest) -> Result<(), Error> {
-        let sent = self.0.requests.send(request).await;
-        sent.map_err(|_| Error::Refused(Status::unavailable("the watch ended")))
+        match timeout(CALL_DEADLINE, self.0.requests.send(request)).await {
+            Ok(sent) => sent.map_err(|_| Error::Refused(Status::unavailable("the watch ended"))),
+            Err(_) => Err(Error::Deadline),
+        }
     }
 }
 

@@ -23,7 +23,9 @@ pub enum SettingsError {
     HalfUser,
     #[error("TLS to etcd is not possible with this material: {0}")]
     Tls(#[from] rustls::Error),
-    #[error("https:// to etcd needs the authority that its certificates chain to; give --etcd-ca FILE")]
+    #[error(
+        "https:// to etcd needs the authority that its certificates chain to: --etcd-ca FILE of meshd-pki, `ca` of a [[source]]"
+    )]
     NoAuthority,
     #[error("http:// to etcd at {0}: it would carry what the mesh trusts in clear; use https://, or loopback")]
     Clear(String),

@@ -23,6 +23,8 @@ struct Known {
     store: Arc<str>,
     scopes: BTreeMap<Scope, Followed>,
     last_id: i64,
+    /// When all is read once more, also if connections come and go.
+    resync_at: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -35,12 +37,16 @@ struct Followed {
 
 pub(super) async fn run<R: Remote>(mut remote: R, mut wanted: watch::Receiver<Wanted>, sink: Sink) {
     let mut known = Known::default();
+    // What an earlier life of this daemon knew beyond that is wanted no more.
+    let begun_with = wanted.borrow().clone();
+    sink.send(SourceEvent::Narrowed(begun_with)).await;
     let mut backoff = Backoff::default();
     loop {
         let started = Instant::now();
-        let Err(error) = follow(&mut remote, &mut known, &mut wanted, &sink).await else { continue };
-        sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
-        remote.leave_member();
+        if let Err(error) = follow(&mut remote, &mut known, &mut wanted, &sink).await {
+            sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+            remote.leave_member();
+        }
         sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
     }
 }
@@ -62,8 +68,9 @@ async fn follow<R: Remote>(
 
     let mut probes = interval(PROBE_EVERY);
     probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut resync_at = Instant::now() + jittered(RESYNC_EVERY, fastrand::f64());
     loop {
+        let next_resync = || Instant::now() + jittered(RESYNC_EVERY, fastrand::f64());
+        let resync_at = *known.resync_at.get_or_insert_with(next_resync);
         tokio::select! {
             news = next(&mut watches) => {
                 if known.take(news?, sink).await? == Outcome::Compacted {
@@ -80,7 +87,7 @@ async fn follow<R: Remote>(
             Ok(()) = wanted.changed() => {
                 let now = wanted.borrow_and_update().clone();
                 if now.resync != asked.resync {
-                    resync_at = Instant::now();
+                    known.resync_at = Some(Instant::now());
                 }
                 asked = now;
                 for gone in known.adjust(&asked, sink).await {
@@ -93,7 +100,7 @@ async fn follow<R: Remote>(
             }
             () = tokio::time::sleep_until(resync_at) => {
                 known.list_again(remote, sink).await?;
-                resync_at = Instant::now() + jittered(RESYNC_EVERY, fastrand::f64());
+                known.resync_at = None;
             }
         }
     }
@@ -187,6 +194,10 @@ impl Known {
     }
 
     async fn take(&mut self, news: News, sink: &Sink) -> Result<Outcome, Error> {
+        // etcd refuses to begin a watch under no id at all.
+        if let Some(reason) = news.ended.as_ref().filter(|_| news.id < 0) {
+            return Err(Error::gone(&format!("a watch was refused: {reason}")));
+        }
         // A watch that was given up may still say something, or that it is over.
         let Some((scope, followed)) = self.scopes.iter_mut().find(|(_, followed)| followed.id == news.id) else {
             return Ok(Outcome::GoesOn);

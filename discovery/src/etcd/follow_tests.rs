@@ -102,6 +102,7 @@ impl Stream for FakeWatches {
 }
 
 struct Running {
+    started_with: Wanted,
     etcd: Fake,
     wanted: watch::Sender<Wanted>,
     events: mpsc::Receiver<(usize, SourceEvent)>,
@@ -113,11 +114,12 @@ fn wanting(services: &[&str]) -> Wanted {
 }
 
 fn start(wanted: Wanted) -> Running {
+    let started_with = wanted.clone();
     let (etcd, wanted) = (Fake::new(), watch::Sender::new(wanted));
     let (send, events) = mpsc::channel(64);
     let mut task = JoinSet::new();
     task.spawn(run(etcd.clone(), wanted.subscribe(), Sink::new(0, send)));
-    Running { etcd, wanted, events, _task: task }
+    Running { started_with, etcd, wanted, events, _task: task }
 }
 
 impl Running {
@@ -126,6 +128,7 @@ impl Running {
         loop {
             match self.events.recv().await.unwrap().1 {
                 SourceEvent::InSync => {}
+                SourceEvent::Narrowed(to) if to == self.started_with => {}
                 event => return event,
             }
         }
@@ -256,13 +259,14 @@ async fn everything_is_read_again_every_few_minutes() {
 async fn a_watch_that_etcd_refuses_is_named_as_trouble() {
     let mut running = start(wanting(&["a.shop"]));
     running.listed().await;
-    running.etcd.tell(News { id: 1, ended: Some("etcdserver: permission denied".into()), ..News::default() }).await;
+    running.etcd.tell(News { id: -1, ended: Some("etcdserver: permission denied".into()), ..News::default() }).await;
     assert!(matches!(running.next().await, SourceEvent::Unavailable { error } if error.contains("permission denied")));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_host_that_wants_nothing_asks_for_nothing_but_a_sign_of_life() {
     let mut running = start(Wanted::default());
+    assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::Narrowed(Wanted::default()));
     assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
     assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
     assert!(running.etcd.asked().iter().all(|call| call == "probe"));

@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use meshd_etcd::Prefix;
 use meshd_etcd::api::KeyValue;
-use meshd_identity::TrustDomain;
+use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 
-use crate::{Change, Record, Refused, Registration, Scope, ServiceName, documents};
+use crate::documents::{self, is_plain_word};
+use crate::{Change, Record, Refused, Registration, Scope, ServiceName};
 
 /// Below which all keys lie, unless told otherwise.
 pub(crate) const BASE: &str = "/meshd-discovery/v1";
@@ -24,6 +25,11 @@ pub(crate) fn prefix(base: &str, scope: &Scope) -> Prefix {
     }
 }
 
+/// A document of a thousand endpoints has half of it.
+const MOST_BYTES: usize = 128 * 1024;
+/// More tell an operator nothing.
+const MOST_PROBLEMS: usize = 20;
+
 /// What a key means, and of which service.
 enum Meaning {
     Service(ServiceName),
@@ -33,10 +39,12 @@ enum Meaning {
 fn meaning(base: &str, key: &str) -> Option<Meaning> {
     let mut parts = key.strip_prefix(base)?.strip_prefix('/')?.splitn(4, '/');
     let (namespace, name, kind, rest) = (parts.next()?, parts.next()?, parts.next()?, parts.next());
-    let service = ServiceName::new(name, namespace).ok()?;
+    let service = ServiceName::new(name, namespace).ok().filter(|_| namespace != SYSTEM_NAMESPACE)?;
     match (kind, rest) {
         ("service", None) => Some(Meaning::Service(service)),
-        ("endpoints", Some(instance)) if !instance.is_empty() => Some(Meaning::Endpoint(service)),
+        ("endpoints", Some(instance)) if is_plain_word(instance) && !instance.is_empty() => {
+            Some(Meaning::Endpoint(service))
+        }
         _ => None,
     }
 }
@@ -61,8 +69,10 @@ pub(crate) fn read(base: &str, pair: &KeyValue, trust_domain: &TrustDomain) -> O
     Some(match read {
         Ok(record) => Change::Set(record),
         Err(problems) => {
-            let told =
-                problems.iter().map(|problem| format!("{key}: {problem} (the last good version stays in force)"));
+            let told = problems
+                .iter()
+                .take(MOST_PROBLEMS)
+                .map(|problem| format!("{key}: {problem} (the last good version stays in force)"));
             Change::Refused(Refused { key: key.into(), problems: told.collect() })
         }
     })
@@ -74,6 +84,9 @@ fn read_document(
     value: &[u8],
     trust_domain: &TrustDomain,
 ) -> Result<Record, Vec<String>> {
+    if value.len() > MOST_BYTES {
+        return Err(vec![format!("has {} bytes and {MOST_BYTES} are allowed", value.len())]);
+    }
     let text = std::str::from_utf8(value).map_err(|_| vec!["is not UTF-8".to_owned()])?;
     let mut found = documents::parse(text, trust_domain);
     let document = match (found.pop(), found.is_empty()) {
@@ -121,8 +134,9 @@ mod tests {
 
     #[test]
     fn keys_of_another_form_are_passed_over() {
+        let instances = ["shop/payments/endpoints/", "shop/payments/endpoints/a\nb", "meshd-system/pki/endpoints/a"];
         for key in
-            ["shop", "shop/payments", "shop/payments/policy", "shop/payments/endpoints/", "Shop/payments/service"]
+            ["shop", "shop/payments", "shop/payments/policy", "Shop/payments/service"].into_iter().chain(instances)
         {
             assert_eq!(read_at(key, PAYMENTS), None, "{key}");
         }

@@ -51,8 +51,9 @@ impl Source for EtcdSource {
         "etcd"
     }
 
-    fn watch(self: Box<Self>, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        let remote = remote::Etcd { client: self.client, base: self.base, trust_domain: self.trust_domain };
+    fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+        let (client, base, trust_domain) = (self.client.clone(), self.base.clone(), self.trust_domain.clone());
+        let remote = remote::Etcd { client, base, trust_domain };
         Box::pin(follow::run(remote, wanted, sink))
     }
 }

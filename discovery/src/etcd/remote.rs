@@ -72,6 +72,9 @@ impl Remote for Etcd {
 
     async fn list(&mut self, scope: &Scope) -> Result<Listing, Error> {
         let listed = self.client.list(&keys::prefix(&self.base, scope)).await?;
+        if listed.header.cluster_id == 0 {
+            return Err(Error::gone("an answer did not say of which cluster it is"));
+        }
         let mut listing = Listing::empty(scope.clone(), epoch(&listed.header));
         for pair in &listed.keys {
             match keys::read(&self.base, pair, &self.trust_domain) {

@@ -326,8 +326,8 @@ impl View {
                 per_source(&|health| health.endpoints as f64),
             ),
             Exposition::gauge(
-                "meshd_source_stale_endpoints",
-                "Endpoints a source no longer names, which is not believed yet",
+                "meshd_source_stale_records",
+                "Endpoints and documents a source no longer names, which is not believed yet",
                 per_source(&|health| health.stale as f64),
             ),
             Exposition::gauge(

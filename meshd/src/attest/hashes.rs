@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::digest::{Context, SHA256};
@@ -21,8 +21,9 @@ const TICK: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 pub(super) struct Hashes {
     known: Mutex<HashMap<FileId, Known>>,
-    /// One at a time: whoever waits finds it done more often than not.
-    reading: Mutex<()>,
+    /// Those being read, each once at a time: whoever waits finds it done more often than not. A file that does not answer
+    /// keeps no other waiting.
+    reading: Mutex<HashMap<FileId, Arc<Mutex<()>>>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,13 +52,20 @@ impl Hashes {
     }
 
     pub(super) fn measure(&self, program: &Program) -> Option<[u8; 32]> {
-        let _one_at_a_time = lock(&self.reading);
+        let turn = self.turn(program.id());
+        let _one_at_a_time = lock(&turn);
         if let Some(known) = self.known(program) {
             return known;
         }
         let read = read(program);
         self.note(program, &read, SystemTime::now());
         read.ok()
+    }
+
+    fn turn(&self, file: FileId) -> Arc<Mutex<()>> {
+        let mut reading = lock(&self.reading);
+        reading.retain(|_, turn| Arc::strong_count(turn) > 1);
+        reading.entry(file).or_default().clone()
     }
 
     fn note(&self, program: &Program, read: &Result<[u8; 32], Failure>, now: SystemTime) {
@@ -151,6 +159,29 @@ mod tests {
         assert_eq!(hashes.known(&own), None);
         hashes.note(&own, &Ok([7; 32]), own.id().changed() + TICK);
         assert_eq!(hashes.known(&own), Some(Some([7; 32])));
+    }
+
+    #[test]
+    fn the_hash_of_a_file_that_was_changed_in_the_future_is_remembered() {
+        let (hashes, own) = (Hashes::default(), own());
+        hashes.note(&own, &Ok([7; 32]), own.id().changed() - TICK / 2);
+        assert_eq!(hashes.known(&own), None, "that time is about to come");
+        hashes.note(&own, &Ok([7; 32]), own.id().changed() - TICK);
+        assert_eq!(hashes.known(&own), Some(Some([7; 32])));
+    }
+
+    #[test]
+    fn a_file_that_does_not_answer_keeps_no_other_waiting() {
+        let (hashes, own) = (Hashes::default(), own());
+        let turn = hashes.turn(FileId::of(&std::fs::metadata("/").unwrap()));
+        let reading = lock(&turn);
+        hashes.note(&own, &Ok([7; 32]), later());
+        assert_eq!(hashes.measure(&own), Some([7; 32]));
+        assert!(hashes.turn(own.id()).try_lock().is_ok(), "once it was read");
+        drop(reading);
+        drop(turn);
+        drop(hashes.turn(own.id()));
+        assert_eq!(lock(&hashes.reading).len(), 1, "those that nobody reads are forgotten");
     }
 
     #[test]

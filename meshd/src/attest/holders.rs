@@ -180,6 +180,8 @@ fn judge(seen: &[Seen], holds_it: impl Fn(i32) -> bool) -> Result<(), Unproven> 
         (Some(unmet), _) => Err(Unproven::Unmet(unmet)),
         // Another one is seen holding it, and so this one is not the one.
         (None, Some(unmet)) => meeting.any(holds_it).then_some(()).ok_or(Unproven::Unmet(unmet)),
+        // Also one that is in nobody's table, on its way to somebody, may be the connection of one that does not meet it.
+        (None, None) if lacking(Holds::No).is_some() => meeting.any(holds_it).then_some(()).ok_or(Unproven::NoHolder),
         (None, None) if meeting.next().is_none() => Err(Unproven::NoHolder),
         (None, None) => Ok(()),
     }
@@ -226,7 +228,9 @@ mod tests {
         let (meets, nobody, somebody) = (|| Seen::Meets(1), |_| false, |pid| pid == 1);
         assert_eq!(judge(&[], somebody), Err(Unproven::NoHolder));
         assert_eq!(judge(&[lacks(Holds::No)], somebody), Err(Unproven::NoHolder));
-        assert_eq!(judge(&[meets(), lacks(Holds::No)], nobody), Ok(()), "whichever of the others it is");
+        assert_eq!(judge(&[meets()], nobody), Ok(()), "whichever of them it is");
+        assert_eq!(judge(&[meets(), lacks(Holds::No)], nobody), Err(Unproven::NoHolder), "it is hidden");
+        assert_eq!(judge(&[meets(), lacks(Holds::No)], somebody), Ok(()));
         assert_eq!(judge(&[meets(), lacks(Holds::Yes)], somebody), unmet);
         assert_eq!(judge(&[meets(), lacks(Holds::Perhaps)], nobody), unmet);
         assert_eq!(judge(&[meets(), lacks(Holds::Perhaps)], somebody), Ok(()), "it is seen elsewhere");

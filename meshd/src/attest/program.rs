@@ -41,9 +41,11 @@ impl FileId {
         SystemTime::UNIX_EPOCH + since
     }
 
-    /// Whether a later change shows. A time yet to come tells nothing.
+    /// Whether a later change shows: it gets the time of then. That of this one may be yet to come, where the clock was
+    /// ahead.
     pub(super) fn is_settled(&self, now: SystemTime, tick: Duration) -> bool {
-        now.duration_since(self.changed()).is_ok_and(|age| age >= tick)
+        let apart = now.duration_since(self.changed()).unwrap_or_else(|ahead| ahead.duration());
+        apart >= tick
     }
 }
 

@@ -249,6 +249,7 @@ mod tests {
             health: Health::Healthy,
             source: "test".into(),
             rank: 0,
+            by_authority: true,
             stale: false,
             epoch: 0,
         })

@@ -4,15 +4,20 @@
 //! The kernel holds on to the process for us, so its number means nobody else while it lives; that it does is asked
 //! last, after all that was read by number.
 
+use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use meshd_identity::ProcessSelector;
 use meshd_sys::peer::Peer;
+use nix::errno::Errno;
 
 use crate::attest::{Attestor, Program, user_of};
 use crate::enrol::{self, Enrolment, Guard, Owner, PortWatch, ProcessFacts, Sight, Workload};
+
+/// After the accept; later it may be another program than the one that connected.
+const PROMPT: Duration = Duration::from_millis(50);
 
 /// The caller of one connection. What it may have is asked anew for every answer.
 #[derive(Debug)]
@@ -51,14 +56,29 @@ impl Caller {
         Caller { peer, attestor, program: OnceLock::new(), seen: Mutex::default() }
     }
 
-    /// Notes what it runs, before anything else is done for it.
-    pub(super) async fn meet(&self) {
-        let (true, Ok(owner)) = (self.attestor.sight() == Sight::On, self.owner()) else { return };
-        let pid = self.peer.pid;
-        if let Ok(Some(program)) = self.attestor.look(&owner.selector(), move |attestor| attestor.program(pid)).await {
-            // The first time only.
-            _ = self.program.set(Arc::new(program));
+    /// Notes what it runs, before anything else is done for it. False: that was not to be seen in time, but may be on
+    /// another connection.
+    pub(super) async fn meet(&self, accepted: Instant) -> bool {
+        if self.attestor.sight() != Sight::On {
+            return true;
         }
+        let Ok(owner) = self.owner() else { return false };
+        let (subject, pid) = (owner.selector(), self.peer.pid);
+        let look = move |_: &Attestor| Program::of(pid).map(|program| (program, accepted.elapsed()));
+        let why = match self.attestor.look(&subject, look).await {
+            Ok(Ok((program, after))) if after <= PROMPT => {
+                // The first time only.
+                _ = self.program.set(Arc::new(program));
+                return true;
+            }
+            // Nor will it be seen another time: whose identity depends on it is refused, and nobody else.
+            Ok(Err(error)) if !may_pass(&error) => return true,
+            Ok(Ok((_, after))) => format!("its program was seen only {} ms after that", after.as_millis()),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        tracing::debug!(caller = subject, why, "a caller of the Workload API has to connect again");
+        false
     }
 
     /// Looks at its program, where who it is depends on that.
@@ -127,6 +147,12 @@ impl Caller {
     }
 }
 
+/// Whether it is we or the host who lack something for now, rather than the right to look.
+fn may_pass(error: &io::Error) -> bool {
+    let lacking = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::EINTR];
+    error.raw_os_error().is_some_and(|code| lacking.contains(&Errno::from_raw(code)))
+}
+
 /// By number: whoever asks holds the process, and asks whether it lives afterwards. None: its content cannot be told yet.
 fn see(
     attestor: &Attestor,
@@ -153,6 +179,9 @@ fn see(
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+
+    use tokio::sync::oneshot;
 
     use super::*;
     use crate::enrol::Reserved;
@@ -208,10 +237,49 @@ mod tests {
         format!("unix:path:{}", caller.program.get().unwrap().path().unwrap())
     }
 
+    /// However slow this machine is.
+    fn in_time() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_whose_program_was_not_seen_in_time_is_to_be_made_again() {
+        let caller = this_process();
+        let subject = caller.owner().unwrap().selector();
+        let mut hanging = Vec::new();
+        // As many as look at one subject at once.
+        for _ in 0..2 {
+            let ((release, hung), (begin, begun)) = (mpsc::channel::<()>(), oneshot::channel());
+            let look = move |_: &Attestor| {
+                begin.send(()).unwrap();
+                hung.recv().is_err()
+            };
+            tokio::select! {
+                _ = caller.attestor.look(&subject, look) => panic!("it hangs"),
+                started = begun => started.unwrap(),
+            }
+            hanging.push(release);
+        }
+        // Time stands still while threads of this kind run.
+        let (met, ()) = tokio::join!(caller.meet(in_time()), tokio::time::advance(Duration::from_secs(4)));
+        assert!(!met && caller.program.get().is_none(), "it is never refused for good");
+        hanging.clear();
+        let long_ago = Instant::now().checked_sub(2 * PROMPT).unwrap();
+        assert!(!caller.meet(long_ago).await && caller.program.get().is_none(), "it may run another one by now");
+        assert!(caller.meet(in_time()).await && caller.program.get().is_some());
+    }
+
+    #[test]
+    fn what_is_lacking_for_now_is_told_from_a_right_that_is_lacking() {
+        let passes = |errno: Errno| may_pass(&errno.into());
+        assert!(passes(Errno::EMFILE) && passes(Errno::ENFILE));
+        assert!(!passes(Errno::EACCES) && !passes(Errno::ENOENT));
+    }
+
     #[tokio::test]
     async fn all_selectors_must_hold_and_nothing_is_judged_before_a_look() {
         let caller = this_process();
-        caller.meet().await;
+        assert!(caller.meet(in_time()).await);
         let content = std::fs::read("/proc/self/exe").unwrap();
         let hash = ProcessSelector::Sha256(meshd_identity::sha256(&content)).to_string();
         let both = guarded(&caller, vec![path_of(&caller), hash.clone()]);
@@ -230,7 +298,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_unseen_at_the_start_or_another_since_meets_nothing() {
         let caller = this_process();
-        caller.meet().await;
+        assert!(caller.meet(in_time()).await);
         let enrolment = guarded(&caller, vec![path_of(&caller)]);
         assert!(judged(&caller, &enrolment).await.is_ok());
         let mut child = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();

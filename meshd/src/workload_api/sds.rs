@@ -5,13 +5,14 @@ use std::sync::Arc;
 use meshd_workload_api::envoy::secret_discovery_service_server::SecretDiscoveryService;
 use meshd_workload_api::envoy::{Any, DiscoveryRequest, DiscoveryResponse};
 use tokio::sync::mpsc;
+use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
 use super::limits::StreamSlot;
 use super::refused::Refused;
 use super::secrets::{SECRET, secrets};
-use super::session::{Answers, Session};
+use super::session::{ASK_AGAIN, Answers, Session};
 
 /// Names in one request: a caller has one identity.
 const NAMES: usize = 16;
@@ -61,6 +62,7 @@ async fn stream(
                 Ok(None) | Err(_) => return,
             },
             () = changes.next() => Ok(()),
+            () = sleep(ASK_AGAIN), if subscription.is_owed => Ok(()),
             () = out.closed() => return,
         };
         session.look().await;
@@ -87,6 +89,8 @@ struct Subscription {
     /// What was told last, for which names, and under which number.
     told: Option<(Vec<String>, Vec<Any>)>,
     version: u64,
+    /// The last answer could not be had yet.
+    is_owed: bool,
 }
 
 impl Subscription {
@@ -109,10 +113,14 @@ impl Subscription {
         &mut self,
         secrets: impl FnOnce(&[String]) -> Result<Vec<Any>, Refused>,
     ) -> Result<Option<DiscoveryResponse>, Refused> {
+        self.is_owed = false;
         let Some(names) = &self.names else { return Ok(None) };
         let found = match secrets(names) {
             // What it has is still the best there is.
-            Err(refused) if refused.may_pass() && self.told.is_some() => return Ok(None),
+            Err(refused) if refused.may_pass() && self.told.is_some() => {
+                self.is_owed = true;
+                return Ok(None);
+            }
             found => (names.clone(), found?),
         };
         if self.told.as_ref() == Some(&found) {
@@ -193,7 +201,11 @@ mod tests {
         subscription.take(request(&["default"], "")).unwrap();
         assert!(subscription.next(away).is_err());
         subscription.next(|_| secret("a")).unwrap();
+        assert!(!subscription.is_owed);
         assert_eq!(nonce(subscription.next(away)), None);
+        assert!(subscription.is_owed, "it is asked for again");
+        assert_eq!(nonce(subscription.next(|_| secret("b"))).as_deref(), Some("2"));
+        assert!(!subscription.is_owed);
         assert!(subscription.next(|_| Err(Refused::NoIdentity)).is_err());
     }
 

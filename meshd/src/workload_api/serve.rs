@@ -58,6 +58,7 @@ pub async fn serve(listener: UnixListener, sources: Arc<Sources>) {
                 continue;
             }
         };
+        let accepted = Instant::now();
         let counters = &sources.shared.telemetry.workload_api;
         let Some((caller, admission)) = admit(&limits, &socket, &sources.shared.attestor) else {
             counters.turned_away();
@@ -65,7 +66,7 @@ pub async fn serve(listener: UnixListener, sources: Arc<Sources>) {
         };
         let (sources, complaints) = (sources.clone(), complaints.clone());
         let session = Arc::new(Session { sources, caller, admission: Arc::new(admission), complaints });
-        tokio::spawn(connection(socket, session));
+        tokio::spawn(connection(socket, session, accepted));
     }
 }
 
@@ -77,9 +78,14 @@ fn admit(limits: &Limits, socket: &UnixStream, attestor: &Arc<Attestor>) -> Opti
     Some((caller, admission))
 }
 
-async fn connection(socket: UnixStream, session: Arc<Session>) {
-    let _open = session.sources.shared.telemetry.workload_api.connection();
-    session.caller.meet().await;
+async fn connection(socket: UnixStream, session: Arc<Session>, accepted: Instant) {
+    let counters = &session.sources.shared.telemetry.workload_api;
+    let _open = counters.connection();
+    if !session.caller.meet(accepted).await {
+        // Kept, it would be nobody's for good: it dials anew.
+        counters.turned_away();
+        return;
+    }
     let admission = session.admission.clone();
     let socket = Named::new(socket, move |requests| admission.pace(requests, Instant::now()));
     let service = service_fn(move |request| {

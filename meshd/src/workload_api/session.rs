@@ -1,11 +1,12 @@
 //! One connection's calls: who makes them, what they may have now, and when that changes.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use meshd_identity::SpiffeId;
 use meshd_pki_client::{Credentials, Svid};
 use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
@@ -14,6 +15,9 @@ use super::attest::{Caller, Unattested};
 use super::limits::{Admission, Complaints, StreamSlot};
 use super::refused::Refused;
 use super::x509;
+
+/// After an answer that could not be had yet: that passes without any change being told.
+pub(super) const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Answers on their way to one stream: the next is made when the last was taken.
 pub(super) type Answers<T> = ReceiverStream<Result<T, Status>>;
@@ -147,20 +151,26 @@ async fn follow<T: Clone + PartialEq>(
     _slot: StreamSlot,
 ) {
     let mut last = first.clone();
+    let mut is_owed = false;
     if out.send(Ok(first)).await.is_err() {
         return;
     }
     loop {
         tokio::select! {
             () = changes.next() => {}
+            () = sleep(ASK_AGAIN), if is_owed => {}
             () = out.closed() => return,
         }
         session.look().await;
+        is_owed = false;
         let next = match answer(&session) {
             Ok(next) if next == last => continue,
             Ok(next) => next,
             // What it has is still the best there is.
-            Err(refused) if refused.may_pass() => continue,
+            Err(refused) if refused.may_pass() => {
+                is_owed = true;
+                continue;
+            }
             Err(refused) => {
                 // If it fails, nobody is there to be refused.
                 let _ = out.send(Err(refused.into())).await;

@@ -283,6 +283,7 @@ pub(crate) fn endpoint(service: &str, name: &str, dial: SocketAddr, target: Sock
         health: Health::Healthy,
         source: "test".into(),
         rank: 0,
+        by_authority: true,
         stale: false,
         epoch: 0,
     }

@@ -21,8 +21,11 @@ use crate::service::Peer;
 use crate::state_dir::{StateDir, StateError};
 use crate::store::deny::{self, Deny};
 use crate::store::hosts::{self, HostState};
-use crate::store::{DbError, View, trust};
+use crate::store::{DbError, Records, View, tokens, trust};
 use crate::times::{unix, unix_ms};
+
+/// What one transaction of etcd takes, with their tokens.
+const BANNED_AT_ONCE: usize = 20;
 
 /// A deny set ready to be handed out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -140,44 +143,27 @@ impl Pki {
         }
         let now = self.now();
         let floor = Floor::new(&self.state).get();
-        let is_learnt = self.state.database.transaction(|records| -> Result<bool, StateError> {
+        // An older one than the newest there was may name hosts that were let in again since.
+        let named = if set.sequence >= floor { hosts_in(&set) } else { Vec::new() };
+        let (first, rest) = named.split_at(named.len().min(BANNED_AT_ONCE));
+        let is_learnt = self.state.change(now, |records, told| -> Result<bool, StateError> {
             if deny::deny(records)?.sequence >= set.sequence {
                 return Ok(false);
             }
             let floor = floor.max(set.sequence);
             deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?;
+            let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
+            told.push(Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() });
+            ban(records, told, first, unix(now))?;
             Ok(true)
         })?;
         if !is_learnt {
             return Ok(());
         }
-        let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
-        _ = self.record(&[Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() }]);
         self.refresh_deny()?;
-        self.ban_the_denied(&set)
-    }
-
-    /// A host whose own identity is denied was banned after the backup in use; without that the ban would end with the
-    /// last certificate it had.
-    fn ban_the_denied(&self, set: &DenySet) -> Result<(), PkiError> {
-        let now = self.now();
-        let hosts = set.entries.iter().filter_map(|one| match &one.whom {
-            Whom::Identity(id) if id.is_system() => Some(id.name()),
-            _ => None,
-        });
-        for host in hosts {
-            self.state.change(now, |records, told| -> Result<(), StateError> {
-                let Some(mut known) = hosts::host(records, host)?.filter(|known| known.state == HostState::Active)
-                else {
-                    return Ok(());
-                };
-                known.state = HostState::Banned;
-                hosts::put_host(records, &known)?;
-                let (host, detail) =
-                    (Some(host.to_owned()), Some("its identity is in the set that hosts hold".to_owned()));
-                told.push(Event { event: "host_ban", result: "ok", host, detail, ..Event::default() });
-                Ok(())
-            })?;
+        for some in rest.chunks(BANNED_AT_ONCE) {
+            self.state
+                .change(now, |records, told| -> Result<(), StateError> { Ok(ban(records, told, some, unix(now))?) })?;
         }
         Ok(())
     }
@@ -200,6 +186,31 @@ impl Pki {
         })?;
         self.refresh_deny()
     }
+}
+
+/// Hosts whose own identity is denied.
+fn hosts_in(set: &DenySet) -> Vec<&str> {
+    let hosts = set.entries.iter().filter_map(|one| match &one.whom {
+        Whom::Identity(id) if id.is_system() => Some(id.name()),
+        _ => None,
+    });
+    hosts.collect()
+}
+
+/// A host whose own identity is denied was banned after the backup in use; without that the ban would end with the last
+/// certificate it had.
+fn ban(records: &mut dyn Records, told: &mut Vec<Event>, named: &[&str], now: i64) -> Result<(), DbError> {
+    for name in named {
+        let known = hosts::host(records, name)?.filter(|known| known.state == HostState::Active);
+        let Some(mut known) = known else { continue };
+        known.state = HostState::Banned;
+        hosts::put_host(records, &known)?;
+        tokens::end_those_of(records, name, now)?;
+        let (host, detail) =
+            (Some(known.id), Some("its identity is in the set that hosts hold, and its tokens have ended".to_owned()));
+        told.push(Event { event: "host_ban", result: "ok", host, detail, ..Event::default() });
+    }
+    Ok(())
 }
 
 fn is_denied(spiffe_id: &str) -> String {

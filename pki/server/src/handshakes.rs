@@ -4,6 +4,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -20,8 +21,22 @@ const PATIENCE: Duration = Duration::from_secs(15);
 
 pub(crate) struct Handshakes {
     all: Arc<Semaphore>,
-    places: Vec<Arc<Semaphore>>,
+    places: Vec<Place>,
     hasher: RandomState,
+}
+
+struct Place {
+    turns: Arc<Semaphore>,
+    waiting: AtomicUsize,
+}
+
+/// One of those who wait at a place, until it is dropped.
+pub(crate) struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The right to one handshake, until it is dropped.
@@ -32,20 +47,41 @@ pub(crate) struct Turn {
 
 impl Handshakes {
     pub(crate) fn new() -> Handshakes {
-        let places = (0..PLACES).map(|_| Arc::new(Semaphore::new(OF_ONE_ADDRESS))).collect();
+        let place = |_| Place { turns: Arc::new(Semaphore::new(OF_ONE_ADDRESS)), waiting: AtomicUsize::new(0) };
+        let places = (0..PLACES).map(place).collect();
         Handshakes { all: Arc::new(Semaphore::new(AT_ONCE)), places, hasher: RandomState::new() }
+    }
+
+    /// Before anything is known of who comes from there; `None` when as many as `most` wait there already.
+    pub(crate) fn wait(&self, address: IpAddr, most: usize) -> Option<Waiting<'_>> {
+        let waiting = &self.place(address).waiting;
+        let before = waiting.fetch_add(1, Ordering::Relaxed);
+        let entered = Waiting(waiting);
+        (before < most).then_some(entered)
+    }
+
+    fn place(&self, address: IpAddr) -> &Place {
+        &self.places[self.hasher.hash_one(network(address)) as usize % PLACES]
     }
 
     /// Who came first is first; `None` when it took too long.
     pub(crate) async fn turn(&self, address: IpAddr) -> Option<Turn> {
-        let place = self.hasher.hash_one(address.to_canonical()) as usize % PLACES;
+        let turns = &self.place(address).turns;
         let in_order = async {
             // In this order: who waits for others of its own address keeps nobody else out.
-            let of_address = self.places[place].clone().acquire_owned().await.ok()?;
+            let of_address = turns.clone().acquire_owned().await.ok()?;
             let of_all = self.all.clone().acquire_owned().await.ok()?;
             Some(Turn { _of_address: of_address, _of_all: of_all })
         };
         timeout(PATIENCE, in_order).await.ok().flatten()
+    }
+}
+
+/// Of IPv6 whoever has one address has all of its /64.
+fn network(address: IpAddr) -> u128 {
+    match address.to_canonical() {
+        IpAddr::V4(address) => u128::from(u32::from(address)),
+        IpAddr::V6(address) => u128::from(address) >> 64 << 64,
     }
 }
 
@@ -87,6 +123,26 @@ mod tests {
         }
         // One of them may happen to share the place.
         assert!(others >= 1);
+    }
+
+    #[test]
+    fn all_addresses_of_one_network_of_ipv6_share_a_place() {
+        let network_of = |text: &str| network(text.parse().unwrap());
+        assert_eq!(network_of("2001:db8:0:1::1"), network_of("2001:db8:0:1:ffff::2"));
+        assert_ne!(network_of("2001:db8:0:1::1"), network_of("2001:db8:0:2::1"));
+        assert_eq!(network_of("::ffff:10.0.0.1"), network_of("10.0.0.1"));
+        assert_ne!(network_of("10.0.0.1"), network_of("10.0.0.2"));
+    }
+
+    #[test]
+    fn no_more_wait_at_one_place_than_may() {
+        let handshakes = Handshakes::new();
+        let first = handshakes.wait(address(1), 2).unwrap();
+        let _second = handshakes.wait(address(1), 2).unwrap();
+        assert!(handshakes.wait(address(1), 2).is_none());
+        assert!(handshakes.wait(address(1), 2).is_none(), "who was refused does not count");
+        drop(first);
+        assert!(handshakes.wait(address(1), 2).is_some());
     }
 
     #[tokio::test(start_paused = true)]

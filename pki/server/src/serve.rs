@@ -28,13 +28,15 @@ use crate::istio::IstioService;
 use crate::pki::{Pki, PkiError};
 use crate::service::{HostService, Peer};
 
-/// From its turn on.
+/// Until the first byte, and from its turn on.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
 /// Every host keeps one connection open and makes another for a renewal: 10,000 hosts at once, and half as many more.
 const MAX_CONNECTIONS: usize = 32 * 1024;
 /// Descriptors for files, sockets of operators, etcd and federation, whatever hosts and strangers do.
 const OTHER_DESCRIPTORS: u64 = 256;
+/// Of all connections no more than one in so many may wait for a handshake at one place.
+const SHARE_OF_ONE_PLACE: usize = 4;
 const MAX_STREAMS: u32 = 32;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// A ban is on its way to every host within this time.
@@ -59,7 +61,9 @@ pub async fn serve(pki: Arc<Pki>, listener: TcpListener, stop: impl Future<Outpu
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < most => match accepted {
                 Ok((socket, address)) => {
-                    connections.spawn(connection(pki.clone(), router.clone(), socket, address, graceful.watcher()));
+                    let most = most.div_ceil(SHARE_OF_ONE_PLACE);
+                    let (pki, router) = (pki.clone(), router.clone());
+                    connections.spawn(connection(pki, router, socket, address, most, graceful.watcher()));
                 }
                 Err(error) => {
                     // Out of file descriptors, mostly: give connections time to end.
@@ -129,13 +133,31 @@ async fn every(period: Duration, what: &'static str, pki: Arc<Pki>, act: fn(&Pki
     }
 }
 
-async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: SocketAddr, watcher: Watcher) {
+async fn connection(
+    pki: Arc<Pki>,
+    router: Router,
+    socket: TcpStream,
+    address: SocketAddr,
+    most_waiting: usize,
+    watcher: Watcher,
+) {
     _ = socket.set_nodelay(true);
+    let Some(waiting) = pki.handshakes.wait(address.ip(), most_waiting) else {
+        pki.metrics.tls_failures.inc();
+        tracing::debug!(%address, "too many from there wait for a TLS handshake; the host asks again");
+        return;
+    };
+    if !begins(&socket).await {
+        pki.metrics.tls_failures.inc();
+        tracing::debug!(%address, "nothing came within {} s", HANDSHAKE_DEADLINE.as_secs());
+        return;
+    }
     let Some(turn) = pki.handshakes.turn(address.ip()).await else {
         pki.metrics.tls_failures.inc();
         tracing::debug!(%address, "no turn for a TLS handshake came; the host asks again");
         return;
     };
+    drop(waiting);
     let signer = pki.signer();
     let acceptor = TlsAcceptor::from(signer.tls.clone());
     let tls = match timeout(HANDSHAKE_DEADLINE, acceptor.accept(socket)).await {
@@ -171,6 +193,11 @@ async fn connection(pki: Arc<Pki>, router: Router, socket: TcpStream, address: S
     if let Err(error) = served {
         tracing::debug!(%address, %error, "connection ended");
     }
+}
+
+/// Whether the client says anything in time: who is silent takes no turn from those who are not.
+async fn begins(socket: &TcpStream) -> bool {
+    matches!(timeout(HANDSHAKE_DEADLINE, socket.peek(&mut [0])).await, Ok(Ok(1..)))
 }
 
 fn router(pki: Arc<Pki>) -> Router {
@@ -233,7 +260,25 @@ async fn metrics(State(pki): State<Arc<Pki>>) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_handshake_begins_with_a_byte_that_is_still_there_afterwards() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let (mut socket, _) = listener.accept().await.unwrap();
+        assert!(timeout(Duration::from_millis(50), begins(&socket)).await.is_err(), "silence is no beginning");
+        client.write_all(b"hello").await.unwrap();
+        assert!(begins(&socket).await);
+        let mut read = [0; 5];
+        socket.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"hello");
+        drop(client);
+        assert!(!begins(&socket).await, "it is gone");
+    }
 
     #[test]
     fn connections_leave_descriptors_for_everything_else() {

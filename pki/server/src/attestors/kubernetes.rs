@@ -23,6 +23,13 @@ pub(super) struct Cluster {
     accounts: Vec<Account>,
 }
 
+/// A cluster that was not reached since the start.
+#[derive(Debug, Clone)]
+pub(super) struct Awaited {
+    pub(super) name: String,
+    pub(super) issuer: String,
+}
+
 /// Whose token it is, as the cluster says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Pod {
@@ -67,6 +74,7 @@ impl Cluster {
 /// `audience`: who the token must be for, if not for whom the cluster's are.
 pub(super) fn believe(
     clusters: &[Arc<Cluster>],
+    awaited: &[Awaited],
     token: &str,
     audience: Option<&str>,
     now: SystemTime,
@@ -75,6 +83,9 @@ pub(super) fn believe(
     let token = Jwt::read(token).map_err(bad)?;
     let issuer = token.text("iss").map_err(bad)?;
     let cluster = clusters.iter().find(|cluster| cluster.issuer == issuer).ok_or_else(|| {
+        if let Some(one) = awaited.iter().find(|one| one.issuer == issuer) {
+            return Refused::Unavailable(format!("the keys of cluster `{}` are not here yet; try again", one.name));
+        }
         let known: Vec<&str> = clusters.iter().map(|cluster| cluster.issuer.as_str()).collect();
         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
         Refused::Unauthenticated(format!(
@@ -101,11 +112,12 @@ pub(super) fn believe(
 
 pub(super) fn attest(
     clusters: &[Arc<Cluster>],
+    awaited: &[Awaited],
     proof: &v1::KubernetesTokenProof,
     remote: &str,
     now: SystemTime,
 ) -> Result<Attested, Refused> {
-    let (cluster, pod) = believe(clusters, &proof.token, None, now)?;
+    let (cluster, pod) = believe(clusters, awaited, &proof.token, None, now)?;
     let is_it = |account: &&Account| account.namespace == pod.namespace && account.name == pod.account;
     let way = format!("kubernetes:{}", cluster.name);
     let Some(account) = cluster.accounts.iter().find(is_it) else {

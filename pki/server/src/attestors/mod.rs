@@ -25,8 +25,8 @@ use crate::refused::Refused;
 use crate::store::View;
 use crate::store::hosts;
 use config::Becomes;
-use kubernetes::Cluster;
 pub(crate) use kubernetes::Pod;
+use kubernetes::{Awaited, Cluster};
 use x509pop::Authority;
 
 /// How often everything is read again.
@@ -44,6 +44,7 @@ struct State {
     authorities: BTreeMap<String, Arc<Authority>>,
     clusters: BTreeMap<String, Arc<Cluster>>,
     istio: Option<Arc<Grants>>,
+    awaited: Vec<Awaited>,
     /// JWK Sets by the name of their cluster, from those who are asked for them.
     fetched: HashMap<String, Vec<u8>>,
     /// What was last complained about, and when the file was last looked at.
@@ -103,9 +104,15 @@ impl Attestors {
 
     /// Whose token it is, of one of these clusters.
     pub(crate) fn pod(&self, grants: &Grants, token: &str, now: SystemTime) -> Result<Pod, Refused> {
-        let mut clusters = all(&self.state().clusters);
+        let (mut clusters, mut awaited) = self.clusters();
         clusters.retain(|cluster| grants.clusters.iter().any(|name| name == cluster.name()));
-        Ok(kubernetes::believe(&clusters, token, Some(&grants.audience), now)?.1)
+        awaited.retain(|one| grants.clusters.iter().any(|name| *name == one.name));
+        Ok(kubernetes::believe(&clusters, &awaited, token, Some(&grants.audience), now)?.1)
+    }
+
+    fn clusters(&self) -> (Vec<Arc<Cluster>>, Vec<Awaited>) {
+        let state = self.state();
+        (all(&state.clusters), state.awaited.clone())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -156,8 +163,8 @@ impl Pki {
     }
 
     pub(crate) fn attest_pod(&self, proof: &v1::KubernetesTokenProof, remote: &str) -> Result<Attested, Refused> {
-        let clusters = all(&self.attestors.state().clusters);
-        kubernetes::attest(&clusters, proof, remote, self.now())
+        let (clusters, awaited) = self.attestors.clusters();
+        kubernetes::attest(&clusters, &awaited, proof, remote, self.now())
     }
 
     /// Asks those clusters for their keys that are to be asked, until the server stops.
@@ -252,6 +259,13 @@ impl State {
         }
         merge(&mut self.authorities, authorities, "x509pop", &mut problems);
         merge(&mut self.clusters, clusters, "kubernetes", &mut problems);
+        let is_awaited = |config: &&config::Kubernetes| {
+            let is_asked = config.jwks_file.is_none() && config.jwks_url.is_some();
+            is_asked && !self.fetched.contains_key(&config.name) && !self.clusters.contains_key(&config.name)
+        };
+        let awaited = file.kubernetes.iter().filter(is_awaited);
+        let awaited = awaited.map(|config| Awaited { name: config.name.clone(), issuer: config.issuer.clone() });
+        self.awaited = awaited.collect();
         let names: Vec<&str> = file.kubernetes.iter().map(|cluster| cluster.name.as_str()).collect();
         match file.istio.as_ref().map(|section| Grants::read(section, &names)) {
             None => self.istio = None,

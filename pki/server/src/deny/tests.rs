@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, SystemTime};
@@ -9,6 +10,8 @@ use super::*;
 use crate::lifetimes::Lifetimes;
 use crate::pki::Options;
 use crate::rotation::RootState;
+use crate::store::hosts::Host;
+use crate::store::tokens::Token;
 use crate::times::from_unix;
 
 const HOUR: u64 = 3600;
@@ -65,12 +68,15 @@ impl Bench {
     }
 
     fn deny(&self, serial: &str, until: i64) {
-        let denied = Denied { whom: Whom::Serial(serial.to_owned()), until };
+        self.deny_whom(Whom::Serial(serial.to_owned()), until);
+    }
+
+    fn deny_whom(&self, whom: Whom, until: i64) {
+        let denied = Denied { whom, until };
         let floor = Floor::new(&self.pki().state).get();
         let now_ms = unix_ms(from_unix(self.now()));
-        let change = |records: &mut dyn crate::store::Records| {
-            deny::change(records, floor, now_ms, |entries| entries.push(denied.clone()))
-        };
+        let change =
+            |records: &mut dyn Records| deny::change(records, floor, now_ms, |entries| entries.push(denied.clone()));
         self.pki().state.database.transaction(change).unwrap();
         self.pki().refresh().unwrap();
     }
@@ -86,7 +92,7 @@ impl Bench {
 
     /// What a backup of the database taken before the first denial has.
     fn lose_the_set(&self) {
-        let forget = |records: &mut dyn crate::store::Records| records.delete("deny");
+        let forget = |records: &mut dyn Records| records.delete("deny");
         assert!(self.pki().state.database.transaction(forget).unwrap());
         self.pki().refresh().unwrap();
         assert!(self.pki().deny().is_behind);
@@ -94,12 +100,61 @@ impl Bench {
 
     fn taint_active(&self) {
         let now = self.now();
-        let taint = |records: &mut dyn crate::store::Records| {
+        let taint = |records: &mut dyn Records| {
             let mut trust = trust::trust(records)?;
             trust.roots.iter_mut().for_each(|root| root.tainted_at = Some(now));
             trust::put_trust(records, &trust)
         };
         self.pki().state.database.transaction(taint).unwrap();
+    }
+
+    /// Active, with a token by which it could join again.
+    fn enrol(&self, name: &str) {
+        let now = self.now();
+        let host = Host {
+            id: name.to_owned(),
+            state: HostState::Active,
+            key_current: vec![1],
+            public_key: Vec::new(),
+            enrolled_key: Vec::new(),
+            next: None,
+            enrolled_at: now,
+            last_seen: now,
+            acked_sequence: 0,
+            clock_offset_ms: 0,
+            roots_in_use: Vec::new(),
+            enrolled_by: String::new(),
+            labels: BTreeMap::new(),
+            adopted_until: None,
+            unrecorded_until: None,
+        };
+        let token = Token {
+            id: name.to_owned(),
+            secret_hash: vec![2],
+            host_id: name.to_owned(),
+            allow: Vec::new(),
+            created_at: now,
+            expires_at: now + 3600,
+            used: None,
+            max_uses: 1,
+            uses: 0,
+            from: Vec::new(),
+            labels: BTreeMap::new(),
+        };
+        let enrol = |records: &mut dyn Records| {
+            hosts::put_host(records, &host)?;
+            tokens::put_token(records, &token)
+        };
+        self.pki().state.database.transaction(enrol).unwrap();
+    }
+
+    /// What it is, and how many tokens there are by which somebody can join.
+    fn standing(&self, name: &str) -> (HostState, usize) {
+        let look = |view: &mut dyn View| {
+            let host = hosts::host(view, name)?.unwrap();
+            Ok::<_, DbError>((host.state, tokens::open(view, self.now())?.len()))
+        };
+        self.pki().state.database.read(look).unwrap()
     }
 
     fn learnt_lines(&self) -> usize {
@@ -128,7 +183,7 @@ fn a_restored_backup_neither_prunes_over_the_hosts_newer_set_nor_stays_behind_it
     let newer = bench.pki().deny();
     bench.lose_the_set();
     let outdated = Deny { sequence: 7, entries: vec![Denied { whom: Whom::Serial("bb".to_owned()), until: 1 }] };
-    let restore = |records: &mut dyn crate::store::Records| crate::store::put(records, "deny", &outdated);
+    let restore = |records: &mut dyn Records| crate::store::put(records, "deny", &outdated);
     bench.pki().state.database.transaction(restore).unwrap();
     bench.pass(60);
     assert_eq!(bench.denied(), ["bb"], "what has ended waits for the newer set");
@@ -148,7 +203,7 @@ fn a_newer_set_that_adds_nothing_is_taken_over_once() {
     bench.deny("bb", bench.now() + 3600);
     let newer = bench.pki().deny();
     let same = Deny { entries: bench.pki().state.database.read(deny::deny).unwrap().entries, ..older };
-    let restore = |records: &mut dyn crate::store::Records| crate::store::put(records, "deny", &same);
+    let restore = |records: &mut dyn Records| crate::store::put(records, "deny", &same);
     bench.pki().state.database.transaction(restore).unwrap();
     bench.pki().refresh().unwrap();
     assert!(bench.pki().deny().is_behind);
@@ -157,6 +212,26 @@ fn a_newer_set_that_adds_nothing_is_taken_over_once() {
     }
     assert!(!bench.pki().deny().is_behind);
     assert_eq!(bench.learnt_lines(), 1);
+}
+
+#[test]
+fn the_newest_set_there_was_bans_and_one_that_was_superseded_does_not() {
+    for is_newest in [true, false] {
+        let bench = Bench::new();
+        bench.enrol("web");
+        let web = SpiffeId::host(&bench.pki().trust_domain, "web").unwrap();
+        bench.deny_whom(Whom::Identity(web), bench.now() + 3600);
+        let set = bench.pki().deny();
+        if !is_newest {
+            bench.deny("aa", bench.now() + 3600);
+        }
+        bench.lose_the_set();
+        assert_eq!(bench.standing("web"), (HostState::Active, 1));
+        bench.pki().learn_deny(&set.jws).unwrap();
+        assert_eq!(bench.learnt_lines(), 1);
+        let expected = if is_newest { (HostState::Banned, 0) } else { (HostState::Active, 1) };
+        assert_eq!(bench.standing("web"), expected);
+    }
 }
 
 #[test]

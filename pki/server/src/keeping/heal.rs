@@ -26,9 +26,17 @@ pub(crate) fn heal(dir: &Path, now: SystemTime) -> Result<Option<Restored>, Stat
         // What cannot be judged now is not replaced; opening it says what is wrong.
         _ => return Ok(None),
     };
-    let good = backups.iter().find(|backup| is_usable(&backup.path));
-    let Some(backup) = good else { return Err(damage.into()) };
-    put_in_place(dir, &fetch(dir, &backup.path)?, damage.to_string(), now).map(Some)
+    for backup in backups.iter().filter(|backup| is_usable(&backup.path)) {
+        match fetch(dir, &backup.path) {
+            Ok(good) => return put_in_place(dir, &good, damage.to_string(), now).map(Some),
+            // One of an earlier version is judged only where it is converted.
+            Err(StateError::Db(error)) if is_damage(&error) => {
+                tracing::warn!(backup = %backup.path.display(), %error, "a backup is of no use; trying the one before");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(damage.into())
 }
 
 /// A database that lost its log of changes is whole, and what it was long ago.
@@ -299,6 +307,22 @@ mod tests {
         let damaged = fs::read(dir.path().join("pki.db")).unwrap();
         heal(dir.path(), now()).unwrap_err();
         assert_eq!(fs::read(dir.path().join("pki.db")).unwrap(), damaged);
+    }
+
+    #[test]
+    fn a_damaged_backup_of_an_earlier_version_is_passed_over_where_it_is_converted() {
+        let (dir, before) = backed_up();
+        let state = StateDir::open(dir.path()).unwrap();
+        let newest =
+            Backups::new(dir.path()).create(&state.database, now() + std::time::Duration::from_secs(5), true).unwrap();
+        drop(state);
+        fs::remove_file(&newest.path).unwrap();
+        rusqlite::Connection::open(&newest.path).unwrap().execute_batch("PRAGMA user_version = 2").unwrap();
+        assert!(is_usable(&newest.path), "nothing of it was read yet");
+        fs::remove_file(dir.path().join("pki.db")).unwrap();
+        let restored = heal(dir.path(), now()).unwrap().unwrap();
+        assert_ne!(restored.backup, newest.path);
+        assert_eq!(records(dir.path()), before);
     }
 
     #[test]

@@ -118,6 +118,8 @@ pub fn to_sqlite(dir: &Path, now: SystemTime) -> anyhow::Result<Moved> {
         put_aside(dir, "replaced", now)?;
     }
     fs::rename(&partial, dir.join("pki.db"))?;
+    // From here on it is the only one: it has to be found after a power cut, too.
+    fs::File::open(dir)?.sync_all()?;
     if !etcd.close(revision)? {
         fs::remove_file(dir.join("pki.db"))?;
         anyhow::bail!(CHANGED);
@@ -147,8 +149,12 @@ pub(crate) fn restore_etcd(
     DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
     if !before.is_empty() {
         store::write_copy(&aside.join("pki.db"), &before)?;
+        fs::File::open(aside.join("pki.db"))?.sync_all()?;
     }
     keep_list(dir, &aside)?;
+    for entries in [aside.as_path(), dir] {
+        fs::File::open(entries)?.sync_all()?;
+    }
     let restored = Restored {
         at: unix(now),
         backup: fetched.from.clone(),

@@ -101,7 +101,9 @@ impl Rotator<'_> {
                 if known.state == RootState::Active { Imported::InUse } else { Imported::Waiting }
             }
             None => {
-                if trust.in_bundle().count() >= MOST_ROOTS {
+                // As for one of our own: one more is better than going on with a root that has to be left.
+                let has_to_go = trust.active().is_some_and(|active| active.tainted_at.is_some());
+                if trust.in_bundle().count() >= MOST_ROOTS + usize::from(has_to_go) {
                     return Err(UpstreamError::TooManyRoots);
                 }
                 // One that had left begins anew: two records of one root would each be taken for the other.

@@ -11,6 +11,7 @@ use rcgen::{
     KeyPair, KeyUsagePurpose, PublicKeyData, SignatureAlgorithm,
 };
 
+use crate::authority::taint;
 use crate::operation::{DAY, Desk, HOUR, chain_of};
 use crate::support::domain;
 
@@ -190,6 +191,25 @@ fn whatever_cannot_be_used_is_refused_with_the_reason_and_what_is_in_force_stays
     desk.pass(60);
     assert_eq!(renew(&desk, &chain)[1], chain[1]);
     assert_eq!(desk.status().authorities.len(), 2);
+}
+
+#[test]
+fn a_full_bundle_takes_the_root_that_replaces_one_whose_key_leaked() {
+    let desk = Desk::new();
+    // It has acknowledged none of them, so that none signs yet.
+    desk.enrol("web");
+    let bring = |name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let chain = Offline::new(desk.now(), name).sign(&key, Says::usual(desk.now(), 365));
+        import(desk.dir(), chain.as_bytes(), Some(key.serialize_pem().as_bytes()), desk.now())
+    };
+    for name in ["first", "second", "third"] {
+        bring(name).unwrap();
+    }
+    assert!(matches!(bring("fourth").unwrap_err(), UpstreamError::TooManyRoots));
+    desk.done(taint(&desk.root("active").unwrap()));
+    bring("fourth").unwrap();
+    assert!(matches!(bring("fifth").unwrap_err(), UpstreamError::TooManyRoots));
 }
 
 fn openssl(arguments: &[&str]) -> String {

@@ -16,6 +16,7 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use meshd_etcd::api::compare::{CompareResult, CompareTarget, TargetUnion};
 use meshd_etcd::api::response_op::Response;
 use meshd_etcd::api::{Compare, RequestOp, TxnRequest, TxnResponse};
 use meshd_etcd::{Client, Error, Prefix, created_at, delete, get, none_changed_since, put, unchanged};
@@ -29,6 +30,8 @@ use self::watcher::Watcher;
 use super::{Committed, DbError, Engine, Records, Transaction, View, sqlite};
 use crate::authority::new_id;
 
+/// Without this record there is no PKI.
+const TRUST: &str = "trust";
 /// etcd's own default for --max-txn-ops.
 const MOST_OPERATIONS: usize = 128;
 /// The longest a call can take: every member tried, then the call itself.
@@ -312,6 +315,10 @@ impl Open<'_> {
             }
         }
         compares.extend(self.leader.map(|revision| created_at(format!("{base}{LEADER}"), revision)));
+        // What was moved away, or is being restored, takes no more changes.
+        if self.snapshot.has_pki() && !self.read.contains(TRUST) {
+            compares.push(exists(format!("{base}{RECORDS}{TRUST}")));
+        }
         compares
     }
 
@@ -356,7 +363,8 @@ impl Open<'_> {
             return Ok(Committed::LostRace);
         }
         // Another attempt would see the same.
-        Err(DbError::Contended)
+        let trouble = self.etcd.cache.lock().trouble.clone();
+        Err(trouble.map_or(DbError::Contended, DbError::Etcd))
     }
 }
 
@@ -400,6 +408,17 @@ impl Transaction for Open<'_> {
             }
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// The key is there, whatever happened to it.
+fn exists(key: String) -> Compare {
+    Compare {
+        result: CompareResult::Greater.into(),
+        target: CompareTarget::Create.into(),
+        key: key.into_bytes(),
+        target_union: Some(TargetUnion::CreateRevision(0)),
+        range_end: Vec::new(),
     }
 }
 

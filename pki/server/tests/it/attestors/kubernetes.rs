@@ -142,6 +142,27 @@ async fn tokens_for_others_of_others_and_of_yesterday_make_no_host() {
     assert!(!log.contains(&cluster.token(&claims())[..40]), "a token is in the audit log");
 }
 
+#[tokio::test]
+async fn until_the_keys_of_a_cluster_are_there_its_pods_are_told_to_try_again() {
+    let cluster = Cluster::rsa();
+    let attestors = CLUSTER.replace("@KEYS@", "jwks_url = \"https://127.0.0.1:1/openid/v1/jwks\"");
+    let lab = Lab::start_with_attestors(&[("attestors.toml", &attestors)]).await;
+    let enrol = |token: String| {
+        let attestation = Some(Attestation::KubernetesToken(v1::KubernetesTokenProof { token }));
+        let csr = request_over(&KeyPair::generate().unwrap());
+        let request = v1::EnrollRequest { attestation, csr, ..v1::EnrollRequest::default() };
+        lab.pki().enrol(&request, "10.0.0.9:1").unwrap_err()
+    };
+    let refused = enrol(cluster.token(&claims()));
+    assert_eq!(
+        (refused.kind(), refused.to_string().contains("cluster `prod` are not here yet")),
+        ("unavailable", true)
+    );
+    let mut elsewhere = claims();
+    elsewhere["iss"] = json!("https://elsewhere.example");
+    assert_eq!(enrol(cluster.token(&elsewhere)).kind(), "unauthenticated");
+}
+
 /// Answers as the API server does, to whoever shows the right token.
 async fn api_server(jwks: String) -> (String, u16) {
     let key = KeyPair::generate().unwrap();
