@@ -98,7 +98,7 @@ async fn a_source_that_panicked_is_started_again() {
             Box::pin(async move {
                 assert!(!first, "expected by this test");
                 sink.send(SourceEvent::InSync).await;
-                std::future::pending().await
+                std::future::pending::<()>().await;
             })
         }
     }

@@ -64,7 +64,7 @@ impl Bed {
     }
 
     fn put(&self, key: &str, value: &str) -> Result<()> {
-        self.etcd.ctl("root", &["put", &format!("{PAYMENTS}/{key}"), value])?.expect_success("a write").map(drop)
+        self.change(&["put", &format!("{PAYMENTS}/{key}"), value])
     }
 
     fn register(&self, host: &str) -> Result<()> {
@@ -74,7 +74,12 @@ impl Bed {
     }
 
     fn unregister(&self, host: &str) -> Result<()> {
-        self.etcd.ctl("root", &["del", &format!("{PAYMENTS}/endpoints/{host}")])?.expect_success("a removal").map(drop)
+        self.change(&["del", &format!("{PAYMENTS}/endpoints/{host}")])
+    }
+
+    /// Once more where a leader is being elected: what is written here may be written twice.
+    fn change(&self, what: &[&str]) -> Result<()> {
+        until(DEADLINE, "a write to etcd", || self.etcd.ctl("root", what).is_ok_and(|done| done.success()))
     }
 
     fn asks(&self) -> Result<String> {

@@ -106,7 +106,7 @@ impl Attestors {
     pub(crate) fn pod(&self, grants: &Grants, token: &str, now: SystemTime) -> Result<Pod, Refused> {
         let (mut clusters, mut awaited) = self.clusters();
         clusters.retain(|cluster| grants.clusters.iter().any(|name| name == cluster.name()));
-        awaited.retain(|one| grants.clusters.iter().any(|name| *name == one.name));
+        awaited.retain(|one| grants.clusters.contains(&one.name));
         Ok(kubernetes::believe(&clusters, &awaited, token, Some(&grants.audience), now)?.1)
     }
 
