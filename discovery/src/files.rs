@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::documents::{self, Described, Document};
+use crate::merge::duplicate;
 use crate::yaml::Problem;
 use crate::{Epoch, Listing, Record, Refused, Scope, ServiceName, Sink, Source, SourceEvent, SourceFuture, Wanted};
 
@@ -188,10 +189,6 @@ fn unreadable(dir: &Path, error: &io::Error) -> String {
          no services; until then the last known services stay)",
         dir.display()
     )
-}
-
-fn duplicate(origin: &str, service: &ServiceName, first: &str) -> String {
-    format!("{origin}: metadata.name: service {service} is already defined at {first}, which holds; remove one of them")
 }
 
 #[derive(Default)]

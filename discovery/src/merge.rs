@@ -292,7 +292,7 @@ fn no_endpoints(source: &str, name: &ServiceName, origin: &str) -> String {
     )
 }
 
-fn duplicate(origin: &str, service: &ServiceName, first: &str) -> String {
+pub(crate) fn duplicate(origin: &str, service: &ServiceName, first: &str) -> String {
     format!("{origin}: metadata.name: service {service} is already defined at {first}, which holds; remove one of them")
 }
 

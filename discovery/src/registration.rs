@@ -1,5 +1,5 @@
 //! How hosts write down where a service runs, as JSON: the value of a key in etcd or in Consul's store.
-//! docs/discovery.md is its reference.
+//! docs/resources.md is its reference.
 
 use std::net::IpAddr;
 
@@ -81,8 +81,9 @@ impl Registration {
         if let Some(n) = (0..self.ports.len().min(MOST_PORTS)).find(|n| twice(*n)) {
             refuse("ports", format!("port {} is named twice; remove one of them", self.ports[n].port));
         }
-        if self.mesh_port == 0 || self.ports.iter().any(|served| served.port == 0 || served.target == 0) {
-            refuse("ports", "0 is no port; write 1 to 65535".to_owned());
+        let zero = self.ports.iter().any(|served| served.port == 0 || served.target == 0);
+        for (field, _) in [("meshPort", self.mesh_port == 0), ("ports", zero)].into_iter().filter(|(_, zero)| *zero) {
+            refuse(field, "0 is no port; write 1 to 65535".to_owned());
         }
         for (field, word) in [("network", &self.network), ("zone", &self.zone)] {
             if !is_plain_word(word) {
@@ -93,7 +94,7 @@ impl Registration {
             }
         }
         if self.weight > MAX_WEIGHT {
-            refuse("weight", format!("{} is more than {MAX_WEIGHT}", self.weight));
+            refuse("weight", format!("{} is too much; write 0 to {MAX_WEIGHT}", self.weight));
         }
         let identity = match self.identity.as_deref().map(|text| SpiffeId::parse_in(trust_domain, text)) {
             Some(Ok(identity)) if identity.is_system() => {

@@ -28,7 +28,7 @@ const MOST_ERRORS: usize = 50;
 pub struct SourceHealth {
     pub name: String,
     pub kind: &'static str,
-    /// Services in the directory that this source defines, or that nobody defines and it alone serves.
+    /// Services in the directory that this source defines.
     pub services: usize,
     /// Endpoints in the directory that come from it.
     pub endpoints: usize,

@@ -55,15 +55,14 @@ pub(crate) fn read(base: &str, pair: &KeyValue, trust_domain: &TrustDomain) -> O
     let read = match meaning(base, key)? {
         Meaning::Service(service) => read_document(key, &service, &pair.value, trust_domain),
         Meaning::Endpoint(service) => {
-            let place = Registration::read(&pair.value, trust_domain);
-            let places = |place| vec![Arc::new(place)];
-            place.map(|place| (service, None, places(place))).map(|(service, definition, places)| Record {
+            let record = |place| Record {
                 key: key.into(),
                 origin: key.into(),
                 service,
-                definition,
-                places,
-            })
+                definition: None,
+                places: vec![Arc::new(place)],
+            };
+            Registration::read(&pair.value, trust_domain).map(record)
         }
     };
     Some(match read {

@@ -42,8 +42,8 @@ pub struct AcceptOrder {
     pub source: String,
 }
 
-/// What its source says of an endpoint, in a word.
 impl EndpointView {
+    /// What its source says of it, in a word.
     pub fn state(&self) -> &'static str {
         match (self.stale, self.healthy) {
             (true, _) => "stale",
