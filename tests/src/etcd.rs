@@ -101,6 +101,11 @@ impl Etcd {
         self.begin()
     }
 
+    /// What the running members said.
+    pub fn output(&self) -> String {
+        self.members.iter().flatten().map(Process::output).collect()
+    }
+
     fn begin(&mut self) -> Result<()> {
         (0..self.members.len()).try_for_each(|member| self.start_member(member))?;
         let healthy = || self.ctl("root", &["endpoint", "health"]).is_ok_and(|finished| finished.success());
@@ -113,10 +118,6 @@ impl Etcd {
     fn must(&self, arguments: &[&str]) -> Result<()> {
         self.ctl("root", arguments)?.expect_success(&format!("etcdctl {}", arguments.join(" ")))?;
         Ok(())
-    }
-
-    fn output(&self) -> String {
-        self.members.iter().flatten().map(Process::output).collect()
     }
 
     fn data(&self, member: usize) -> PathBuf {
