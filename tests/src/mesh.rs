@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::binaries;
+use crate::clock::fake_time;
 use crate::daemon::Daemon;
 use crate::host::Host;
 use crate::http;
@@ -43,8 +44,31 @@ impl Mesh {
         Ok(mesh)
     }
 
+    /// The same with a PKI that is nine days old: its first root has just been replaced, by the calendar.
+    pub fn start_after_rotation(plan: Plan) -> Result<Self> {
+        let lab = Arc::new(Lab::new(&plan.host_names())?);
+        let library = fake_time()?;
+        let ago = |time| [("LD_PRELOAD", library.as_str()), ("FAKETIME", time), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
+        let mut mesh = Self::prepare_in(lab, plan, &ago("-9d"))?;
+        // Prepared after a week; signs a day later.
+        mesh.start_pki_with(&ago("-26h"))?;
+        let roots = |mesh: &Self| mesh.pki_status().map(|status| active_and_prepared(&status)).unwrap_or_default();
+        until(READY, "the second root", || roots(&mesh).1.is_some())?;
+        mesh.stop_pki()?;
+        let next = roots(&mesh).1;
+        mesh.start_pki_serving(&["--clock-is-right"])?;
+        until(READY, "the second root signing", || roots(&mesh).0 == next)?;
+        mesh.join_all()?;
+        mesh.start_all()?;
+        Ok(mesh)
+    }
+
     /// Files in place and the PKI initialised, nothing running.
     pub fn prepare(lab: Arc<Lab>, plan: Plan) -> Result<Self> {
+        Self::prepare_in(lab, plan, &[])
+    }
+
+    fn prepare_in(lab: Arc<Lab>, plan: Plan, environment: &[(&str, &str)]) -> Result<Self> {
         binaries::check()?;
         let daemons = plan
             .hosts
@@ -56,7 +80,7 @@ impl Mesh {
             daemon.enrol(&plan::enrolment(&host.workloads, mesh.lab.has_units()))?;
             mesh.write_documents(daemon)?;
         }
-        mesh.init_pki()?;
+        mesh.init_pki(environment)?;
         Ok(mesh)
     }
 
@@ -259,13 +283,25 @@ impl Mesh {
         Ok(())
     }
 
-    fn init_pki(&self) -> Result<()> {
+    fn init_pki(&self, environment: &[(&str, &str)]) -> Result<()> {
         let directory = self.pki_directory();
         fs::create_dir_all(&directory)?;
         chown(&directory, Some(PKI_UID), Some(PKI_UID))?;
-        let program = self.pki_program(&["init"]).args(["--trust-domain", &self.plan.trust_domain]);
+        let mut program = self.pki_program(&["init"]).args(["--trust-domain", &self.plan.trust_domain]);
+        for (name, value) in environment {
+            program = program.env(name, value);
+        }
         self.pki_host().run(&program)?.expect_success("meshd-pki init")?;
         Ok(())
+    }
+
+    /// The roots that hosts trust, PEM each, the oldest first.
+    pub fn roots(&self) -> Result<Vec<String>> {
+        let url = format!("https://{}/.well-known/spiffe-bundle", self.pki_address());
+        let bundle = self.pki_host().command("curl", &["--silent", "--fail", "--insecure", &url])?;
+        let bundle: serde_json::Value = serde_json::from_str(&bundle)?;
+        let keys = bundle["keys"].as_array().context("a bundle without keys")?;
+        Ok(keys.iter().filter_map(|key| key["x5c"][0].as_str()).map(pem).collect())
     }
 
     pub fn pki_address(&self) -> String {
@@ -287,6 +323,20 @@ impl Mesh {
         let state = self.pki_directory().join("state");
         Program::new(binary).args(verb).arg("--state").arg(state).unit("meshd-pki.service").uid(PKI_UID)
     }
+}
+
+fn pem(base64: &str) -> String {
+    let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+}
+
+/// Of the roots in a status of the PKI.
+fn active_and_prepared(status: &serde_json::Value) -> (Option<String>, Option<String>) {
+    let of = |state: &str| {
+        let mut all = status["authorities"].as_array()?.iter();
+        all.find(|one| one["kind"] == "root" && one["state"] == state)?["id"].as_str().map(str::to_owned)
+    };
+    (of("active"), of("prepared"))
 }
 
 /// The user of units nobody enrolled.
