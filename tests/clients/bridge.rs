@@ -22,7 +22,7 @@ struct Rotated {
 
 impl Rotated {
     fn new() -> Result<Self> {
-        let mesh = Mesh::start_after_rotation(Plan::shop_with_one_server())?;
+        let (mesh, _) = Mesh::start_after_rotation(Plan::shop_with_one_server(), 0)?;
         let roots = mesh.roots()?;
         ensure!(roots.len() == 2, "{} roots", roots.len());
         let directory = mesh.host("web").directory();
@@ -34,16 +34,29 @@ impl Rotated {
 
     /// What checkout got by PyPI's client, and the same without the bridge.
     fn chains(&self) -> Result<[PathBuf; 2]> {
-        let (fetched, directory) = pypi::fetch(&self.mesh, "web", "checkout")?;
-        fetched.expect_success("PyPI's client taking a chain with a bridge")?;
-        let whole = directory.join("chain.pem");
-        let text = fs::read_to_string(&whole)?;
-        let certificates: Vec<&str> = text.split_inclusive(END).collect();
-        ensure!(certificates.len() == 3, "{} certificates:\n{text}", certificates.len());
-        let short = directory.join("short.pem");
+        let (whole, certificates) = fetch(&self.mesh)?;
+        ensure!(certificates.len() == 3, "{certificates:?}");
+        let short = whole.with_file_name("short.pem");
         fs::write(&short, certificates[..2].concat())?;
         Ok([whole, short])
     }
+}
+
+/// The chain of checkout, as PyPI's client got it; its key is beside it.
+fn fetch(mesh: &Mesh) -> Result<(PathBuf, Vec<String>)> {
+    let (fetched, directory) = pypi::fetch(mesh, "web", "checkout")?;
+    fetched.expect_success("PyPI's client fetching checkout's identity")?;
+    let chain = directory.join("chain.pem");
+    let certificates = fs::read_to_string(&chain)?.split_inclusive(END).map(str::to_owned).collect();
+    Ok((chain, certificates))
+}
+
+/// Whether an Envoy on api-1 lets checkout in with this chain.
+fn is_served(mesh: &Mesh, chain: &Path) -> Result<bool> {
+    let (chain, key) = (chain.display(), chain.with_file_name("key.pem"));
+    let options = format!("-cert_chain {chain} -cert {chain} -key {}", key.display());
+    let answered = call(mesh, "web", (mesh.host("api-1").address(), 9443).into(), &options)?;
+    Ok(answered.stdout.contains("payments on api-1"))
 }
 
 fn openssl_verifies(mesh: &Mesh, roots: &Path, chain: &Path, purpose: &str) -> Result<bool> {
@@ -93,17 +106,27 @@ fn an_envoy_with_the_root_before_lets_nobody_in_without_the_bridge() -> Result<(
     let mesh = &rotated.mesh;
     let server = server_with(mesh, Roots::File(rotated.before.clone()));
     let _running = server.start(mesh)?;
-    let is_served = |chain: &Path| -> Result<bool> {
-        let (chain, key) = (chain.display(), chain.with_file_name("key.pem"));
-        let options = format!("-cert_chain {chain} -cert {chain} -key {}", key.display());
-        let answered = call(mesh, "web", (mesh.host("api-1").address(), 9443).into(), &options)?;
-        Ok(answered.stdout.contains("payments on api-1"))
-    };
     let [whole, short] = rotated.chains()?;
-    ensure!(is_served(&whole)?, "refused with it");
+    ensure!(is_served(mesh, &whole)?, "refused with it");
     let before = server.stat(mesh, "fail_verify_error")?;
-    ensure!(!is_served(&short)?, "let in without it");
+    ensure!(!is_served(mesh, &short)?, "let in without it");
     let refused = server.stat(mesh, "fail_verify_error")?;
     ensure!(refused == before + 1, "not for its certificate: {before} and {refused}");
+    Ok(())
+}
+
+#[test]
+fn an_envoy_with_the_new_root_does_not_mind_a_bridge_that_has_ended() -> Result<()> {
+    let (mesh, shown) = Mesh::start_after_rotation(Plan::shop_with_one_server(), 40)?;
+    ensure!(shown.len() == 3, "{shown:?}");
+    let root = mesh.host("web").directory().join("now.pem");
+    fs::write(&root, mesh.roots()?.concat())?;
+    let _running = server_with(&mesh, Roots::File(root)).start(&mesh)?;
+    let (chain, certificates) = fetch(&mesh)?;
+    ensure!(certificates.len() == 2, "it is carried no more: {certificates:?}");
+    let late = chain.with_file_name("late.pem");
+    // As if somebody served it on.
+    fs::write(&late, [&certificates[..], &shown[2..]].concat().concat())?;
+    ensure!(is_served(&mesh, &late)?, "refused for what it does not need");
     Ok(())
 }

@@ -23,6 +23,7 @@ use crate::wait::until;
 pub const PKI_UID: u32 = 991;
 const PKI_METRICS: ([u8; 4], u16) = ([127, 0, 0, 1], 15021);
 const READY: Duration = Duration::from_secs(30);
+const END: &str = "-----END CERTIFICATE-----\n";
 
 // Fields drop in order: programs first, the lab they run in last.
 pub struct Mesh {
@@ -44,23 +45,41 @@ impl Mesh {
         Ok(mesh)
     }
 
-    /// The same with a PKI that is nine days old: its first root has just been replaced, by the calendar.
-    pub fn start_after_rotation(plan: Plan) -> Result<Self> {
+    /// The same with a PKI whose first root was replaced by the calendar, so many days ago; and the chain that it showed then.
+    pub fn start_after_rotation(plan: Plan, days: u64) -> Result<(Self, Vec<String>)> {
         let lab = Arc::new(Lab::new(&plan.host_names())?);
         let library = fake_time()?;
-        let ago = |time| [("LD_PRELOAD", library.as_str()), ("FAKETIME", time), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
-        let mut mesh = Self::prepare_in(lab, plan, &ago("-9d"))?;
-        // Prepared after a week; signs a day later.
-        mesh.start_pki_with(&ago("-26h"))?;
         let roots = |mesh: &Self| mesh.pki_status().map(|status| active_and_prepared(&status)).unwrap_or_default();
+        let ago = |hours| format!("-{hours}h");
+        let mut mesh = Self::prepare_in(lab, plan, &clock(&library, &ago(24 * (days + 9))))?;
+        // Prepared after a week; signs a day later.
+        mesh.start_pki_with(&clock(&library, &ago(24 * days + 26)))?;
         until(READY, "the second root", || roots(&mesh).1.is_some())?;
         mesh.stop_pki()?;
         let next = roots(&mesh).1;
-        mesh.start_pki_serving(&["--clock-is-right"])?;
+        if days > 0 {
+            mesh.start_pki_with(&clock(&library, &ago(24 * days)))?;
+        } else {
+            mesh.start_pki_serving(&["--clock-is-right"])?;
+        }
         until(READY, "the second root signing", || roots(&mesh).0 == next)?;
+        let shown = mesh.shown_by_pki()?;
+        if days > 0 {
+            mesh.stop_pki()?;
+            mesh.start_pki_serving(&["--clock-is-right"])?;
+        }
         mesh.join_all()?;
         mesh.start_all()?;
-        Ok(mesh)
+        Ok((mesh, shown))
+    }
+
+    /// The chain at the PKI's port, PEM each.
+    pub fn shown_by_pki(&self) -> Result<Vec<String>> {
+        let show = format!("openssl s_client -connect {} -showcerts </dev/null", self.pki_address());
+        let shown = self.pki_host().run(&Program::new("sh").args(["-c", &show]))?.stdout;
+        let begins = shown.match_indices("-----BEGIN CERTIFICATE").map(|(at, _)| at);
+        let ends = shown.match_indices(END).map(|(at, end)| at + end.len());
+        Ok(begins.zip(ends).map(|(from, to)| shown[from..to].to_owned()).collect())
     }
 
     /// Files in place and the PKI initialised, nothing running.
@@ -328,6 +347,11 @@ impl Mesh {
 fn pem(base64: &str) -> String {
     let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
     format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+}
+
+/// An environment in which it is `time`, in words of libfaketime.
+fn clock<'a>(library: &'a str, time: &'a str) -> [(&'static str, &'a str); 3] {
+    [("LD_PRELOAD", library), ("FAKETIME", time), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]
 }
 
 /// Of the roots in a status of the PKI.
