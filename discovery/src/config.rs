@@ -7,7 +7,7 @@ use meshd_identity::TrustDomain;
 use serde::Deserialize;
 
 use crate::name::{NameError, check_label};
-use crate::{Belief, EtcdSource, FilesSource, ServiceName, Source, Wanted};
+use crate::{Belief, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted};
 
 /// One `[[source]]`; their order in meshd.toml is their precedence, first wins.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -29,6 +29,10 @@ pub struct SourceConfig {
     pub password_file: Option<PathBuf>,
     /// Below which the keys lie.
     pub prefix: Option<String>,
+    /// For `kind = "kubernetes"`: where the API server is and who we are there; in a pod, its own if left out.
+    pub kubeconfig: Option<PathBuf>,
+    /// Which context of it; its own choice if left out.
+    pub context: Option<String>,
     /// Namespaces whose `MeshService` documents are believed when they come from this source. None by default.
     #[serde(default)]
     pub authority: Namespaces,
@@ -65,6 +69,7 @@ const RESOURCES_D: &str = "/etc/meshd/resources.d";
 pub enum SourceKind {
     Files,
     Etcd,
+    Kubernetes,
 }
 
 impl SourceKind {
@@ -72,6 +77,7 @@ impl SourceKind {
         match self {
             SourceKind::Files => "files",
             SourceKind::Etcd => "etcd",
+            SourceKind::Kubernetes => "kubernetes",
         }
     }
 
@@ -80,6 +86,7 @@ impl SourceKind {
         match self {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix"],
+            SourceKind::Kubernetes => &["kubeconfig", "context"],
         }
     }
 }
@@ -102,6 +109,8 @@ pub enum ConfigError {
     Foreign { name: String, key: &'static str, kind: &'static str, known: String },
     #[error("[[source]] `{name}`: {reason}")]
     Etcd { name: String, reason: String },
+    #[error("[[source]] `{name}`: {reason}")]
+    Kubernetes { name: String, reason: String },
 }
 
 impl SourceConfig {
@@ -117,6 +126,8 @@ impl SourceConfig {
             user: None,
             password_file: None,
             prefix: None,
+            kubeconfig: None,
+            context: None,
             authority: Namespaces::default(),
             provides: Provides::default(),
         }
@@ -137,6 +148,8 @@ impl SourceConfig {
             ("user", self.user.is_some()),
             ("password_file", self.password_file.is_some()),
             ("prefix", self.prefix.is_some()),
+            ("kubeconfig", self.kubeconfig.is_some()),
+            ("context", self.context.is_some()),
         ];
         all.into_iter().filter(|(_, given)| *given).map(|(key, _)| key)
     }
@@ -168,6 +181,13 @@ impl SourceConfig {
                 let source = EtcdSource::new(name, self.etcd(), self.prefix.as_deref(), trust_domain.clone());
                 let refused =
                     |error: meshd_etcd::Error| ConfigError::Etcd { name: name.to_owned(), reason: error.to_string() };
+                (Box::new(source.map_err(refused)?), Belief::Guarded)
+            }
+            SourceKind::Kubernetes => {
+                let settings =
+                    KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
+                let source = KubernetesSource::new(name, settings, self.authority.clone(), trust_domain.clone());
+                let refused = |reason| ConfigError::Kubernetes { name: name.to_owned(), reason };
                 (Box::new(source.map_err(refused)?), Belief::Guarded)
             }
         };
@@ -308,6 +328,9 @@ mod tests {
             ("kind = \"etcd\"\ndir = \"/x\"", "`dir` has no meaning with kind = \"etcd\", which takes endpoints, ca"),
             ("kind = \"files\"\nuser = \"x\"", "`user` has no meaning with kind = \"files\", which takes dir"),
             ("kind = \"etcd\"", "no etcd endpoint is given"),
+            ("kind = \"kubernetes\"\ncontext = \"prod\"", "add `kubeconfig`"),
+            ("kind = \"kubernetes\"\nkubeconfig = \"/no/such\"", "`kubernetes`: /no/such: "),
+            ("kind = \"kubernetes\"\ndir = \"/x\"", "which takes kubeconfig, context"),
             ("kind = \"etcd\"\nendpoints = [\"http://192.0.2.1:2379\"]", "http:// to etcd"),
         ] {
             let error = parse(text).unwrap().open(&td).err().unwrap().to_string();

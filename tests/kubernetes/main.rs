@@ -6,6 +6,7 @@ mod consul;
 mod controllers;
 mod etcd;
 mod from_etcd;
+mod from_kubernetes;
 mod istio;
 
 use std::fs;
