@@ -37,6 +37,10 @@ struct Bed {
 
 impl Bed {
     fn make() -> Result<Self> {
+        Self::importing(&["payments.shop", "ledger.shop"])
+    }
+
+    fn importing<S: AsRef<str>>(imports: &[S]) -> Result<Self> {
         let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
         let mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
         let mut cluster = Cluster::start(&lab.host("store"))?;
@@ -49,8 +53,11 @@ impl Bed {
         let text = fs::read_to_string(&config)?;
         let source =
             format!("\n[[source]]\nkind = \"kubernetes\"\nkubeconfig = {kubeconfig:?}\nauthority = [\"shop\"]\n");
-        let imports = "imports = [\"payments.shop\", \"ledger.shop\"]\n";
-        fs::write(&config, imports.to_owned() + text.split("[[source]]").next().unwrap_or_default() + &source)?;
+        let imports: Vec<&str> = imports.iter().map(AsRef::as_ref).collect();
+        fs::write(
+            &config,
+            format!("imports = {imports:?}\n") + text.split("[[source]]").next().unwrap_or_default() + &source,
+        )?;
         for api in ["api-1", "api-2"] {
             let config = bed.mesh.daemon(api).config();
             let text = fs::read_to_string(&config)?;
@@ -173,6 +180,19 @@ impl Bed {
     }
 }
 
+/// Of a Service without selector: one place, and how it is reached.
+fn slice_of(service: &str, address: &str, annotations: &[(&str, &str)]) -> Value {
+    let annotations: serde_json::Map<String, Value> =
+        annotations.iter().map(|(name, text)| ((*name).to_owned(), json!(text))).collect();
+    json!({
+        "metadata": {
+            "name": format!("{service}-place"), "labels": { "kubernetes.io/service-name": service },
+            "annotations": annotations,
+        },
+        "addressType": "IPv4", "ports": [{ "port": 80 }], "endpoints": [{ "addresses": [address] }],
+    })
+}
+
 #[test]
 fn every_pod_is_replaced_under_load_and_nobody_notices() -> Result<()> {
     let bed = Bed::make()?;
@@ -256,19 +276,55 @@ fn an_api_server_that_stands_still_or_is_cut_off_is_named_and_what_happened_mean
 }
 
 #[test]
+fn more_services_are_followed_than_one_connection_takes_watches() -> Result<()> {
+    let names: Vec<String> = (0..60).map(|n| format!("s{n}.team-{}", n % 10)).collect();
+    let bed = Bed::importing(&[&["payments.shop".to_owned()], names.as_slice()].concat())?;
+    bed.is_well()?;
+    // One for calls, the others with at most a hundred streams.
+    let server = bed.mesh.lab().host("store").address().to_string();
+    let connections = bed.mesh.host("web").command("ss", &["-Htn", "state", "established", "dst", &server])?;
+    ensure!(connections.lines().count() == 3, "{connections}");
+    bed.cluster.create("/api/v1/namespaces", &json!({ "metadata": { "name": "team-9" } }))?;
+    let place = [("meshd.dev/transport", "meshd"), ("meshd.dev/identity", "ns/team-9/sa/s59")];
+    let service = json!({ "metadata": { "name": "s59" }, "spec": { "ports": [{ "port": 80 }] } });
+    bed.cluster.create(&SERVICES.replace("shop", "team-9"), &service)?;
+    bed.cluster.create(&SLICES.replace("shop", "team-9"), &slice_of("s59", "10.9.9.9", &place))?;
+    let known = |rows: &[Value]| rows.iter().any(|row| row["dial"] == "10.9.9.9:15008");
+    until(DEADLINE, "the place of the last one", || bed.endpoints().is_ok_and(|rows| known(&rows)))
+        .with_context(|| format!("{:?} {:?}", bed.endpoints(), bed.errors()))
+}
+
+#[test]
+fn by_a_pattern_a_cluster_is_read_in_pages_and_only_what_takes_part_is_imported() -> Result<()> {
+    let bed = Bed::importing(&["*"])?;
+    let row = bed.endpoints()?;
+    ensure!(row.len() == 1, "{row:?}");
+    let annotations = json!({ "meshd.dev/identities": "ns/shop/sa/payments" });
+    let service = |n: u32| {
+        let ports = json!([{ "port": 80 }]);
+        let metadata =
+            json!({ "name": format!("s{n}"), "annotations": if n % 2 == 0 { &annotations } else { &Value::Null } });
+        json!({ "metadata": metadata, "spec": { "clusterIP": "None", "ports": ports } })
+    };
+    bed.cluster.create_all(SERVICES, &(0..520).map(service).collect::<Vec<_>>())?;
+    let defines = || -> Result<Value> { Ok(bed.mesh.daemon("web").json("status")?["sources"][0]["services"].clone()) };
+    let all = || defines().is_ok_and(|services| services == 261);
+    until(DEADLINE, "every other service by watch", all).with_context(|| format!("{:?}", defines()))?;
+    bed.mesh.daemon("web").stop()?;
+    fs::remove_file(bed.mesh.daemon("web").config().with_file_name("").join("../state/directory/kubernetes.json"))?;
+    bed.mesh.daemon("web").start()?;
+    until(DEADLINE, "every other service by list", all).with_context(|| format!("{:?}", defines()))?;
+    bed.answers("api-1")
+}
+
+#[test]
 fn annotations_without_meaning_are_named_and_what_was_said_before_stays() -> Result<()> {
     let bed = Bed::make()?;
     // A Service that selects no pods: who writes its slice says what is there.
     let ledger = json!({ "metadata": { "name": "ledger" }, "spec": { "ports": [{ "port": 80 }] } });
     bed.cluster.create(SERVICES, &ledger)?;
-    let slice = json!({
-        "metadata": {
-            "name": "ledger-api-2", "labels": { "kubernetes.io/service-name": "ledger" },
-            "annotations": { "meshd.dev/transport": "meshd", "meshd.dev/weight": "40" },
-        },
-        "addressType": "IPv4", "ports": [{ "port": 80 }],
-        "endpoints": [{ "addresses": [bed.mesh.host("api-2").address().to_string()] }],
-    });
+    let notes = [("meshd.dev/transport", "meshd"), ("meshd.dev/weight", "40")];
+    let slice = slice_of("ledger", &bed.mesh.host("api-2").address().to_string(), &notes);
     bed.cluster.create(SLICES, &slice)?;
     let known = || bed.endpoints().is_ok_and(|rows| rows.iter().any(|row| row["weight"] == 40));
     until(DEADLINE, "the ledger's place", known)
@@ -276,14 +332,14 @@ fn annotations_without_meaning_are_named_and_what_was_said_before_stays() -> Res
     let annotate = |path: &str, name: &str, text: &str| {
         bed.cluster.change("PATCH", path, &json!({ "metadata": { "annotations": { name: text } } }))
     };
-    annotate(&format!("{SLICES}/ledger-api-2"), "meshd.dev/weight", "heavy")?;
+    annotate(&format!("{SLICES}/ledger-place"), "meshd.dev/weight", "heavy")?;
     annotate(&format!("{SERVICES}/payments"), "meshd.dev/identities", "{")?;
-    bed.names("EndpointSlice shop/ledger-api-2: annotation meshd.dev/weight: `heavy` is no such number")?;
+    bed.names("EndpointSlice shop/ledger-place: annotation meshd.dev/weight: `heavy` is no such number")?;
     bed.names("Service shop/payments: annotation meshd.dev/identities: ")?;
     ensure!(known(), "{:?}", bed.endpoints());
     bed.answers("api-1")?;
-    bed.is_checked("EndpointSlice shop/ledger-api-2")?;
-    annotate(&format!("{SLICES}/ledger-api-2"), "meshd.dev/weight", "41")?;
+    bed.is_checked("EndpointSlice shop/ledger-place")?;
+    annotate(&format!("{SLICES}/ledger-place"), "meshd.dev/weight", "41")?;
     annotate(&format!("{SERVICES}/payments"), "meshd.dev/identities", "ns/shop/sa/payments")?;
     bed.is_well()
 }

@@ -22,9 +22,9 @@ use super::settings::{Access, Settings};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// Between two pieces of an answer.
 const STALL_DEADLINE: Duration = Duration::from_secs(10);
-/// Which of several connections stands still is noticed within both together; a server that does, by probes.
-const PING_EVERY: Duration = Duration::from_secs(10);
-const PING_ANSWER: Duration = Duration::from_secs(5);
+/// A connection of watches that stands still is noticed within both together, as soon as a server by probes.
+const PING_EVERY: Duration = Duration::from_secs(5);
+const PING_ANSWER: Duration = Duration::from_secs(4);
 /// An API server takes 250 streams per connection unless told otherwise (--http2-max-streams-per-connection, Go's
 /// default), and a request beyond them would wait for a watch to end.
 const MOST_STREAMS: usize = 100;
@@ -36,7 +36,9 @@ const LARGEST_REFUSAL: usize = 64 * 1024;
 
 pub(super) struct Client {
     settings: Settings,
-    connections: Vec<Connection>,
+    /// Of lists and probes alone: who must be answered before watches are read on must not wait for them.
+    calls: Option<SendRequest<Empty<Bytes>>>,
+    watches: Vec<Connection>,
     /// Of the present connections.
     access: Option<Access>,
 }
@@ -64,12 +66,13 @@ pub(super) struct Asked {
 
 impl Client {
     pub(super) fn new(settings: Settings) -> Client {
-        Client { settings, connections: Vec::new(), access: None }
+        Client { settings, calls: None, watches: Vec::new(), access: None }
     }
 
     /// The next request goes by a new connection, with what the files say then.
     pub(super) fn leave(&mut self) {
-        self.connections.clear();
+        self.calls = None;
+        self.watches.clear();
         self.access = None;
     }
 
@@ -79,62 +82,79 @@ impl Client {
     }
 
     pub(super) async fn get(&mut self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
-        let (response, _stream) = self.request(path, asked).await?;
+        let access = self.access()?;
+        let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
+            Some(sender) => sender,
+            None => open(&access).await?,
+        };
+        let response = request(sender.clone(), &access, path, asked).await?;
+        self.calls = Some(sender);
         read_all(response.into_body(), LARGEST_ANSWER).await
     }
 
     pub(super) async fn lines(&mut self, path: &str, asked: &Asked) -> Result<Lines, Error> {
-        let (response, stream) = self.request(path, asked).await?;
+        let access = self.access()?;
+        self.watches.retain(|connection| !connection.sender.is_closed());
+        let free = |connection: &&Connection| Arc::strong_count(&connection.streams) <= MOST_STREAMS;
+        let (sender, stream) = match self.watches.iter().find(free) {
+            Some(connection) => (connection.sender.clone(), connection.streams.clone()),
+            None => {
+                let connection = Connection { sender: open(&access).await?, streams: Arc::new(()) };
+                let opened = (connection.sender.clone(), connection.streams.clone());
+                self.watches.push(connection);
+                opened
+            }
+        };
+        let response = request(sender, &access, path, asked).await?;
         Ok(Lines { body: response.into_body(), buffer: BytesMut::new(), searched: 0, _stream: stream })
     }
 
-    async fn request(&mut self, path: &str, asked: &Asked) -> Result<(Response<Incoming>, Arc<()>), Error> {
-        let access = match &self.access {
-            Some(access) => access.clone(),
-            None => self.access.insert(self.settings.access()?).clone(),
-        };
-        let (mut sender, stream) = self.connection(&access).await?;
-        let mut request = Request::get(format!("{}{}{path}", access.server, access.base))
-            .header(ACCEPT, "application/json")
-            .header(USER_AGENT, concat!("meshd/", env!("CARGO_PKG_VERSION")))
-            .body(Empty::new())
-            .map_err(|error| Error::Broken(error.to_string()))?;
-        if let Some(token) = &access.token {
-            let bearer = HeaderValue::try_from(format!("Bearer {}", token.read()?));
-            let unfit = |_| Error::Unauthorized { by: access.credential(), reason: "it is no token".to_owned() };
-            let mut bearer = bearer.map_err(unfit)?;
-            bearer.set_sensitive(true);
-            request.headers_mut().insert(AUTHORIZATION, bearer);
+    fn access(&mut self) -> Result<Access, Error> {
+        match &self.access {
+            Some(access) => Ok(access.clone()),
+            None => Ok(self.access.insert(self.settings.access()?).clone()),
         }
-        let answer = timeout(CALL_DEADLINE, sender.send_request(request)).await.map_err(|_| Error::Deadline)?;
-        let response = answer.map_err(|error| Error::Broken(said(&error)))?;
-        if response.status() == StatusCode::OK {
-            return Ok((response, stream));
-        }
-        let status = response.status();
-        let reason = objects::read_refusal(&read_all(response.into_body(), LARGEST_REFUSAL).await?);
-        Err(match status {
-            StatusCode::UNAUTHORIZED => Error::Unauthorized { by: access.credential(), reason },
-            StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource.clone(), reason },
-            StatusCode::GONE => Error::Expired,
-            status => Error::Refused { status: status.as_u16(), reason },
-        })
     }
+}
 
-    async fn connection(&mut self, access: &Access) -> Result<(SendRequest<Empty<Bytes>>, Arc<()>), Error> {
-        self.connections.retain(|connection| !connection.sender.is_closed());
-        let free = |connection: &&Connection| Arc::strong_count(&connection.streams) <= MOST_STREAMS;
-        if let Some(connection) = self.connections.iter().find(free) {
-            return Ok((connection.sender.clone(), connection.streams.clone()));
-        }
-        let unreachable = |reason: String| Error::Unreachable { server: access.server.clone(), reason };
-        let within = format!("no connection within {} s", CONNECT_DEADLINE.as_secs());
-        let opened = timeout(CONNECT_DEADLINE, connect(access)).await;
-        let sender = opened.unwrap_or_else(|_| Err(unreachable(within)))?;
-        let streams = Arc::new(());
-        self.connections.push(Connection { sender: sender.clone(), streams: streams.clone() });
-        Ok((sender, streams))
+async fn request(
+    mut sender: SendRequest<Empty<Bytes>>,
+    access: &Access,
+    path: &str,
+    asked: &Asked,
+) -> Result<Response<Incoming>, Error> {
+    let mut request = Request::get(format!("{}{}{path}", access.server, access.base))
+        .header(ACCEPT, "application/json")
+        .header(USER_AGENT, concat!("meshd/", env!("CARGO_PKG_VERSION")))
+        .body(Empty::new())
+        .map_err(|error| Error::Broken(error.to_string()))?;
+    if let Some(token) = &access.token {
+        let bearer = HeaderValue::try_from(format!("Bearer {}", token.read()?));
+        let unfit = |_| Error::Unauthorized { by: access.credential(), reason: "it is no token".to_owned() };
+        let mut bearer = bearer.map_err(unfit)?;
+        bearer.set_sensitive(true);
+        request.headers_mut().insert(AUTHORIZATION, bearer);
     }
+    let answer = timeout(CALL_DEADLINE, sender.send_request(request)).await.map_err(|_| Error::Deadline)?;
+    let response = answer.map_err(|error| Error::Broken(said(&error)))?;
+    if response.status() == StatusCode::OK {
+        return Ok(response);
+    }
+    let status = response.status();
+    let reason = objects::read_refusal(&read_all(response.into_body(), LARGEST_REFUSAL).await?);
+    Err(match status {
+        StatusCode::UNAUTHORIZED => Error::Unauthorized { by: access.credential(), reason },
+        StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource.clone(), reason },
+        StatusCode::GONE => Error::Expired,
+        StatusCode::TOO_MANY_REQUESTS => Error::Busy(reason),
+        status => Error::Refused { status: status.as_u16(), reason },
+    })
+}
+
+async fn open(access: &Access) -> Result<SendRequest<Empty<Bytes>>, Error> {
+    let reason = || format!("no connection within {} s", CONNECT_DEADLINE.as_secs());
+    let late = |_| Err(Error::Unreachable { server: access.server.clone(), reason: reason() });
+    timeout(CONNECT_DEADLINE, connect(access)).await.unwrap_or_else(late)
 }
 
 async fn connect(access: &Access) -> Result<SendRequest<Empty<Bytes>>, Error> {

@@ -32,6 +32,9 @@ pub(super) enum Error {
     /// What was asked for is older than what the server keeps.
     #[error("the API server no longer keeps what a watch needs")]
     Expired,
+    /// Watches under way go on.
+    #[error("the API server has too much to do (429: {0})")]
+    Busy(String),
     #[error("the API server refused (status {status}): {reason}")]
     Refused { status: u16, reason: String },
     #[error("an answer of the API server cannot be read: {0}")]

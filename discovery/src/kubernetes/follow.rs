@@ -137,10 +137,18 @@ impl Follower {
                     }
                     self.tell(touched).await;
                 }
-                _ = probes.tick() => {
-                    self.compare(remote.probe().await?);
-                    self.sink.send(SourceEvent::InSync).await;
-                }
+                _ = probes.tick() => match remote.probe().await {
+                    Ok(life) => {
+                        self.compare(life);
+                        self.sink.send(SourceEvent::InSync).await;
+                    }
+                    // To begin anew would give it more to do.
+                    Err(error @ Error::Busy(_)) => {
+                        self.sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                },
                 Ok(()) = wanted.changed() => {
                     let now = wanted.borrow_and_update().clone();
                     if now.resync != asked.resync {

@@ -17,6 +17,8 @@ struct Script {
     position: u64,
     objects: BTreeMap<Kind, Vec<Value>>,
     down: bool,
+    /// Too much to do for calls.
+    busy: bool,
     /// Which kind may not be read.
     forbidden: Option<Kind>,
     /// How many watches from now on are refused because their history is gone.
@@ -74,6 +76,9 @@ impl Remote for Fake {
 
     async fn probe(&mut self) -> Result<Epoch, Error> {
         self.up("probe".to_owned())?;
+        if self.change(|script| script.busy) {
+            return Err(Error::Busy("scripted".to_owned()));
+        }
         Ok(self.change(|script| Epoch { store: script.store.into(), position: script.position }))
     }
 
@@ -384,6 +389,16 @@ async fn all_is_read_again_when_asked_and_every_few_minutes() {
     let listed_at = Instant::now();
     running.listed().await;
     assert!(listed_at.elapsed() >= RESYNC_EVERY.mul_f64(0.8) && listed_at.elapsed() <= RESYNC_EVERY.mul_f64(1.2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_with_too_much_to_do_keeps_its_watches() {
+    let mut running = running().await;
+    running.server.change(|script| script.busy = true);
+    assert!(running.unavailable().await.contains("too much to do"));
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.6"]);
+    assert!(running.server.asked().iter().all(|call| call == "probe"));
 }
 
 #[tokio::test(start_paused = true)]

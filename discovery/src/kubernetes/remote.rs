@@ -80,7 +80,11 @@ impl Remote for ApiServer {
             let from = known.map_or("&resourceVersion=0".to_owned(), |known| {
                 format!("&resourceVersion={}&resourceVersionMatch=NotOlderThan", encode(known))
             });
-            return objects::read_list(what.kind, &self.0.get(&what.path(&from), &asked).await?);
+            match self.0.get(&what.path(&from), &asked).await {
+                // A cache that has not come so far, or a store put back: etcd itself knows.
+                Err(Error::Refused { status: 504, .. }) if known.is_some() => {}
+                answer => return objects::read_list(what.kind, &answer?),
+            }
         }
         let mut listed = Listed::default();
         let mut next = String::new();

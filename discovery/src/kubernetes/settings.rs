@@ -96,7 +96,7 @@ impl Settings {
         let access = match (&self.kubeconfig, &self.context) {
             (Some(path), context) => from_kubeconfig(path, context.as_deref()),
             (None, Some(_)) => Err(SettingsError::ContextAlone),
-            (None, None) => in_cluster(),
+            (None, None) => in_cluster(|name| std::env::var(name).ok(), Path::new(IN_CLUSTER)),
         }?;
         // A token that cannot be read is told at once.
         access.token.as_ref().map(Token::read).transpose()?;
@@ -104,13 +104,12 @@ impl Settings {
     }
 }
 
-fn in_cluster() -> Result<Access, SettingsError> {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+fn in_cluster(variable: impl Fn(&str) -> Option<String>, directory: &Path) -> Result<Access, SettingsError> {
+    let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
     let host = variable("KUBERNETES_SERVICE_HOST").ok_or(SettingsError::NotInCluster)?;
     let port = variable("KUBERNETES_SERVICE_PORT").unwrap_or(HTTPS.to_string());
     let bare = host.trim_matches(['[', ']']).to_owned();
     let address = if bare.contains(':') { format!("[{bare}]:{port}") } else { format!("{bare}:{port}") };
-    let directory = Path::new(IN_CLUSTER);
     Ok(Access {
         server: format!("https://{address}"),
         address,

@@ -93,3 +93,23 @@ fn a_context_without_kubeconfig_is_refused() {
     let settings = Settings { kubeconfig: None, context: Some("x".to_owned()) };
     assert!(matches!(settings.access(), Err(SettingsError::ContextAlone)));
 }
+
+#[test]
+fn a_pod_finds_everything_in_itself() {
+    let directory = Directory::new();
+    fs::copy(directory.0.path().join("ca.pem"), directory.0.path().join("ca.crt")).unwrap();
+    let access = |host: &'static str| {
+        let variable = move |name: &str| match name {
+            "KUBERNETES_SERVICE_HOST" => Some(host.to_owned()),
+            "KUBERNETES_SERVICE_PORT" => Some("6443".to_owned()),
+            _ => None,
+        };
+        in_cluster(variable, directory.0.path())
+    };
+    let v4 = access("10.96.0.1").unwrap();
+    assert_eq!((v4.server.as_str(), v4.name.as_str()), ("https://10.96.0.1:6443", "10.96.0.1"));
+    assert_eq!(v4.token.unwrap().read().unwrap(), "abc");
+    let v6 = access("fd00::1").unwrap();
+    assert_eq!((v6.server.as_str(), v6.name.as_str()), ("https://[fd00::1]:6443", "fd00::1"));
+    assert!(matches!(access(""), Err(SettingsError::NotInCluster)));
+}
