@@ -183,8 +183,8 @@ impl Reader {
 impl Known<'_> {
     /// One of that name and another uid is another pod.
     fn pod(&self, endpoint: &SliceEndpoint) -> Option<&Pod> {
-        let (key, uid) = endpoint.pod.as_ref()?;
-        self.pods.get(key).filter(|pod| uid.is_empty() || pod.uid == *uid)
+        let (key, life) = endpoint.pod.as_ref()?;
+        self.pods.get(key).filter(|pod| pod.life.may_be(*life))
     }
 
     fn any_is_ready(&self) -> bool {
