@@ -24,6 +24,7 @@ mod record;
 mod registration;
 mod saved;
 mod source;
+mod stored;
 mod types;
 mod watch;
 mod yaml;

@@ -64,7 +64,7 @@ impl Registration {
         registration.place(trust_domain)
     }
 
-    fn place(self, trust_domain: &TrustDomain) -> Result<Place, Vec<String>> {
+    pub(crate) fn place(self, trust_domain: &TrustDomain) -> Result<Place, Vec<String>> {
         let mut problems = Vec::new();
         let mut refuse = |field: &str, reason: String| problems.push(format!("{field}: {reason}"));
         let address = self.address.to_canonical();
