@@ -11,6 +11,7 @@
 mod backoff;
 mod belief;
 mod config;
+mod consul;
 mod directory;
 mod documents;
 mod etcd;
@@ -31,6 +32,7 @@ mod yaml;
 
 pub use belief::{Belief, REPEATED_FOR};
 pub use config::{ConfigError, Configured, Imports, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
+pub use consul::{ConsulSource, Settings as ConsulSettings, SettingsError as ConsulSettingsError};
 pub use directory::Directory;
 pub use documents::DEFAULT_MESH_PORT;
 pub use etcd::EtcdSource;
