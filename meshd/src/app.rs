@@ -107,7 +107,7 @@ impl App {
             OnlyOne::here(&config.run_dir, &config.state_dir).map_err(|error| StartError(error.to_string()))?;
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
         let mut credentials = agent.watch();
-        let renewals = agent.metrics();
+        let (renewals, line) = (agent.metrics(), agent.line());
         let (denied, denials) = Denied::follow(agent.denied());
         let selectors = credentials.borrow().selectors.clone();
         let attestor = Attestor::new(Sight::of(config.workload_api.path_selectors));
@@ -215,7 +215,7 @@ impl App {
             let socket = start!(workload_api::bind(&path), "{}", path.display())?;
             let socket = start!(socket.into_std(), "{}", path.display())?;
             let (shared, credentials, enrolled) = (shared.clone(), certificates.published(), identities.subscribe());
-            let tokens = Arc::new(workload_api::PkiTokens::new(credentials.clone()));
+            let tokens = Arc::new(workload_api::PkiTokens::new(credentials.clone(), line));
             let sources = workload_api::Sources { shared, credentials, enrolled, tokens: Some(tokens) };
             tasks.keep("workload_api", (socket, Arc::new(sources)), |(socket, sources)| {
                 Box::pin(async {

@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .build_transport(false)
         .generate_default_stubs(true)
+        .codec_path("crate::codec::SmallBuffers")
         // What `-o json` prints.
         .type_attribute(".meshd.pki.admin.v1", "#[derive(serde::Serialize)]")
         .type_attribute(".meshd.pki.admin.v1.Reply.reply", "#[serde(untagged)]")

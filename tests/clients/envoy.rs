@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -30,8 +31,15 @@ pub(crate) struct Sidecar<'a> {
 
 /// Whose certificate it believes at the far end of its TLS, which is before or behind it: Envoy's matcher of their names.
 pub(crate) enum Side {
-    Server { client: String, roots: &'static str },
-    Client { server: String, roots: &'static str },
+    Server { client: String, roots: Roots },
+    Client { server: String, roots: Roots },
+}
+
+/// Where it has its roots from: a secret of our socket, or a file that nobody keeps up to date.
+#[derive(Clone)]
+pub(crate) enum Roots {
+    Secret(&'static str),
+    File(PathBuf),
 }
 
 impl Sidecar<'_> {
@@ -57,8 +65,10 @@ impl Sidecar<'_> {
         let program = Program::new(python::envoy(&python::environment()?)?);
         let program = program.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning", "-c"]);
         let mut envoy = host.spawn(&mesh.in_unit(self.host, self.unit, program.arg(path)))?;
-        let secrets = || self.stat(mesh, "update_success").is_ok_and(|count| count >= 2);
-        until(DEADLINE, "both secrets of an Envoy", || secrets() || !envoy.is_running())?;
+        let (Side::Server { roots, .. } | Side::Client { roots, .. }) = &self.side;
+        let wanted = if matches!(roots, Roots::Secret(_)) { 2 } else { 1 };
+        let secrets = || self.stat(mesh, "update_success").is_ok_and(|count| count >= wanted);
+        until(DEADLINE, "the secrets of an Envoy", || secrets() || !envoy.is_running())?;
         ensure!(envoy.is_running(), "Envoy ended:\n{}", envoy.output());
         Ok(envoy)
     }
@@ -77,31 +87,52 @@ pub(crate) fn exactly(id: &str) -> String {
     format!("exact: \"{id}\"")
 }
 
-fn tls(context: &str, peer: &str, roots: &str, more: &str) -> String {
+fn tls(context: &str, peer: &str, roots: &Roots, more: &str) -> String {
     let sds = "{ resource_api_version: V3, api_config_source: { api_type: GRPC, transport_api_version: V3, \
                grpc_services: [{ envoy_grpc: { cluster_name: meshd } }] } }";
+    let names = format!("match_typed_subject_alt_names: [{{ san_type: URI, matcher: {{ {peer} }} }}]");
+    let believed = match roots {
+        Roots::Secret(name) => format!(
+            "combined_validation_context: {{ default_validation_context: {{ {names} }}, \
+             validation_context_sds_secret_config: {{ name: \"{name}\", sds_config: {sds} }} }}"
+        ),
+        Roots::File(path) => {
+            format!("validation_context: {{ trusted_ca: {{ filename: \"{}\" }}, {names} }}", path.display())
+        }
+    };
     format!(
         "transport_socket: {{ name: envoy.transport_sockets.tls, typed_config: {{ \"@type\": {TLS}.{context}, \
          common_tls_context: {{ tls_certificate_sds_secret_configs: [{{ name: default, sds_config: {sds} }}], \
-         combined_validation_context: {{ default_validation_context: {{ match_typed_subject_alt_names: \
-         [{{ san_type: URI, matcher: {{ {peer} }} }}] }}, \
-         validation_context_sds_secret_config: {{ name: \"{roots}\", sds_config: {sds} }} }} }}{more} }} }}"
+         {believed} }}{more} }} }}"
     )
 }
 
 fn server(mesh: &Mesh) -> Sidecar<'static> {
+    server_with(mesh, Roots::Secret("ROOTCA"))
+}
+
+pub(crate) fn server_with(mesh: &Mesh, roots: Roots) -> Sidecar<'static> {
     Sidecar {
         host: "api-1",
         unit: "payments",
         listen: (Ipv4Addr::UNSPECIFIED, 9443),
         far: (Ipv4Addr::LOCALHOST, 8080),
         admin: 9901,
-        side: Side::Server { client: exactly(&mesh.spiffe_id("checkout")), roots: "ROOTCA" },
+        side: Side::Server { client: exactly(&mesh.spiffe_id("checkout")), roots },
     }
 }
 
 fn client(mesh: &Mesh, unit: &'static str, port: u16, admin: u16) -> Sidecar<'static> {
-    let side = Side::Client { server: exactly(&mesh.spiffe_id("payments")), roots: "ALL" };
+    client_with(mesh, unit, (port, admin), Roots::Secret("ALL"))
+}
+
+pub(crate) fn client_with(
+    mesh: &Mesh,
+    unit: &'static str,
+    (port, admin): (u16, u16),
+    roots: Roots,
+) -> Sidecar<'static> {
+    let side = Side::Client { server: exactly(&mesh.spiffe_id("payments")), roots };
     let far = (mesh.host("api-1").address(), 9443);
     Sidecar { host: "web", unit, listen: (Ipv4Addr::LOCALHOST, port), far, admin, side }
 }
@@ -113,7 +144,7 @@ pub(crate) fn call(mesh: &Mesh, host: &str, to: SocketAddr, options: &str) -> Re
     mesh.host(host).run(&Program::new("sh").args(["-c", &openssl]))
 }
 
-fn ask(mesh: &Mesh, port: u16) -> Result<String> {
+pub(crate) fn ask(mesh: &Mesh, port: u16) -> Result<String> {
     let url = format!("http://127.0.0.1:{port}/");
     Ok(mesh.curl("web", "stray", &["--max-time", "5", &url])?.stdout)
 }

@@ -10,7 +10,7 @@ use meshd_tests::mesh::Mesh;
 use meshd_tests::plan::{HostPlan, Plan, Workload};
 use meshd_tests::wait::until;
 
-use crate::envoy::{Side, Sidecar, call, exactly};
+use crate::envoy::{Roots, Side, Sidecar, call, exactly};
 use crate::{DEADLINE, pypi};
 
 const OURS: &str = "ours.example";
@@ -73,7 +73,7 @@ fn an_envoy_lets_in_peers_of_both_federated_trust_domains_and_of_no_third() -> R
     follow(&first, &ours, OURS)?;
 
     // Checkout of any trust domain has the name asked for: only roots tell them apart.
-    let side = Side::Server { client: "suffix: \"/ns/shop/sa/checkout\"".to_owned(), roots: "ALL" };
+    let side = Side::Server { client: "suffix: \"/ns/shop/sa/checkout\"".to_owned(), roots: Roots::Secret("ALL") };
     let listen = (Ipv4Addr::UNSPECIFIED, PORT);
     let far = (Ipv4Addr::LOCALHOST, 8080);
     let server = Sidecar { host: "ours", unit: "payments", listen, far, admin: 9901, side };
@@ -86,7 +86,8 @@ fn an_envoy_lets_in_peers_of_both_federated_trust_domains_and_of_no_third() -> R
     ensure!(!is_served(&third, "third", to)?, "a peer of a trust domain nobody federated is served");
     ensure!(unverified()? == before + 1, "it was not refused for its certificate");
 
-    let side = Side::Client { server: exactly(&format!("spiffe://{OURS}/ns/shop/sa/payments")), roots: "ALL" };
+    let side =
+        Side::Client { server: exactly(&format!("spiffe://{OURS}/ns/shop/sa/payments")), roots: Roots::Secret("ALL") };
     let listen = (Ipv4Addr::LOCALHOST, 10000);
     let far = (ours.host("ours").address(), PORT);
     let client = Sidecar { host: "first", unit: "checkout", listen, far, admin: 9901, side };

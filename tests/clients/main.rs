@@ -1,6 +1,7 @@
 //! The Workload API and secret discovery as clients see them that others wrote, unmodified: PyPI's `spiffe` (on gRPC's C
 //! core), Envoy, openssl. Run by `cargo xtask test`; needs root, and PyPI's packages.
 
+mod bridge;
 mod envoy;
 mod federation;
 mod pypi;

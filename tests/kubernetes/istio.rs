@@ -8,7 +8,6 @@ use meshd_tests::plan::{PKI_PORT, Plan};
 use meshd_tests::process::{Process, Program};
 use meshd_tests::servers;
 use meshd_tests::wait::{until, until_some};
-use serde_json::Value;
 
 use crate::{Bed, DEADLINE};
 
@@ -26,7 +25,7 @@ impl<'a> Agent<'a> {
     fn of(bed: &'a Bed, name: &str) -> Result<Self> {
         let directory = bed.mesh.host("web").directory().join(name);
         fs::create_dir_all(&directory)?;
-        fs::write(directory.join("ca.pem"), roots(bed)?.concat())?;
+        fs::write(directory.join("ca.pem"), bed.mesh.roots()?.concat())?;
         Ok(Self { bed, directory })
     }
 
@@ -69,24 +68,9 @@ impl<'a> Agent<'a> {
         let certified = self.openssl("x509 -noout -pubkey -in cert-chain.pem")?;
         ensure!(certified == self.openssl("pkey -pubout -in key.pem")?, "the certificate is over another key");
         let believed = fs::read_to_string(self.directory.join("root-cert.pem"))?;
-        ensure!(believed == roots(self.bed)?.concat(), "it believes\n{believed}");
+        ensure!(believed == self.bed.mesh.roots()?.concat(), "it believes\n{believed}");
         Ok(())
     }
-}
-
-/// Of the mesh, PEM each.
-fn roots(bed: &Bed) -> Result<Vec<String>> {
-    let url = format!("https://{}/.well-known/spiffe-bundle", bed.mesh.pki_address());
-    let bundle = bed.mesh.pki_host().command("curl", &["--silent", "--fail", "--insecure", &url])?;
-    let bundle: Value = serde_json::from_str(&bundle)?;
-    let keys = bundle["keys"].as_array().context("a bundle without keys")?;
-    let roots = keys.iter().filter_map(|key| key["x5c"][0].as_str());
-    Ok(roots.map(pem).collect())
-}
-
-fn pem(base64: &str) -> String {
-    let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
-    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
 }
 
 /// A PKI that gives service accounts of the shop their certificates, and the next one for the one before.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::binaries;
+use crate::clock::fake_time;
 use crate::daemon::Daemon;
 use crate::host::Host;
 use crate::http;
@@ -22,6 +23,7 @@ use crate::wait::until;
 pub const PKI_UID: u32 = 991;
 const PKI_METRICS: ([u8; 4], u16) = ([127, 0, 0, 1], 15021);
 const READY: Duration = Duration::from_secs(30);
+const END: &str = "-----END CERTIFICATE-----\n";
 
 // Fields drop in order: programs first, the lab they run in last.
 pub struct Mesh {
@@ -43,8 +45,49 @@ impl Mesh {
         Ok(mesh)
     }
 
+    /// The same with a PKI whose first root was replaced by the calendar, so many days ago; and the chain that it showed then.
+    pub fn start_after_rotation(plan: Plan, days: u64) -> Result<(Self, Vec<String>)> {
+        let lab = Arc::new(Lab::new(&plan.host_names())?);
+        let library = fake_time()?;
+        let roots = |mesh: &Self| mesh.pki_status().map(|status| active_and_prepared(&status)).unwrap_or_default();
+        let ago = |hours| format!("-{hours}h");
+        let mut mesh = Self::prepare_in(lab, plan, &clock(&library, &ago(24 * (days + 9))))?;
+        // Prepared after a week; signs a day later.
+        mesh.start_pki_with(&clock(&library, &ago(24 * days + 26)))?;
+        until(READY, "the second root", || roots(&mesh).1.is_some())?;
+        mesh.stop_pki()?;
+        let next = roots(&mesh).1;
+        if days > 0 {
+            mesh.start_pki_with(&clock(&library, &ago(24 * days)))?;
+        } else {
+            mesh.start_pki_serving(&["--clock-is-right"])?;
+        }
+        until(READY, "the second root signing", || roots(&mesh).0 == next)?;
+        let shown = mesh.shown_by_pki()?;
+        if days > 0 {
+            mesh.stop_pki()?;
+            mesh.start_pki_serving(&["--clock-is-right"])?;
+        }
+        mesh.join_all()?;
+        mesh.start_all()?;
+        Ok((mesh, shown))
+    }
+
+    /// The chain at the PKI's port, PEM each.
+    pub fn shown_by_pki(&self) -> Result<Vec<String>> {
+        let show = format!("openssl s_client -connect {} -showcerts </dev/null", self.pki_address());
+        let shown = self.pki_host().run(&Program::new("sh").args(["-c", &show]))?.stdout;
+        let begins = shown.match_indices("-----BEGIN CERTIFICATE").map(|(at, _)| at);
+        let ends = shown.match_indices(END).map(|(at, end)| at + end.len());
+        Ok(begins.zip(ends).map(|(from, to)| shown[from..to].to_owned()).collect())
+    }
+
     /// Files in place and the PKI initialised, nothing running.
     pub fn prepare(lab: Arc<Lab>, plan: Plan) -> Result<Self> {
+        Self::prepare_in(lab, plan, &[])
+    }
+
+    fn prepare_in(lab: Arc<Lab>, plan: Plan, environment: &[(&str, &str)]) -> Result<Self> {
         binaries::check()?;
         let daemons = plan
             .hosts
@@ -56,7 +99,7 @@ impl Mesh {
             daemon.enrol(&plan::enrolment(&host.workloads, mesh.lab.has_units()))?;
             mesh.write_documents(daemon)?;
         }
-        mesh.init_pki()?;
+        mesh.init_pki(environment)?;
         Ok(mesh)
     }
 
@@ -259,13 +302,25 @@ impl Mesh {
         Ok(())
     }
 
-    fn init_pki(&self) -> Result<()> {
+    fn init_pki(&self, environment: &[(&str, &str)]) -> Result<()> {
         let directory = self.pki_directory();
         fs::create_dir_all(&directory)?;
         chown(&directory, Some(PKI_UID), Some(PKI_UID))?;
-        let program = self.pki_program(&["init"]).args(["--trust-domain", &self.plan.trust_domain]);
+        let mut program = self.pki_program(&["init"]).args(["--trust-domain", &self.plan.trust_domain]);
+        for (name, value) in environment {
+            program = program.env(name, value);
+        }
         self.pki_host().run(&program)?.expect_success("meshd-pki init")?;
         Ok(())
+    }
+
+    /// The roots that hosts trust, PEM each, the oldest first.
+    pub fn roots(&self) -> Result<Vec<String>> {
+        let url = format!("https://{}/.well-known/spiffe-bundle", self.pki_address());
+        let bundle = self.pki_host().command("curl", &["--silent", "--fail", "--insecure", &url])?;
+        let bundle: serde_json::Value = serde_json::from_str(&bundle)?;
+        let keys = bundle["keys"].as_array().context("a bundle without keys")?;
+        Ok(keys.iter().filter_map(|key| key["x5c"][0].as_str()).map(pem).collect())
     }
 
     pub fn pki_address(&self) -> String {
@@ -287,6 +342,25 @@ impl Mesh {
         let state = self.pki_directory().join("state");
         Program::new(binary).args(verb).arg("--state").arg(state).unit("meshd-pki.service").uid(PKI_UID)
     }
+}
+
+fn pem(base64: &str) -> String {
+    let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+}
+
+/// An environment in which it is `time`, in words of libfaketime.
+fn clock<'a>(library: &'a str, time: &'a str) -> [(&'static str, &'a str); 3] {
+    [("LD_PRELOAD", library), ("FAKETIME", time), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]
+}
+
+/// Of the roots in a status of the PKI.
+fn active_and_prepared(status: &serde_json::Value) -> (Option<String>, Option<String>) {
+    let of = |state: &str| {
+        let mut all = status["authorities"].as_array()?.iter();
+        all.find(|one| one["kind"] == "root" && one["state"] == state)?["id"].as_str().map(str::to_owned)
+    };
+    (of("active"), of("prepared"))
 }
 
 /// The user of units nobody enrolled.

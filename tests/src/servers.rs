@@ -72,9 +72,19 @@ const ISTIO_CLIENT: Recipe = Recipe {
     oldest: (0, 0),
 };
 
+/// What Go's own library makes of a chain.
+const GO_VERIFIER: Recipe = Recipe {
+    name: "go-verifier",
+    package: ".",
+    go_mod: include_str!("../servers/go-verifier/go.mod"),
+    go_sum: "",
+    main: Some(include_str!("../servers/go-verifier/main.go")),
+    oldest: (0, 0),
+};
+
 /// Whether all of them are there, or can be built.
 pub fn all() -> Result<()> {
-    [kube_apiserver, kube_controller_manager, etcd, consul, istio_client]
+    [kube_apiserver, kube_controller_manager, etcd, consul, istio_client, go_verifier]
         .iter()
         .try_for_each(|server| server().map(drop))
 }
@@ -101,6 +111,11 @@ pub fn consul() -> Result<PathBuf> {
 /// Istio's own client for certificates; nobody but we has a program of it.
 pub fn istio_client() -> Result<PathBuf> {
     built(&ISTIO_CLIENT)
+}
+
+/// `go-verifier CHAIN ROOTS`, both PEM: 0 if a client and a server in Go believe it.
+pub fn go_verifier() -> Result<PathBuf> {
+    built(&GO_VERIFIER)
 }
 
 /// What the contributor has is good enough unless it is too old, otherwise it is built (minutes, once).

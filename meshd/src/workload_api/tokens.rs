@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use meshd_identity::jwt::verify_svid;
 use meshd_identity::{SpiffeId, TrustDomain, jwks_of_jwt_keys};
-use meshd_pki_client::{Credentials, TokenIssueError, Tokens};
+use meshd_pki_client::{Credentials, Line, TokenIssueError, Tokens};
 use tokio::sync::watch;
 
 use super::jwt::{IssueError, Issued, JwtSource, Verified};
@@ -17,8 +17,8 @@ pub struct PkiTokens {
 }
 
 impl PkiTokens {
-    pub fn new(credentials: watch::Receiver<Arc<Credentials>>) -> PkiTokens {
-        let tokens = Arc::new(Tokens::new(credentials.clone()));
+    pub fn new(credentials: watch::Receiver<Arc<Credentials>>, line: Line) -> PkiTokens {
+        let tokens = Arc::new(Tokens::new(credentials.clone(), line));
         PkiTokens { credentials, tokens }
     }
 }
@@ -101,7 +101,7 @@ mod tests {
         held.federation = FakeCa::new(&theirs).federated_for(std::slice::from_ref(&web));
         let federated = held.federation.domains.get_mut(&theirs).unwrap();
         federated.bundle = federated.bundle.clone().with_jwt_keys(vec![their_key.key.clone()]);
-        let tokens = PkiTokens::new(watch::channel(Arc::new(held)).1);
+        let tokens = PkiTokens::new(watch::channel(Arc::new(held)).1, Line::default());
 
         let verify = |signer: &Signer, subject: &SpiffeId, by: &SpiffeId| {
             tokens.verify(&signer.token_of(subject), "api", by).map(|verified| verified.spiffe_id)

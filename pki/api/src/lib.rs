@@ -1,6 +1,8 @@
 //! The wire APIs of the PKI: with hosts (`proto/meshd/pki/v1`) and with operators (`proto/meshd/pki/admin/v1`); and that of
 //! Istio, for its proxies (`proto/istio/v1/auth`).
 
+mod codec;
+
 pub mod v1 {
     // Generated code follows its own style.
     #![allow(clippy::all, unreachable_pub, unused_qualifications)]

@@ -14,16 +14,17 @@ use tokio::task::{JoinError, JoinSet};
 use crate::Credentials;
 use crate::ban;
 use crate::come_back::{Absent, refused};
-use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
+use crate::connect::PkiClient;
 use crate::deny::Denials;
 use crate::error::RenewError;
 use crate::inventory::{inventory, is_rooted};
 use crate::key::NewKey;
+use crate::line::{Caller, Failed, Line};
 use crate::link::{Facts, Heard, Link};
 use crate::metrics::RenewalMetrics;
 use crate::recovery::{RecoveryError, leads_to};
 use crate::reply::{newer_bundle, problem, read_bundle, read_svid};
-use crate::schedule::{Circumstances, due, next_wake, refusal_delay, remaining, retry_delay};
+use crate::schedule::{Circumstances, due, next_wake, patience, refusal_delay, remaining, retry_delay};
 use crate::state::{State, from_unix_ms, unix_ms};
 use crate::store::{Store, StoreError};
 use crate::surroundings::{Surroundings, Timeline};
@@ -41,6 +42,7 @@ pub struct Agent {
     timeline: Timeline,
     told: Circumstances,
     denials: Denials,
+    line: Line,
     /// The PKI knows an older deny set than this host.
     lend_denials: bool,
     /// The conversation with the PKI failed for a reason that does not pass by itself.
@@ -96,6 +98,7 @@ impl Agent {
             surroundings,
             told: Circumstances::default(),
             denials,
+            line: Line::default(),
             lend_denials: false,
             adrift: None,
             retry: Retry::default(),
@@ -111,6 +114,11 @@ impl Agent {
     /// Whom to refuse although their certificates are valid.
     pub fn denied(&self) -> watch::Receiver<Arc<DenySet>> {
         self.denials.watch()
+    }
+
+    /// For whoever else asks the PKI in the name of this host.
+    pub fn line(&self) -> Line {
+        self.line.clone()
     }
 
     pub fn metrics(&self) -> Arc<RenewalMetrics> {
@@ -133,7 +141,7 @@ impl Agent {
         let (say, mut heard) = mpsc::channel(HEARD_QUEUE);
         // Ends with the agent.
         let mut link = JoinSet::new();
-        link.spawn(Link::new(self.surroundings.clone(), facts.subscribe(), say).hold());
+        link.spawn(Link::new(self.surroundings.clone(), self.line.clone(), facts.subscribe(), say).hold());
         loop {
             self.step(&known).await;
             self.tell(&facts);
@@ -250,15 +258,17 @@ impl Agent {
             inventory: Some(inventory(held)),
             federation_revision: held.federation.revision,
         };
-        let mut pki = self.connect_anywhere().await?;
-        let reply = call(pki.issue_batch(request)).await.map_err(|status| refused(&status))?;
+        let caller = Caller { held, pki_time: self.state.pki_time, clock: &self.surroundings.clock };
+        let patience = patience(remaining(held, asked, self.now()));
+        let rpc = |mut pki: PkiClient| {
+            let request = request.clone();
+            async move { pki.issue_batch(request).await }
+        };
+        let reply = self.line.ask(&caller, patience, rpc).await.map_err(|failed| match failed {
+            Failed::Unreachable(error) => error,
+            Failed::Answered(status) => refused(&status),
+        })?;
         self.install(reply, asked, &keys)
-    }
-
-    async fn connect_anywhere(&self) -> Result<PkiClient, RenewError> {
-        let held = &self.state.credentials;
-        let tls = verified_tls(&held.bundle, Some(&held.host), self.state.pki_time, &self.surroundings.clock)?;
-        connect_anywhere(&held.pki, &tls).await
     }
 
     /// Takes over a whole reply or nothing of it.

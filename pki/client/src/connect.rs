@@ -24,7 +24,6 @@ use tonic::Status;
 use tonic::body::Body;
 
 use crate::Svid;
-use crate::error::RenewError;
 use crate::surroundings::{Clock, TlsTime};
 use crate::verify::{any_server, pki_server};
 
@@ -79,6 +78,15 @@ impl ConnectError {
     }
 }
 
+/// None of the servers this host knows.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{reasons}")]
+pub(crate) struct Unusable {
+    pub(crate) reasons: String,
+    /// One of them does not prove to be the PKI.
+    pub(crate) is_distrusted: bool,
+}
+
 pub(crate) type PkiClient = HostClient<Channel>;
 
 /// Nobody is authenticated: only for what a digest verifies.
@@ -127,7 +135,7 @@ pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiCl
 
 /// The first of several servers that proves to be the PKI, in an order drawn anew each time. One that stands still is not
 /// given up, but the next is asked beside it.
-pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig) -> Result<PkiClient, RenewError> {
+pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig) -> Result<PkiClient, Unusable> {
     let mut addresses = addresses.to_vec();
     fastrand::shuffle(&mut addresses);
     let mut reasons = Vec::new();
@@ -157,8 +165,7 @@ pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig
             None => {}
         }
     }
-    let reasons = reasons.join("; ");
-    Err(if is_distrusted { RenewError::Distrusted(reasons) } else { RenewError::Unreachable(reasons) })
+    Err(Unusable { reasons: reasons.join("; "), is_distrusted })
 }
 
 pub(crate) async fn handshake(address: &str, config: ClientConfig) -> Result<Channel, ConnectError> {

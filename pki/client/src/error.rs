@@ -2,7 +2,7 @@
 
 use meshd_identity::signed::SignedError;
 
-use crate::connect::ConnectError;
+use crate::connect::{ConnectError, Unusable};
 use crate::reply::ReplyError;
 
 #[derive(Debug, thiserror::Error)]
@@ -31,4 +31,13 @@ pub(crate) enum RenewError {
     Connect(#[from] ConnectError),
     #[error("{connect}; {doubts}")]
     NoWay { connect: ConnectError, doubts: String },
+}
+
+impl From<Unusable> for RenewError {
+    fn from(unusable: Unusable) -> RenewError {
+        match unusable.is_distrusted {
+            true => RenewError::Distrusted(unusable.reasons),
+            false => RenewError::Unreachable(unusable.reasons),
+        }
+    }
 }

@@ -13,10 +13,12 @@ pub(crate) fn inventory(held: &Credentials) -> v1::Inventory {
     v1::Inventory { roots: roots.into_iter().collect() }
 }
 
-/// The identifiers of the roots of the bundle that a chain may end in: one, unless two have the same name.
+/// The identifiers of the roots of the bundle that a chain may end in: one, unless two have the same name. It ends where
+/// the bundle begins: a bridge behind that is for others.
 pub(crate) fn roots_under(svid: &Svid, bundle: &Bundle) -> Vec<String> {
-    let Some(last) = svid.chain.last() else { return Vec::new() };
-    roots_of(last, bundle.roots.iter().map(Vec::as_slice)).into_iter().map(root_id).collect()
+    let signers = svid.chain.iter().map(|certificate| roots_of(certificate, bundle.roots.iter().map(Vec::as_slice)));
+    let first = signers.into_iter().find(|roots| !roots.is_empty());
+    first.unwrap_or_default().into_iter().map(root_id).collect()
 }
 
 /// The identifiers of all authorities above a leaf.
@@ -28,4 +30,29 @@ pub(crate) fn authorities_of(svid: &Svid, bundle: &Bundle) -> Vec<String> {
 /// Whether the root a chain ends in is in the bundle.
 pub(crate) fn is_rooted(svid: &Svid, bundle: &Bundle) -> bool {
     !roots_under(svid, bundle).is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use meshd_identity::{SpiffeId, TrustDomain};
+
+    use super::*;
+    use crate::fake::FakeCa;
+
+    #[test]
+    fn a_chain_ends_at_the_first_root_that_is_known_whatever_is_behind() {
+        let domain: TrustDomain = "prod.example.org".parse().unwrap();
+        let (signs, before) = (FakeCa::new(&domain), FakeCa::new(&domain));
+        let id = SpiffeId::workload(&domain, "shop", "payments").unwrap();
+        let mut svid = Svid::clone(&signs.svid(&id));
+        svid.chain.push(before.svid(&id).chain[1].clone());
+        let root = |ca: &FakeCa| ca.bundle().roots.remove(0);
+        let bundle = |roots: &[&FakeCa]| {
+            let roots = roots.iter().map(|ca| root(ca)).collect();
+            Bundle::new(domain.clone(), 1, 300, roots).unwrap()
+        };
+        assert_eq!(roots_under(&svid, &bundle(&[&before, &signs])), [root_id(&root(&signs))]);
+        assert_eq!(roots_under(&svid, &bundle(&[&before])), [root_id(&root(&before))]);
+        assert!(!is_rooted(&svid, &bundle(&[&FakeCa::new(&domain)])));
+    }
 }

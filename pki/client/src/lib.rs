@@ -8,7 +8,7 @@
 //! - `fake` (feature `testing`): an authority in memory.
 //!
 //! Inside: `schedule` decides when (pure), `connect` and `verify` reach the PKI, `reply` judges what it sent,
-//! `link` is the conversation, `deny` whom to refuse, `federation` whose bundles to
+//! `line` is the connection that all share, `link` the conversation over it, `deny` whom to refuse, `federation` whose bundles to
 //! believe beside our own,
 //! `come_back` readmits a host that was away, by `transitions` and `recovery` (what may be believed then),
 //! `state` and `store` are the disk.
@@ -27,6 +27,7 @@ mod inventory;
 mod join;
 mod judge;
 mod key;
+mod line;
 mod link;
 mod metrics;
 pub mod operator;
@@ -46,6 +47,7 @@ pub use credentials::{Credentials, Svid};
 pub use federation::{Federated, Federation, Freshness};
 pub use join::{JoinError, join, join_by, join_in};
 pub use judge::{Judgement, ServerJudge};
+pub use line::Line;
 pub use metrics::RenewalMetrics;
 pub use proof::{MachineCertificate, Proof, ProofError};
 pub use store::StoreError;

@@ -10,9 +10,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
-use crate::connect::{connect_anywhere, verified_tls};
 use crate::error::RenewError;
 use crate::inventory::inventory;
+use crate::line::{Caller, Line, Open};
 use crate::schedule::retry_delay;
 use crate::state::{from_unix_ms, unix_ms};
 use crate::surroundings::Surroundings;
@@ -40,6 +40,7 @@ pub(crate) enum Heard {
 
 pub(crate) struct Link {
     pub(crate) surroundings: Surroundings,
+    pub(crate) line: Line,
     pub(crate) facts: watch::Receiver<Facts>,
     pub(crate) heard: mpsc::Sender<Heard>,
     /// Drawn when the process started: two that alternate under one key are a cloned host.
@@ -58,8 +59,13 @@ enum End {
 }
 
 impl Link {
-    pub(crate) fn new(surroundings: Surroundings, facts: watch::Receiver<Facts>, heard: mpsc::Sender<Heard>) -> Link {
-        Link { surroundings, facts, heard, instance: format!("{:032x}", fastrand::u128(..)), cut: 0 }
+    pub(crate) fn new(
+        surroundings: Surroundings,
+        line: Line,
+        facts: watch::Receiver<Facts>,
+        heard: mpsc::Sender<Heard>,
+    ) -> Link {
+        Link { surroundings, line, facts, heard, instance: format!("{:032x}", fastrand::u128(..)), cut: 0 }
     }
 
     pub(crate) async fn hold(mut self) {
@@ -92,10 +98,24 @@ impl Link {
 
     async fn converse(&mut self, answered: &mut bool) -> End {
         let facts = self.facts.borrow().clone();
-        let (mut replies, reports) = match self.open(&facts).await {
+        let (open, mut replies, reports) = match self.open(&facts).await {
             Ok(opened) => opened,
             Err(error) => return End::Lost(error),
         };
+        let end = self.report_and_hear(&facts, &mut replies, &reports, answered).await;
+        if let End::Lost(_) = end {
+            self.line.leave(&open).await;
+        }
+        end
+    }
+
+    async fn report_and_hear(
+        &mut self,
+        facts: &Facts,
+        replies: &mut tonic::Streaming<v1::SyncReply>,
+        reports: &mpsc::Sender<v1::SyncRequest>,
+        answered: &mut bool,
+    ) -> End {
         let mut ticks = interval(self.surroundings.report_every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // Not before the first report, which the first tick is.
@@ -137,18 +157,19 @@ impl Link {
         }
     }
 
-    async fn open(
-        &self,
-        facts: &Facts,
-    ) -> Result<(tonic::Streaming<v1::SyncReply>, mpsc::Sender<v1::SyncRequest>), RenewError> {
-        let held = &facts.credentials;
-        let pki_time = from_unix_ms(facts.pki_time_ms);
-        let tls = verified_tls(&held.bundle, Some(&held.host), pki_time, &self.surroundings.clock)?;
-        let mut pki = connect_anywhere(&held.pki, &tls).await?;
-        let (reports, outgoing) = mpsc::channel(UNSENT_REPORTS);
-        let opening = timeout(ANSWER_WITHIN, pki.sync(ReceiverStream::new(outgoing))).await;
-        let opened = opening.map_err(|_| RenewError::Unreachable("the PKI opens no conversation".to_owned()))?;
-        Ok((opened.map_err(|status| RenewError::Unreachable(refusal_text(&status)))?.into_inner(), reports))
+    async fn open(&self, facts: &Facts) -> Result<Opened, RenewError> {
+        let (held, pki_time) = (&facts.credentials, from_unix_ms(facts.pki_time_ms));
+        let caller = Caller { held, pki_time, clock: &self.surroundings.clock };
+        let open = self.line.open(&caller).await?;
+        match begin(&open).await {
+            Err(error) if open.is_old => {
+                tracing::debug!(%error, "the connection that was there carries no conversation");
+                self.line.leave(&open).await;
+                let open = self.line.open(&caller).await?;
+                begin(&open).await
+            }
+            opened => opened,
+        }
     }
 
     fn report(&mut self) -> v1::SyncRequest {
@@ -178,4 +199,15 @@ impl Link {
             _ => RenewError::Refused(text),
         }
     }
+}
+
+type Opened = (Open, tonic::Streaming<v1::SyncReply>, mpsc::Sender<v1::SyncRequest>);
+
+async fn begin(open: &Open) -> Result<Opened, RenewError> {
+    let (reports, outgoing) = mpsc::channel(UNSENT_REPORTS);
+    let mut pki = open.pki.clone();
+    let opening = timeout(ANSWER_WITHIN, pki.sync(ReceiverStream::new(outgoing))).await;
+    let opened = opening.map_err(|_| RenewError::Unreachable("the PKI opens no conversation".to_owned()))?;
+    let replies = opened.map_err(|status| RenewError::Unreachable(refusal_text(&status)))?.into_inner();
+    Ok((open.clone(), replies, reports))
 }

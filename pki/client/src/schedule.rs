@@ -17,6 +17,8 @@ pub(crate) const TICK: Duration = Duration::from_secs(15);
 
 const RETRY_BASE: Duration = Duration::from_secs(1);
 const RETRY_CAP: Duration = Duration::from_secs(300);
+/// Of a busy PKI the answer to a full batch comes sooner, or so late that another server may well be faster.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// With something missing or expired the host cannot serve, so it asks more often.
 const RETRY_CAP_URGENT: Duration = Duration::from_secs(60);
 /// A retry must never cost a relevant part of what is left of a certificate's life.
@@ -52,6 +54,12 @@ pub(crate) fn retry_delay(previous: Duration, remaining: Option<Duration>, chanc
     let ceiling = (previous * 3).max(RETRY_BASE);
     let drawn = RETRY_BASE + (ceiling - RETRY_BASE).mul_f64(chance.clamp(0.0, 1.0));
     drawn.min(cap).max(RETRY_BASE)
+}
+
+/// How long an answer may take over a connection that was there already and may have broken without a word; `remaining`
+/// as above. Three more tries must fit into what is left.
+pub(crate) fn patience(remaining: Option<Duration>) -> Duration {
+    remaining.map_or(PATIENCE, |left| (left / 4).min(PATIENCE))
 }
 
 /// A refused identity is asked for again after 30 to 60 s: the operator may have permitted it meanwhile.

@@ -5,10 +5,12 @@ use std::time::{Duration, SystemTime};
 use meshd_identity::{SpiffeId, TrustDomain};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SubjectPublicKeyInfo,
 };
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer;
 
 use crate::keys::{KeyError, random};
 use crate::lifetimes::{AUTHORITY_BACKDATE, LEAF_BACKDATE, Lifetimes};
@@ -16,6 +18,7 @@ use crate::times::{from_unix, unix};
 
 /// X.520 serialNumber: what makes the subject of every authority unique.
 const SERIAL_NUMBER_ATTRIBUTE: [u64; 4] = [2, 5, 4, 5];
+const ROOT_NAME: &str = "meshd root";
 /// RFC 5280 ub-organization-name.
 const ORGANIZATION_LIMIT: usize = 64;
 
@@ -62,7 +65,7 @@ impl Authority {
     pub fn new_root(domain: &TrustDomain, lifetimes: &Lifetimes, now: SystemTime) -> Result<Authority, AuthorityError> {
         let (id, key) = (new_id()?, KeyPair::generate()?);
         let not_after = whole_seconds(now + lifetimes.root);
-        let params = authority_params(domain, "meshd root", &id, BasicConstraints::Unconstrained, now, not_after)?;
+        let params = authority_params(domain, ROOT_NAME, &id, BasicConstraints::Unconstrained, now, not_after)?;
         let certificate = params.self_signed(&key)?.der().to_vec();
         Authority::from_parts(id, certificate, key, not_after, lifetimes.skew)
     }
@@ -78,6 +81,24 @@ impl Authority {
         let params = authority_params(domain, "meshd ca", &id, BasicConstraints::Constrained(0), now, not_after)?;
         let certificate = params.signed_by(&key, &root.issuer)?.der().to_vec();
         Authority::from_parts(id, certificate, key, not_after, lifetimes.skew)
+    }
+
+    /// Certifies the key of another root under its own name: who believes this one then believes what that one signs.
+    pub(crate) fn bridge_to(
+        &self,
+        root: (&str, &[u8]),
+        domain: &TrustDomain,
+        not_after: SystemTime,
+        now: SystemTime,
+    ) -> Result<Vec<u8>, AuthorityError> {
+        let (id, certificate) = root;
+        let unreadable = |error: &dyn std::fmt::Display| rcgen::Error::X509(error.to_string());
+        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| unreadable(&error))?;
+        let key = SubjectPublicKeyInfo::from_der(parsed.public_key().raw)?;
+        let end = self.clamp(now, not_after)?;
+        // Intermediates and leaves below it, no further authority.
+        let params = authority_params(domain, ROOT_NAME, id, BasicConstraints::Constrained(1), now, end)?;
+        Ok(params.signed_by(&key, &self.issuer)?.der().to_vec())
     }
 
     pub(crate) fn from_parts(
@@ -203,8 +224,6 @@ fn date(time: SystemTime) -> OffsetDateTime {
 #[cfg(test)]
 mod tests {
     use meshd_identity::inspect_svid;
-    use x509_parser::certificate::X509Certificate;
-    use x509_parser::prelude::FromDer;
 
     use super::*;
 
@@ -251,6 +270,25 @@ mod tests {
         let (other, _) = chain(&Lifetimes::default());
         let (_, other_parsed) = X509Certificate::from_der(&other.certificate).unwrap();
         assert_ne!(other_parsed.subject().as_raw(), root_parsed.subject().as_raw());
+    }
+
+    #[test]
+    fn a_bridge_has_name_and_key_of_the_root_it_leads_to() {
+        let lifetimes = Lifetimes::default();
+        let (before, next) = (chain(&lifetimes).0, chain(&lifetimes).0);
+        let end = now() + lifetimes.bridge;
+        let bridge = before.bridge_to((&next.id, &next.certificate), &domain(), end, now()).unwrap();
+        let [(_, bridge), (_, before), (_, next)] =
+            [&bridge, &before.certificate, &next.certificate].map(|der| X509Certificate::from_der(der).unwrap());
+        assert_eq!(bridge.subject().as_raw(), next.subject().as_raw());
+        assert_eq!(bridge.public_key().raw, next.public_key().raw);
+        assert_eq!(bridge.issuer().as_raw(), before.subject().as_raw());
+        bridge.verify_signature(Some(before.public_key())).unwrap();
+        assert_eq!(bridge.validity().not_after.timestamp(), unix(end));
+        let constraints = bridge.basic_constraints().unwrap().unwrap().value;
+        assert_eq!((constraints.ca, constraints.path_len_constraint), (true, Some(1)));
+        assert!(bridge.key_usage().unwrap().unwrap().value.key_cert_sign());
+        assert_ne!(bridge.raw_serial(), next.raw_serial());
     }
 
     #[test]

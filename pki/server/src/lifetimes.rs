@@ -36,6 +36,8 @@ pub struct Lifetimes {
     pub skew: Duration,
     /// An old root stays in the bundle this much longer than any proof asks for.
     pub hold: Duration,
+    /// Of the certificate by which the root before vouches for the one that signs; zero for none.
+    pub bridge: Duration,
     /// A prepared root is activated, acknowledged or not, when the active one has only this left.
     pub last_call: Duration,
     /// What followers of the bundle are told about when to ask again.
@@ -59,6 +61,8 @@ impl Default for Lifetimes {
             jwt: HOUR,
             skew: Duration::from_secs(5 * 60),
             hold: 30 * DAY,
+            // As long as the root before stays.
+            bridge: 31 * DAY,
             last_call: 8 * DAY,
             refresh_hint: Duration::from_secs(5 * 60),
         }
@@ -85,6 +89,7 @@ impl Lifetimes {
             jwt: (leaf / 2).max(least),
             skew: least,
             hold: leaf,
+            bridge: leaf * 2,
             last_call: leaf * 4,
             refresh_hint: least,
         }
@@ -119,6 +124,9 @@ impl Lifetimes {
         }
         if self.root < self.root_every * 4 {
             return Err("a root must live at least 4 times as long as its replacement interval".to_owned());
+        }
+        if !self.bridge.is_zero() && self.bridge < self.leaf * 2 {
+            return Err("a bridge must live at least twice as long as a leaf, or no chain has it for long".to_owned());
         }
         Ok(())
     }

@@ -145,6 +145,10 @@ struct Run {
     /// Life of leaf certificates, for example 24h; a bare number is seconds.
     #[arg(long, default_value = "24h", value_parser = parse_duration)]
     leaf_ttl: Duration,
+    /// Let the root before vouch for the one that signs, in every chain, for a month after each rotation: for verifiers
+    /// of other makers that missed the new root.
+    #[arg(long, value_name = "true|false", default_value_t = true, action = clap::ArgAction::Set)]
+    bridge: bool,
     /// Live in minutes what takes years: everything as short as this life of a leaf allows. For tests.
     #[arg(long, hide = true, conflicts_with = "leaf_ttl", value_parser = parse_duration)]
     rehearse: Option<Duration>,
@@ -328,8 +332,10 @@ async fn serve_until_signal(args: Run) -> anyhow::Result<()> {
     if let Some(lifetimes) = &rehearsed {
         refuse_in_earnest(&args.state, lifetimes)?;
     }
+    let lifetimes = rehearsed.unwrap_or(Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() });
+    let bridge = if args.bridge { lifetimes.bridge } else { Duration::ZERO };
     let options = Options {
-        lifetimes: rehearsed.unwrap_or(Lifetimes { leaf: args.leaf_ttl, ..Lifetimes::default() }),
+        lifetimes: Lifetimes { bridge, ..lifetimes },
         advertise: advertised(&args)?,
         clock_is_right: args.clock_is_right,
         attestors: args.attestors.clone(),

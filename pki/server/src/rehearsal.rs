@@ -17,7 +17,11 @@ pub fn refuse_in_earnest(dir: &Path, rehearsal: &Lifetimes) -> anyhow::Result<()
         let longest = intermediates::all(view)?.into_iter().map(|one| one.longest_leaf_s).max();
         Ok((servers::servers(view)?, longest))
     })?;
-    let rehearsed = |server: &Server| server.lifetimes == Lifetimes::rehearsal(server.lifetimes.leaf);
+    // With bridges or without.
+    let rehearsed = |server: &Server| {
+        let known = server.lifetimes;
+        known == Lifetimes { bridge: known.bridge, ..Lifetimes::rehearsal(known.leaf) }
+    };
     // Servers that moved are off the record, what they signed with is not.
     let is_earnest = match servers.is_empty() {
         true => longest.is_some_and(|longest| longest > seconds(rehearsal.leaf)),

@@ -10,10 +10,11 @@ use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
-use hyper_util::service::TowerToHyperService;
 use meshd_pki_api::MAX_MESSAGE_BYTES;
 use meshd_pki_api::v1::host_server::HostServer;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -21,6 +22,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
+use tower_service::Service;
 
 use crate::admin::AdminService;
 use crate::federation::poll;
@@ -176,8 +178,11 @@ async fn connection(
     drop(turn);
     let peer = Peer::of(tls.get_ref().1.peer_certificates().unwrap_or_default(), &signer.bundle, address);
     drop(signer);
-    let router = router.layer(axum::Extension(peer));
-    let service = TowerToHyperService::new(router);
+    // The routes are shared by all connections: a copy of them with its peer would be most of what a host costs.
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        router.clone().call(request)
+    });
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE);
     builder

@@ -10,6 +10,7 @@ use meshd_pki_api::v1::host_server::Host;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Sender, channel};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -105,7 +106,7 @@ impl Host for HostService {
         let (pki, permits) = (self.pki.clone(), self.permits.clone());
         // Ends with the connection: then nobody reads the replies, and no report comes.
         tokio::spawn(Conversation { pki, permits, peer, reports: request.into_inner(), replies }.hold());
-        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream).map(|reply| *reply))))
     }
 
     async fn issue_jwt(&self, request: Request<v1::IssueJwtRequest>) -> Result<Response<v1::IssueJwtReply>, Status> {
@@ -160,7 +161,8 @@ struct Conversation {
     permits: Arc<Semaphore>,
     peer: Peer,
     reports: Streaming<v1::SyncRequest>,
-    replies: Sender<Result<v1::SyncReply, Status>>,
+    /// In boxes: a channel has room for 32 from its start.
+    replies: Sender<Box<Result<v1::SyncReply, Status>>>,
 }
 
 impl Conversation {
@@ -197,7 +199,7 @@ impl Conversation {
                 }
             };
             let is_over = reply.is_err();
-            if self.replies.send(reply).await.is_err() || is_over {
+            if self.replies.send(Box::new(reply)).await.is_err() || is_over {
                 return;
             }
         }

@@ -15,6 +15,7 @@ use crate::authority::{self, Authority, AuthorityError};
 use crate::failpoint;
 use crate::keys::Kek;
 use crate::lifetimes::{LEAF_BACKDATE, Lifetimes};
+use crate::rotation::bridge::Bridge;
 use crate::rotation::step::bundle_of;
 use crate::rotation::trust::Upstream;
 use crate::rotation::{Root, Trust};
@@ -32,6 +33,8 @@ const RETRY: Duration = Duration::from_secs(60);
 /// never of different times.
 pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
+    /// By it verifiers that know only the root before believe what is signed here.
+    bridge: Option<Bridge>,
     pub(crate) bundle: Bundle,
     /// The same as hosts get it.
     pub(crate) wire: v1::TrustBundle,
@@ -113,9 +116,12 @@ impl Signer {
         }
         let intermediate = unwrap(kek, &row, lifetimes)?;
         let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;
-        let (tls, endpoint) = server_tls(&intermediate, &bundle, (&state.trust_domain, &[]), lifetimes, now)?;
+        let bridge = trust.bridge_to(&row.root).filter(|_| !lifetimes.bridge.is_zero()).cloned();
+        let signs = (&intermediate, bridge.as_ref());
+        let (tls, endpoint) = server_tls(signs, &bundle, (&state.trust_domain, &[]), lifetimes, now)?;
         Ok(Signer {
             intermediate,
+            bridge,
             wire: v1::TrustBundle {
                 trust_domain: bundle.trust_domain.to_string(),
                 sequence: bundle.sequence,
@@ -156,7 +162,7 @@ impl Signer {
         let name = |name: &String| name.as_str().try_into().map(SanType::DnsName);
         let names = dns_names.iter().map(name).collect::<Result<Vec<_>, _>>().map_err(AuthorityError::from)?;
         let leaf = self.intermediate.issue_named(id, &names, key, life, now)?;
-        let chain = vec![leaf.certificate, self.intermediate.certificate.clone()];
+        let chain = chain_of(&leaf, &self.intermediate, self.bridge.as_ref());
         let issued = Issued {
             serial: leaf.serial,
             spiffe_id: id.to_string(),
@@ -176,7 +182,8 @@ impl Signer {
     ) -> Result<Signer, SignerError> {
         if !names.is_empty() {
             let proved = (&self.bundle.trust_domain, names.as_slice());
-            let (tls, endpoint) = server_tls(&self.intermediate, &self.bundle, proved, lifetimes, now)?;
+            let signs = (&self.intermediate, self.bridge.as_ref());
+            let (tls, endpoint) = server_tls(signs, &self.bundle, proved, lifetimes, now)?;
             (self.tls, self.endpoint_not_after, self.endpoint_serial) = (tls, endpoint.not_after, endpoint.serial);
             self.names = names;
         }
@@ -342,9 +349,15 @@ fn note(state: &StateDir, row: &Intermediate, now: SystemTime) {
     tracing::info!(authority = %row.id, root = %row.root, not_after = %rfc3339(row.not_after), "new intermediate");
 }
 
+/// Leaf first, without the root.
+fn chain_of(leaf: &authority::Issued, intermediate: &Authority, bridge: Option<&Bridge>) -> Vec<Vec<u8>> {
+    let bridge = bridge.filter(|bridge| bridge.outlives(unix(leaf.not_after))).map(|bridge| &bridge.certificate);
+    [&leaf.certificate, &intermediate.certificate].into_iter().chain(bridge).cloned().collect()
+}
+
 /// TLS 1.3 only. A client certificate is optional at the handshake and demanded by the methods that need it.
 fn server_tls(
-    intermediate: &Authority,
+    (intermediate, bridge): (&Authority, Option<&Bridge>),
     bundle: &Bundle,
     (domain, names): (&TrustDomain, &[SanType]),
     lifetimes: &Lifetimes,
@@ -352,7 +365,7 @@ fn server_tls(
 ) -> Result<(Arc<ServerConfig>, authority::Issued), SignerError> {
     let key = KeyPair::generate().map_err(AuthorityError::from)?;
     let leaf = intermediate.issue_named(&SpiffeId::pki(domain), names, &key, lifetimes.endpoint, now)?;
-    let chain = [leaf.certificate.clone(), intermediate.certificate.clone()].map(CertificateDer::from).to_vec();
+    let chain = chain_of(&leaf, intermediate, bridge).into_iter().map(CertificateDer::from).collect();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let mut roots = RootCertStore::empty();
     for root in &bundle.roots {

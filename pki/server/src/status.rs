@@ -65,7 +65,7 @@ pub struct AuthorityStatus {
 
 #[derive(Debug, Serialize)]
 pub struct CertificateStatus {
-    /// `root`, `intermediate`, `jwt_key`, `endpoint`, `host`, `workload`.
+    /// `root`, `intermediate`, `bridge` (by the root it leads to), `jwt_key`, `endpoint`, `host`, `workload`.
     pub kind: String,
     /// Of an authority or key its identifier, else the serial of the certificate in hexadecimal.
     pub id: String,

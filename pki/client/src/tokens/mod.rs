@@ -10,12 +10,13 @@ use meshd_identity::SpiffeId;
 use meshd_pki_api::v1;
 use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio::time::timeout;
-use tonic::{Code, Status};
+use tonic::Code;
 
-use crate::connect::{PkiClient, call, connect_anywhere, verified_tls};
-use crate::error::RenewError;
+use crate::connect::PkiClient;
+use crate::line::{Caller, Failed, Line};
+use crate::schedule::patience;
 use crate::state::from_unix_ms;
-use crate::{Clock, Credentials, Svid, refusal_text};
+use crate::{Clock, Credentials, refusal_text};
 use cache::{Cache, Found};
 
 /// After the PKI could not be reached, everybody else is told so at once for this long.
@@ -27,9 +28,11 @@ const SHORT_WAIT: Duration = Duration::from_secs(2);
 pub struct Tokens {
     credentials: watch::Receiver<Arc<Credentials>>,
     clock: Clock,
+    line: Line,
     cache: Mutex<Cache>,
-    /// One question at a time: who waits finds the answer in the cache more often than not.
-    line: AsyncMutex<Line>,
+    /// One question at a time: who waits finds the answer in the cache more often than not. When the PKI could last not
+    /// be reached, and why.
+    away: AsyncMutex<Option<(Instant, String)>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,23 +47,11 @@ pub enum TokenIssueError {
     Away { identity: SpiffeId, reason: String },
 }
 
-#[derive(Default)]
-struct Line {
-    open: Option<Open>,
-    /// When the PKI could last not be reached, and why.
-    failed: Option<(Instant, String)>,
-}
-
-/// A connection, and the certificate it was made with: the PKI judges that at every message.
-struct Open {
-    host: Arc<Svid>,
-    pki: PkiClient,
-}
-
 impl Tokens {
-    pub fn new(credentials: watch::Receiver<Arc<Credentials>>) -> Tokens {
+    /// `line` is the agent's, whose credentials these are.
+    pub fn new(credentials: watch::Receiver<Arc<Credentials>>, line: Line) -> Tokens {
         let clock: Clock = Arc::new(SystemTime::now);
-        Tokens { credentials, clock, cache: Mutex::default(), line: AsyncMutex::default() }
+        Tokens { credentials, clock, line, cache: Mutex::default(), away: AsyncMutex::default() }
     }
 
     /// A token of `identity` for `audience`, in JWS compact form.
@@ -92,11 +83,11 @@ impl Tokens {
     }
 
     async fn ask(&self, identity: &SpiffeId, audience: BTreeSet<String>) -> Result<String, TokenIssueError> {
-        let mut line = self.line.lock().await;
+        let mut failed_before = self.away.lock().await;
         if let Found::Fresh(token) = self.cache().find(identity, &audience, (self.clock)()) {
             return Ok(token);
         }
-        if let Some((at, reason)) = &line.failed
+        if let Some((at, reason)) = &*failed_before
             && at.elapsed() < PAUSE
         {
             return Err(away(identity, reason.clone()));
@@ -107,8 +98,13 @@ impl Tokens {
             ttl_s: 0,
         };
         let held = self.credentials.borrow().clone();
-        let asked = line.ask(&held, request, &self.clock).await;
-        line.failed = None;
+        let caller = Caller { held: &held, pki_time: held.host.issued_at, clock: &self.clock };
+        let rpc = |mut pki: PkiClient| {
+            let request = request.clone();
+            async move { pki.issue_jwt(request).await }
+        };
+        let asked = self.line.ask(&caller, patience(None), rpc).await;
+        *failed_before = None;
         match asked {
             Ok(reply) => {
                 let not_after = from_unix_ms(u64::try_from(reply.not_after_unix).unwrap_or(0).saturating_mul(1000));
@@ -125,7 +121,7 @@ impl Tokens {
             }
             Err(failed) => {
                 let reason = failed.to_string();
-                line.failed = Some((Instant::now(), reason.clone()));
+                *failed_before = Some((Instant::now(), reason.clone()));
                 Err(away(identity, reason))
             }
         }
@@ -138,39 +134,4 @@ impl Tokens {
 
 fn away(identity: &SpiffeId, reason: String) -> TokenIssueError {
     TokenIssueError::Away { identity: identity.clone(), reason }
-}
-
-#[derive(Debug, thiserror::Error)]
-enum Failed {
-    #[error(transparent)]
-    Unreachable(#[from] RenewError),
-    #[error("the PKI refused: {}", refusal_text(.0))]
-    Answered(Status),
-}
-
-impl Line {
-    async fn ask(
-        &mut self,
-        held: &Credentials,
-        request: v1::IssueJwtRequest,
-        clock: &Clock,
-    ) -> Result<v1::IssueJwtReply, Failed> {
-        if let Some(open) = self.open.as_mut().filter(|open| Arc::ptr_eq(&open.host, &held.host)) {
-            match call(open.pki.issue_jwt(request.clone())).await {
-                Ok(reply) => return Ok(reply),
-                // An answer, whatever it is, needs no other connection; anything else may be about this one.
-                Err(status) if is_answer(&status) => return Err(Failed::Answered(status)),
-                Err(_) => self.open = None,
-            }
-        }
-        let tls = verified_tls(&held.bundle, Some(&held.host), held.host.issued_at, clock).map_err(RenewError::from)?;
-        let mut pki = connect_anywhere(&held.pki, &tls).await?;
-        let reply = call(pki.issue_jwt(request)).await.map_err(Failed::Answered)?;
-        self.open = Some(Open { host: held.host.clone(), pki });
-        Ok(reply)
-    }
-}
-
-fn is_answer(status: &Status) -> bool {
-    matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument | Code::Unauthenticated)
 }

@@ -10,6 +10,7 @@ use super::gates::{explain, refusal};
 use super::{AdminError, Desk, done, time};
 use crate::audit::Event;
 use crate::rotation::ask::{Verdict, Wish, judge};
+use crate::rotation::bridge::Bridge;
 use crate::rotation::decide::{Gate, Surroundings, activate_gates, decide, laggards};
 use crate::rotation::trust::Urgency;
 use crate::rotation::{Root, RootState, Trust};
@@ -34,7 +35,10 @@ impl Desk<'_> {
                 let found = decision.iter().find(|(root, _)| root.as_deref() == id);
                 found.map(|(_, gates)| gates.clone()).unwrap_or_default()
             };
-            let roots = trust.roots.iter().map(|root| wire_root(root, waiting(Some(&root.id))));
+            let roots = trust.roots.iter().map(|root| {
+                let bridge = trust.bridge_to(&root.id).filter(|bridge| bridge.not_after > unix(self.now));
+                wire_root(root, bridge, waiting(Some(&root.id)))
+            });
             let intermediates = intermediates.iter().map(wire_intermediate);
             Ok(wire::Authorities {
                 authorities: roots.chain(intermediates).collect(),
@@ -324,7 +328,7 @@ pub(crate) fn key_sha256(certificate: &[u8]) -> String {
     parsed.map(|(_, parsed)| HEXLOWER.encode(&sha256(parsed.public_key().raw))).unwrap_or_default()
 }
 
-fn wire_root(root: &Root, waits_for: Vec<wire::Gate>) -> wire::Authority {
+fn wire_root(root: &Root, bridge: Option<&Bridge>, waits_for: Vec<wire::Gate>) -> wire::Authority {
     let next_step = match root.state {
         RootState::Prepared if root.tainted_at.is_none() => "activate",
         RootState::Prepared | RootState::Old => "remove",
@@ -345,6 +349,8 @@ fn wire_root(root: &Root, waits_for: Vec<wire::Gate>) -> wire::Authority {
         tainted: root.tainted_at.map(time),
         next_step: next_step.to_owned(),
         waits_for,
+        vouched_by: bridge.map(|bridge| bridge.by.clone()),
+        vouched_until: bridge.map(|bridge| time(bridge.not_after)),
     }
 }
 
@@ -363,5 +369,7 @@ fn wire_intermediate(one: &Intermediate) -> wire::Authority {
         tainted: None,
         next_step: String::new(),
         waits_for: Vec::new(),
+        vouched_by: None,
+        vouched_until: None,
     }
 }

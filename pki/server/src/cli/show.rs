@@ -61,6 +61,9 @@ fn detail(text: &mut String, one: &Authority) -> std::fmt::Result {
     if let Some(since) = &one.tainted {
         writeln!(text, "    ‼ tainted since {since}")?;
     }
+    if let (Some(by), Some(until)) = (&one.vouched_by, &one.vouched_until) {
+        writeln!(text, "    root {by} vouches for it until {until}, for verifiers that know only that one")?;
+    }
     if let Some(root) = &one.root {
         let ended = one.ended.as_ref().map(|at| format!(", signed until {at}")).unwrap_or_default();
         writeln!(text, "    under root {root}, of server `{}`{ended}", one.replica.as_deref().unwrap_or_default())?;

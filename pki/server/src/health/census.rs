@@ -114,6 +114,14 @@ pub(crate) fn own(trust: &Trust, intermediates: &[Intermediate], now: i64) -> Ve
         parent: Some(one.root.clone()),
         not_after: one.not_after,
     });
+    let bridges = trust.roots.iter().filter_map(|root| Some((root, root.bridge.as_ref()?)));
+    let bridges = bridges.map(|(root, bridge)| Own {
+        kind: "bridge",
+        id: root.id.clone(),
+        state: if trust.bridge_to(&root.id).is_some() { "active" } else { "old" },
+        parent: Some(bridge.by.clone()),
+        not_after: bridge.not_after,
+    });
     let signs = trust.jwt_signer(now).map(|key| key.kid.as_str());
     let keys = trust.jwt_keys.iter().map(|key| Own {
         kind: "jwt_key",
@@ -126,7 +134,8 @@ pub(crate) fn own(trust: &Trust, intermediates: &[Intermediate], now: i64) -> Ve
         parent: None,
         not_after: key.not_after,
     });
-    roots.chain(below).chain(keys).filter(|one| one.not_after > now || one.state == "active").collect()
+    let kept = |one: &Own| one.not_after > now || (one.state == "active" && one.kind != "bridge");
+    roots.chain(below).chain(bridges).chain(keys).filter(kept).collect()
 }
 
 #[cfg(test)]

@@ -48,5 +48,6 @@ fn old(root: &KnownRoot, now: i64) -> Root {
         tainted_at: None,
         not_after: root.not_after,
         upstream: None,
+        bridge: None,
     }
 }

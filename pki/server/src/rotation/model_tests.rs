@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use super::bridge::{Bridge, planned};
 use super::decide::{Decision, Despite, Gate, Step, Surroundings, decide};
 use super::{Root, RootState, Trust};
 use crate::lifetimes::Lifetimes;
@@ -22,6 +23,7 @@ struct Verifier {
     roots: BTreeSet<String>,
     leaf_root: String,
     leaf_end: i64,
+    bridge: Option<Bridge>,
 }
 
 struct World {
@@ -62,7 +64,7 @@ impl World {
         }
         for id in 0..hosts {
             world.records.push(record(id));
-            world.hosts.push(Verifier { roots: BTreeSet::new(), leaf_root: String::new(), leaf_end: 0 });
+            world.hosts.push(Verifier { roots: BTreeSet::new(), leaf_root: String::new(), leaf_end: 0, bridge: None });
             world.renew(id, 0);
         }
         world
@@ -74,13 +76,14 @@ impl World {
             id: format!("r{}", self.made),
             state: RootState::Prepared,
             certificate: vec![],
-            wrapped_key: vec![],
+            wrapped_key: vec![1],
             published_sequence: 0,
             published_at: self.now,
             activated_at: None,
             removed_at: None,
             tainted_at: None,
             upstream: None,
+            bridge: None,
             not_after: self.now + seconds(self.lifetimes.root),
         });
     }
@@ -109,7 +112,9 @@ impl World {
         match self.decide().step {
             Some(Step::Prepare) => self.add_root(),
             Some(Step::Activate { root, despite }) => {
+                let bridge = self.bridge_to(&root);
                 self.trust.activate(&root, self.now);
+                self.trust.roots.iter_mut().filter(|one| one.id == root).for_each(|one| one.bridge = bridge.clone());
                 self.activations += 1;
                 self.despite.extend(despite);
             }
@@ -123,6 +128,12 @@ impl World {
         }
         assert!(self.trust.roots.iter().filter(|root| root.state == RootState::Active).count() == 1);
         assert!((1..=5).contains(&self.trust.in_bundle().count()));
+    }
+
+    fn bridge_to(&self, root: &str) -> Option<Bridge> {
+        let next = self.trust.roots.iter().find(|one| one.id == root)?;
+        let (by, not_after) = planned(&self.trust, next, &self.lifetimes, self.now)?;
+        Some(Bridge { by: by.id.clone(), certificate: vec![], not_after })
     }
 
     /// A replica reads what is stored, and makes a new intermediate when it is time.
@@ -180,6 +191,8 @@ impl World {
         verifier.roots = trust.in_bundle().map(|root| root.id.clone()).collect();
         verifier.leaf_root = signing.root.clone();
         verifier.leaf_end = (self.now + seconds(self.lifetimes.leaf)).min(signing.not_after);
+        let bridge = trust.bridge_to(&signing.root).filter(|bridge| bridge.outlives(verifier.leaf_end));
+        verifier.bridge = bridge.cloned();
         record.acked_sequence = trust.sequence;
         record.roots_in_use = vec![verifier.leaf_root.clone()];
     }
@@ -189,6 +202,20 @@ impl World {
         for (a, b) in valid.iter().flat_map(|a| valid.iter().map(move |b| (a, b))) {
             assert!(b.roots.contains(&a.leaf_root), "at day {}: {} unknown", (self.now - START) / DAY, a.leaf_root);
         }
+        for bridge in valid.iter().filter_map(|host| host.bridge.as_ref()) {
+            // F16: what is served on must not end before what it is served with.
+            assert!(self.now < bridge.not_after, "a valid leaf is shown with an ended bridge");
+        }
+    }
+
+    /// Whether somebody who has these roots, and hears nothing more, believes every host.
+    fn is_believed_with(&self, roots: &BTreeSet<String>) -> bool {
+        let vouched = |host: &Verifier| host.bridge.as_ref().is_some_and(|bridge| roots.contains(&bridge.by));
+        self.hosts.iter().all(|host| roots.contains(&host.leaf_root) || vouched(host))
+    }
+
+    fn known(&self) -> BTreeSet<String> {
+        self.trust.in_bundle().map(|root| root.id.clone()).collect()
     }
 
     /// Everybody does what it should for a while.
@@ -294,6 +321,36 @@ fn the_first_rotation_is_in_the_second_week_and_then_every_quarter() {
     assert!((20..=23).contains(&world.activations), "{}", world.activations);
     assert!(world.trust.roots.len() <= 8 + 3);
     assert!(world.despite.is_empty());
+}
+
+#[test]
+fn who_misses_a_rotation_believes_everybody_for_a_month_more_and_who_misses_two_does_not() {
+    let mut world = World::new(2, 4);
+    world.live(6);
+    for missed in [1, 2] {
+        let known = world.known();
+        while world.activations < missed {
+            world.live(1);
+            assert!(world.is_believed_with(&known));
+        }
+        for _ in 0..28 {
+            world.live(1);
+            assert!(world.is_believed_with(&known), "after rotation {missed}");
+        }
+        world.live(5);
+        assert!(!world.is_believed_with(&known), "after rotation {missed}: the bridge has ended");
+    }
+}
+
+#[test]
+fn an_emergency_leaves_behind_who_is_not_told() {
+    let mut world = World::new(1, 2);
+    world.live(30);
+    let known = world.known();
+    world.trust.urgent = Some(Urgency { since: world.now, force: false });
+    world.live(2);
+    assert_eq!(world.activations, 2);
+    assert!(!world.is_believed_with(&known));
 }
 
 #[test]

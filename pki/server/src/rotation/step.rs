@@ -7,6 +7,7 @@ use meshd_identity::statements::BundleStatement;
 use meshd_identity::{Bundle, BundleError, JwtKey as PublicJwtKey, TrustDomain};
 use rcgen::{KeyPair, PublicKeyData};
 
+use super::bridge::{self, Bridge};
 use super::decide::{Decision, Despite, Step, Surroundings, decide};
 use super::jwt_keys::{self, JwtStep};
 use super::{JwtKey, Root, RootState, Trust};
@@ -17,7 +18,7 @@ use crate::lifetimes::Lifetimes;
 use crate::state_dir::StateError;
 use crate::store::bundles::{self, Signature, StoredBundle};
 use crate::store::{DbError, Records, View, hosts, intermediates, trust};
-use crate::times::{rfc3339, seconds, unix, unix_ms};
+use crate::times::{from_unix, rfc3339, seconds, unix, unix_ms};
 
 /// What taking steps needs besides the records.
 pub(crate) struct Rotator<'a> {
@@ -121,8 +122,14 @@ impl Rotator<'_> {
                 event("root_prepare", &root.id, format!("ends {}", rfc3339(root.not_after)))
             }
             Step::Activate { root, despite } => {
+                let bridge = self.bridge_to(trust, &root);
+                let vouched = bridge.as_ref().map(vouched_text);
                 trust.activate(&root, now);
-                event("root_activate", &root, despite.map_or("", despite_text).to_owned())
+                for one in trust.roots.iter_mut().filter(|one| one.id == root) {
+                    one.bridge.clone_from(&bridge);
+                }
+                let detail = despite.map(|why| despite_text(why).to_owned()).into_iter().chain(vouched);
+                event("root_activate", &root, detail.collect::<Vec<_>>().join("; "))
             }
             Step::Speak { root } => {
                 trust.speak(&root);
@@ -152,6 +159,30 @@ impl Rotator<'_> {
         })
     }
 
+    /// The root that signs until now vouches for the next. That one is not to wait for it: hosts do not need it.
+    fn bridge_to(&self, trust: &Trust, id: &str) -> Option<Bridge> {
+        let next = trust.roots.iter().find(|root| root.id == id)?;
+        let (by, not_after) = bridge::planned(trust, next, self.lifetimes, unix(self.now))?;
+        let made = self.authority(by).and_then(|authority| {
+            let root = (next.id.as_str(), next.certificate.as_slice());
+            Ok(authority.bridge_to(root, self.domain, from_unix(not_after), self.now)?)
+        });
+        match made {
+            Ok(certificate) => Some(Bridge { by: by.id.clone(), certificate, not_after }),
+            Err(error) => {
+                tracing::error!(root = id, by = by.id, %error, "there is no bridge to the root that signs now");
+                None
+            }
+        }
+    }
+
+    fn authority(&self, root: &Root) -> Result<Authority, StateError> {
+        let key = self.kek.unwrap(&root.id, &root.wrapped_key)?;
+        let key = KeyPair::try_from(key.as_slice()).map_err(AuthorityError::from)?;
+        let (id, end) = (root.id.clone(), from_unix(root.not_after));
+        Ok(Authority::from_parts(id, root.certificate.clone(), key, end, self.lifetimes.skew)?)
+    }
+
     pub(super) fn add_root<'t>(&self, trust: &'t mut Trust) -> Result<&'t Root, StateError> {
         let root = Authority::new_root(self.domain, self.lifetimes, self.now)?;
         trust.roots.push(Root {
@@ -166,6 +197,7 @@ impl Rotator<'_> {
             removed_at: None,
             tainted_at: None,
             upstream: None,
+            bridge: None,
         });
         Ok(trust.roots.last().expect("it was just pushed"))
     }
@@ -224,6 +256,10 @@ fn in_bundle(trust: &Trust) -> (Vec<&str>, Vec<&str>) {
 fn event(event: &'static str, authority: &str, detail: String) -> Event {
     let detail = Some(detail).filter(|text| !text.is_empty());
     Event { event, result: "ok", authority: Some(authority.to_owned()), detail, ..Event::default() }
+}
+
+fn vouched_text(bridge: &Bridge) -> String {
+    format!("root {} vouches for it until {}", bridge.by, rfc3339(bridge.not_after))
 }
 
 fn despite_text(despite: Despite) -> &'static str {

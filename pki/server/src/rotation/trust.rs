@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::bridge::Bridge;
 use crate::store::base64;
 
 const RETIRED_KEPT: usize = 8;
@@ -44,6 +45,9 @@ pub(crate) struct Root {
     /// Its key is with an authority outside, which signed this for us.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) upstream: Option<Upstream>,
+    /// For verifiers that know the root before it, and not yet this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) bridge: Option<Bridge>,
 }
 
 /// An intermediate from outside: all servers sign with it.
@@ -221,6 +225,7 @@ mod tests {
             tainted_at: None,
             not_after: 10,
             upstream: upstream(),
+            bridge: None,
         };
         let roots = vec![root("first", RootState::Active), root("second", RootState::Prepared)];
         let mut trust = Trust { roots, ..Trust::default() };

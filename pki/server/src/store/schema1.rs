@@ -98,6 +98,7 @@ fn convert_trust(connection: &Connection) -> Result<(), DbError> {
             removed_at: None,
             tainted_at: None,
             upstream: None,
+            bridge: None,
             not_after: row.get(5)?,
         })
     })?;

@@ -133,6 +133,7 @@ impl Rotator<'_> {
             tainted_at: None,
             not_after: root.not_after,
             upstream: Some(upstream),
+            bridge: None,
         }
     }
 }

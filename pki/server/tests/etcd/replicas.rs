@@ -50,6 +50,7 @@ fn two_servers_issue_from_intermediates_of_their_own_and_take_each_step_once() {
     let (mut chain, mut sequence) = (reply.svid.unwrap().chain, reply.bundle.unwrap().sequence);
     let mut signers = BTreeSet::new();
     let mut sequences = BTreeSet::new();
+    let mut bridges = Vec::new();
     // Through the first rotation, which begins after a week and has its second root sign a day later.
     for step in 0..28 {
         desk.pass(8 * HOUR);
@@ -63,11 +64,14 @@ fn two_servers_issue_from_intermediates_of_their_own_and_take_each_step_once() {
             (chain, sequence) = renewed;
             signers.insert(chain[1].clone());
             sequences.insert(sequence);
+            bridges.extend(chain.get(2).cloned());
             assert!(inspect_svid(&chain[0]).unwrap().not_after > desk.now());
         }
     }
     assert!(signers.len() >= 6, "each has its own, a new one every three days");
     assert!(sequences.len() >= 2);
+    bridges.dedup();
+    assert_eq!(bridges.len(), 1, "all servers carry the bridge that the leader made");
     for (event, times) in [("root_prepare", 1), ("root_activate", 1)] {
         assert_eq!(audit(&desk, event), times, "{event}");
     }

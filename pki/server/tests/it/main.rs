@@ -6,6 +6,7 @@ mod adoption;
 mod alerts;
 mod attestors;
 mod authority;
+mod bridge;
 mod cli;
 mod clocks;
 mod conversation;

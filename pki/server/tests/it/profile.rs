@@ -28,7 +28,7 @@ pub(crate) async fn verifies_at(
 ) -> Result<(), String> {
     let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
     fs::write(path("roots.pem"), roots.iter().map(|root| pem(root)).collect::<String>()).unwrap();
-    fs::write(path("chain.pem"), pem(chain[1].as_ref())).unwrap();
+    fs::write(path("chain.pem"), chain[1..].iter().map(|one| pem(one.as_ref())).collect::<String>()).unwrap();
     fs::write(path("leaf.pem"), pem(chain[0].as_ref())).unwrap();
     let (roots, chain, leaf) = (path("roots.pem"), path("chain.pem"), path("leaf.pem"));
     let at = unix(at).to_string();

@@ -166,6 +166,19 @@ impl Fleet {
                 assert!(verified.is_ok(), "{} refuses {}: {verified:?}", verifier.name, peer.name);
             }
         }
+        for peer in self.members.iter().filter(|peer| peer.chain.len() > 2) {
+            self.check_bridge(peer);
+        }
+    }
+
+    /// A verifier of another make that knows but the root before believes it, too, for as long as it lives.
+    fn check_bridge(&self, peer: &Member) {
+        let [_, intermediate, bridge] = &peer.chain[..] else { panic!("{} certificates", peer.chain.len()) };
+        let by = issuer_id(bridge);
+        assert_ne!(by, issuer_id(intermediate));
+        let before = peer.bundle.roots.iter().find(|root| issuer_id(root) == by);
+        let believed = verifies(&peer.chain, &[before.expect("it is in the bundle still")], peer.not_after);
+        assert!(believed.is_ok(), "{} by the root before: {believed:?}", peer.name);
     }
 
     fn active_root(&self) -> String {
@@ -216,11 +229,12 @@ async fn root_after_root_is_replaced_and_no_host_ever_refuses_another() {
     for name in ["web", "api", "cache"] {
         fleet.join(name);
     }
-    let (mut rotations, mut active, mut steps) = (0, fleet.active_root(), 0);
+    let (mut rotations, mut active, mut steps, mut bridged) = (0, fleet.active_root(), 0, 0);
     let mut at_a_fifth = (0, 0);
     while rotations < wanted() {
         fleet.live();
         steps += 1;
+        bridged += usize::from(fleet.members[0].chain.len() > 2);
         assert!(steps < 100 * wanted(), "stuck at {rotations} rotations");
         match steps % 37 {
             // Restarts fall everywhere within rotations, and so do partitions that end within the budget.
@@ -255,6 +269,7 @@ async fn root_after_root_is_replaced_and_no_host_ever_refuses_another() {
         resident >> 20,
         fleet.members[0].bundle.roots.len(),
     );
+    assert!(bridged >= rotations, "{bridged} of {steps} steps with a bridge");
     assert!(grown <= BYTES_A_ROTATION, "the database grows by {grown} bytes a rotation");
     assert!(resident <= at_a_fifth.1 + RESIDENT_GROWTH, "resident: {} and {resident} bytes", at_a_fifth.1);
     let status = Status::read(fleet.dir.path(), fleet.now()).unwrap();

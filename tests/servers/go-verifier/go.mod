@@ -1,0 +1,3 @@
+module meshd-tests/go-verifier
+
+go 1.24
