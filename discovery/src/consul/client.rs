@@ -148,5 +148,74 @@ async fn send(
 /// hyper says the rest in its cause: that of a refused client certificate, for instance.
 fn told(error: &hyper::Error) -> String {
     let cause = std::error::Error::source(error).map(|cause| format!(" ({cause})"));
-    format!("{error}{}", cause.unwrap_or_default())
+    let cause = cause.unwrap_or_default();
+    // It spoke before it was asked.
+    let hint = if error.is_canceled() {
+        "; it does that beyond limits.http_max_conns_per_client of its agent (200 by default): raise it, or import fewer \
+         services"
+    } else {
+        ""
+    };
+    format!("{error}{cause}{hint}")
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    /// A server that says so to each connection: after a request, or at once.
+    async fn serve(says: Vec<&'static str>, waits: bool) -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = Some(format!("http://{}", listener.local_addr().unwrap()));
+        tokio::spawn(async move {
+            for text in says {
+                let (mut connection, _) = listener.accept().await.unwrap();
+                if waits {
+                    let mut request = [0; 1024];
+                    assert!(connection.read(&mut request).await.unwrap() > 0);
+                }
+                connection.write_all(text.as_bytes()).await.unwrap();
+                connection.shutdown().await.unwrap();
+                // What was asked is read, so that the client is not told of a reset before it has read the answer.
+                tokio::io::copy(&mut connection, &mut tokio::io::sink()).await.unwrap();
+            }
+            std::future::pending::<()>().await;
+        });
+        Client::new(Arc::new(Settings { address, ..Settings::default() }))
+    }
+
+    #[tokio::test]
+    async fn a_connection_closed_between_two_requests_is_opened_again() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+        let mut client = serve(vec![ok, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nagain"], true).await;
+        assert_eq!(client.get("/a", None, DEADLINE).await.unwrap().body, "ok");
+        assert_eq!(client.get("/b", None, DEADLINE).await.unwrap().body, "again");
+    }
+
+    #[tokio::test]
+    async fn an_answer_given_before_the_question_is_understood_or_explained() {
+        let refusal = "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\nConnection: close\r\n\r\nslow";
+        let mut client = serve(vec![refusal], false).await;
+        let answer = client.get("/a", None, DEADLINE).await;
+        match answer {
+            Ok(reply) => assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS),
+            Err(error) => assert!(error.to_string().contains("http_max_conns_per_client"), "{error}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_answer_in_time_is_named_and_so_is_who_cannot_be_reached() {
+        let mut client = serve(vec![], true).await;
+        let error = client.get("/a", None, DEADLINE).await.unwrap_err().to_string();
+        assert!(error.contains("did not answer within 10 s"), "{error}");
+        let address = Some("http://127.0.0.1:1".to_owned());
+        let mut client = Client::new(Arc::new(Settings { address, ..Settings::default() }));
+        let error = client.get("/a", None, DEADLINE).await.unwrap_err().to_string();
+        assert!(error.starts_with("Consul at 127.0.0.1:1 cannot be reached: "), "{error}");
+    }
 }
