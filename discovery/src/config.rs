@@ -8,7 +8,9 @@ use serde::Deserialize;
 
 use crate::consul;
 use crate::name::{NameError, check_label};
-use crate::{Belief, ConsulSource, EtcdSource, FilesSource, ServiceName, Source, Wanted};
+use crate::{
+    Belief, ConsulSource, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted,
+};
 
 /// One `[[source]]`; their order in meshd.toml is their precedence, first wins.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -35,6 +37,10 @@ pub struct SourceConfig {
     pub address: Option<String>,
     pub token_file: Option<PathBuf>,
     pub namespace: Option<String>,
+    /// For `kind = "kubernetes"`: where the API server is and who we are there; in a pod, its own if left out.
+    pub kubeconfig: Option<PathBuf>,
+    /// Which context of it; its own choice if left out.
+    pub context: Option<String>,
     /// Namespaces whose `MeshService` documents are believed when they come from this source. None by default.
     #[serde(default)]
     pub authority: Namespaces,
@@ -72,6 +78,7 @@ pub enum SourceKind {
     Files,
     Etcd,
     Consul,
+    Kubernetes,
 }
 
 impl SourceKind {
@@ -80,6 +87,7 @@ impl SourceKind {
             SourceKind::Files => "files",
             SourceKind::Etcd => "etcd",
             SourceKind::Consul => "consul",
+            SourceKind::Kubernetes => "kubernetes",
         }
     }
 
@@ -89,6 +97,7 @@ impl SourceKind {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix"],
             SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix"],
+            SourceKind::Kubernetes => &["kubeconfig", "context"],
         }
     }
 }
@@ -113,6 +122,8 @@ pub enum ConfigError {
     Etcd { name: String, reason: String },
     #[error("[[source]] `{name}`: {reason}")]
     Consul { name: String, reason: String },
+    #[error("[[source]] `{name}`: {reason}")]
+    Kubernetes { name: String, reason: String },
 }
 
 impl SourceConfig {
@@ -131,6 +142,8 @@ impl SourceConfig {
             address: None,
             token_file: None,
             namespace: None,
+            kubeconfig: None,
+            context: None,
             authority: Namespaces::default(),
             provides: Provides::default(),
         }
@@ -154,6 +167,8 @@ impl SourceConfig {
             ("address", self.address.is_some()),
             ("token_file", self.token_file.is_some()),
             ("namespace", self.namespace.is_some()),
+            ("kubeconfig", self.kubeconfig.is_some()),
+            ("context", self.context.is_some()),
         ];
         all.into_iter().filter(|(_, given)| *given).map(|(key, _)| key)
     }
@@ -204,6 +219,13 @@ impl SourceConfig {
                     name: name.to_owned(),
                     reason: error.to_string(),
                 };
+                (Box::new(source.map_err(refused)?), Belief::Guarded)
+            }
+            SourceKind::Kubernetes => {
+                let settings =
+                    KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
+                let source = KubernetesSource::new(name, settings, self.authority.clone(), trust_domain.clone());
+                let refused = |reason| ConfigError::Kubernetes { name: name.to_owned(), reason };
                 (Box::new(source.map_err(refused)?), Belief::Guarded)
             }
         };
@@ -353,6 +375,9 @@ mod tests {
             ("kind = \"etcd\"\ndir = \"/x\"", "`dir` has no meaning with kind = \"etcd\", which takes endpoints, ca"),
             ("kind = \"files\"\nuser = \"x\"", "`user` has no meaning with kind = \"files\", which takes dir"),
             ("kind = \"etcd\"", "no etcd endpoint is given"),
+            ("kind = \"kubernetes\"\ncontext = \"prod\"", "add `kubeconfig`"),
+            ("kind = \"kubernetes\"\nkubeconfig = \"/no/such\"", "`kubernetes`: /no/such: "),
+            ("kind = \"kubernetes\"\ndir = \"/x\"", "which takes kubeconfig, context"),
             ("kind = \"etcd\"\nendpoints = [\"http://192.0.2.1:2379\"]", "http:// to etcd"),
         ] {
             let error = parse(text).unwrap().open(&td).err().unwrap().to_string();

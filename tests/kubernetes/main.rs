@@ -7,6 +7,7 @@ mod controllers;
 mod etcd;
 mod from_consul;
 mod from_etcd;
+mod from_kubernetes;
 mod istio;
 
 use std::fs;

@@ -50,7 +50,7 @@ fn a_pki_that_is_killed_at_any_step_goes_on_from_there() -> Result<()> {
 fn a_pki_that_is_killed_again_and_again_loses_nothing() -> Result<()> {
     let mut mesh = Mesh::start(Plan { rehearse: Some("20s"), ..Plan::shop() })?;
     let load = Witness::start(&mesh)?;
-    let (mut last, kills) = (0, scale(12, 500));
+    let (mut last, kills) = (0, scale(12, 1000));
     for kill in 0..kills {
         // Spread over start, steps and idle times; 7919 is a prime.
         rest(Duration::from_millis(kill * 7919 % 1500));

@@ -1,9 +1,11 @@
 //! A Kubernetes API server over an etcd of its own on a host: TLS, RBAC, tokens; controllers where asked for, no nodes.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::authority::Authority;
@@ -23,25 +25,54 @@ pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 pub struct Cluster {
     controllers: Option<Process>,
     apiserver: Process,
-    _etcd: Process,
+    etcd: Process,
     authority: Authority,
     host: Host,
 }
 
 impl Cluster {
     pub fn start(host: &Host) -> Result<Self> {
-        let program = servers::kube_apiserver()?;
         let authority = Authority::create(host, &directory_on(host))?;
         authority.issue("server", "/CN=kube-apiserver")?;
         authority.issue("admin", "/O=system:masters/CN=admin")?;
         let accounts = Program::new("openssl").args(["genrsa", "-out"]).arg(authority.file("accounts.key")).arg("2048");
         host.run(&accounts)?.expect_success("the key of service accounts")?;
         let etcd = start_etcd(host)?;
-        let apiserver = host.spawn(&Program::new(program).args(arguments(host)))?;
-        let mut cluster = Self { controllers: None, apiserver, _etcd: etcd, authority, host: host.clone() };
-        until(READY, "a ready API server", || cluster.get("/readyz").is_ok() || !cluster.apiserver.is_running())?;
-        ensure!(cluster.apiserver.is_running(), "kube-apiserver ended:\n{}", cluster.apiserver.output());
+        let apiserver = start_apiserver(host)?;
+        let mut cluster = Self { controllers: None, apiserver, etcd, authority, host: host.clone() };
+        cluster.wait_ready()?;
         Ok(cluster)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        until(READY, "a ready API server", || self.get("/readyz").is_ok() || !self.apiserver.is_running())?;
+        ensure!(self.apiserver.is_running(), "kube-apiserver ended:\n{}", self.apiserver.output());
+        Ok(())
+    }
+
+    /// SIGSTOP and SIGCONT, say, for the API server.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.apiserver.signal(signal)
+    }
+
+    pub fn kill_apiserver(&mut self) -> Result<()> {
+        self.apiserver.kill()
+    }
+
+    pub fn start_apiserver(&mut self) -> Result<()> {
+        self.apiserver = start_apiserver(&self.host)?;
+        self.wait_ready()
+    }
+
+    /// Everything in it is lost; the same addresses, certificates and keys. Controllers that ran run again.
+    pub fn restart_empty(&mut self) -> Result<()> {
+        let controllers = self.controllers.take().map(|mut process| process.kill()).transpose()?;
+        self.apiserver.kill()?;
+        self.etcd.kill()?;
+        fs::remove_dir_all(directory_on(&self.host).join("etcd"))?;
+        self.etcd = start_etcd(&self.host)?;
+        self.start_apiserver()?;
+        controllers.map_or(Ok(()), |()| self.start_controllers())
     }
 
     /// What makes endpoint slices of services and pods, among others.
@@ -56,8 +87,11 @@ impl Cluster {
                 "client-certificate": file("controllers.pem"), "client-key": file("controllers.key") } }],
             "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "it" } }],
         });
-        std::fs::write(file("controllers.json"), config.to_string())?;
+        fs::write(file("controllers.json"), config.to_string())?;
         let program = Program::new(servers::kube_controller_manager()?).args(["--leader-elect=false"]);
+        // No kubelet says that a pod's node is there, and the pod is to stay.
+        let without = "--controllers=*,-node-lifecycle-controller,-pod-garbage-collector-controller";
+        let program = program.arg(without);
         let program = program.args(["--use-service-account-credentials", "--bind-address=127.0.0.1"]);
         let files = [
             ("--kubeconfig", "controllers.json"),
@@ -94,6 +128,68 @@ impl Cluster {
         let url = format!("{}{path}", self.url());
         let answer = self.curl(&["-H", "Content-Type: application/json", "-d", &document.to_string(), &url])?;
         serde_json::from_str(&answer).with_context(|| format!("{path}: {answer}"))
+    }
+
+    /// The same for many, by one connection.
+    pub fn create_all(&self, path: &str, documents: &[Value]) -> Result<()> {
+        let requests = self.authority.file("requests");
+        let file = |name: &str| self.authority.file(name).display().to_string();
+        let request = |document: &Value| {
+            format!(
+                "url = {:?}\ncacert = {:?}\ncert = {:?}\nkey = {:?}\nheader = \"Content-Type: application/json\"\n\
+                 data = {:?}\noutput = \"/dev/null\"\nfail\nsilent\nshow-error\n",
+                format!("{}{path}", self.url()),
+                file("ca.pem"),
+                file("admin.pem"),
+                file("admin.key"),
+                document.to_string(),
+            )
+        };
+        fs::write(&requests, documents.iter().map(request).collect::<Vec<_>>().join("next\n"))?;
+        let program = Program::new("curl").args(["--fail-early", "--config"]).arg(&requests);
+        self.host.run(&program)?.expect_success(path)?;
+        Ok(())
+    }
+
+    /// Changes an object as an administrator: `PATCH`, which merges, or `DELETE`.
+    pub fn change(&self, method: &str, path: &str, document: &Value) -> Result<()> {
+        let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+        let kind = format!("Content-Type: {kind}");
+        self.curl(&["-X", method, "-H", &kind, "-d", &document.to_string(), &format!("{}{path}", self.url())])?;
+        Ok(())
+    }
+
+    /// What `kubectl apply` does with a file of new objects that have no status, as far as the kinds go that are known here.
+    pub fn apply(&self, file: &Path) -> Result<()> {
+        let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        for document in text.split("\n---\n") {
+            let field = |name: &str| {
+                let line = document.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(": "));
+                line.map(str::to_owned).with_context(|| format!("{}: no {name} in\n{document}", file.display()))
+            };
+            let path = match field("kind")?.as_str() {
+                "Namespace" => "/api/v1/namespaces".to_owned(),
+                "ServiceAccount" => format!("/api/v1/namespaces/{}/serviceaccounts", field("namespace")?),
+                "ClusterRole" => "/apis/rbac.authorization.k8s.io/v1/clusterroles".to_owned(),
+                "ClusterRoleBinding" => "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings".to_owned(),
+                other => anyhow::bail!("{}: {other} is not known here", file.display()),
+            };
+            let url = format!("{}{path}", self.url());
+            self.curl(&["-H", "Content-Type: application/yaml", "--data-binary", document, &url])?;
+        }
+        Ok(())
+    }
+
+    /// A pod as a kubelet would have made it: running, ready, with an address.
+    pub fn run_pod(&self, namespace: &str, pod: &Value, address: &str) -> Result<()> {
+        let path = format!("/api/v1/namespaces/{namespace}/pods");
+        let made = self.create(&path, pod)?;
+        let name = made["metadata"]["name"].as_str().context("a pod without name")?.to_owned();
+        let status = json!({ "status": {
+            "phase": "Running", "podIP": address, "podIPs": [{ "ip": address }],
+            "conditions": [{ "type": "Ready", "status": "True" }],
+        } });
+        self.change("PATCH", &format!("{path}/{name}/status"), &status)
     }
 
     pub fn create_service_account(&self, namespace: &str, name: &str) -> Result<()> {
@@ -140,6 +236,10 @@ impl Cluster {
 
 fn directory_on(host: &Host) -> PathBuf {
     host.directory().join("kubernetes")
+}
+
+fn start_apiserver(host: &Host) -> Result<Process> {
+    host.spawn(&Program::new(servers::kube_apiserver()?).args(arguments(host)))
 }
 
 fn start_etcd(host: &Host) -> Result<Process> {

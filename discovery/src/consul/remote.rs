@@ -5,8 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use data_encoding::BASE64;
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderValue};
 use serde::Deserialize;
@@ -298,7 +297,7 @@ struct StoredPair {
 
 impl StoredPair {
     fn decode(self) -> Option<Pair> {
-        let value = STANDARD.decode(self.value.unwrap_or_default()).ok()?;
+        let value = BASE64.decode(self.value.unwrap_or_default().as_bytes()).ok()?;
         Some(Pair { key: self.key, modified: self.modify_index, value })
     }
 }

@@ -7,15 +7,15 @@ use meshd_identity::statements::{Denied, DenySet, Whom};
 use meshd_identity::{Bundle, inspect_svid, root_id};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki_api::admin::command::Command;
-use meshd_pki_api::admin::{Authority, AuthorityRotate};
+use meshd_pki_api::admin::{Authority, AuthorityRotate, DenyAdd, DenyWhom, deny_whom};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
-use crate::authority::taint;
+use crate::authority::{alice, taint};
 use crate::operation::{DAY, Desk, HOUR, chain_of};
 use crate::profile::verifies_at;
 use crate::rotations::verifies;
-use crate::support::{Lab, domain, openssl};
+use crate::support::{Lab, domain, openssl, workload};
 
 /// A PKI on the day after its first rotation, and the roots before and now.
 struct Rotated {
@@ -208,4 +208,22 @@ async fn the_pki_shows_it_at_its_port_so_that_followers_with_an_older_bundle_can
     let text = String::from_utf8_lossy(&shown.stdout).into_owned();
     assert_eq!(text.matches("BEGIN CERTIFICATE").count(), 3, "{text}");
     assert!(text.contains("Verify return code: 0 (ok)"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_carries_it_is_served_on_when_the_root_before_is_denied() {
+    let lab = Lab::start().await;
+    for _ in 0..9 {
+        lab.pass(DAY);
+    }
+    let id = workload("payments");
+    let held = lab.join("web", &[&id]).await.unwrap();
+    assert_eq!(held.host.chain.len(), 3);
+    let whom = DenyWhom { whom: Some(deny_whom::Whom::Authority(root_id(&held.bundle.roots[0]))) };
+    let deny = Command::DenyAdd(DenyAdd { whom: Some(whom), reason: String::new() });
+    lab.pki().command(&alice(), deny).unwrap();
+    lab.pki().refresh().unwrap();
+    let mut host = lab.host("web");
+    host.want(&[&id]);
+    host.until(|held| held.workloads.contains_key(&id)).await;
 }

@@ -18,6 +18,7 @@ mod impostors;
 mod inventory;
 mod join_tokens;
 mod keeping;
+mod line;
 mod operation;
 mod outside;
 mod profile;

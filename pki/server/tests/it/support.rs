@@ -14,7 +14,7 @@ use meshd_pki::commands::{TokenRequest, create_token, pin};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki::serve::serve;
 use meshd_pki::{Options, Pki, state_dir};
-use meshd_pki_client::{Agent, Credentials, JoinError, Proof, RenewalMetrics, Surroundings, join_in};
+use meshd_pki_client::{Agent, Credentials, JoinError, Line, Proof, RenewalMetrics, Surroundings, join_in};
 use rcgen::KeyPair;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -38,6 +38,8 @@ pub(crate) struct Lab {
     lifetimes: Lifetimes,
     attestors: Option<PathBuf>,
     address: SocketAddr,
+    /// Where hosts are told to come, if not there.
+    way: Option<SocketAddr>,
     /// Seconds the clock of everybody here is ahead.
     turned: Arc<AtomicU64>,
     running: Option<(Arc<Pki>, oneshot::Sender<()>, JoinHandle<()>)>,
@@ -56,7 +58,8 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         state_dir::init(&dir.path().join("pki"), &domain, None, SystemTime::now()).unwrap();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut lab = Lab { dir, lifetimes, attestors: None, address: any, turned: Arc::default(), running: None };
+        let (attestors, way, turned, running) = (None, None, Arc::default(), None);
+        let mut lab = Lab { dir, lifetimes, attestors, address: any, way, turned, running };
         lab.run().await;
         lab
     }
@@ -79,7 +82,7 @@ impl Lab {
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
         let options = Options {
-            advertise: vec![self.address.to_string()],
+            advertise: vec![self.advertised()],
             attestors: self.attestors.clone(),
             ..Options::with_clock(self.lifetimes, self.surroundings().clock)
         };
@@ -147,13 +150,24 @@ impl Lab {
         self.address.to_string()
     }
 
+    fn advertised(&self) -> String {
+        self.way.unwrap_or(self.address).to_string()
+    }
+
+    /// From now on hosts come another way than straight.
+    pub(crate) async fn lead_by(&mut self, way: SocketAddr) {
+        self.stop().await;
+        self.way = Some(way);
+        self.run().await;
+    }
+
     pub(crate) fn host_dir(&self, name: &str) -> PathBuf {
         self.dir.path().join("hosts").join(name)
     }
 
     pub(crate) fn token(&self, host: &str, allow: &[&SpiffeId]) -> JoinToken {
         let allow: Vec<String> = allow.iter().map(|id| id.short().to_owned()).collect();
-        let pki = [self.address()];
+        let pki = [self.advertised()];
         let request =
             TokenRequest { host, allow: &allow, pki: &pki, ttl: Duration::from_secs(3600), ..TokenRequest::default() };
         create_token(&self.state(), &request, self.now()).unwrap()
@@ -166,7 +180,13 @@ impl Lab {
     }
 
     pub(crate) fn host(&self, name: &str) -> Host {
-        Host::run(Agent::open_in(&self.host_dir(name), self.surroundings()).unwrap())
+        self.host_and_line(name).0
+    }
+
+    pub(crate) fn host_and_line(&self, name: &str) -> (Host, Line) {
+        let agent = Agent::open_in(&self.host_dir(name), self.surroundings()).unwrap();
+        let line = agent.line();
+        (Host::run(agent), line)
     }
 
     pub(crate) fn audit_log(&self) -> String {

@@ -1,0 +1,241 @@
+//! GET over HTTP/2, many at once on few connections.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::header::{ACCEPT, AUTHORIZATION, USER_AGENT};
+use http::{HeaderValue, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::{Body, Incoming};
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::error::{CALL_DEADLINE, Error};
+use super::objects;
+use super::settings::{Access, Settings};
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+/// Between two pieces of an answer.
+const STALL_DEADLINE: Duration = Duration::from_secs(10);
+/// A connection of watches that stands still is noticed within both together, as soon as a server by probes.
+const PING_EVERY: Duration = Duration::from_secs(5);
+const PING_ANSWER: Duration = Duration::from_secs(4);
+/// An API server takes 250 streams per connection unless told otherwise (--http2-max-streams-per-connection, Go's
+/// default), and a request beyond them would wait for a watch to end.
+const MOST_STREAMS: usize = 100;
+/// etcd takes 1.5 MiB per object (--max-request-bytes), which is JSON of several.
+const LONGEST_LINE: usize = 16 * 1024 * 1024;
+/// A page of a list has 500 objects at most, unless the server answers from its cache.
+const LARGEST_ANSWER: usize = 256 * 1024 * 1024;
+const LARGEST_REFUSAL: usize = 64 * 1024;
+
+pub(super) struct Client {
+    settings: Settings,
+    /// Of lists and probes alone: who must be answered before watches are read on must not wait for them.
+    calls: Option<SendRequest<Empty<Bytes>>>,
+    watches: Vec<Connection>,
+    /// Of the present connections.
+    access: Option<Access>,
+}
+
+struct Connection {
+    sender: SendRequest<Empty<Bytes>>,
+    /// Held by every answer that is being read.
+    streams: Arc<()>,
+}
+
+/// An answer that is read line by line.
+pub(super) struct Lines {
+    body: Incoming,
+    buffer: BytesMut,
+    /// So much of it has no end of a line.
+    searched: usize,
+    _stream: Arc<()>,
+}
+
+/// What is asked, for messages.
+pub(super) struct Asked {
+    pub(super) verb: &'static str,
+    pub(super) resource: String,
+}
+
+impl Client {
+    pub(super) fn new(settings: Settings) -> Client {
+        Client { settings, calls: None, watches: Vec::new(), access: None }
+    }
+
+    /// The next request goes by a new connection, with what the files say then.
+    pub(super) fn leave(&mut self) {
+        self.calls = None;
+        self.watches.clear();
+        self.access = None;
+    }
+
+    /// `https://10.0.0.1:6443`, as far as it is known.
+    pub(super) fn server(&self) -> &str {
+        self.access.as_ref().map_or("", |access| &access.server)
+    }
+
+    pub(super) async fn get(&mut self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
+        let access = self.access()?;
+        let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
+            Some(sender) => sender,
+            None => open(&access).await?,
+        };
+        let response = request(sender.clone(), &access, path, asked).await?;
+        self.calls = Some(sender);
+        read_all(response.into_body(), LARGEST_ANSWER).await
+    }
+
+    pub(super) async fn lines(&mut self, path: &str, asked: &Asked) -> Result<Lines, Error> {
+        let access = self.access()?;
+        self.watches.retain(|connection| !connection.sender.is_closed());
+        let free = |connection: &&Connection| Arc::strong_count(&connection.streams) <= MOST_STREAMS;
+        let (sender, stream) = match self.watches.iter().find(free) {
+            Some(connection) => (connection.sender.clone(), connection.streams.clone()),
+            None => {
+                let connection = Connection { sender: open(&access).await?, streams: Arc::new(()) };
+                let opened = (connection.sender.clone(), connection.streams.clone());
+                self.watches.push(connection);
+                opened
+            }
+        };
+        let response = request(sender, &access, path, asked).await?;
+        Ok(Lines { body: response.into_body(), buffer: BytesMut::new(), searched: 0, _stream: stream })
+    }
+
+    fn access(&mut self) -> Result<Access, Error> {
+        match &self.access {
+            Some(access) => Ok(access.clone()),
+            None => Ok(self.access.insert(self.settings.access()?).clone()),
+        }
+    }
+}
+
+async fn request(
+    mut sender: SendRequest<Empty<Bytes>>,
+    access: &Access,
+    path: &str,
+    asked: &Asked,
+) -> Result<Response<Incoming>, Error> {
+    let mut request = Request::get(format!("{}{}{path}", access.server, access.base))
+        .header(ACCEPT, "application/json")
+        .header(USER_AGENT, concat!("meshd/", env!("CARGO_PKG_VERSION")))
+        .body(Empty::new())
+        .map_err(|error| Error::Broken(error.to_string()))?;
+    if let Some(token) = &access.token {
+        let bearer = HeaderValue::try_from(format!("Bearer {}", token.read()?));
+        let unfit = |_| Error::Unauthorized { by: access.credential(), reason: "it is no token".to_owned() };
+        let mut bearer = bearer.map_err(unfit)?;
+        bearer.set_sensitive(true);
+        request.headers_mut().insert(AUTHORIZATION, bearer);
+    }
+    let answer = timeout(CALL_DEADLINE, sender.send_request(request)).await.map_err(|_| Error::Deadline)?;
+    let response = answer.map_err(|error| Error::Broken(said(&error)))?;
+    if response.status() == StatusCode::OK {
+        return Ok(response);
+    }
+    let status = response.status();
+    let reason = objects::read_refusal(&read_all(response.into_body(), LARGEST_REFUSAL).await?);
+    Err(match status {
+        StatusCode::UNAUTHORIZED => Error::Unauthorized { by: access.credential(), reason },
+        StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource.clone(), reason },
+        StatusCode::GONE => Error::Expired,
+        StatusCode::TOO_MANY_REQUESTS => Error::Busy(reason),
+        status => Error::Refused { status: status.as_u16(), reason },
+    })
+}
+
+async fn open(access: &Access) -> Result<SendRequest<Empty<Bytes>>, Error> {
+    let reason = || format!("no connection within {} s", CONNECT_DEADLINE.as_secs());
+    let late = |_| Err(Error::Unreachable { server: access.server.clone(), reason: reason() });
+    timeout(CONNECT_DEADLINE, connect(access)).await.unwrap_or_else(late)
+}
+
+async fn connect(access: &Access) -> Result<SendRequest<Empty<Bytes>>, Error> {
+    let server = || access.server.clone();
+    let unreachable = |reason: String| Error::Unreachable { server: server(), reason };
+    let tcp = TcpStream::connect(&access.address).await.map_err(|error| unreachable(error.to_string()))?;
+    tcp.set_nodelay(true).map_err(|error| unreachable(error.to_string()))?;
+    let name = ServerName::try_from(access.name.clone())
+        .map_err(|_| unreachable(format!("`{}` is no name or address of a server", access.name)))?;
+    let tls = TlsConnector::from(access.tls.clone()).connect(name, tcp).await;
+    let tls = tls.map_err(|error| Error::Tls { server: server(), reason: error.to_string() })?;
+    if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
+        let reason = "it does not speak HTTP/2; name the API server itself, or a proxy that does".to_owned();
+        return Err(unreachable(reason));
+    }
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_ANSWER)
+        .handshake(TokioIo::new(tls))
+        .await
+        .map_err(|error| unreachable(said(&error)))?;
+    // Ends by itself when the last sender and the last answer are dropped.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "connection to the API server ended");
+        }
+    });
+    Ok(sender)
+}
+
+/// With what hyper keeps for the source.
+fn said(error: &hyper::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+async fn piece(body: &mut Incoming) -> Result<Option<Bytes>, Error> {
+    loop {
+        match body.frame().await {
+            None => return Ok(None),
+            Some(Err(error)) => return Err(Error::Broken(said(&error))),
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+        }
+    }
+}
+
+async fn read_all(mut body: Incoming, most: usize) -> Result<Bytes, Error> {
+    let expected = body.size_hint().exact().unwrap_or(0);
+    let mut all = BytesMut::with_capacity(usize::try_from(expected).unwrap_or(0).min(LARGEST_REFUSAL));
+    while let Some(data) = timeout(STALL_DEADLINE, piece(&mut body)).await.map_err(|_| Error::Deadline)?? {
+        if all.len() + data.len() > most {
+            return Err(Error::Garbled(format!("it has more than {most} bytes")));
+        }
+        all.extend_from_slice(&data);
+    }
+    Ok(all.freeze())
+}
+
+impl Lines {
+    /// The next line, without its end; `None` where the answer ends. Nothing is lost when the wait is given up.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            if let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let mut line = self.buffer.split_to(self.searched + end + 1);
+                line.truncate(line.len() - 1);
+                self.searched = 0;
+                return Ok(Some(line.freeze()));
+            }
+            self.searched = self.buffer.len();
+            if self.searched > LONGEST_LINE {
+                return Err(Error::Garbled(format!("a line has more than {LONGEST_LINE} bytes")));
+            }
+            let Some(data) = piece(&mut self.body).await? else { return Ok(None) };
+            self.buffer.extend_from_slice(&data);
+        }
+    }
+}

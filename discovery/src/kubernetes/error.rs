@@ -1,0 +1,44 @@
+//! What can be wrong between us and the API server, in words an operator can act on.
+
+use std::time::Duration;
+
+use super::settings::SettingsError;
+
+/// Connecting, or the beginning of an answer.
+pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(4);
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error("the API server {server} cannot be reached: {reason}")]
+    Unreachable { server: String, reason: String },
+    #[error(
+        "TLS with the API server {server} failed: {reason}; is the certificate authority given for it the cluster's, and \
+         the name in its address one of its certificate's?"
+    )]
+    Tls { server: String, reason: String },
+    #[error("the API server did not answer within {} s", CALL_DEADLINE.as_secs())]
+    Deadline,
+    #[error("the API server is not ready: {0}")]
+    NotReady(String),
+    #[error("the API server does not accept {by} (401: {reason}); give a credential that is valid and not over")]
+    Unauthorized { by: String, reason: String },
+    #[error(
+        "{verb} of {resource} is forbidden: {reason}; apply deploy/kubernetes/reader.yaml, which allows it, and bind its \
+         ClusterRole `meshd-reader` to whom this host is there"
+    )]
+    Forbidden { verb: &'static str, resource: String, reason: String },
+    /// What was asked for is older than what the server keeps.
+    #[error("the API server no longer keeps what a watch needs")]
+    Expired,
+    /// Watches under way go on.
+    #[error("the API server has too much to do (429: {0})")]
+    Busy(String),
+    #[error("the API server refused (status {status}): {reason}")]
+    Refused { status: u16, reason: String },
+    #[error("an answer of the API server cannot be read: {0}")]
+    Garbled(String),
+    #[error("the connection to the API server broke: {0}")]
+    Broken(String),
+}

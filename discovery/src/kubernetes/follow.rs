@@ -1,0 +1,348 @@
+//! Keeps what is known of the cluster current: see the picture in `mod.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
+
+use super::error::Error;
+use super::known::{Area, Watching, areas};
+use super::objects::{Event, Kind};
+use super::read::Reader;
+use super::remote::{Remote, Watch};
+use crate::backoff::{Backoff, jittered};
+use crate::{Epoch, Scope, ServiceName, Sink, SourceEvent, Wanted};
+
+/// How soon a server that stands still, or lost sight of its etcd, is noticed: this and a call's deadline (4 s). A
+/// thousand hosts ask 200 times a second, each for one small object.
+const PROBE_EVERY: Duration = Duration::from_secs(5);
+/// A watch that lost an event would keep it lost.
+const RESYNC_EVERY: Duration = Duration::from_secs(300);
+/// How soon a role that was granted is noticed.
+const RETRY_REFUSED: Duration = Duration::from_secs(15);
+/// A watch that ends sooner ends for another reason than its age.
+const SHORTEST_WATCH: Duration = Duration::from_secs(1);
+/// Events waiting to be taken; the watches wait when it is full.
+const INBOX: usize = 256;
+/// In this order: the selector of a Service says which pods, and pods of a slice that are known need not be waited for.
+const KINDS: [Kind; 3] = [Kind::Service, Kind::Slice, Kind::Pod];
+
+pub(super) async fn run<R: Remote>(mut remote: R, reader: Reader, mut wanted: watch::Receiver<Wanted>, sink: Sink) {
+    let mut follower =
+        Follower { reader, sink, life: Epoch::default(), areas: BTreeMap::new(), watches: 0, resync_at: None };
+    // What an earlier life of this daemon knew beyond that is wanted no more.
+    let begun_with = wanted.borrow().clone();
+    follower.sink.send(SourceEvent::Narrowed(begun_with)).await;
+    let mut backoff = Backoff::default();
+    loop {
+        let started = Instant::now();
+        let Err(error) = follower.follow(&mut remote, &mut wanted).await;
+        follower.sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+        follower.areas.values_mut().for_each(Area::end_watches);
+        remote.leave();
+        sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+    }
+}
+
+struct Follower {
+    reader: Reader,
+    sink: Sink,
+    /// Of the store, and how far it had come.
+    life: Epoch,
+    areas: BTreeMap<Scope, Area>,
+    /// How many were begun.
+    watches: u64,
+    /// When all is read once more, also if connections come and go.
+    resync_at: Option<Instant>,
+}
+
+/// Which watch says something.
+#[derive(Debug)]
+struct Origin {
+    area: Scope,
+    kind: Kind,
+    number: u64,
+    since: Instant,
+}
+
+/// `None`: the watch came to its end.
+type News = (Arc<Origin>, Result<Option<Event>, Error>);
+
+/// The watches of one connection; they end with it.
+struct Watches {
+    tasks: JoinSet<()>,
+    news: mpsc::Sender<News>,
+    inbox: mpsc::Receiver<News>,
+}
+
+impl Watches {
+    fn new() -> Watches {
+        let (news, inbox) = mpsc::channel(INBOX);
+        Watches { tasks: JoinSet::new(), news, inbox }
+    }
+
+    fn begin(&mut self, mut watch: impl Watch + Send + 'static, origin: Origin) -> Watching {
+        let (news, number) = (self.news.clone(), origin.number);
+        let origin = Arc::new(origin);
+        while self.tasks.try_join_next().is_some() {}
+        let task = self.tasks.spawn(async move {
+            loop {
+                let next = watch.next().await;
+                let goes_on = matches!(next, Ok(Some(_)));
+                // Nobody listens: the task is being ended.
+                if news.send((origin.clone(), next)).await.is_err() || !goes_on {
+                    return;
+                }
+            }
+        });
+        Watching { number, task }
+    }
+}
+
+/// Services of areas that may have changed.
+type Touched = BTreeMap<Scope, BTreeSet<ServiceName>>;
+
+impl Follower {
+    /// Until an error.
+    async fn follow<R: Remote>(
+        &mut self,
+        remote: &mut R,
+        wanted: &mut watch::Receiver<Wanted>,
+    ) -> Result<Infallible, Error> {
+        let mut watches = Watches::new();
+        self.compare(remote.probe().await?);
+        let mut asked = wanted.borrow_and_update().clone();
+        self.adjust(&asked).await;
+        self.catch_up(remote, &mut watches).await?;
+        self.sink.send(SourceEvent::InSync).await;
+
+        let mut probes = interval_at(Instant::now() + PROBE_EVERY, PROBE_EVERY);
+        probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let next_resync = || Instant::now() + jittered(RESYNC_EVERY, fastrand::f64());
+            let resync_at = *self.resync_at.get_or_insert_with(next_resync);
+            tokio::select! {
+                // We hold a sender, so this never ends.
+                Some(news) = watches.inbox.recv() => {
+                    let mut touched = Touched::new();
+                    self.take(news, &mut touched)?;
+                    // One answer to everything that is already waiting.
+                    for _ in 0..INBOX {
+                        let Ok(news) = watches.inbox.try_recv() else { break };
+                        self.take(news, &mut touched)?;
+                    }
+                    self.tell(touched).await;
+                }
+                _ = probes.tick() => match remote.probe().await {
+                    Ok(life) => {
+                        self.compare(life);
+                        self.sink.send(SourceEvent::InSync).await;
+                    }
+                    // To begin anew would give it more to do.
+                    Err(error @ Error::Busy(_)) => {
+                        self.sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                },
+                Ok(()) = wanted.changed() => {
+                    let now = wanted.borrow_and_update().clone();
+                    if now.resync != asked.resync {
+                        self.list_all_again();
+                    }
+                    asked = now;
+                    self.adjust(&asked).await;
+                }
+                () = tokio::time::sleep_until(resync_at) => self.list_all_again(),
+            }
+            self.catch_up(remote, &mut watches).await?;
+        }
+    }
+
+    /// Forgets how far it was read when the store is not the one it was read from.
+    fn compare(&mut self, now: Epoch) {
+        if self.life.store != now.store || now.position < self.life.position {
+            self.areas.values_mut().for_each(Area::forget_positions);
+        }
+        self.life = now;
+    }
+
+    fn list_all_again(&mut self) {
+        self.resync_at = None;
+        self.areas.values_mut().for_each(|area| area.due = true);
+    }
+
+    /// Follows what is wanted and nothing else.
+    async fn adjust(&mut self, wanted: &Wanted) {
+        let mut now = areas(wanted);
+        let mut narrowed = false;
+        self.areas.retain(|scope, area| {
+            let Some(told_as) = now.remove(scope) else {
+                narrowed = true;
+                return false;
+            };
+            narrowed |= area.told_as.iter().any(|told| !told_as.contains(told));
+            area.due |= area.told_as != told_as;
+            area.told_as = told_as;
+            true
+        });
+        for (scope, told_as) in now {
+            self.areas.insert(scope.clone(), Area::new(scope, told_as));
+        }
+        if narrowed {
+            self.sink.send(SourceEvent::Narrowed(wanted.clone())).await;
+        }
+    }
+
+    /// Lists what is due, and watches what is not watched.
+    async fn catch_up<R: Remote>(&mut self, remote: &mut R, watches: &mut Watches) -> Result<(), Error> {
+        let now = Instant::now();
+        let (reader, sink, life, number) = (&self.reader, &self.sink, &self.life, &mut self.watches);
+        for area in self.areas.values_mut() {
+            if area.refused.is_some_and(|since| now.saturating_duration_since(since) < RETRY_REFUSED) {
+                continue;
+            }
+            match catch_up_with(area, remote, watches, number, reader, sink, life).await {
+                Ok(()) => area.refused = None,
+                Err(error @ Error::Forbidden { .. }) => {
+                    area.end_watches();
+                    (area.refused, area.due) = (Some(now), true);
+                    for (scope, change) in area.forbidden(&error.to_string()) {
+                        sink.send(SourceEvent::Changed { scope, position: 0, changes: vec![change] }).await;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, (origin, news): News, touched: &mut Touched) -> Result<(), Error> {
+        // A watch that was given up may still have said something.
+        let Some(area) = self.areas.get_mut(&origin.area) else { return Ok(()) };
+        let feed = area.feed(origin.kind);
+        if feed.watch.as_ref().is_none_or(|watching| watching.number != origin.number) {
+            return Ok(());
+        }
+        let mut moved = |position: String| feed.position = Some(position).filter(|position| !position.is_empty());
+        let services = match news? {
+            Some(Event::Set(object, position)) => {
+                moved(position);
+                area.set(object)
+            }
+            Some(Event::Gone(object, position)) => {
+                moved(position);
+                area.remove(object)
+            }
+            Some(Event::Bookmark(position) | Event::Other(position)) => {
+                moved(position);
+                return Ok(());
+            }
+            Some(Event::Expired) => {
+                area.due = true;
+                return Ok(());
+            }
+            Some(Event::Failed(reason)) => return Err(Error::Broken(format!("a watch failed: {reason}"))),
+            None if origin.since.elapsed() < SHORTEST_WATCH => {
+                return Err(Error::Broken("a watch ended as soon as it began".to_owned()));
+            }
+            None => {
+                feed.watch = None;
+                return Ok(());
+            }
+        };
+        touched.entry(origin.area.clone()).or_default().extend(services);
+        Ok(())
+    }
+
+    async fn tell(&mut self, touched: Touched) {
+        for (scope, services) in touched {
+            // What is listed next says all of it.
+            let Some(area) = self.areas.get_mut(&scope).filter(|area| !area.due) else { continue };
+            for (scope, changes) in area.changes(&self.reader, &services) {
+                let position = self.life.position;
+                self.sink.send(SourceEvent::Changed { scope, position, changes }).await;
+            }
+        }
+    }
+}
+
+async fn catch_up_with<R: Remote>(
+    area: &mut Area,
+    remote: &mut R,
+    watches: &mut Watches,
+    number: &mut u64,
+    reader: &Reader,
+    sink: &Sink,
+    life: &Epoch,
+) -> Result<(), Error> {
+    // Once more where the history between a list and its watch is gone already.
+    for _ in 0..2 {
+        if area.due {
+            list(area, remote, reader, sink, life).await?;
+        }
+        match watch_missing(area, remote, watches, number).await {
+            Err(Error::Expired) => area.due = true,
+            other => return other,
+        }
+    }
+    Err(Error::Expired)
+}
+
+async fn list<R: Remote>(
+    area: &mut Area,
+    remote: &mut R,
+    reader: &Reader,
+    sink: &Sink,
+    life: &Epoch,
+) -> Result<(), Error> {
+    for kind in KINDS {
+        let Some(collection) = area.collection(kind) else {
+            area.without_pods();
+            continue;
+        };
+        let known = area.feed(kind).position.clone();
+        let listed = remote.list(&collection, known.as_deref()).await?;
+        area.replace(kind, listed);
+    }
+    area.due = false;
+    let mut epoch = life.clone();
+    if epoch.position == 0 {
+        // Not told by the probe. Numbers in all versions there are; if not, the store alone counts.
+        let services = area.feed(Kind::Service).position.as_deref();
+        epoch.position = services.and_then(|position| position.parse().ok()).unwrap_or(0);
+    }
+    for listing in area.listings(reader, &epoch) {
+        sink.send(SourceEvent::Listed(listing)).await;
+    }
+    Ok(())
+}
+
+async fn watch_missing<R: Remote>(
+    area: &mut Area,
+    remote: &mut R,
+    watches: &mut Watches,
+    number: &mut u64,
+) -> Result<(), Error> {
+    for kind in KINDS {
+        let Some(collection) = area.collection(kind) else { continue };
+        let feed = area.feed(kind);
+        if feed.watch.is_some() {
+            continue;
+        }
+        let Some(from) = feed.position.clone() else { return Err(Error::Expired) };
+        let watch = remote.watch(&collection, &from).await?;
+        *number += 1;
+        let origin = Origin { area: collection.area, kind, number: *number, since: Instant::now() };
+        feed.watch = Some(watches.begin(watch, origin));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "follow_tests.rs"]
+mod tests;

@@ -1,0 +1,415 @@
+use std::sync::Mutex;
+
+use serde_json::Value;
+
+use super::super::objects::Listed;
+use super::super::remote::Collection;
+use super::super::samples::{self, object, pod, service, slice};
+use super::*;
+use crate::{Change, Namespaces, fake};
+
+type Told = mpsc::Sender<Result<Option<Event>, Error>>;
+
+/// An API server in words: what it holds, how it fails, and what it was asked.
+#[derive(Default)]
+struct Script {
+    store: &'static str,
+    position: u64,
+    objects: BTreeMap<Kind, Vec<Value>>,
+    down: bool,
+    /// Too much to do for calls.
+    busy: bool,
+    /// Which kind may not be read.
+    forbidden: Option<Kind>,
+    /// How many watches from now on are refused because their history is gone.
+    expired: usize,
+    asked: Vec<String>,
+    watches: Vec<(Collection, Told)>,
+}
+
+#[derive(Clone)]
+struct Fake(Arc<Mutex<Script>>);
+
+struct FakeWatch(mpsc::Receiver<Result<Option<Event>, Error>>);
+
+impl Fake {
+    /// `payments`, with one pod behind it.
+    fn new() -> Fake {
+        let objects = [
+            (Kind::Service, vec![service("payments", &[])]),
+            (Kind::Slice, vec![slice("payments-x", &["10.0.0.1"])]),
+            (Kind::Pod, vec![pod("payments-0", "payer", true)]),
+        ];
+        Fake(Arc::new(Mutex::new(Script { store: "one", position: 10, objects: objects.into(), ..Script::default() })))
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Script) -> T) -> T {
+        change(&mut self.0.lock().unwrap())
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.change(|script| std::mem::take(&mut script.asked))
+    }
+
+    fn up(&self, call: String) -> Result<(), Error> {
+        self.change(|script| {
+            script.asked.push(call);
+            if script.down { Err(Error::Broken("scripted".to_owned())) } else { Ok(()) }
+        })
+    }
+
+    /// By the latest watch of a kind.
+    async fn tell(&self, kind: Kind, event: Result<Option<Event>, Error>) {
+        let latest =
+            |script: &mut Script| script.watches.iter().rev().find(|(what, _)| what.kind == kind).unwrap().1.clone();
+        let told = self.change(latest);
+        told.send(event).await.unwrap();
+    }
+
+    async fn set(&self, kind: Kind, sample: Value, position: &str) {
+        self.tell(kind, Ok(Some(Event::Set(object(kind, sample), position.to_owned())))).await;
+    }
+}
+
+impl Remote for Fake {
+    type Watch = FakeWatch;
+
+    async fn probe(&mut self) -> Result<Epoch, Error> {
+        self.up("probe".to_owned())?;
+        if self.change(|script| script.busy) {
+            return Err(Error::Busy("scripted".to_owned()));
+        }
+        Ok(self.change(|script| Epoch { store: script.store.into(), position: script.position }))
+    }
+
+    async fn list(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
+        self.up(format!("list {:?} [{}] known {known:?}", what.kind, what.labels))?;
+        self.change(|script| {
+            if script.forbidden == Some(what.kind) {
+                let resource = format!("{:?}", what.kind);
+                return Err(Error::Forbidden { verb: "list", resource, reason: "scripted".to_owned() });
+            }
+            let samples = script.objects.get(&what.kind).cloned().unwrap_or_default();
+            let objects = samples::objects(what.kind, &samples);
+            Ok(Listed { objects, position: script.position.to_string(), more: None })
+        })
+    }
+
+    async fn watch(&mut self, what: &Collection, from: &str) -> Result<FakeWatch, Error> {
+        self.up(format!("watch {:?} [{}] from {from}", what.kind, what.labels))?;
+        self.change(|script| {
+            if script.expired > 0 {
+                script.expired -= 1;
+                return Err(Error::Expired);
+            }
+            let (send, told) = mpsc::channel(8);
+            script.watches.push((what.clone(), send));
+            Ok(FakeWatch(told))
+        })
+    }
+
+    fn leave(&mut self) {
+        self.change(|script| script.asked.push("leave".to_owned()));
+    }
+}
+
+impl Watch for FakeWatch {
+    async fn next(&mut self) -> Result<Option<Event>, Error> {
+        self.0.recv().await.unwrap_or_else(|| Err(Error::Broken("dropped".to_owned())))
+    }
+}
+
+struct Running {
+    started_with: Wanted,
+    server: Fake,
+    wanted: watch::Sender<Wanted>,
+    events: mpsc::Receiver<(usize, SourceEvent)>,
+    _task: JoinSet<()>,
+}
+
+fn payments() -> Wanted {
+    Wanted { services: ["payments.shop".parse().unwrap()].into(), ..Wanted::default() }
+}
+
+fn start(wanted: Wanted, server: Fake) -> Running {
+    let started_with = wanted.clone();
+    let wanted = watch::Sender::new(wanted);
+    let (send, events) = mpsc::channel(64);
+    let mut task = JoinSet::new();
+    let reader = Reader { trust_domain: fake::trust_domain(), authority: Namespaces::everything() };
+    task.spawn(run(server.clone(), reader, wanted.subscribe(), Sink::new(0, send)));
+    Running { started_with, server, wanted, events, _task: task }
+}
+
+/// Listed once, and watched.
+async fn running() -> Running {
+    let mut running = start(payments(), Fake::new());
+    assert_eq!(running.listed().await, (10, vec!["10.0.0.1".to_owned()]));
+    running.watched().await;
+    running.server.asked();
+    running
+}
+
+fn addresses<'a>(records: impl IntoIterator<Item = &'a crate::Record>) -> Vec<String> {
+    records.into_iter().flat_map(|record| &record.places).map(|place| place.address.to_string()).collect()
+}
+
+impl Running {
+    /// The next event that is more than a sign of life.
+    async fn next(&mut self) -> SourceEvent {
+        loop {
+            match self.events.recv().await.unwrap().1 {
+                SourceEvent::InSync => {}
+                SourceEvent::Narrowed(to) if to == self.started_with => {}
+                event => return event,
+            }
+        }
+    }
+
+    async fn listed(&mut self) -> (u64, Vec<String>) {
+        match self.next().await {
+            SourceEvent::Listed(listing) => (listing.epoch.position, addresses(&listing.records)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn changed(&mut self) -> Vec<String> {
+        match self.next().await {
+            SourceEvent::Changed { changes, .. } => addresses(changes.iter().filter_map(|change| match change {
+                Change::Set(record) => Some(record),
+                _ => None,
+            })),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn unavailable(&mut self) -> String {
+        match self.next().await {
+            SourceEvent::Unavailable { error } => error,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Once all is caught up with.
+    async fn watched(&mut self) {
+        assert_eq!(self.events.recv().await.unwrap().1, SourceEvent::InSync);
+    }
+
+    /// What was asked until the server was probed for so many times.
+    async fn asked_until_probed(&mut self, times: usize) -> Vec<String> {
+        let mut probed = 0;
+        while probed < times {
+            probed += usize::from(self.events.recv().await.unwrap().1 == SourceEvent::InSync);
+        }
+        self.server.asked()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_its_slices_and_its_pods_are_listed_and_watched_from_there() {
+    let mut running = start(payments(), Fake::new());
+    running.listed().await;
+    running.watched().await;
+    let expected = [
+        "probe",
+        "list Service [] known None",
+        "list Slice [] known None",
+        "list Pod [app=payments] known None",
+        "watch Service [] from 10",
+        "watch Slice [] from 10",
+        "watch Pod [app=payments] from 10",
+    ];
+    assert_eq!(running.server.asked(), expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_is_told_at_once_and_a_pod_that_is_not_known_yet_is_waited_for() {
+    let mut running = running().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.1", "10.0.0.2"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.1"]);
+    running.server.set(Kind::Pod, pod("payments-1", "payer", true), "12").await;
+    assert_eq!(running.changed().await, ["10.0.0.1", "10.0.0.2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slice_that_goes_is_removed_by_its_key_and_nothing_else() {
+    let mut running = running().await;
+    let gone = object(Kind::Slice, slice("payments-x", &["10.0.0.1"]));
+    running.server.tell(Kind::Slice, Ok(Some(Event::Gone(gone, "11".to_owned())))).await;
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no change") };
+    assert!(changes.contains(&Change::Removed("slice/shop/payments-x".into())), "{changes:?}");
+    assert!(changes.iter().any(|change| matches!(change, Change::Set(record) if record.definition.is_some())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_happens_to_a_pod_besides_is_not_told() {
+    let mut running = running().await;
+    let mut busy = pod("payments-0", "payer", true);
+    busy["status"]["phase"] = "Running".into();
+    running.server.set(Kind::Pod, busy, "11").await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.7"]), "12").await;
+    assert_eq!(running.changed().await, ["10.0.0.7"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_came_to_its_end_begins_anew_where_it_was_without_a_list() {
+    let mut running = running().await;
+    running.server.tell(Kind::Slice, Ok(Some(Event::Bookmark("40".to_owned())))).await;
+    running.asked_until_probed(3).await;
+    running.server.tell(Kind::Slice, Ok(None)).await;
+    let asked = running.asked_until_probed(1).await;
+    let watches: Vec<_> = asked.iter().filter(|call| call.starts_with("watch")).collect();
+    assert_eq!(watches, ["watch Slice [] from 40"], "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_broken_connection_it_goes_on_where_it_was_without_a_list() {
+    let mut running = running().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.3"]), "14").await;
+    running.changed().await;
+    running.server.change(|script| script.position = 14);
+    running.server.asked();
+    running.server.tell(Kind::Pod, Err(Error::Broken("cut".to_owned()))).await;
+    assert!(running.unavailable().await.contains("cut"));
+    let asked = running.asked_until_probed(1).await;
+    let expected =
+        ["leave", "probe", "watch Service [] from 10", "watch Slice [] from 14", "watch Pod [app=payments] from 10"];
+    assert_eq!(asked, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_server_no_longer_keeps_is_listed_anew_and_no_older_than_known() {
+    let mut running = running().await;
+    running.server.change(|script| script.position = 90);
+    running.server.tell(Kind::Slice, Ok(Some(Event::Expired))).await;
+    running.listed().await;
+    let asked = running.asked_until_probed(1).await;
+    assert!(asked.contains(&"list Slice [] known Some(\"10\")".to_owned()), "{asked:?}");
+    assert!(asked.contains(&"watch Slice [] from 90".to_owned()), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_refused_for_its_age_is_listed_anew_at_once() {
+    let server = Fake::new();
+    server.change(|script| script.expired = 1);
+    let mut running = start(payments(), server);
+    running.listed().await;
+    running.listed().await;
+    running.watched().await;
+    let asked = running.server.asked();
+    assert_eq!(asked.iter().filter(|call| call.starts_with("list Service")).count(), 2, "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_cluster_or_one_put_back_is_listed_as_if_never_read() {
+    let lives: [fn(&mut Script); 2] = [|script| script.position = 5, |script| script.store = "two"];
+    for life in lives {
+        let mut running = running().await;
+        running.server.change(life);
+        let position = running.server.change(|script| script.position);
+        assert_eq!(running.listed().await.0, position);
+        let asked = running.server.asked();
+        assert!(asked.contains(&"list Slice [] known None".to_owned()), "{asked:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_answers_nothing_is_trouble_and_tried_again_ever_less_often() {
+    let mut running = running().await;
+    running.server.change(|script| script.down = true);
+    let (mut last, mut pauses) = (Instant::now(), Vec::new());
+    for _ in 0..10 {
+        assert!(running.unavailable().await.contains("scripted"));
+        pauses.push(last.elapsed());
+        last = Instant::now();
+    }
+    assert!(pauses[9] > pauses[2] && pauses[9] <= Duration::from_secs(5), "{pauses:?}");
+    running.server.change(|script| script.down = false);
+    running.watched().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.4"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.4"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_may_not_be_read_is_named_keeps_what_it_said_and_is_tried_again() {
+    let server = Fake::new();
+    server.change(|script| script.forbidden = Some(Kind::Pod));
+    let mut running = start(payments(), server);
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no trouble") };
+    let [Change::Refused(refused)] = changes.as_slice() else { panic!("{changes:?}") };
+    assert!(refused.problems[0].contains("list of Pod is forbidden"), "{refused:?}");
+    assert!(refused.problems[0].contains("deploy/kubernetes/reader.yaml"), "{refused:?}");
+    running.server.change(|script| script.forbidden = None);
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_comes_later_brings_its_pods_along() {
+    let server = Fake::new();
+    let objects = server.change(|script| std::mem::take(&mut script.objects));
+    let mut running = start(payments(), server);
+    assert_eq!(running.listed().await.1, Vec::<String>::new());
+    running.watched().await;
+    running.server.change(|script| script.objects = objects);
+    running.server.set(Kind::Service, service("payments", &[]), "11").await;
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    let asked = running.asked_until_probed(1).await;
+    assert!(asked.contains(&"watch Pod [app=payments] from 10".to_owned()), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_of_another_selector_are_other_pods() {
+    let mut running = running().await;
+    let mut other = service("payments", &[]);
+    other["spec"]["selector"]["version"] = "2".into();
+    running.server.change(|script| script.objects.insert(Kind::Service, vec![other.clone()]));
+    running.server.set(Kind::Service, other, "11").await;
+    running.listed().await;
+    let asked = running.asked_until_probed(1).await;
+    assert!(asked.contains(&"watch Pod [app=payments,version=2] from 10".to_owned()), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_wanted_anew_is_read_and_what_is_not_wanted_is_left() {
+    let mut running = running().await;
+    let both = Wanted { namespaces: ["shop".to_owned()].into(), ..Wanted::default() };
+    running.wanted.send_replace(both.clone());
+    assert_eq!(running.next().await, SourceEvent::Narrowed(both));
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    let old = running.server.change(|script| script.watches[0].1.clone());
+    running.asked_until_probed(1).await;
+    assert!(old.is_closed(), "the watch of the service goes on");
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_is_read_again_when_asked_and_every_few_minutes() {
+    let mut running = running().await;
+    running.wanted.send_modify(|wanted| wanted.resync += 1);
+    running.listed().await;
+    let listed_at = Instant::now();
+    running.listed().await;
+    assert!(listed_at.elapsed() >= RESYNC_EVERY.mul_f64(0.8) && listed_at.elapsed() <= RESYNC_EVERY.mul_f64(1.2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_with_too_much_to_do_keeps_its_watches() {
+    let mut running = running().await;
+    running.server.change(|script| script.busy = true);
+    assert!(running.unavailable().await.contains("too much to do"));
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.6"]);
+    assert!(running.server.asked().iter().all(|call| call == "probe"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_ends_as_it_begins_does_not_spin() {
+    let mut running = running().await;
+    running.server.tell(Kind::Service, Ok(None)).await;
+    assert!(running.unavailable().await.contains("as soon as it began"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_wants_nothing_asks_for_nothing_but_a_sign_of_life() {
+    let mut running = start(Wanted::default(), Fake::new());
+    assert!(running.asked_until_probed(3).await.iter().all(|call| call == "probe"));
+}

@@ -1,0 +1,301 @@
+//! What was read so far. Outlives connections.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::objects::{Kind, Listed, Object, Pod, Service, Slice};
+use super::read::{self, Learned, Reader};
+use super::remote::Collection;
+use crate::{Change, Epoch, Listing, Refused, Scope, ServiceName, Wanted};
+
+/// More services of a namespace than this are cheaper to follow as a whole: three watches instead of three for each.
+const MOST_ALONE: usize = 8;
+
+/// What is read together, each with what is told of it: every service wanted by itself, or a namespace for all of them.
+pub(super) fn areas(wanted: &Wanted) -> BTreeMap<Scope, Vec<Scope>> {
+    let scopes = wanted.scopes();
+    let namespace_of = |scope: &Scope| match scope {
+        Scope::Service(service) => Some(service.namespace().to_owned()),
+        _ => None,
+    };
+    let mut alone: HashMap<String, usize> = HashMap::new();
+    for namespace in scopes.iter().filter_map(namespace_of) {
+        *alone.entry(namespace).or_default() += 1;
+    }
+    let mut areas: BTreeMap<Scope, Vec<Scope>> = BTreeMap::new();
+    for scope in scopes {
+        let together = namespace_of(&scope).filter(|namespace| alone[namespace] > MOST_ALONE);
+        areas.entry(together.map_or(scope.clone(), Scope::Namespace)).or_default().push(scope);
+    }
+    areas
+}
+
+/// Objects of one kind.
+#[derive(Debug, Default)]
+pub(super) struct Feed {
+    /// As of where they are known.
+    pub(super) position: Option<String>,
+    pub(super) watch: Option<Watching>,
+}
+
+/// Ends with it.
+#[derive(Debug)]
+pub(super) struct Watching {
+    pub(super) number: u64,
+    pub(super) task: AbortHandle,
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Area {
+    pub(super) scope: Scope,
+    /// What it is read for.
+    pub(super) told_as: Vec<Scope>,
+    /// To be listed, for the first time or again.
+    pub(super) due: bool,
+    /// Since when we may not read it.
+    pub(super) refused: Option<Instant>,
+    feeds: BTreeMap<Kind, Feed>,
+    services: HashMap<ServiceName, Service>,
+    slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
+    pods: HashMap<String, Pod>,
+    learned: HashMap<ServiceName, Learned>,
+    /// Which keys of a service were told.
+    told: HashMap<ServiceName, BTreeSet<Arc<str>>>,
+}
+
+impl Area {
+    pub(super) fn new(scope: Scope, told_as: Vec<Scope>) -> Area {
+        Area {
+            scope,
+            told_as,
+            due: true,
+            refused: None,
+            feeds: [Kind::Service, Kind::Slice, Kind::Pod].map(|kind| (kind, Feed::default())).into(),
+            services: HashMap::new(),
+            slices: HashMap::new(),
+            pods: HashMap::new(),
+            learned: HashMap::new(),
+            told: HashMap::new(),
+        }
+    }
+
+    pub(super) fn feed(&mut self, kind: Kind) -> &mut Feed {
+        self.feeds.entry(kind).or_default()
+    }
+
+    /// Lists and watches begin anew, in a store of which nothing is known.
+    pub(super) fn forget_positions(&mut self) {
+        self.due = true;
+        self.refused = None;
+        self.feeds.values_mut().for_each(|feed| *feed = Feed::default());
+    }
+
+    pub(super) fn end_watches(&mut self) {
+        self.feeds.values_mut().for_each(|feed| feed.watch = None);
+    }
+
+    /// What is followed of a kind; nothing where no pods are behind a Service.
+    pub(super) fn collection(&self, kind: Kind) -> Option<Collection> {
+        let of = |labels: String| Some(Collection { kind, area: self.scope.clone(), labels });
+        match (kind, &self.scope) {
+            (Kind::Pod, Scope::Service(name)) => {
+                let selector = &self.services.get(name)?.selector;
+                let labels: Vec<String> = selector.iter().map(|(key, value)| format!("{key}={value}")).collect();
+                if labels.is_empty() { None } else { of(labels.join(",")) }
+            }
+            _ => of(String::new()),
+        }
+    }
+
+    /// All there is of one kind now.
+    pub(super) fn replace(&mut self, kind: Kind, listed: Listed) {
+        match kind {
+            Kind::Service => self.services.clear(),
+            Kind::Slice => self.slices.clear(),
+            Kind::Pod => self.pods.clear(),
+        }
+        for object in listed.objects {
+            match object {
+                Object::Service(service) => drop(self.services.insert(service.name.clone(), service)),
+                Object::Slice(slice) => drop(self.add_slice(slice)),
+                Object::Pod(pod) => drop(self.pods.insert(pod.key.clone(), pod)),
+            }
+        }
+        let position = Some(listed.position).filter(|position| !position.is_empty());
+        *self.feed(kind) = Feed { position, watch: None };
+    }
+
+    /// No pods are behind the Service.
+    pub(super) fn without_pods(&mut self) {
+        self.pods.clear();
+        *self.feed(Kind::Pod) = Feed::default();
+    }
+
+    /// Takes what is there now; the services it may matter to.
+    pub(super) fn set(&mut self, object: Object) -> BTreeSet<ServiceName> {
+        match object {
+            Object::Service(service) => {
+                let name = service.name.clone();
+                let before = self.services.insert(name.clone(), service);
+                let now = &self.services[&name];
+                if before.as_ref() == Some(now) {
+                    return BTreeSet::new();
+                }
+                // Other pods are behind it.
+                let selects_others = before.is_none_or(|before| before.selector != now.selector);
+                self.due |= selects_others && matches!(self.scope, Scope::Service(_));
+                [name].into()
+            }
+            Object::Slice(slice) => {
+                let name = slice.service.clone();
+                let mut touched: BTreeSet<ServiceName> = self.add_slice(slice).into_iter().collect();
+                touched.insert(name);
+                touched
+            }
+            Object::Pod(pod) => {
+                let key = pod.key.clone();
+                let before = self.pods.insert(key.clone(), pod);
+                // Most of what happens to a pod does not matter to us.
+                if before.as_ref() == self.pods.get(&key) { BTreeSet::new() } else { self.users_of(&key) }
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, object: Object) -> BTreeSet<ServiceName> {
+        match object {
+            Object::Service(service) => {
+                self.services.remove(&service.name);
+                self.learned.remove(&service.name);
+                self.due |= matches!(self.scope, Scope::Service(_));
+                [service.name].into()
+            }
+            Object::Slice(slice) => {
+                if let Some(slices) = self.slices.get_mut(&slice.service) {
+                    slices.remove(&slice.key);
+                }
+                [slice.service].into()
+            }
+            Object::Pod(pod) => match self.pods.get(&pod.key) {
+                // Another one has its name by now.
+                Some(known) if known.uid != pod.uid => BTreeSet::new(),
+                _ => {
+                    self.pods.remove(&pod.key);
+                    self.users_of(&pod.key)
+                }
+            },
+        }
+    }
+
+    /// The service it belonged to before, if it was another one.
+    fn add_slice(&mut self, slice: Slice) -> Option<ServiceName> {
+        let (key, name) = (slice.key.clone(), slice.service.clone());
+        let is_new = self.slices.entry(name.clone()).or_default().insert(key.clone(), slice).is_none();
+        let mut others = self.slices.iter_mut().filter(|(service, _)| is_new && **service != name);
+        others.find_map(|(service, slices)| slices.remove(&key).map(|_| service.clone()))
+    }
+
+    fn users_of(&self, pod: &str) -> BTreeSet<ServiceName> {
+        let uses = |slice: &Slice| {
+            slice.endpoints.iter().any(|endpoint| endpoint.pod.as_ref().is_some_and(|(key, _)| key == pod))
+        };
+        let users = self.slices.iter().filter(|(_, slices)| slices.values().any(uses));
+        users.map(|(service, _)| service.clone()).collect()
+    }
+
+    fn read(&mut self, reader: &Reader, name: &ServiceName) -> Vec<Change> {
+        let Some(service) = self.services.get(name) else { return Vec::new() };
+        let is_named = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
+        let slices = self.slices.get(name).into_iter().flat_map(BTreeMap::values).collect();
+        let known = read::Known { service, slices, pods: &self.pods, is_named };
+        reader.read(&known, self.learned.entry(name.clone()).or_default())
+    }
+
+    /// What there is of each scope, as of `epoch`.
+    pub(super) fn listings(&mut self, reader: &Reader, epoch: &Epoch) -> Vec<Listing> {
+        let mut listings: Vec<Listing> =
+            self.told_as.iter().map(|scope| Listing::empty(scope.clone(), epoch.clone())).collect();
+        self.told.clear();
+        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        for name in names {
+            let Some(index) = self.told_as.iter().position(|scope| scope.holds(&name)) else { continue };
+            let changes = self.read(reader, &name);
+            self.told.insert(name, changes.iter().map(|change| change_key(change).clone()).collect());
+            for change in changes {
+                match change {
+                    Change::Set(record) => listings[index].records.push(record),
+                    Change::Refused(refused) => listings[index].refused.push(refused),
+                    Change::Removed(_) => {}
+                }
+            }
+        }
+        listings
+    }
+
+    /// What is to be told of services that may have changed, by scope.
+    pub(super) fn changes(&mut self, reader: &Reader, touched: &BTreeSet<ServiceName>) -> BTreeMap<Scope, Vec<Change>> {
+        let mut all: BTreeMap<Scope, Vec<Change>> = BTreeMap::new();
+        for name in touched {
+            let Some(scope) = self.told_as.iter().find(|scope| scope.holds(name)).cloned() else { continue };
+            let mut changes = self.read(reader, name);
+            let now: BTreeSet<Arc<str>> = changes.iter().map(|change| change_key(change).clone()).collect();
+            let before = self.told.remove(name).unwrap_or_default();
+            changes.extend(before.difference(&now).cloned().map(Change::Removed));
+            if !now.is_empty() {
+                self.told.insert(name.clone(), now);
+            }
+            if !changes.is_empty() {
+                all.entry(scope).or_default().extend(changes);
+            }
+        }
+        all
+    }
+
+    /// What we may not read stays as it was, and is told under a key of its own.
+    pub(super) fn forbidden(&self, reason: &str) -> impl Iterator<Item = (Scope, Change)> {
+        self.told_as.iter().map(move |scope| {
+            let key = match scope {
+                Scope::Everything => "access".to_owned(),
+                Scope::Namespace(namespace) => format!("access/{namespace}"),
+                Scope::Service(service) => format!("access/{}/{}", service.namespace(), service.name()),
+            };
+            (scope.clone(), Change::Refused(Refused { key: key.into(), problems: vec![reason.to_owned()] }))
+        })
+    }
+}
+
+fn change_key(change: &Change) -> &Arc<str> {
+    match change {
+        Change::Set(record) => &record.key,
+        Change::Removed(key) => key,
+        Change::Refused(refused) => &refused.key,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_services_are_followed_by_themselves_and_many_of_a_namespace_together() {
+        let mut wanted = Wanted::default();
+        wanted.services.extend((0..MOST_ALONE).map(|n| format!("s{n}.shop").parse().unwrap()));
+        wanted.services.insert("ledger.bank".parse().unwrap());
+        assert_eq!(areas(&wanted).len(), MOST_ALONE + 1);
+        wanted.services.insert("more.shop".parse().unwrap());
+        let areas_now = areas(&wanted);
+        assert_eq!(areas_now.len(), 2);
+        let told = &areas_now[&Scope::Namespace("shop".into())];
+        assert!(told.len() == MOST_ALONE + 1 && told.contains(&Scope::Service("more.shop".parse().unwrap())));
+        wanted.everything = true;
+        assert_eq!(areas(&wanted), [(Scope::Everything, vec![Scope::Everything])].into());
+    }
+}

@@ -1,0 +1,78 @@
+//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, and the pods behind them.
+//!
+//! ```text
+//!              +-------------------- error: back off, new connection <---------------------+
+//!              v                                                                           |
+//!   probe ---> list what is due ---> watch each kind from where its list was ---> events, probes every 5 s
+//!              ^     (Service, slices, its pods)      ^                                |   |   |
+//!              |                                      +--- came to its end (5 min) ----+   |   |
+//!              +--- 410 Gone; other selector; every few minutes, or when asked ------------+   |
+//!              +--- forgotten how far it was: another kube-system, or a resourceVersion that went back
+//! ```
+//! What is read together is an area: a service imported by name (three watches, which select at the server), or a
+//! namespace or the cluster for patterns, and for more than 8 services of a namespace (three watches in all). All three
+//! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there. A pod that
+//! a slice names and that is not known yet is left out until its own watch tells of it, milliseconds later.
+//!
+//! How far the store is comes from the probe, a consistent read of one namespace, and not from the objects: kinds may lie in
+//! different etcds. What may not be read (403) is trouble of its area alone and keeps what it said. Nothing that is not read
+//! here is kept of an object: a pod is its name, uid, account and whether it takes HBONE.
+//!
+//! Why no client crate: docs/adr/0013.
+
+mod client;
+mod error;
+mod follow;
+mod known;
+mod objects;
+mod read;
+mod remote;
+#[cfg(test)]
+mod samples;
+mod settings;
+
+use meshd_identity::TrustDomain;
+use tokio::sync::watch;
+
+pub use settings::Settings as KubernetesSettings;
+
+use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
+use client::Client;
+use read::Reader;
+use remote::ApiServer;
+
+pub struct KubernetesSource {
+    name: String,
+    settings: KubernetesSettings,
+    authority: Namespaces,
+    trust_domain: TrustDomain,
+}
+
+impl KubernetesSource {
+    /// Reads the files that `settings` names, so that a mistake in them ends the start.
+    pub fn new(
+        name: &str,
+        settings: KubernetesSettings,
+        authority: Namespaces,
+        trust_domain: TrustDomain,
+    ) -> Result<KubernetesSource, String> {
+        settings.access().map_err(|error| error.to_string())?;
+        Ok(KubernetesSource { name: name.to_owned(), settings, authority, trust_domain })
+    }
+}
+
+impl Source for KubernetesSource {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn kind(&self) -> &'static str {
+        "kubernetes"
+    }
+
+    fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
+        let reader = Reader { trust_domain: self.trust_domain.clone(), authority: self.authority.clone() };
+        let remote = ApiServer(Client::new(self.settings.clone()));
+        Box::pin(follow::run(remote, reader, wanted, sink))
+    }
+}
