@@ -27,7 +27,7 @@ use crate::dns::{self, Vips};
 use crate::enrol::{PortMemory, PortWatch, Sight};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
-use crate::proxy::{self, Shared, Workers};
+use crate::proxy::{self, Locality, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::denied::Denied;
@@ -161,6 +161,7 @@ impl App {
             vips: vips.clone(),
             raw: ArcSwap::default(),
             telemetry,
+            locality: Locality::default(),
         });
         let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         shared.ports.refresh(&shared.enrolment.load());
