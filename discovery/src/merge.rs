@@ -1,8 +1,8 @@
 //! What all sources say of one service becomes one service. Pure.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use meshd_identity::{SpiffeId, TrustDomain};
@@ -161,6 +161,9 @@ fn places(entry: &Entry) -> impl Iterator<Item = (&Arc<Place>, bool)> {
 /// Which endpoint stands for a place.
 type Seen = HashMap<(u16, SocketAddr, SocketAddr, SpiffeId), usize>;
 
+/// Each reason with the first place it holds for, and for how many: a thousand may be wrong in the same way.
+type RefusedPlaces = BTreeMap<String, (IpAddr, usize)>;
+
 fn add_endpoints(service: &mut Service, rank: usize, layer: &Layer<'_>, part: &mut Part, seen: &mut Seen) {
     let may = layer.endpoints.covers(service.name.namespace());
     let may_define = layer.authority.covers(service.name.namespace());
@@ -174,12 +177,17 @@ fn add_endpoints(service: &mut Service, rank: usize, layer: &Layer<'_>, part: &m
             part.refused.push(no_endpoints(layer.source, &name, &entry.record.origin));
             continue;
         }
+        let mut refused = RefusedPlaces::new();
         for (place, stale) in places(entry) {
             match check(place, service, may_define) {
                 Ok(identity) => part.endpoints += add_place(service, place, identity, stale, rank, layer, seen),
-                Err(reason) => part.refused.push(format!("{}: {}: {reason}", entry.record.origin, place.address)),
+                Err(reason) => refused.entry(reason).or_insert((place.address, 0)).1 += 1,
             }
         }
+        part.refused.extend(refused.into_iter().map(|(reason, (first, number))| {
+            let others = if number > 1 { format!(" and {} more", number - 1) } else { String::new() };
+            format!("{}: {first}{others}: {reason}", entry.record.origin)
+        }));
     }
 }
 
@@ -193,8 +201,8 @@ fn check(place: &Place, service: &Service, by_authority: bool) -> Result<SpiffeI
     }
     if place.transport == Transport::Plaintext && !service.allow_plaintext {
         return Err(format!(
-            "plaintext is not allowed for {}; set `spec.allowPlaintext: true` in its MeshService if traffic may go \
-             unencrypted and unauthenticated",
+            "plaintext is not allowed for {}; set `spec.allowPlaintext: true` in its MeshService (on a Kubernetes Service: \
+             annotation `meshd.dev/allow-plaintext: \"true\"`) if traffic may go unencrypted and unauthenticated",
             service.name
         ));
     }

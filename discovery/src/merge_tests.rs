@@ -110,6 +110,21 @@ fn a_place_that_allows_no_authentication_needs_a_definition_that_says_so() {
 }
 
 #[test]
+fn places_that_are_wrong_in_the_same_way_are_told_once() {
+    let mut record = fake::record("a.shop", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+    for place in &mut record.places[1..] {
+        *place = Arc::new(Place { transport: Transport::Plaintext, ..(**place).clone() });
+    }
+    let merged = merged(&name("a.shop"), &[("one", &["*"], &said(vec![record]))]);
+    assert_eq!(merged.parts[0].refused.len(), 1, "{:?}", merged.parts);
+    assert!(
+        merged.parts[0].refused[0].starts_with("fake/a.shop: 10.0.0.2 and 1 more: plaintext"),
+        "{:?}",
+        merged.parts
+    );
+}
+
+#[test]
 fn a_registration_cannot_lead_callers_away_in_clear_even_where_plaintext_is_allowed() {
     let mut document = fake::record("a.shop", &["10.0.0.1"]);
     let definition = (**document.definition.as_ref().unwrap()).clone();

@@ -25,8 +25,8 @@ pub(super) enum Error {
     #[error("the API server does not accept {by} (401: {reason}); give a credential that is valid and not over")]
     Unauthorized { by: String, reason: String },
     #[error(
-        "{verb} of {resource} is forbidden: {reason}; apply deploy/kubernetes/reader.yaml, which allows it, and bind its \
-         ClusterRole `meshd-reader` to whom this host is there"
+        "{verb} of {resource} is forbidden: {reason}; apply deploy/kubernetes/reader.yaml, or bind its ClusterRole \
+         `meshd-reader` to that user"
     )]
     Forbidden { verb: &'static str, resource: String, reason: String },
     /// What was asked for is older than what the server keeps.

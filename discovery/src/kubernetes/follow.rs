@@ -22,8 +22,8 @@ use crate::{Epoch, Scope, ServiceName, Sink, SourceEvent, Wanted};
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// A watch that lost an event would keep it lost.
 const RESYNC_EVERY: Duration = Duration::from_secs(300);
-/// How soon a role that was granted is noticed.
-const RETRY_REFUSED: Duration = Duration::from_secs(15);
+/// How soon a role that was granted is noticed, and who has too much to do is asked again.
+const PUT_OFF: Duration = Duration::from_secs(15);
 /// A watch that ends sooner ends for another reason than its age.
 const SHORTEST_WATCH: Duration = Duration::from_secs(1);
 /// Events waiting to be taken; the watches wait when it is full.
@@ -129,13 +129,15 @@ impl Follower {
                 // We hold a sender, so this never ends.
                 Some(news) = watches.inbox.recv() => {
                     let mut touched = Touched::new();
-                    self.take(news, &mut touched)?;
+                    let mut taken = self.take(news, &mut touched);
                     // One answer to everything that is already waiting.
                     for _ in 0..INBOX {
-                        let Ok(news) = watches.inbox.try_recv() else { break };
-                        self.take(news, &mut touched)?;
+                        let Some(news) = watches.inbox.try_recv().ok().filter(|_| taken.is_ok()) else { break };
+                        taken = self.take(news, &mut touched);
                     }
+                    // Also where it ends here: its watch will not say it again.
                     self.tell(touched).await;
+                    taken?;
                 }
                 _ = probes.tick() => match remote.probe().await {
                     Ok(life) => {
@@ -203,14 +205,19 @@ impl Follower {
         let now = Instant::now();
         let (reader, sink, life, number) = (&self.reader, &self.sink, &self.life, &mut self.watches);
         for area in self.areas.values_mut() {
-            if area.refused.is_some_and(|since| now.saturating_duration_since(since) < RETRY_REFUSED) {
+            if area.put_off.is_some_and(|since| now.saturating_duration_since(since) < PUT_OFF) {
                 continue;
             }
             match catch_up_with(area, remote, watches, number, reader, sink, life).await {
-                Ok(()) => area.refused = None,
+                Ok(()) => area.put_off = None,
+                // What is followed goes on.
+                Err(error @ Error::Busy(_)) => {
+                    area.put_off = Some(now);
+                    sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+                }
                 Err(error @ Error::Forbidden { .. }) => {
                     area.end_watches();
-                    (area.refused, area.due) = (Some(now), true);
+                    (area.put_off, area.due) = (Some(now), true);
                     for (scope, change) in area.forbidden(&error.to_string()) {
                         sink.send(SourceEvent::Changed { scope, position: 0, changes: vec![change] }).await;
                     }

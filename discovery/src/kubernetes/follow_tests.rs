@@ -17,8 +17,9 @@ struct Script {
     position: u64,
     objects: BTreeMap<Kind, Vec<Value>>,
     down: bool,
-    /// Too much to do for calls.
+    /// Too much to do for probes, or for lists.
     busy: bool,
+    busy_lists: bool,
     /// Which kind may not be read.
     forbidden: Option<Kind>,
     /// How many watches from now on are refused because their history is gone.
@@ -85,6 +86,9 @@ impl Remote for Fake {
     async fn list(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
         self.up(format!("list {:?} [{}] known {known:?}", what.kind, what.labels))?;
         self.change(|script| {
+            if script.busy_lists {
+                return Err(Error::Busy("scripted".to_owned()));
+            }
             if script.forbidden == Some(what.kind) {
                 let resource = format!("{:?}", what.kind);
                 return Err(Error::Forbidden { verb: "list", resource, reason: "scripted".to_owned() });
@@ -278,6 +282,15 @@ async fn after_a_broken_connection_it_goes_on_where_it_was_without_a_list() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_said_just_before_a_connection_broke_is_told() {
+    let mut running = running().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.5"]), "14").await;
+    running.server.tell(Kind::Slice, Err(Error::Broken("cut".to_owned()))).await;
+    assert_eq!(running.changed().await, ["10.0.0.5"]);
+    assert!(running.unavailable().await.contains("cut"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_the_server_no_longer_keeps_is_listed_anew_and_no_older_than_known() {
     let mut running = running().await;
     running.server.change(|script| script.position = 90);
@@ -395,10 +408,18 @@ async fn all_is_read_again_when_asked_and_every_few_minutes() {
 async fn a_server_with_too_much_to_do_keeps_its_watches() {
     let mut running = running().await;
     running.server.change(|script| script.busy = true);
-    assert!(running.unavailable().await.contains("too much to do"));
+    for _ in 0..2 {
+        assert!(running.unavailable().await.contains("too much to do"));
+    }
     running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
     assert_eq!(running.changed().await, ["10.0.0.6"]);
     assert!(running.server.asked().iter().all(|call| call == "probe"));
+    running.server.change(|script| (script.busy, script.busy_lists) = (false, true));
+    running.wanted.send_modify(|wanted| wanted.resync += 1);
+    assert!(running.unavailable().await.contains("too much to do"));
+    running.server.change(|script| script.busy_lists = false);
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    assert!(!running.server.asked().contains(&"leave".to_owned()));
 }
 
 #[tokio::test(start_paused = true)]

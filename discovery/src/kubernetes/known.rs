@@ -61,8 +61,8 @@ pub(super) struct Area {
     pub(super) told_as: Vec<Scope>,
     /// To be listed, for the first time or again.
     pub(super) due: bool,
-    /// Since when we may not read it.
-    pub(super) refused: Option<Instant>,
+    /// Since when it may not be read, or not now.
+    pub(super) put_off: Option<Instant>,
     feeds: BTreeMap<Kind, Feed>,
     services: HashMap<ServiceName, Service>,
     slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
@@ -78,7 +78,7 @@ impl Area {
             scope,
             told_as,
             due: true,
-            refused: None,
+            put_off: None,
             feeds: [Kind::Service, Kind::Slice, Kind::Pod].map(|kind| (kind, Feed::default())).into(),
             services: HashMap::new(),
             slices: HashMap::new(),
@@ -95,7 +95,7 @@ impl Area {
     /// Lists and watches begin anew, in a store of which nothing is known.
     pub(super) fn forget_positions(&mut self) {
         self.due = true;
-        self.refused = None;
+        self.put_off = None;
         self.feeds.values_mut().for_each(|feed| *feed = Feed::default());
     }
 
@@ -127,7 +127,7 @@ impl Area {
             match object {
                 Object::Service(service) => drop(self.services.insert(service.name.clone(), service)),
                 Object::Slice(slice) => drop(self.add_slice(slice)),
-                Object::Pod(pod) => drop(self.pods.insert(pod.key.clone(), pod)),
+                Object::Pod(key, pod) => drop(self.pods.insert(key, pod)),
             }
         }
         let position = Some(listed.position).filter(|position| !position.is_empty());
@@ -161,11 +161,12 @@ impl Area {
                 touched.insert(name);
                 touched
             }
-            Object::Pod(pod) => {
-                let key = pod.key.clone();
-                let before = self.pods.insert(key.clone(), pod);
-                // Most of what happens to a pod does not matter to us.
-                if before.as_ref() == self.pods.get(&key) { BTreeSet::new() } else { self.users_of(&key) }
+            // Most of what happens to a pod does not matter to us.
+            Object::Pod(key, pod) if self.pods.get(&key) == Some(&pod) => BTreeSet::new(),
+            Object::Pod(key, pod) => {
+                let users = self.users_of(&key);
+                self.pods.insert(key, pod);
+                users
             }
         }
     }
@@ -184,12 +185,12 @@ impl Area {
                 }
                 [slice.service].into()
             }
-            Object::Pod(pod) => match self.pods.get(&pod.key) {
+            Object::Pod(key, pod) => match self.pods.get(&key) {
                 // Another one has its name by now.
-                Some(known) if known.uid != pod.uid => BTreeSet::new(),
+                Some(known) if !known.life.may_be(pod.life) => BTreeSet::new(),
                 _ => {
-                    self.pods.remove(&pod.key);
-                    self.users_of(&pod.key)
+                    self.pods.remove(&key);
+                    self.users_of(&key)
                 }
             },
         }
@@ -224,6 +225,7 @@ impl Area {
         let mut listings: Vec<Listing> =
             self.told_as.iter().map(|scope| Listing::empty(scope.clone(), epoch.clone())).collect();
         self.told.clear();
+        self.learned.retain(|name, _| self.services.contains_key(name));
         let names: Vec<ServiceName> = self.services.keys().cloned().collect();
         for name in names {
             let Some(index) = self.told_as.iter().position(|scope| scope.holds(&name)) else { continue };

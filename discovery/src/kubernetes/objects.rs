@@ -1,6 +1,7 @@
 //! Of Services, EndpointSlices and Pods, the few fields that say where a service runs. Nothing else is kept.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
 use serde::Deserialize;
@@ -64,8 +65,8 @@ pub(super) struct SliceEndpoint {
     pub(super) address: Option<IpAddr>,
     pub(super) state: State,
     pub(super) zone: String,
-    /// `shop/payments-7d9f`, and its uid.
-    pub(super) pod: Option<(String, String)>,
+    /// `shop/payments-7d9f`, and which of that name.
+    pub(super) pod: Option<(String, Life)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,19 +79,36 @@ pub(super) enum State {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Pod {
-    pub(super) key: String,
-    pub(super) uid: String,
+    pub(super) life: Life,
     /// Its service account.
     pub(super) account: String,
     /// It takes HBONE, by Istio's own rule.
     pub(super) takes_hbone: bool,
 }
 
+/// Of a uid, as much as tells two pods of one name apart; 0 where none is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Life(u64);
+
+impl Life {
+    fn of(uid: &str) -> Life {
+        let mut hasher = DefaultHasher::new();
+        uid.hash(&mut hasher);
+        Life(if uid.is_empty() { 0 } else { hasher.finish().max(1) })
+    }
+
+    /// Nothing says that they are two.
+    pub(super) fn may_be(self, other: Life) -> bool {
+        self == other || self.0 == 0 || other.0 == 0
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Object {
     Service(Service),
     Slice(Slice),
-    Pod(Pod),
+    /// By its key, `shop/payments-7d9f`.
+    Pod(String, Pod),
 }
 
 /// What a list says.
@@ -352,7 +370,7 @@ impl RawEndpoint {
     fn reduce(self, namespace: &str) -> SliceEndpoint {
         let pod = self.target_ref.filter(|target| target.kind.as_deref() == Some("Pod")).and_then(|target| {
             let namespace = target.namespace.as_deref().unwrap_or(namespace);
-            Some((format!("{namespace}/{}", target.name?), target.uid.unwrap_or_default()))
+            Some((format!("{namespace}/{}", target.name?), Life::of(&target.uid.unwrap_or_default())))
         });
         SliceEndpoint {
             address: self.addresses.iter().flatten().next().and_then(|text| text.parse::<IpAddr>().ok()),
@@ -399,12 +417,8 @@ impl Reduce for RawPod {
         };
         let takes_hbone = self.metadata.annotations.as_ref().is_some_and(redirected)
             || self.metadata.label("networking.istio.io/tunnel") == Some("http");
-        Some(Object::Pod(Pod {
-            key: self.metadata.key(),
-            takes_hbone,
-            account: self.spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or("default".to_owned()),
-            uid: self.metadata.uid,
-        }))
+        let account = self.spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or("default".to_owned());
+        Some(Object::Pod(self.metadata.key(), Pod { life: Life::of(&self.metadata.uid), account, takes_hbone }))
     }
 }
 

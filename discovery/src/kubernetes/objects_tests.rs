@@ -59,7 +59,7 @@ fn a_slice_of_no_service_is_none_of_ours() {
 #[test]
 fn a_pod_takes_hbone_by_istios_own_rule() {
     let takes = |sample: serde_json::Value| match object(Kind::Pod, sample) {
-        Object::Pod(pod) => (pod.takes_hbone, pod.account),
+        Object::Pod(_, pod) => (pod.takes_hbone, pod.account),
         _ => panic!("no pod"),
     };
     assert_eq!(takes(pod("payments-0", "payer", true)), (true, "payer".to_owned()));
@@ -75,8 +75,8 @@ fn events_are_told_apart() {
     let mut sample = pod("payments-0", "payer", true);
     sample["metadata"]["resourceVersion"] = json!("12");
     let read = |text: String| read_event(Kind::Pod, text.as_bytes()).unwrap();
-    assert!(matches!(read(line("ADDED", sample.clone())), Event::Set(Object::Pod(_), at) if at == "12"));
-    assert!(matches!(read(line("DELETED", sample)), Event::Gone(Object::Pod(_), at) if at == "12"));
+    assert!(matches!(read(line("ADDED", sample.clone())), Event::Set(Object::Pod(..), at) if at == "12"));
+    assert!(matches!(read(line("DELETED", sample)), Event::Gone(Object::Pod(..), at) if at == "12"));
     let bookmark = json!({ "kind": "Pod", "metadata": { "resourceVersion": "90" }, "spec": { "containers": null } });
     assert!(matches!(read(line("BOOKMARK", bookmark)), Event::Bookmark(at) if at == "90"));
     let gone = json!({ "kind": "Status", "metadata": {}, "code": 410, "reason": "Expired", "message": "too old" });

@@ -39,7 +39,7 @@ impl Cluster {
         };
         let slices: Vec<Slice> = objects(Kind::Slice, &self.slices).into_iter().map(only_slice).collect();
         let pods = objects(Kind::Pod, &self.pods).into_iter().map(|object| match object {
-            Object::Pod(pod) => (pod.key.clone(), pod),
+            Object::Pod(key, pod) => (key, pod),
             other => panic!("{other:?}"),
         });
         let known = Known {

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::SpiffeId;
@@ -41,7 +42,7 @@ pub struct Agent {
     surroundings: Surroundings,
     timeline: Timeline,
     told: Circumstances,
-    denials: Denials,
+    denials: Arc<Mutex<Denials>>,
     line: Line,
     /// The PKI knows an older deny set than this host.
     lend_denials: bool,
@@ -59,6 +60,8 @@ const GENERATIONS: u8 = 2;
 
 /// Reports that wait while the agent is busy renewing.
 const HEARD_QUEUE: usize = 8;
+/// Of what is heard during a step; more waits in the queue, and then at the PKI.
+const MOST_MEANWHILE: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Adrift {
@@ -97,7 +100,7 @@ impl Agent {
             timeline: Timeline::from(&surroundings),
             surroundings,
             told: Circumstances::default(),
-            denials,
+            denials: Arc::new(Mutex::new(denials)),
             line: Line::default(),
             lend_denials: false,
             adrift: None,
@@ -113,7 +116,7 @@ impl Agent {
 
     /// Whom to refuse although their certificates are valid.
     pub fn denied(&self) -> watch::Receiver<Arc<DenySet>> {
-        self.denials.watch()
+        lock(&self.denials).watch()
     }
 
     /// For whoever else asks the PKI in the name of this host.
@@ -143,17 +146,16 @@ impl Agent {
         let mut link = JoinSet::new();
         link.spawn(Link::new(self.surroundings.clone(), self.line.clone(), facts.subscribe(), say).hold());
         loop {
-            self.step(&known).await;
+            for heard in self.step_and_listen(&known, &mut heard).await {
+                self.take_in(heard);
+            }
             self.tell(&facts);
             let wake = self.sleep_time(&known);
             tokio::select! {
                 () = tokio::time::sleep(wake) => {}
                 Some(ended) = link.join_next() => return bequeath(ended),
                 Some(heard) = heard.recv() => {
-                    match heard {
-                        Heard::Reply(reply) => self.hear(*reply),
-                        Heard::Lost(error) => self.lost(&error),
-                    }
+                    self.take_in(heard);
                     self.tell(&facts);
                 }
                 Ok(()) = wanted.changed() => {
@@ -165,6 +167,35 @@ impl Agent {
                     known = now_wanted;
                 }
             }
+        }
+    }
+
+    /// A step lasts for as long as the PKI lets it wait. Whom to refuse is in force at once all the same; whatever else is
+    /// heard meanwhile is returned.
+    async fn step_and_listen(&mut self, wanted: &BTreeSet<SpiffeId>, heard: &mut mpsc::Receiver<Heard>) -> Vec<Heard> {
+        let (denials, bundle) = (self.denials.clone(), self.state.credentials.bundle.clone());
+        let (mut stepping, mut meanwhile) = (pin!(self.step(wanted)), Vec::new());
+        loop {
+            tokio::select! {
+                () = &mut stepping => return meanwhile,
+                Some(heard) = heard.recv(), if meanwhile.len() < MOST_MEANWHILE => {
+                    // What a newer bundle has signed is taken over with that bundle, after the step.
+                    if let Heard::Reply(reply) = &heard
+                        && !reply.deny_set.is_empty()
+                        && let Err(error) = lock(&denials).accept(&reply.deny_set, &bundle)
+                    {
+                        tracing::debug!(%error, "a deny set waits for the end of a renewal");
+                    }
+                    meanwhile.push(heard);
+                }
+            }
+        }
+    }
+
+    fn take_in(&mut self, heard: Heard) {
+        match heard {
+            Heard::Reply(reply) => self.hear(*reply),
+            Heard::Lost(error) => self.lost(&error),
         }
     }
 
@@ -267,6 +298,8 @@ impl Agent {
         let reply = self.line.ask(&caller, patience, rpc).await.map_err(|failed| match failed {
             Failed::Unreachable(error) => error,
             Failed::Answered(status) => refused(&status),
+            broken @ Failed::Broken { is_cut: true, .. } => RenewError::Unknown(broken.to_string()),
+            broken @ Failed::Broken { .. } => RenewError::Unreachable(broken.to_string()),
         })?;
         self.install(reply, asked, &keys)
     }
@@ -354,7 +387,7 @@ impl Agent {
             Err(error) => tracing::warn!(%error, "a recovery statement is not taken over"),
         }
         if !reply.deny_set.is_empty()
-            && let Err(error) = self.denials.accept(&reply.deny_set, &next.credentials.bundle)
+            && let Err(error) = lock(&self.denials).accept(&reply.deny_set, &next.credentials.bundle)
         {
             tracing::error!(%error, "the PKI pushed a deny set that is not taken over");
         }
@@ -366,7 +399,7 @@ impl Agent {
     }
 
     fn heed_denials(&mut self) {
-        let is_banned = self.denials.name(&self.state.credentials.host.id);
+        let is_banned = lock(&self.denials).name(&self.state.credentials.host.id);
         let Some(next) = ban::heed(&self.state, is_banned) else { return };
         match is_banned {
             true => tracing::error!("{}", next.credentials.why_banned()),
@@ -394,11 +427,12 @@ impl Agent {
     }
 
     fn facts(&self) -> Facts {
+        let denials = lock(&self.denials);
         Facts {
             credentials: self.publish.borrow().clone(),
             pki_time_ms: unix_ms(self.state.pki_time),
-            deny_sequence: self.denials.sequence(),
-            deny_set: if self.lend_denials { self.denials.jws().to_owned() } else { String::new() },
+            deny_sequence: denials.sequence(),
+            deny_set: if self.lend_denials { denials.jws().to_owned() } else { String::new() },
         }
     }
 
@@ -442,6 +476,11 @@ impl Agent {
     }
 }
 
+/// Whole at all times, whoever panicked with it.
+fn lock(denials: &Mutex<Denials>) -> MutexGuard<'_, Denials> {
+    denials.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The conversation never ends by itself: whoever holds it has a defect, which is its starter's, too.
 fn bequeath(ended: Result<(), JoinError>) {
     match ended {
@@ -483,7 +522,34 @@ impl Retry {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
+    use crate::deny::tests::{authority, set, sign};
+    use crate::state::tests::sample;
+
+    #[tokio::test]
+    async fn a_deny_set_is_in_force_while_a_renewal_waits_for_a_server_that_stands_still() {
+        let (dir, silent) = (tempfile::tempdir().unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let surroundings = Surroundings { machine_id_file: dir.path().join("none"), ..Surroundings::default() };
+        let ((key, bundle), mut state) = (authority(), sample("web"));
+        let held = &mut state.credentials;
+        let roots = [held.bundle.roots.clone(), bundle.roots].concat();
+        held.bundle = meshd_identity::Bundle::new(held.trust_domain.clone(), 2, 300, roots).unwrap();
+        held.pki = vec![silent.local_addr().unwrap().to_string()];
+        let wanted = BTreeSet::from([SpiffeId::workload(&held.trust_domain, "shop", "new").unwrap()]);
+        Store::new(&dir.path().join("identity"), &surroundings.machine_id_file).save(&state).unwrap();
+        let mut agent = Agent::open_in(&dir.path().join("identity"), surroundings).unwrap();
+
+        let (say, mut heard) = mpsc::channel(HEARD_QUEUE);
+        let reply = v1::SyncReply { deny_set: sign(&key, &set(7)), ..v1::SyncReply::default() };
+        say.send(Heard::Reply(Box::new(reply))).await.ok().unwrap();
+        let mut denied = agent.denied();
+        tokio::select! {
+            _ = agent.step_and_listen(&wanted, &mut heard) => panic!("the server answered"),
+            known = denied.wait_for(|set| set.sequence == 7) => drop(known.unwrap()),
+        }
+    }
 
     #[test]
     fn a_retry_opens_when_its_delay_has_passed_or_the_clock_was_set_back() {
