@@ -13,7 +13,7 @@ use crate::attest::Nonces;
 use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
-use crate::deny::SignedDeny;
+use crate::deny::{Floor, SignedDeny};
 use crate::failpoint;
 use crate::federation::share::Followed;
 use crate::federation::web::WebCertificate;
@@ -147,7 +147,9 @@ impl Pki {
         replicas::register(&state, &options.advertise, now)?;
         let lifetimes = &options.lifetimes;
         let domain = &state.trust_domain;
-        let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
+        let deny_floor = Floor::new(&state).get();
+        let rotator = Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, deny_floor, now };
+        let keeper = Keeper::open(&state, &rotator)?;
         if let Some(files) = &options.upstream {
             look_ahead(&state, files, &options.lifetimes, now);
         }
@@ -261,6 +263,7 @@ impl Pki {
             kek: &self.kek,
             lifetimes: &self.lifetimes,
             clock_is_good: self.is_sure_of_clock(),
+            deny_floor: Floor::new(&self.state).get(),
             now: self.now(),
         }
     }
@@ -476,7 +479,8 @@ fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Res
     if !is_to_provide(state) {
         return Ok(start);
     }
-    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
+    let (domain, deny_floor) = (&state.trust_domain, Floor::new(state).get());
+    let rotator = Rotator { domain, kek, lifetimes, clock_is_good: true, deny_floor, now };
     let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
     if !done.is_empty() {
         state.record(now, &done)?;
@@ -501,7 +505,8 @@ fn rotate(
     if !state.database.engine().leads() {
         return Ok(());
     }
-    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good, now };
+    let (domain, deny_floor) = (&state.trust_domain, Floor::new(state).get());
+    let rotator = Rotator { domain, kek, lifetimes, clock_is_good, deny_floor, now };
     for _ in 0..MOST_STEPS {
         // Looked at without a lock first: most times nothing is due.
         let due = state.database.read(|view| rotator.is_due(view)).map_err(StateError::from)?;

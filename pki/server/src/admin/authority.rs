@@ -194,7 +194,22 @@ impl Desk<'_> {
             None => {}
         }
         follows.extend((state != RootState::Prepared).then(|| moves.to_owned()));
+        follows.extend(self.what_a_taint_means_for_the_bridge(id)?);
         Ok(done(what, follows))
+    }
+
+    /// The root that vouched for a tainted one would have it believed on.
+    fn what_a_taint_means_for_the_bridge(&self, id: &str) -> Result<Option<String>, AdminError> {
+        let trust = self.state.database.read(trust::trust)?;
+        let bridge = trust.roots.iter().find(|root| root.id == id).and_then(|root| root.bridge.as_ref());
+        let end = bridge.map(|bridge| (&bridge.by, bridge.not_after + self.skew()));
+        Ok(end.filter(|(_, end)| *end > unix(self.now)).map(|(by, end)| {
+            format!(
+                "root {by} has vouched for it, so that root leaves without its hold; once {id} has left, its key is \
+                 denied until {}",
+                time(end)
+            )
+        }))
     }
 
     /// An intermediate needs no distribution: without it, its server makes another.

@@ -52,6 +52,25 @@ impl Trust {
         let bridge = standing(id)?.bridge.as_ref()?;
         standing(&bridge.by).map(|_| bridge)
     }
+
+    /// The root that this one vouched for, by a bridge that may be shown yet, and whose key others may have since.
+    pub(crate) fn vouched_in_vain(&self, by: &str, skew: i64, now: i64) -> Option<&Root> {
+        let is_bad = |root: &&Root| root.tainted_at.is_some() && shown_until(root, Some(by), skew) > Some(now);
+        self.roots.iter().find(is_bad)
+    }
+
+    /// Roots that left because others may have their key, and until when whoever has the root that vouched for them
+    /// would believe that key on.
+    pub(crate) fn believed_on(&self, skew: i64, now: i64) -> impl Iterator<Item = (&Root, i64)> {
+        let left = self.roots.iter().filter(|root| root.tainted_at.is_some() && !root.state.is_in_bundle());
+        left.filter_map(move |root| Some((root, shown_until(root, None, skew)?))).filter(move |(_, until)| *until > now)
+    }
+}
+
+/// Until when the bridge to a root convinces anybody, if there is one (by that root).
+fn shown_until(root: &Root, by: Option<&str>, skew: i64) -> Option<i64> {
+    let bridge = root.bridge.as_ref().filter(|bridge| by.is_none_or(|by| bridge.by == by))?;
+    Some(bridge.not_after + skew)
 }
 
 #[cfg(test)]
@@ -143,6 +162,24 @@ mod tests {
         let mut trust = bridged();
         trust.remove("first", NOW);
         assert_eq!(trust.bridge_to("second"), None, "nobody is to believe that root any more");
+    }
+
+    #[test]
+    fn a_tainted_root_is_believed_on_after_it_left_until_its_bridge_has_ended() {
+        let mut trust = about_to_activate();
+        trust.activate("second", NOW);
+        let (end, skew) = (NOW + 31 * DAY, 300);
+        trust.roots[1].bridge = Some(Bridge { by: "first".to_owned(), certificate: vec![], not_after: end });
+        let believed = |trust: &Trust, now| trust.believed_on(skew, now).map(|(_, until)| until).collect::<Vec<_>>();
+        let in_vain = |trust: &Trust, now| trust.vouched_in_vain("first", skew, now).is_some();
+        assert!(!in_vain(&trust, NOW));
+        trust.roots[1].tainted_at = Some(NOW);
+        assert!(in_vain(&trust, NOW) && trust.vouched_in_vain("second", skew, NOW).is_none());
+        assert!(believed(&trust, NOW).is_empty(), "hosts that depend on it are believed by it");
+        trust.remove("second", NOW);
+        assert_eq!(believed(&trust, NOW), [end + skew]);
+        assert!(believed(&trust, end + skew).is_empty());
+        assert!(in_vain(&trust, end + skew - 1) && !in_vain(&trust, end + skew));
     }
 
     #[test]

@@ -39,6 +39,14 @@ pub(crate) fn deny(view: &mut dyn View) -> Result<Deny, DbError> {
     Ok(get(view, KEY)?.unwrap_or_default())
 }
 
+/// Puts an entry in, once: of two about the same, the one that stays longer.
+pub(crate) fn include(all: &mut Vec<Denied>, new: Denied) {
+    match all.iter_mut().find(|one| one.whom == new.whom) {
+        Some(one) => one.until = one.until.max(new.until),
+        None => all.push(new),
+    }
+}
+
 /// Changes the set and gives it a sequence above every other: a time, so that it is above those of a later state than
 /// the backup that was restored. While a newer set is known to be out there (`floor`), only what comes from that set may
 /// change this one: any other change would take its place.
