@@ -6,8 +6,11 @@ use meshd_etcd::Settings;
 use meshd_identity::TrustDomain;
 use serde::Deserialize;
 
+use crate::consul;
 use crate::name::{NameError, check_label};
-use crate::{Belief, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted};
+use crate::{
+    Belief, ConsulSource, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted,
+};
 
 /// One `[[source]]`; their order in meshd.toml is their precedence, first wins.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -29,6 +32,11 @@ pub struct SourceConfig {
     pub password_file: Option<PathBuf>,
     /// Below which the keys lie.
     pub prefix: Option<String>,
+    /// For `kind = "consul"`: `https://HOST:PORT` of an agent, the file with the token to show it, and the namespace of
+    /// instances that do not say theirs.
+    pub address: Option<String>,
+    pub token_file: Option<PathBuf>,
+    pub namespace: Option<String>,
     /// For `kind = "kubernetes"`: where the API server is and who we are there; in a pod, its own if left out.
     pub kubeconfig: Option<PathBuf>,
     /// Which context of it; its own choice if left out.
@@ -69,6 +77,7 @@ const RESOURCES_D: &str = "/etc/meshd/resources.d";
 pub enum SourceKind {
     Files,
     Etcd,
+    Consul,
     Kubernetes,
 }
 
@@ -77,6 +86,7 @@ impl SourceKind {
         match self {
             SourceKind::Files => "files",
             SourceKind::Etcd => "etcd",
+            SourceKind::Consul => "consul",
             SourceKind::Kubernetes => "kubernetes",
         }
     }
@@ -86,6 +96,7 @@ impl SourceKind {
         match self {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix"],
+            SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix"],
             SourceKind::Kubernetes => &["kubeconfig", "context"],
         }
     }
@@ -110,6 +121,8 @@ pub enum ConfigError {
     #[error("[[source]] `{name}`: {reason}")]
     Etcd { name: String, reason: String },
     #[error("[[source]] `{name}`: {reason}")]
+    Consul { name: String, reason: String },
+    #[error("[[source]] `{name}`: {reason}")]
     Kubernetes { name: String, reason: String },
 }
 
@@ -126,6 +139,9 @@ impl SourceConfig {
             user: None,
             password_file: None,
             prefix: None,
+            address: None,
+            token_file: None,
+            namespace: None,
             kubeconfig: None,
             context: None,
             authority: Namespaces::default(),
@@ -148,6 +164,9 @@ impl SourceConfig {
             ("user", self.user.is_some()),
             ("password_file", self.password_file.is_some()),
             ("prefix", self.prefix.is_some()),
+            ("address", self.address.is_some()),
+            ("token_file", self.token_file.is_some()),
+            ("namespace", self.namespace.is_some()),
             ("kubeconfig", self.kubeconfig.is_some()),
             ("context", self.context.is_some()),
         ];
@@ -162,6 +181,16 @@ impl SourceConfig {
             key: self.key.clone(),
             user: self.user.clone(),
             password_file: self.password_file.clone(),
+        }
+    }
+
+    fn consul(&self) -> consul::Settings {
+        consul::Settings {
+            address: self.address.clone(),
+            ca: self.ca.clone(),
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            token_file: self.token_file.clone(),
         }
     }
 
@@ -181,6 +210,15 @@ impl SourceConfig {
                 let source = EtcdSource::new(name, self.etcd(), self.prefix.as_deref(), trust_domain.clone());
                 let refused =
                     |error: meshd_etcd::Error| ConfigError::Etcd { name: name.to_owned(), reason: error.to_string() };
+                (Box::new(source.map_err(refused)?), Belief::Guarded)
+            }
+            SourceKind::Consul => {
+                let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
+                let source = ConsulSource::new(name, self.consul(), namespace, prefix, trust_domain.clone());
+                let refused = |error: consul::SettingsError| ConfigError::Consul {
+                    name: name.to_owned(),
+                    reason: error.to_string(),
+                };
                 (Box::new(source.map_err(refused)?), Belief::Guarded)
             }
             SourceKind::Kubernetes => {
@@ -324,7 +362,16 @@ mod tests {
         let etcd = parse("kind = \"etcd\"\nendpoints = [\"http://127.0.0.1:2379\"]").unwrap();
         let opened = etcd.open(&td).unwrap();
         assert_eq!((opened.source.name(), opened.source.kind(), opened.belief), ("etcd", "etcd", Belief::Guarded));
+        let consul = parse("kind = \"consul\"").unwrap().open(&td).unwrap();
+        assert_eq!((consul.source.name(), consul.source.kind(), consul.belief), ("consul", "consul", Belief::Guarded));
         for (text, expected) in [
+            ("kind = \"consul\"\nendpoints = [\"x\"]", "`endpoints` has no meaning with kind = \"consul\""),
+            (
+                "kind = \"consul\"\naddress = \"http://192.0.2.1:8500\"",
+                "[[source]] `consul`: address: http:// to Consul",
+            ),
+            ("kind = \"consul\"\nnamespace = \"Shop\"", "[[source]] `consul`: namespace: the namespace `Shop`"),
+            ("kind = \"consul\"\nprefix = \"a b\"", "[[source]] `consul`: prefix: `a b`"),
             ("kind = \"etcd\"\ndir = \"/x\"", "`dir` has no meaning with kind = \"etcd\", which takes endpoints, ca"),
             ("kind = \"files\"\nuser = \"x\"", "`user` has no meaning with kind = \"files\", which takes dir"),
             ("kind = \"etcd\"", "no etcd endpoint is given"),

@@ -11,6 +11,7 @@
 mod backoff;
 mod belief;
 mod config;
+mod consul;
 mod directory;
 mod documents;
 mod etcd;
@@ -25,12 +26,14 @@ mod record;
 mod registration;
 mod saved;
 mod source;
+mod stored;
 mod types;
 mod watch;
 mod yaml;
 
 pub use belief::{Belief, REPEATED_FOR};
 pub use config::{ConfigError, Configured, Imports, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
+pub use consul::{ConsulSource, Settings as ConsulSettings, SettingsError as ConsulSettingsError};
 pub use directory::Directory;
 pub use documents::DEFAULT_MESH_PORT;
 pub use etcd::EtcdSource;

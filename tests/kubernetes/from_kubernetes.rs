@@ -23,6 +23,7 @@ use crate::DEADLINE;
 const READER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes/reader.yaml");
 const ACCOUNT: (&str, &str) = ("meshd-system", "meshd-reader");
 const BINDING: &str = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/meshd-reader";
+const BINDING_IN_SHOP: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces/shop/rolebindings/meshd-reader";
 const SERVICES: &str = "/api/v1/namespaces/shop/services";
 const PODS: &str = "/api/v1/namespaces/shop/pods";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices";
@@ -351,13 +352,21 @@ fn what_the_role_lacks_and_what_tls_refuses_is_named_by_check_and_the_mesh_goes_
     bed.names("services in namespace shop is forbidden")?;
     bed.is_checked("apply deploy/kubernetes/reader.yaml")?;
     bed.answers("api-1")?;
-    let binding = json!({
+    let mut binding = json!({
         "metadata": { "name": "meshd-reader" },
         "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "meshd-reader" },
         "subjects": [{ "kind": "ServiceAccount", "namespace": ACCOUNT.0, "name": ACCOUNT.1 }],
     });
-    bed.cluster.create(BINDING.trim_end_matches("/meshd-reader"), &binding)?;
+    // In the one namespace: which cluster it is may not be known then.
+    bed.cluster.create(&BINDING_IN_SHOP.replace("/meshd-reader", ""), &binding)?;
     bed.is_well()?;
+    bed.run_pod("api-2")?;
+    bed.answers("api-2")?;
+    binding["metadata"]["name"] = json!("meshd-reader-everywhere");
+    bed.cluster.create(&BINDING.replace("/meshd-reader", ""), &binding)?;
+    bed.cluster.change("DELETE", BINDING_IN_SHOP, &json!({}))?;
+    bed.remove_pod("api-2")?;
+    until(DEADLINE, "only api-1 is known", || bed.has(1))?;
     let web = bed.mesh.host("web");
     bed.write_kubeconfig(&Authority::create(&web, &web.directory().join("strange"))?.certificate())?;
     bed.mesh.daemon("web").restart()?;

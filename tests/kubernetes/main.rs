@@ -5,6 +5,7 @@ mod bridge;
 mod consul;
 mod controllers;
 mod etcd;
+mod from_consul;
 mod from_etcd;
 mod from_kubernetes;
 mod istio;

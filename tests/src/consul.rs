@@ -71,6 +71,26 @@ impl Consul {
         Ok(token["SecretID"].as_str().with_context(|| format!("no token: {token}"))?.to_owned())
     }
 
+    /// What the token of that name may from now on.
+    pub fn set_rules(&self, name: &str, rules: &str) -> Result<()> {
+        let policy = self.manage("GET", &format!("/v1/acl/policy/name/{name}"), None)?;
+        let id = policy["ID"].as_str().with_context(|| format!("no policy: {policy}"))?;
+        let body = json!({ "Name": name, "Rules": rules });
+        self.manage("PUT", &format!("/v1/acl/policy/{id}"), Some(&body)).map(drop)
+    }
+
+    /// Writes to its store.
+    pub fn put_key(&self, path: &str, text: &str) -> Result<()> {
+        let file = self.authority.file("value");
+        fs::write(&file, text)?;
+        let program = Program::new("curl").args(["-sS", "--fail", "--max-time", "10", "-X", "PUT", "--cacert"]);
+        let program = program.arg(self.authority()).args(["-H", &format!("X-Consul-Token: {MANAGEMENT}")]);
+        let program =
+            program.args(["--data-binary", &format!("@{}", file.display())]).arg(format!("{}{path}", self.url()));
+        self.host.run(&program)?.expect_success(&format!("PUT {path}"))?;
+        Ok(())
+    }
+
     /// SIGSTOP and SIGCONT, say.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.process.as_ref().context("Consul does not run")?.signal(signal)

@@ -87,9 +87,12 @@ impl Client {
             Some(sender) => sender,
             None => open(&access).await?,
         };
-        let response = request(sender.clone(), &access, path, asked).await?;
-        self.calls = Some(sender);
-        read_all(response.into_body(), LARGEST_ANSWER).await
+        let response = request(sender.clone(), &access, path, asked).await;
+        // A refusal is an answer as well.
+        if !matches!(response, Err(Error::Broken(_) | Error::Deadline)) {
+            self.calls = Some(sender);
+        }
+        read_all(response?.into_body(), LARGEST_ANSWER).await
     }
 
     pub(super) async fn lines(&mut self, path: &str, asked: &Asked) -> Result<Lines, Error> {

@@ -225,6 +225,7 @@ impl Area {
         let mut listings: Vec<Listing> =
             self.told_as.iter().map(|scope| Listing::empty(scope.clone(), epoch.clone())).collect();
         self.told.clear();
+        self.learned.retain(|name, _| self.services.contains_key(name));
         let names: Vec<ServiceName> = self.services.keys().cloned().collect();
         for name in names {
             let Some(index) = self.told_as.iter().position(|scope| scope.holds(&name)) else { continue };

@@ -68,8 +68,9 @@ impl Reader {
         }
         let defines = self.authority.covers(name.namespace());
         let plaintext = known.is_named || (defines && allows_plaintext(&known.service.notes) == Ok(true));
-        let mut places: Vec<Change> =
-            known.slices.iter().filter_map(|slice| self.slice(slice, known, plaintext)).collect();
+        let any_is_ready = known.any_is_ready();
+        let places = known.slices.iter().filter_map(|slice| self.slice(slice, known, any_is_ready, plaintext));
+        let mut places: Vec<Change> = places.collect();
         learned.takes_mesh |= places.iter().any(has_mesh_place);
         // By `*`, a whole cluster is imported: what does not take part in the mesh stays the cluster's own.
         let is_of_the_mesh = known.is_named || learned.takes_mesh || !known.service.notes.is_empty();
@@ -144,7 +145,7 @@ impl Reader {
         identities
     }
 
-    fn slice(&self, slice: &Slice, known: &Known<'_>, plaintext: bool) -> Option<Change> {
+    fn slice(&self, slice: &Slice, known: &Known<'_>, any_is_ready: bool, plaintext: bool) -> Option<Change> {
         if slice.is_of_names {
             let reason = "its endpoints are names; only addresses can be used";
             return known.is_named.then(|| refused_slice(slice, vec![reason.to_owned()]));
@@ -157,7 +158,7 @@ impl Reader {
         let notes = SliceNotes::read(&slice.notes, &mut problems);
         let mut places: Vec<Arc<Place>> = Vec::new();
         for endpoint in &slice.endpoints {
-            let Some(registration) = known.registration(endpoint, &notes, &served) else { continue };
+            let Some(registration) = known.registration(endpoint, &notes, &served, any_is_ready) else { continue };
             if registration.transport == Transport::Plaintext && !plaintext {
                 continue;
             }
@@ -197,6 +198,7 @@ impl Known<'_> {
         endpoint: &SliceEndpoint,
         notes: &SliceNotes,
         served: &[PortTarget],
+        any_is_ready: bool,
     ) -> Option<Registration> {
         // Without a selector, whoever wrote the slice says what is there.
         let of_pod = endpoint.pod.is_some() && !self.service.selector.is_empty();
@@ -209,7 +211,7 @@ impl Known<'_> {
             None => (notes.transport, notes.identity.clone()),
         };
         // New connections go to one that ends only where there is no other.
-        let weight = if endpoint.state == State::Draining && self.any_is_ready() { 0 } else { notes.weight };
+        let weight = if endpoint.state == State::Draining && any_is_ready { 0 } else { notes.weight };
         Some(Registration {
             address: endpoint.address?,
             mesh_port: if pod.is_some() { DEFAULT_MESH_PORT } else { notes.mesh_port },

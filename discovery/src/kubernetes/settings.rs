@@ -42,8 +42,8 @@ pub struct Settings {
     pub context: Option<String>,
 }
 
-/// Everything a connection needs.
-#[derive(Debug, Clone)]
+/// Everything a connection needs; with a secret, so it is not to be shown.
+#[derive(Clone)]
 pub(super) struct Access {
     /// `https://10.0.0.1:6443`
     pub(super) server: String,
@@ -57,7 +57,7 @@ pub(super) struct Access {
     pub(super) token: Option<Token>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) enum Token {
     Text(String),
     File(PathBuf),

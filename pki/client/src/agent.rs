@@ -298,6 +298,8 @@ impl Agent {
         let reply = self.line.ask(&caller, patience, rpc).await.map_err(|failed| match failed {
             Failed::Unreachable(error) => error,
             Failed::Answered(status) => refused(&status),
+            broken @ Failed::Broken { is_cut: true, .. } => RenewError::Unknown(broken.to_string()),
+            broken @ Failed::Broken { .. } => RenewError::Unreachable(broken.to_string()),
         })?;
         self.install(reply, asked, &keys)
     }

@@ -33,7 +33,7 @@ const NEXT_AFTER: Duration = Duration::from_secs(5);
 /// TLS and the HTTP/2 preface together; most of it is for a queue at the PKI.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(20);
 /// A full batch signs and syncs in well under a second; the rest is for a queue at the PKI.
-const RPC_DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const RPC_DEADLINE: Duration = Duration::from_secs(20);
 /// A PKI that vanished without a word is noticed within twice this time.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// The PKI does not select by name; the constant keeps the host's own names out of the ClientHello.
@@ -89,6 +89,37 @@ pub(crate) struct Unusable {
 
 pub(crate) type PkiClient = HostClient<Channel>;
 
+/// To one server.
+#[derive(Clone)]
+pub(crate) struct Connection {
+    pub(crate) address: String,
+    channel: Channel,
+    origin: Uri,
+}
+
+impl Connection {
+    async fn to(address: &str, config: ClientConfig) -> Result<Connection, ConnectError> {
+        let channel = handshake(address, config).await?;
+        let origin = format!("https://{address}").parse().map_err(|_| ConnectError::Address(address.to_owned()))?;
+        Ok(Connection { address: address.to_owned(), channel, origin })
+    }
+
+    pub(crate) fn pki(&self) -> PkiClient {
+        let client = HostClient::with_origin(self.channel.clone(), self.origin.clone());
+        client.max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// Whether anything is answered: that there is no such page needs no turn and no database.
+    pub(crate) async fn lives(&self) -> bool {
+        let request = Request::get(self.origin.clone()).body(Body::empty());
+        let mut sender = self.channel.0.clone();
+        match request {
+            Ok(request) => sender.ready().await.is_ok() && sender.send_request(request).await.is_ok(),
+            Err(_) => false,
+        }
+    }
+}
+
 /// Nobody is authenticated: only for what a digest verifies.
 pub(crate) fn unverified_tls() -> Result<ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -128,16 +159,20 @@ pub(crate) fn tls_config(
 }
 
 pub(crate) async fn connect(address: &str, config: ClientConfig) -> Result<PkiClient, ConnectError> {
-    let channel = handshake(address, config).await?;
-    let origin: Uri = format!("https://{address}").parse().map_err(|_| ConnectError::Address(address.to_owned()))?;
-    Ok(HostClient::with_origin(channel, origin).max_decoding_message_size(MAX_MESSAGE_BYTES))
+    Ok(Connection::to(address, config).await?.pki())
 }
 
 /// The first of several servers that proves to be the PKI, in an order drawn anew each time. One that stands still is not
-/// given up, but the next is asked beside it.
-pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig) -> Result<PkiClient, Unusable> {
+/// given up, but the next is asked beside it. The one to avoid comes last.
+pub(crate) async fn connect_anywhere(
+    addresses: &[String],
+    avoided: Option<&str>,
+    config: &ClientConfig,
+) -> Result<Connection, Unusable> {
     let mut addresses = addresses.to_vec();
     fastrand::shuffle(&mut addresses);
+    // They are taken from the end.
+    addresses.sort_by_key(|address| avoided != Some(address.as_str()));
     let mut reasons = Vec::new();
     let mut is_distrusted = false;
     let mut asked = JoinSet::new();
@@ -145,7 +180,7 @@ pub(crate) async fn connect_anywhere(addresses: &[String], config: &ClientConfig
         let is_last = match addresses.pop() {
             Some(address) => {
                 let config = config.clone();
-                asked.spawn(async move { connect(&address, config).await });
+                asked.spawn(async move { Connection::to(&address, config).await });
                 addresses.is_empty()
             }
             None => true,
@@ -205,8 +240,12 @@ async fn over_tls(address: &str, config: ClientConfig, tcp: TcpStream) -> Result
 pub(crate) async fn call<T>(rpc: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
     match timeout(RPC_DEADLINE, rpc).await {
         Ok(result) => result.map(tonic::Response::into_inner),
-        Err(_) => Err(Status::deadline_exceeded("the PKI did not answer within 20 s; see its log and load")),
+        Err(_) => Err(late()),
     }
+}
+
+pub(crate) fn late() -> Status {
+    Status::deadline_exceeded("the PKI did not answer within 20 s; see its log and load")
 }
 
 /// One HTTP/2 connection as the service tonic's client wants.

@@ -1,19 +1,28 @@
 //! The one connection a host keeps to its PKI. Its conversation, its renewals and its tokens go over it together, so
 //! that none of them costs a handshake of its own.
 
+use std::error::Error;
 use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::{Code, Response, Status};
 
-use crate::connect::{PkiClient, Unusable, call, connect_anywhere, verified_tls};
+use crate::connect::{Connection, PkiClient, RPC_DEADLINE, Unusable, connect_anywhere, late, verified_tls};
 use crate::error::RenewError;
 use crate::surroundings::Clock;
 use crate::{Credentials, Svid, refusal_text};
+
+/// Whether a server that owes an answer lives is asked for so long: it answers that without a queue.
+const PROOF_OF_LIFE: Duration = Duration::from_secs(3);
+/// A server that was left is asked after all others for so long.
+const AVOIDED: Duration = Duration::from_secs(60);
+/// Of new connections in a row that the server ended before any answer: one may be a restart, more are our certificate.
+const MOST_CUT: u32 = 1;
 
 /// Clones share it.
 #[derive(Clone, Default)]
@@ -25,12 +34,15 @@ struct Shared {
     slot: Mutex<Slot>,
     /// Attempts to connect that have ended.
     ended: AtomicU64,
+    /// New connections in a row that ended before any answer.
+    cut: AtomicU32,
 }
 
 #[derive(Default)]
 struct Slot {
     open: Option<Open>,
     failed: Option<(MadeWith, Unusable)>,
+    left: Option<(String, Instant)>,
 }
 
 /// Whoever wants the line, by what both ends prove themselves.
@@ -44,18 +56,22 @@ pub(crate) struct Caller<'a> {
 #[derive(Clone)]
 struct MadeWith {
     host: Arc<Svid>,
-    bundle_sequence: u64,
+    roots: Vec<Vec<u8>>,
 }
 
 impl MadeWith {
+    fn of(held: &Credentials) -> MadeWith {
+        MadeWith { host: held.host.clone(), roots: held.bundle.roots.clone() }
+    }
+
     fn is(&self, other: &MadeWith) -> bool {
-        Arc::ptr_eq(&self.host, &other.host) && self.bundle_sequence == other.bundle_sequence
+        Arc::ptr_eq(&self.host, &other.host) && self.roots == other.roots
     }
 }
 
 #[derive(Clone)]
 pub(crate) struct Open {
-    pub(crate) pki: PkiClient,
+    pub(crate) connection: Connection,
     made_with: MadeWith,
     number: u64,
     /// It was there already: it may have broken unnoticed.
@@ -68,11 +84,18 @@ pub(crate) enum Failed {
     Unreachable(#[from] RenewError),
     #[error("the PKI refused: {}", refusal_text(.0))]
     Answered(Status),
+    #[error("the connection to the PKI broke: {}", refusal_text(.status))]
+    Broken {
+        status: Status,
+        /// So often before any answer that the server seems not to accept this host's certificate, which in TLS 1.3 it says
+        /// after we believe the connection made.
+        is_cut: bool,
+    },
 }
 
 impl Line {
-    /// One call. A connection that was there already and brings no answer within `patience` is left for a new one, for
-    /// its server may be gone without a word.
+    /// One call. A connection that was there already is left for a new one if it breaks, or if no answer came within
+    /// `patience` and its server does not prove to live: it may be gone without a word.
     pub(crate) async fn ask<T, F>(
         &self,
         caller: &Caller<'_>,
@@ -82,60 +105,70 @@ impl Line {
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        let open = self.open(caller).await?;
-        if open.is_old {
-            match timeout(patience, rpc(open.pki.clone())).await {
-                Ok(Ok(reply)) => return Ok(reply.into_inner()),
-                Ok(Err(status)) if is_answer(&status) => return Err(Failed::Answered(status)),
-                _ => self.leave(&open).await,
+        let mut open = self.open(caller).await?;
+        // Others may have made the next one, and it may have broken as well.
+        for _ in 0..2 {
+            if !open.is_old {
+                break;
             }
-            return self.ask_once(self.open(caller).await?, rpc).await;
+            match call_while_alive(&open.connection, patience, rpc(open.connection.pki())).await {
+                Ok(reply) => return Ok(self.answered(reply)),
+                // Another server may be better off.
+                Err(status)
+                    if is_answer(&status) && (status.code() != Code::Unavailable || caller.held.pki.len() < 2) =>
+                {
+                    return Err(Failed::Answered(self.answered(status)));
+                }
+                Err(status) => tracing::debug!(%status, "leaving the connection to the PKI for a new one"),
+            }
+            self.leave(&open).await;
+            open = self.open(caller).await?;
         }
-        self.ask_once(open, rpc).await
+        match timeout(RPC_DEADLINE, rpc(open.connection.pki())).await.unwrap_or_else(|_| Err(late())) {
+            Ok(reply) => Ok(self.answered(reply.into_inner())),
+            Err(status) if is_answer(&status) => Err(Failed::Answered(self.answered(status))),
+            Err(status) => {
+                self.leave(&open).await;
+                let cut = self.0.cut.fetch_add(1, Ordering::Relaxed);
+                Err(Failed::Broken { is_cut: cut >= MOST_CUT && status.code() != Code::DeadlineExceeded, status })
+            }
+        }
     }
 
-    async fn ask_once<T, F>(&self, open: Open, rpc: impl Fn(PkiClient) -> F) -> Result<T, Failed>
-    where
-        F: Future<Output = Result<Response<T>, Status>>,
-    {
-        match call(rpc(open.pki.clone())).await {
-            Ok(reply) => Ok(reply),
-            Err(status) => {
-                if !is_answer(&status) {
-                    self.leave(&open).await;
-                }
-                Err(Failed::Answered(status))
-            }
-        }
+    fn answered<T>(&self, answer: T) -> T {
+        self.0.cut.store(0, Ordering::Relaxed);
+        answer
     }
 
     /// The connection there is, or a new one, to any server that proves to be the PKI.
     pub(crate) async fn open(&self, caller: &Caller<'_>) -> Result<Open, RenewError> {
-        let held = caller.held;
-        let made_with = MadeWith { host: held.host.clone(), bundle_sequence: held.bundle.sequence };
+        let (held, made_with) = (caller.held, MadeWith::of(caller.held));
         let ended_before = self.0.ended.load(Ordering::Relaxed);
         let mut slot = self.0.slot.lock().await;
         if let Some(open) = slot.open.as_ref().filter(|open| open.made_with.is(&made_with)) {
             return Ok(Open { is_old: true, ..open.clone() });
         }
         let ended = self.0.ended.load(Ordering::Relaxed);
+        // Whether a certificate is believed depends on the time that the caller knows, too.
         if let Some((with, failed)) = &slot.failed
             && ended > ended_before
             && with.is(&made_with)
+            && !failed.is_distrusted
         {
             return Err(failed.clone().into());
         }
         let tls = verified_tls(&held.bundle, Some(&held.host), caller.pki_time, caller.clock)?;
-        let connected = connect_anywhere(&held.pki, &tls).await;
+        let avoided = slot.left.as_ref().filter(|(_, at)| at.elapsed() < AVOIDED).map(|(address, _)| address.as_str());
+        let connected = connect_anywhere(&held.pki, avoided, &tls).await;
         let number = self.0.ended.fetch_add(1, Ordering::Relaxed);
         match connected {
-            Ok(pki) => {
-                let open = Open { pki, made_with, number, is_old: false };
-                *slot = Slot { open: Some(open.clone()), failed: None };
+            Ok(connection) => {
+                let open = Open { connection, made_with, number, is_old: false };
+                (slot.open, slot.failed) = (Some(open.clone()), None);
                 Ok(open)
             }
             Err(failed) => {
-                *slot = Slot { open: None, failed: Some((made_with, failed.clone())) };
+                (slot.open, slot.failed) = (None, Some((made_with, failed.clone())));
                 Err(failed.into())
             }
         }
@@ -144,14 +177,34 @@ impl Line {
     /// Nobody is given this connection any more; those who use it still may.
     pub(crate) async fn leave(&self, open: &Open) {
         let mut slot = self.0.slot.lock().await;
+        slot.left = Some((open.connection.address.clone(), Instant::now()));
         if slot.open.as_ref().is_some_and(|current| current.number == open.number) {
             slot.open = None;
         }
     }
 }
 
-/// An answer, whatever it is, needs no other connection; anything else may be about this one.
-pub(crate) fn is_answer(status: &Status) -> bool {
-    use Code::{InvalidArgument, NotFound, PermissionDenied, Unauthenticated};
-    matches!(status.code(), Unauthenticated | PermissionDenied | InvalidArgument | NotFound)
+/// Of a server with much to do the answer is waited for, for its place in the queue is worth more than a new connection.
+async fn call_while_alive<T>(
+    connection: &Connection,
+    patience: Duration,
+    rpc: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Status> {
+    let mut asked = pin!(timeout(RPC_DEADLINE, rpc));
+    let answer = match timeout(patience, &mut asked).await {
+        Ok(answer) => answer,
+        Err(_) => tokio::select! {
+            answer = &mut asked => answer,
+            lives = timeout(PROOF_OF_LIFE.min(patience), connection.lives()) => match lives {
+                Ok(true) => asked.await,
+                _ => return Err(late()),
+            },
+        },
+    };
+    answer.unwrap_or_else(|_| Err(late())).map(Response::into_inner)
+}
+
+/// Said by the PKI. What a broken connection ends in has a cause, and a code that depends on how tonic was built.
+fn is_answer(status: &Status) -> bool {
+    status.source().is_none() && !matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded)
 }

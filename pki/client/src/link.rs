@@ -20,6 +20,10 @@ use crate::{Credentials, refusal_text};
 
 /// A report that is not answered within this time means that the stream is dead.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// Opening needs no turn at the PKI.
+const OPENED_WITHIN: Duration = Duration::from_secs(5);
+/// A PKI that stops ends all conversations at once; hosts come back one after the other.
+const COME_BACK_WITHIN: Duration = Duration::from_secs(3);
 const UNSENT_REPORTS: usize = 4;
 
 /// What there is to report.
@@ -83,10 +87,10 @@ impl Link {
                     }
                 }
             }
-            if answered {
-                delay = Duration::ZERO;
-            }
-            delay = retry_delay(delay, None, fastrand::f64());
+            delay = match answered {
+                true => COME_BACK_WITHIN.mul_f64(fastrand::f64()),
+                false => retry_delay(delay, None, fastrand::f64()),
+            };
             // A new certificate may be what was missing.
             let renewed = self.facts.wait_for(|facts| facts.credentials.host.serial != serial);
             tokio::select! {
@@ -205,8 +209,10 @@ type Opened = (Open, tonic::Streaming<v1::SyncReply>, mpsc::Sender<v1::SyncReque
 
 async fn begin(open: &Open) -> Result<Opened, RenewError> {
     let (reports, outgoing) = mpsc::channel(UNSENT_REPORTS);
-    let mut pki = open.pki.clone();
-    let opening = timeout(ANSWER_WITHIN, pki.sync(ReceiverStream::new(outgoing))).await;
+    let mut pki = open.connection.pki();
+    // One that was there already may have broken, and is left.
+    let patience = if open.is_old { OPENED_WITHIN } else { ANSWER_WITHIN };
+    let opening = timeout(patience, pki.sync(ReceiverStream::new(outgoing))).await;
     let opened = opening.map_err(|_| RenewError::Unreachable("the PKI opens no conversation".to_owned()))?;
     let replies = opened.map_err(|status| RenewError::Unreachable(refusal_text(&status)))?.into_inner();
     Ok((open.clone(), replies, reports))

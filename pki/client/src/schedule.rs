@@ -17,7 +17,7 @@ pub(crate) const TICK: Duration = Duration::from_secs(15);
 
 const RETRY_BASE: Duration = Duration::from_secs(1);
 const RETRY_CAP: Duration = Duration::from_secs(300);
-/// Of a busy PKI the answer to a full batch comes sooner, or so late that another server may well be faster.
+/// After which a connection that was there already is doubted.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// With something missing or expired the host cannot serve, so it asks more often.
 const RETRY_CAP_URGENT: Duration = Duration::from_secs(60);
@@ -56,8 +56,8 @@ pub(crate) fn retry_delay(previous: Duration, remaining: Option<Duration>, chanc
     drawn.min(cap).max(RETRY_BASE)
 }
 
-/// How long an answer may take over a connection that was there already and may have broken without a word; `remaining`
-/// as above. Three more tries must fit into what is left.
+/// How long an answer may take over a connection that was there already, before its server must prove to live; `remaining`
+/// as above.
 pub(crate) fn patience(remaining: Option<Duration>) -> Duration {
     remaining.map_or(PATIENCE, |left| (left / 4).min(PATIENCE))
 }

@@ -33,7 +33,7 @@ use crate::service::{HostService, Peer};
 /// Until the first byte, and from its turn on.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// Every host keeps one connection open and makes another for a renewal: 10,000 hosts at once, and half as many more.
+/// Every host keeps one connection open, and makes the next before it leaves it: 10,000 hosts, half as many more, twice.
 const MAX_CONNECTIONS: usize = 32 * 1024;
 /// Descriptors for files, sockets of operators, etcd and federation, whatever hosts and strangers do.
 const OTHER_DESCRIPTORS: u64 = 256;

@@ -1,0 +1,221 @@
+//! One HTTP/1.1 connection to Consul: a request at a time, as a blocking query occupies it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::header::{HOST, HeaderMap, HeaderValue};
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::settings::{Address, Settings, SettingsError};
+
+/// TCP and TLS together.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+/// 10,000 instances of one service have a third of it.
+const LARGEST_ANSWER: usize = 64 * 1024 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error("Consul at {authority} cannot be reached: {reason}")]
+    Unreachable { authority: String, reason: String },
+    #[error("Consul at {authority} did not answer within {} s", after.as_secs())]
+    Deadline { authority: String, after: Duration },
+}
+
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+pub(super) struct Client {
+    settings: Arc<Settings>,
+    connection: Option<SendRequest<Empty<Bytes>>>,
+}
+
+impl Client {
+    pub(super) fn new(settings: Arc<Settings>) -> Client {
+        Client { settings, connection: None }
+    }
+
+    /// To the same Consul over a connection of its own.
+    pub(super) fn another(&self) -> Client {
+        Client::new(self.settings.clone())
+    }
+
+    /// What is shown to Consul now.
+    pub(super) fn token(&self) -> Result<Option<HeaderValue>, CallError> {
+        Ok(self.settings.token()?)
+    }
+
+    pub(super) async fn get(
+        &mut self,
+        path: &str,
+        token: Option<&HeaderValue>,
+        deadline: Duration,
+    ) -> Result<Reply, CallError> {
+        let address = self.settings.parsed()?;
+        match timeout(deadline, self.exchange(&address, path, token)).await {
+            Ok(reply) => reply,
+            Err(_) => Err(CallError::Deadline { authority: address.authority, after: deadline }),
+        }
+    }
+
+    async fn exchange(
+        &mut self,
+        address: &Address,
+        path: &str,
+        token: Option<&HeaderValue>,
+    ) -> Result<Reply, CallError> {
+        // Consul may close a connection between two requests; that is no trouble.
+        if let Some(mut connection) = self.connection.take()
+            && let Ok(reply) = send(&mut connection, address, path, token).await
+        {
+            self.connection = Some(connection);
+            return Ok(reply);
+        }
+        let unreachable = |reason: String| CallError::Unreachable { authority: address.authority.clone(), reason };
+        let opened = timeout(CONNECT_DEADLINE, self.open(address)).await;
+        let late = |_| unreachable(format!("no connection within {} s", CONNECT_DEADLINE.as_secs()));
+        let mut connection = opened.map_err(late)??;
+        let reply = send(&mut connection, address, path, token).await.map_err(unreachable)?;
+        self.connection = Some(connection);
+        Ok(reply)
+    }
+
+    async fn open(&self, address: &Address) -> Result<SendRequest<Empty<Bytes>>, CallError> {
+        let unreachable = |reason: &dyn std::fmt::Display| CallError::Unreachable {
+            authority: address.authority.clone(),
+            reason: reason.to_string(),
+        };
+        let tls = if address.tls { Some(self.settings.tls()?) } else { None };
+        let tcp = TcpStream::connect(&address.authority).await.map_err(|error| unreachable(&error))?;
+        tcp.set_nodelay(true).map_err(|error| unreachable(&error))?;
+        let connection = match tls {
+            None => handshake(tcp).await,
+            Some(config) => {
+                let name = ServerName::try_from(address.host.clone()).map_err(|error| unreachable(&error))?;
+                let tls = TlsConnector::from(config).connect(name, tcp).await;
+                handshake(tls.map_err(|error| unreachable(&format!("TLS: {error}")))?).await
+            }
+        };
+        connection.map_err(|error| unreachable(&error))
+    }
+}
+
+async fn handshake(
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) -> Result<SendRequest<Empty<Bytes>>, hyper::Error> {
+    let (sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+    // Ends by itself when the sender is dropped.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "connection to Consul ended");
+        }
+    });
+    Ok(sender)
+}
+
+async fn send(
+    connection: &mut SendRequest<Empty<Bytes>>,
+    address: &Address,
+    path: &str,
+    token: Option<&HeaderValue>,
+) -> Result<Reply, String> {
+    let mut request = Request::get(path).header(HOST, &address.authority);
+    if let Some(token) = token {
+        request = request.header("x-consul-token", token);
+    }
+    let request = request.body(Empty::new()).map_err(|error| error.to_string())?;
+    connection.ready().await.map_err(|error| told(&error))?;
+    let response = connection.send_request(request).await.map_err(|error| told(&error))?;
+    let (parts, body) = response.into_parts();
+    let body = Limited::new(body, LARGEST_ANSWER).collect().await.map_err(|error| error.to_string())?;
+    Ok(Reply { status: parts.status, headers: parts.headers, body: body.to_bytes() })
+}
+
+/// hyper says the rest in its cause: that of a refused client certificate, for instance.
+fn told(error: &hyper::Error) -> String {
+    let cause = std::error::Error::source(error).map(|cause| format!(" ({cause})"));
+    let cause = cause.unwrap_or_default();
+    // It spoke before it was asked.
+    let hint = if error.is_canceled() {
+        "; it does that beyond limits.http_max_conns_per_client of its agent (200 by default): raise it, or import fewer \
+         services"
+    } else {
+        ""
+    };
+    format!("{error}{cause}{hint}")
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    /// A server that says so to each connection: after a request, or at once.
+    async fn serve(says: Vec<&'static str>, waits: bool) -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = Some(format!("http://{}", listener.local_addr().unwrap()));
+        tokio::spawn(async move {
+            for text in says {
+                let (mut connection, _) = listener.accept().await.unwrap();
+                if waits {
+                    let mut request = [0; 1024];
+                    assert!(connection.read(&mut request).await.unwrap() > 0);
+                }
+                connection.write_all(text.as_bytes()).await.unwrap();
+                connection.shutdown().await.unwrap();
+                // What was asked is read, so that the client is not told of a reset before it has read the answer.
+                tokio::io::copy(&mut connection, &mut tokio::io::sink()).await.unwrap();
+            }
+            std::future::pending::<()>().await;
+        });
+        Client::new(Arc::new(Settings { address, ..Settings::default() }))
+    }
+
+    #[tokio::test]
+    async fn a_connection_closed_between_two_requests_is_opened_again() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+        let mut client = serve(vec![ok, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nagain"], true).await;
+        assert_eq!(client.get("/a", None, DEADLINE).await.unwrap().body, "ok");
+        assert_eq!(client.get("/b", None, DEADLINE).await.unwrap().body, "again");
+    }
+
+    #[tokio::test]
+    async fn an_answer_given_before_the_question_is_understood_or_explained() {
+        let refusal = "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\nConnection: close\r\n\r\nslow";
+        let mut client = serve(vec![refusal], false).await;
+        let answer = client.get("/a", None, DEADLINE).await;
+        match answer {
+            Ok(reply) => assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS),
+            Err(error) => assert!(error.to_string().contains("http_max_conns_per_client"), "{error}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_answer_in_time_is_named_and_so_is_who_cannot_be_reached() {
+        let mut client = serve(vec![], true).await;
+        let error = client.get("/a", None, DEADLINE).await.unwrap_err().to_string();
+        assert!(error.contains("did not answer within 10 s"), "{error}");
+        let address = Some("http://127.0.0.1:1".to_owned());
+        let mut client = Client::new(Arc::new(Settings { address, ..Settings::default() }));
+        let error = client.get("/a", None, DEADLINE).await.unwrap_err().to_string();
+        assert!(error.starts_with("Consul at 127.0.0.1:1 cannot be reached: "), "{error}");
+    }
+}

@@ -1,0 +1,245 @@
+//! Keeps what is known of Consul current: see the picture in `mod.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
+
+use super::known::Known;
+use super::read::Reading;
+use super::remote::{Error, Query, Remote};
+use super::watch::{News, Turns, ask_once, watch};
+use crate::backoff::{Backoff, jittered};
+use crate::{Sink, SourceEvent, Wanted};
+
+/// How soon an agent that stands still, or a cluster without a leader, is noticed: this and a call's deadline (5 s). A
+/// thousand hosts ask 100 times a second.
+const PROBE_EVERY: Duration = Duration::from_secs(10);
+/// A watch that lost a change would keep it lost.
+const RESYNC_EVERY: Duration = Duration::from_secs(300);
+/// Who asks for a resync may ask again and again; it takes a question per service.
+const RESYNC_AT_MOST: Duration = Duration::from_secs(1);
+/// Answers that wait to be told.
+const INBOX: usize = 64;
+/// Troubles named at once.
+const MOST_TROUBLES: usize = 3;
+
+pub(super) async fn run<R: Remote>(mut remote: R, reading: Reading, mut wanted: watch::Receiver<Wanted>, sink: Sink) {
+    let mut known = Known::new(reading);
+    // What an earlier life of this daemon knew beyond that is wanted no more.
+    let begun_with = wanted.borrow().clone();
+    sink.send(SourceEvent::Narrowed(begun_with)).await;
+    let mut backoff = Backoff::default();
+    loop {
+        let started = Instant::now();
+        if let Err(error) = follow(&mut remote, &mut known, &mut wanted, &sink).await {
+            sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+            remote = remote.another();
+        }
+        sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+    }
+}
+
+/// Until Consul cannot be reached, or until what is known is to be read anew.
+async fn follow<R: Remote>(
+    remote: &mut R,
+    known: &mut Known,
+    wanted: &mut watch::Receiver<Wanted>,
+    sink: &Sink,
+) -> Result<(), Error> {
+    known.meets(&remote.cluster().await?, Instant::now());
+    let mut asked = wanted.borrow_and_update().clone();
+    adjust(known, &asked, sink).await;
+    let (send, mut inbox) = mpsc::channel(INBOX);
+    let mut watches = Watches::new(send.clone());
+    watches.adjust(remote, known);
+    let mut rereads = Rereads::new(send);
+    let mut troubles = Troubles::default();
+    if known.is_whole() {
+        sink.send(SourceEvent::InSync).await;
+    }
+    let mut probes = interval_at(Instant::now() + PROBE_EVERY, PROBE_EVERY);
+    probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // Senders are held above, so the inbox never ends.
+            Some(news) = inbox.recv() => {
+                if news.went_back {
+                    known.begin_anew(Instant::now());
+                    return Ok(());
+                }
+                let of_names = news.query == Query::Names;
+                take(news, known, &mut troubles, sink).await;
+                if of_names {
+                    watches.adjust(remote, known);
+                    troubles.of.retain(|query, _| watches.handles.contains_key(query));
+                }
+            }
+            _ = probes.tick() => {
+                if !known.meets(&remote.cluster().await?, Instant::now()) {
+                    return Ok(());
+                }
+                if known.is_whole() && troubles.of.is_empty() {
+                    sink.send(SourceEvent::InSync).await;
+                }
+            }
+            Ok(()) = wanted.changed() => {
+                let now = wanted.borrow_and_update().clone();
+                if now.resync != asked.resync {
+                    rereads.resync_soon();
+                }
+                asked = now;
+                adjust(known, &asked, sink).await;
+                watches.adjust(remote, known);
+                troubles.of.retain(|query, _| watches.handles.contains_key(query));
+                rereads.begin(remote, known);
+            }
+            () = sleep_until(rereads.resync_at) => {
+                known.resync(Instant::now());
+                rereads.resync_begins();
+                rereads.begin(remote, known);
+            }
+            Some(ended) = rereads.tasks.join_next() => match ended {
+                // What came meanwhile may ask for more.
+                Ok(Ok(())) => rereads.begin(remote, known),
+                // Watches and probes say what is wrong.
+                _ => rereads.resync_at = rereads.resync_at.min(Instant::now() + PROBE_EVERY),
+            },
+            Some(Err(error)) = watches.tasks.join_next() => {
+                if error.is_panic() {
+                    return Err(Error::Inside);
+                }
+            }
+        }
+    }
+}
+
+async fn adjust(known: &mut Known, wanted: &Wanted, sink: &Sink) {
+    if known.adjust(wanted, Instant::now()) {
+        sink.send(SourceEvent::Narrowed(wanted.clone())).await;
+    }
+}
+
+async fn take(news: News, known: &mut Known, troubles: &mut Troubles, sink: &Sink) {
+    let events = match news.answer {
+        Ok(answer) => {
+            troubles.of.remove(&news.query);
+            known.take(&news.query, answer, Instant::now())
+        }
+        Err(error) => {
+            troubles.of.insert(news.query, error.to_string());
+            Vec::new()
+        }
+    };
+    let told = !events.is_empty();
+    for event in events {
+        sink.send(event).await;
+    }
+    troubles.tell(told, known.is_whole(), sink).await;
+}
+
+/// Why queries fail now.
+#[derive(Default)]
+struct Troubles {
+    of: BTreeMap<Query, String>,
+    said: Option<String>,
+}
+
+impl Troubles {
+    /// What is told of some services is not to pass for a sign that all are well.
+    async fn tell(&mut self, told: bool, is_whole: bool, sink: &Sink) {
+        let now = self.named();
+        if now == self.said && !(told && now.is_some()) {
+            return;
+        }
+        self.said.clone_from(&now);
+        match now {
+            Some(error) => sink.send(SourceEvent::Unavailable { error }).await,
+            None if is_whole => sink.send(SourceEvent::InSync).await,
+            // The list that is still to come says so.
+            None => {}
+        }
+    }
+
+    /// Most fail for the same reason.
+    fn named(&self) -> Option<String> {
+        let different: BTreeSet<&str> = self.of.values().map(String::as_str).collect();
+        let some: Vec<&str> = different.into_iter().take(MOST_TROUBLES).collect();
+        (!some.is_empty()).then(|| some.join("; "))
+    }
+}
+
+/// A task for each query that is followed. All end with this.
+struct Watches {
+    tasks: JoinSet<()>,
+    handles: BTreeMap<Query, AbortHandle>,
+    turns: Arc<Turns>,
+    news: mpsc::Sender<News>,
+}
+
+impl Watches {
+    fn new(news: mpsc::Sender<News>) -> Watches {
+        Watches { tasks: JoinSet::new(), handles: BTreeMap::new(), turns: Arc::new(Turns::new()), news }
+    }
+
+    fn adjust<R: Remote>(&mut self, remote: &R, known: &Known) {
+        let queries = known.queries();
+        self.handles.retain(|query, task| {
+            let stays = queries.contains(query);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        let instances = |query: &&Query| matches!(query, Query::Instances(_));
+        self.turns.are_for(queries.iter().filter(instances).count());
+        for query in queries {
+            if !self.handles.contains_key(&query) {
+                let index = known.index(&query);
+                let task = watch(remote.another(), query.clone(), index, self.turns.clone(), self.news.clone());
+                self.handles.insert(query, self.tasks.spawn(task));
+            }
+        }
+    }
+}
+
+/// Questions asked beside the watches, which go on.
+struct Rereads {
+    tasks: JoinSet<Result<(), Error>>,
+    news: mpsc::Sender<News>,
+    resync_at: Instant,
+    last_resync: Instant,
+}
+
+impl Rereads {
+    fn new(news: mpsc::Sender<News>) -> Rereads {
+        let mut rereads =
+            Rereads { tasks: JoinSet::new(), news, resync_at: Instant::now(), last_resync: Instant::now() };
+        rereads.resync_begins();
+        rereads
+    }
+
+    fn resync_begins(&mut self) {
+        self.last_resync = Instant::now();
+        self.resync_at = self.last_resync + jittered(RESYNC_EVERY, fastrand::f64());
+    }
+
+    fn resync_soon(&mut self) {
+        self.resync_at = self.resync_at.min(self.last_resync + RESYNC_AT_MOST);
+    }
+
+    /// Unless it is under way.
+    fn begin<R: Remote>(&mut self, remote: &R, known: &Known) {
+        let overdue = known.overdue();
+        if self.tasks.is_empty() && !overdue.is_empty() {
+            self.tasks.spawn(ask_once(remote.another(), overdue, self.news.clone()));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "follow_tests.rs"]
+mod tests;

@@ -1,0 +1,349 @@
+//! What Consul said so far, and what of it discovery is told. Pure; takes `now`.
+//!
+//! A scope is listed once all that it needs was read: the documents, the instances of each service in it and, for a wide
+//! one, the names of all services. From then on each answer is told as what it changes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::read::{Document, Entry, Instance, Reading};
+use super::remote::{Answer, Content, Pair, Query};
+use crate::{Change, Epoch, Listing, Scope, ServiceName, SourceEvent, Wanted};
+
+#[derive(Debug)]
+pub(super) struct Known {
+    reading: Reading,
+    cluster: Option<Arc<str>>,
+    scopes: BTreeMap<Scope, State>,
+    parts: BTreeMap<Query, Part>,
+    names: BTreeSet<Arc<str>>,
+    /// By the name of the service, then by key: those of services that are wanted.
+    documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
+    instances: BTreeMap<Arc<str>, Vec<Instance>>,
+}
+
+/// How a scope is told.
+#[derive(Debug)]
+struct State {
+    /// A list is due, of what was read since then.
+    list_from: Option<Instant>,
+    /// It was listed, so that changes can be told.
+    listed: bool,
+    /// The furthest index that was read for it.
+    position: u64,
+}
+
+/// How far a query was read, and when last.
+#[derive(Debug)]
+struct Part {
+    index: u64,
+    as_of: Instant,
+}
+
+/// What is said of one name in each scope, by key.
+type Said = BTreeMap<(Scope, Arc<str>), Change>;
+
+impl Known {
+    pub(super) fn new(reading: Reading) -> Known {
+        Known {
+            reading,
+            cluster: None,
+            scopes: BTreeMap::new(),
+            parts: BTreeMap::new(),
+            names: BTreeSet::new(),
+            documents: BTreeMap::new(),
+            instances: BTreeMap::new(),
+        }
+    }
+
+    /// False when it was another cluster that was read: then all of that is to be read anew.
+    pub(super) fn meets(&mut self, cluster: &Arc<str>, now: Instant) -> bool {
+        let same = self.cluster.as_ref() == Some(cluster);
+        if !same {
+            self.cluster = Some(cluster.clone());
+            self.begin_anew(now);
+        }
+        same
+    }
+
+    /// Forgets how far it was read, and what was said: that was another life of the store.
+    pub(super) fn begin_anew(&mut self, now: Instant) {
+        self.parts.clear();
+        self.names.clear();
+        self.documents.clear();
+        self.instances.clear();
+        for state in self.scopes.values_mut() {
+            *state = State::begun(now);
+        }
+    }
+
+    /// Follows what is wanted and nothing else. True if something no longer is.
+    pub(super) fn adjust(&mut self, wanted: &Wanted, now: Instant) -> bool {
+        let scopes = wanted.scopes();
+        let before = self.scopes.len();
+        self.scopes.retain(|scope, _| scopes.contains(scope));
+        let narrowed = self.scopes.len() < before;
+        for scope in scopes {
+            self.scopes.entry(scope).or_insert_with(|| State::begun(now));
+        }
+        let queries = self.queries();
+        self.parts.retain(|query, _| queries.contains(query));
+        self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
+        let scopes = &self.scopes;
+        self.documents.retain(|_, documents| {
+            documents.retain(|_, document| scopes.keys().any(|scope| scope.holds(&document.service)));
+            !documents.is_empty()
+        });
+        narrowed
+    }
+
+    /// All that is wanted is to be listed again, as it is from now on.
+    pub(super) fn resync(&mut self, now: Instant) {
+        for state in self.scopes.values_mut() {
+            state.list_from = Some(now);
+        }
+    }
+
+    /// What is followed.
+    pub(super) fn queries(&self) -> BTreeSet<Query> {
+        let mut queries: BTreeSet<Query> = self.scopes.keys().flat_map(|scope| self.needed(scope)).collect();
+        queries.extend((!self.scopes.is_empty()).then_some(Query::Documents));
+        queries
+    }
+
+    /// What was read before a list that is due, and has to be read again for it.
+    pub(super) fn overdue(&self) -> BTreeSet<Query> {
+        let due = self.scopes.iter().filter_map(|(scope, state)| Some((scope, state.list_from?)));
+        let late = |from: Instant| move |query: &Query| self.parts.get(query).is_some_and(|part| part.as_of < from);
+        due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from))).collect()
+    }
+
+    /// How far a query was read.
+    pub(super) fn index(&self, query: &Query) -> u64 {
+        self.parts.get(query).map_or(0, |part| part.index)
+    }
+
+    /// Each scope was listed in this life of the store.
+    pub(super) fn is_whole(&self) -> bool {
+        self.scopes.values().all(|state| state.listed)
+    }
+
+    pub(super) fn take(&mut self, query: &Query, answer: Answer, now: Instant) -> Vec<SourceEvent> {
+        if !self.follows(query) {
+            return Vec::new();
+        }
+        let part = self.parts.entry(query.clone()).or_insert(Part { index: 0, as_of: now });
+        part.as_of = now;
+        let mut changes: BTreeMap<Scope, Vec<Change>> = BTreeMap::new();
+        // Of two questions under way together the earlier answer may come last.
+        if answer.index >= part.index {
+            part.index = answer.index;
+            self.advance(query, answer.index);
+            let touched = self.touched(query, &answer.content);
+            let before = self.said_of(&touched);
+            self.replace(query, answer.content);
+            let mut after = self.said_of(&touched);
+            for (at, _) in before.iter().filter(|(at, _)| !after.contains_key(*at)) {
+                changes.entry(at.0.clone()).or_default().push(Change::Removed(at.1.clone()));
+            }
+            after.retain(|at, change| before.get(at) != Some(change));
+            for ((scope, _), change) in after {
+                changes.entry(scope).or_default().push(change);
+            }
+        }
+        self.tell(changes)
+    }
+
+    /// What to tell of each scope: its list if that is due and possible, else what changed since it was listed.
+    fn tell(&mut self, mut changes: BTreeMap<Scope, Vec<Change>>) -> Vec<SourceEvent> {
+        let mut events = Vec::new();
+        let ready: Vec<Scope> = self.scopes.keys().filter(|scope| self.is_ready(scope)).cloned().collect();
+        for scope in ready {
+            changes.remove(&scope);
+            events.extend(self.list(scope).map(SourceEvent::Listed));
+        }
+        for (scope, changes) in changes {
+            if let Some(State { listed: true, position, .. }) = self.scopes.get(&scope) {
+                events.push(SourceEvent::Changed { position: *position, scope, changes });
+            }
+        }
+        events
+    }
+
+    fn is_ready(&self, scope: &Scope) -> bool {
+        let Some(from) = self.scopes.get(scope).and_then(|state| state.list_from) else { return false };
+        let read = |query: &Query| self.parts.get(query).is_some_and(|part| part.as_of >= from);
+        self.cluster.is_some() && self.needed(scope).iter().all(read)
+    }
+
+    /// What a scope is made of was read this far. That does not fall when a service and its index go.
+    fn advance(&mut self, query: &Query, index: u64) {
+        for (scope, state) in &mut self.scopes {
+            if needs(scope, query) {
+                state.position = state.position.max(index);
+            }
+        }
+    }
+
+    fn list(&mut self, scope: Scope) -> Option<Listing> {
+        let state = self.scopes.get_mut(&scope)?;
+        (state.list_from, state.listed) = (None, true);
+        let epoch = Epoch { store: self.cluster.clone()?, position: state.position };
+        let mut listing = Listing::empty(scope, epoch);
+        let names: BTreeSet<&Arc<str>> = self.documents.keys().chain(self.instances.keys()).collect();
+        let mut said = BTreeMap::new();
+        for name in names {
+            self.say(name, &listing.scope, &mut said);
+        }
+        for change in said.into_values() {
+            match change {
+                Change::Set(record) => listing.records.push(record),
+                Change::Refused(refused) => listing.refused.push(refused),
+                Change::Removed(_) => {}
+            }
+        }
+        Some(listing)
+    }
+
+    fn follows(&self, query: &Query) -> bool {
+        let named = match query {
+            Query::Instances(name) => self.names.contains(name),
+            Query::Documents | Query::Names => true,
+        };
+        self.scopes.keys().any(|scope| needs(scope, query) && (named || matches!(scope, Scope::Service(_))))
+    }
+
+    fn needed(&self, scope: &Scope) -> Vec<Query> {
+        let instances = |name: &Arc<str>| Query::Instances(name.clone());
+        let mut needed = vec![Query::Documents];
+        match scope {
+            Scope::Service(service) => needed.push(instances(&service.name().into())),
+            Scope::Namespace(_) | Scope::Everything => {
+                needed.push(Query::Names);
+                needed.extend(self.names.iter().map(instances));
+            }
+        }
+        needed
+    }
+
+    /// The names that an answer may say something new of.
+    fn touched(&self, query: &Query, content: &Content) -> BTreeSet<Arc<str>> {
+        match (query, content) {
+            (Query::Instances(name), _) => BTreeSet::from([name.clone()]),
+            (_, Content::Names(names)) => {
+                let now: BTreeSet<&Arc<str>> = names.iter().collect();
+                self.names.iter().filter(|name| !now.contains(name)).cloned().collect()
+            }
+            (_, Content::Documents(pairs)) => {
+                let now: BTreeMap<&str, u64> = pairs.iter().map(|pair| (&*pair.key, pair.modified)).collect();
+                let gone = self.documents.iter().filter(|(_, documents)| {
+                    documents.iter().any(|(key, document)| now.get(&**key) != Some(&document.modified))
+                });
+                let new = pairs.iter().filter_map(|pair| {
+                    let name: Arc<str> = self.wanted_service(&pair.key)?.name().into();
+                    let known = self.documents.get(&name).is_some_and(|known| known.contains_key(&*pair.key));
+                    (!known).then_some(name)
+                });
+                gone.map(|(name, _)| name.clone()).chain(new).collect()
+            }
+            _ => BTreeSet::new(),
+        }
+    }
+
+    fn wanted_service(&self, key: &str) -> Option<ServiceName> {
+        self.reading.service_of(key).filter(|service| self.scopes.keys().any(|scope| scope.holds(service)))
+    }
+
+    fn replace(&mut self, query: &Query, content: Content) {
+        match (query, content) {
+            (Query::Instances(name), Content::Instances(entries)) => self.replace_instances(name, entries),
+            (_, Content::Names(names)) => {
+                self.names = names.into_iter().collect();
+                let queries = self.queries();
+                self.parts.retain(|query, _| queries.contains(query));
+                self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
+            }
+            (_, Content::Documents(pairs)) => self.replace_documents(&pairs),
+            // A remote answers what it was asked.
+            _ => {}
+        }
+    }
+
+    fn replace_instances(&mut self, name: &Arc<str>, entries: Vec<Entry>) {
+        let instances: Vec<Instance> = entries.into_iter().map(|entry| self.reading.instance(entry)).collect();
+        if instances.is_empty() {
+            self.instances.remove(name);
+        } else {
+            self.instances.insert(name.clone(), instances);
+        }
+    }
+
+    /// Only what was written since is read.
+    fn replace_documents(&mut self, pairs: &[Pair]) {
+        let mut before = std::mem::take(&mut self.documents);
+        for pair in pairs {
+            let Some(service) = self.wanted_service(&pair.key) else { continue };
+            let name: Arc<str> = service.name().into();
+            let known = before.get_mut(&name).and_then(|known| known.remove_entry(&*pair.key));
+            let known = known.filter(|(_, document)| document.modified == pair.modified);
+            let (key, document) =
+                known.unwrap_or_else(|| (pair.key.as_str().into(), self.reading.document(service, pair)));
+            self.documents.entry(name).or_default().insert(key, document);
+        }
+    }
+
+    fn said_of(&self, names: &BTreeSet<Arc<str>>) -> Said {
+        let mut said = Said::new();
+        for scope in self.scopes.keys() {
+            let mut here = BTreeMap::new();
+            names.iter().for_each(|name| self.say(name, scope, &mut here));
+            said.extend(here.into_iter().map(|(key, change)| ((scope.clone(), key), change)));
+        }
+        said
+    }
+
+    /// What is said of a name within a scope.
+    fn say(&self, name: &Arc<str>, scope: &Scope, said: &mut BTreeMap<Arc<str>, Change>) {
+        let documents = self.documents.get(name).into_iter().flatten();
+        let of_scope = documents.filter(|(_, document)| scope.holds(&document.service));
+        said.extend(of_scope.map(|(key, document)| (key.clone(), document.said.clone())));
+        for instance in self.instances.get(name).into_iter().flatten() {
+            // Where its service cannot be told, everybody who uses the name is told why.
+            let concerns = instance.service.as_ref().is_none_or(|service| scope.holds(service));
+            if concerns && self.is_meant(instance, name, scope) {
+                said.insert(instance.key.clone(), instance.said.clone());
+            }
+        }
+    }
+
+    /// Whether an instance is anything to the mesh. Consul has many services that are not: one that does not say how the
+    /// mesh reaches it counts only where its service has a document or is imported by its name.
+    fn is_meant(&self, instance: &Instance, name: &Arc<str>, scope: &Scope) -> bool {
+        let documented = || {
+            let mut documents = self.documents.get(name).into_iter().flat_map(BTreeMap::values);
+            documents.any(|document| Some(&document.service) == instance.service.as_ref())
+        };
+        instance.names_transport || matches!(scope, Scope::Service(_)) || documented()
+    }
+}
+
+/// Whether a query tells of a scope; of instances in a wide one, if such a name exists.
+fn needs(scope: &Scope, query: &Query) -> bool {
+    match (scope, query) {
+        (_, Query::Documents) => true,
+        (Scope::Service(service), Query::Instances(name)) => service.name() == &**name,
+        (scope, Query::Names | Query::Instances(_)) => !matches!(scope, Scope::Service(_)),
+    }
+}
+
+impl State {
+    fn begun(now: Instant) -> State {
+        State { list_from: Some(now), listed: false, position: 0 }
+    }
+}
+
+#[cfg(test)]
+#[path = "known_tests.rs"]
+mod tests;

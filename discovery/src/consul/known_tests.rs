@@ -1,0 +1,215 @@
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::super::read::BASE;
+use super::*;
+use crate::fake::trust_domain;
+
+struct Bed {
+    known: Known,
+    now: Instant,
+    index: u64,
+}
+
+fn shop(name: &str) -> Scope {
+    Scope::Service(format!("{name}.shop").parse().unwrap())
+}
+
+fn instances(name: &str) -> Query {
+    Query::Instances(name.into())
+}
+
+fn entry(service: &str, id: u8, meta: &serde_json::Value) -> Entry {
+    let entry = json!({
+        "Node": { "Node": format!("node-{id}"), "Address": format!("10.0.0.{id}") },
+        "Service": { "ID": format!("{service}-{id}"), "Service": service, "Port": 80, "Meta": meta },
+    });
+    serde_json::from_value(entry).unwrap()
+}
+
+/// On the mesh.
+fn entries(service: &str, ids: &[u8]) -> Content {
+    let meta = json!({ "meshd-transport": "meshd" });
+    Content::Instances(ids.iter().map(|id| entry(service, *id, &meta)).collect())
+}
+
+fn document(service: &str, modified: u64) -> Pair {
+    let text = format!(
+        "{{apiVersion: meshd.dev/v1alpha1, kind: MeshService, metadata: {{name: {service}, namespace: shop}}, spec: {{ports: \
+         [{{port: 80}}]}}}}"
+    );
+    Pair { key: format!("{BASE}/shop/{service}/service"), modified, value: text.into_bytes() }
+}
+
+impl Bed {
+    fn wanting(services: &[&str]) -> Bed {
+        let services = services.iter().map(|name| name.parse().unwrap()).collect();
+        Bed::begun(&Wanted { services, ..Wanted::default() })
+    }
+
+    fn begun(wanted: &Wanted) -> Bed {
+        let reading = Reading { trust_domain: trust_domain(), namespace: "shop".into(), base: BASE.into() };
+        let mut bed = Bed { known: Known::new(reading), now: Instant::now(), index: 10 };
+        bed.known.meets(&"one".into(), bed.now);
+        bed.known.adjust(wanted, bed.now);
+        bed
+    }
+
+    fn take(&mut self, query: &Query, content: Content) -> Vec<SourceEvent> {
+        self.index += 1;
+        self.take_at(query, content, self.index)
+    }
+
+    fn take_at(&mut self, query: &Query, content: Content, index: u64) -> Vec<SourceEvent> {
+        self.now += Duration::from_millis(1);
+        self.known.take(query, Answer { index, content }, self.now)
+    }
+}
+
+/// Scope, position and keys of the records of a list.
+fn listed(events: &[SourceEvent]) -> (Scope, u64, Vec<&str>) {
+    match events {
+        [SourceEvent::Listed(listing)] => {
+            let keys = listing.records.iter().map(|record| &*record.key).collect();
+            (listing.scope.clone(), listing.epoch.position, keys)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn changed(events: &[SourceEvent]) -> Vec<String> {
+    let [SourceEvent::Changed { changes, .. }] = events else { panic!("{events:?}") };
+    let shown = |change: &Change| match change {
+        Change::Set(record) => format!("set {}", record.key),
+        Change::Removed(key) => format!("removed {key}"),
+        Change::Refused(refused) => format!("refused {}", refused.key),
+    };
+    changes.iter().map(shown).collect()
+}
+
+#[test]
+fn a_service_is_listed_once_documents_and_instances_were_read_and_then_told_by_what_changes() {
+    let mut bed = Bed::wanting(&["a.shop"]);
+    assert_eq!(bed.known.queries(), BTreeSet::from([Query::Documents, instances("a")]));
+    assert_eq!(bed.take(&instances("a"), entries("a", &[1, 2])), []);
+    assert!(!bed.known.is_whole());
+    let events = bed.take(&Query::Documents, Content::Documents(vec![document("a", 5), document("b", 5)]));
+    let keys = vec!["a/node-1/a-1", "a/node-2/a-2", "meshd-discovery/v1/shop/a/service"];
+    assert_eq!(listed(&events), (shop("a"), 12, keys));
+    assert!(bed.known.is_whole());
+    let events = bed.take(&instances("a"), entries("a", &[2, 3]));
+    assert_eq!(changed(&events), ["removed a/node-1/a-1", "set a/node-3/a-3"]);
+    assert_eq!(bed.take(&instances("a"), entries("a", &[2, 3])), [], "the same again");
+    let events = bed.take(&Query::Documents, Content::Documents(vec![]));
+    assert_eq!(changed(&events), ["removed meshd-discovery/v1/shop/a/service"]);
+}
+
+#[test]
+fn a_document_is_read_when_it_was_written_and_a_bad_one_is_refused_under_its_key() {
+    let mut bed = Bed::wanting(&["a.shop"]);
+    bed.take(&instances("a"), entries("a", &[]));
+    bed.take(&Query::Documents, Content::Documents(vec![document("a", 5)]));
+    let unread = Pair { value: b"kind: [".to_vec(), ..document("a", 5) };
+    assert_eq!(bed.take(&Query::Documents, Content::Documents(vec![unread.clone()])), []);
+    let events = bed.take(&Query::Documents, Content::Documents(vec![Pair { modified: 6, ..unread }]));
+    assert_eq!(changed(&events), ["refused meshd-discovery/v1/shop/a/service"]);
+}
+
+#[test]
+fn everything_is_listed_once_each_name_was_read_and_a_name_that_goes_takes_its_instances() {
+    let mut bed = Bed::begun(&Wanted { everything: true, ..Wanted::default() });
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    assert_eq!(bed.take(&Query::Names, Content::Names(vec!["a".into(), "b".into()])), []);
+    assert_eq!(bed.known.queries().len(), 4);
+    assert_eq!(bed.take(&instances("a"), entries("a", &[1])), []);
+    let events = bed.take(&instances("b"), entries("b", &[2]));
+    assert_eq!(listed(&events), (Scope::Everything, 14, vec!["a/node-1/a-1", "b/node-2/b-2"]));
+    assert_eq!(bed.take(&Query::Names, Content::Names(vec!["a".into(), "b".into(), "c".into()])), []);
+    assert_eq!(changed(&bed.take(&instances("c"), entries("c", &[3]))), ["set c/node-3/c-3"]);
+    let events = bed.take(&Query::Names, Content::Names(vec!["a".into(), "c".into()]));
+    assert_eq!(changed(&events), ["removed b/node-2/b-2"]);
+    assert_eq!(bed.take(&instances("b"), entries("b", &[2])), [], "an answer that was on its way");
+}
+
+#[test]
+fn one_query_serves_the_namespaces_of_a_name_and_each_gets_its_own() {
+    let mut bed = Bed::wanting(&["a.shop", "a.billing"]);
+    assert_eq!(bed.known.queries().len(), 2);
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    let billing = entry("a", 2, &json!({ "meshd-transport": "meshd", "meshd-namespace": "billing" }));
+    let Content::Instances(mut both) = entries("a", &[1]) else { panic!("no instances") };
+    both.push(billing);
+    let events = bed.take(&instances("a"), Content::Instances(both));
+    let keys = |event: &SourceEvent| listed(std::slice::from_ref(event)).2.join(" ");
+    assert_eq!(events.iter().map(keys).collect::<Vec<_>>(), ["a/node-2/a-2", "a/node-1/a-1"]);
+}
+
+#[test]
+fn an_instance_that_knows_nothing_of_the_mesh_counts_where_somebody_named_its_service() {
+    let plain = || Content::Instances(vec![entry("a", 1, &json!({}))]);
+    let mut bed = Bed::begun(&Wanted { everything: true, ..Wanted::default() });
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    bed.take(&Query::Names, Content::Names(vec!["a".into()]));
+    assert_eq!(listed(&bed.take(&instances("a"), plain())).2, Vec::<&str>::new());
+    let events = bed.take(&Query::Documents, Content::Documents(vec![document("a", 5)]));
+    assert_eq!(changed(&events), ["set a/node-1/a-1", "set meshd-discovery/v1/shop/a/service"]);
+    let mut bed = Bed::wanting(&["a.shop"]);
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    assert_eq!(listed(&bed.take(&instances("a"), plain())).2, ["a/node-1/a-1"]);
+}
+
+#[test]
+fn the_earlier_of_two_answers_changes_nothing_when_it_comes_last() {
+    let mut bed = Bed::wanting(&["a.shop"]);
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    bed.take_at(&instances("a"), entries("a", &[1]), 20);
+    assert_eq!(bed.take_at(&instances("a"), entries("a", &[2]), 19), []);
+    assert_eq!(bed.known.index(&instances("a")), 20);
+}
+
+#[test]
+fn a_resync_lists_what_was_read_since_and_names_what_is_overdue() {
+    let mut bed = Bed::wanting(&["a.shop"]);
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    bed.take_at(&instances("a"), entries("a", &[1]), 20);
+    assert!(bed.known.overdue().is_empty());
+    bed.now += Duration::from_secs(1);
+    bed.known.resync(bed.now);
+    assert_eq!(bed.known.overdue(), BTreeSet::from([Query::Documents, instances("a")]));
+    assert_eq!(bed.take_at(&instances("a"), entries("a", &[1]), 20), []);
+    assert_eq!(bed.known.overdue(), BTreeSet::from([Query::Documents]));
+    assert_eq!(listed(&bed.take(&Query::Documents, Content::Documents(vec![]))), (shop("a"), 20, vec!["a/node-1/a-1"]));
+}
+
+#[test]
+fn another_cluster_is_read_whole_before_anything_is_told_of_it() {
+    let mut bed = Bed::wanting(&["a.shop"]);
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    bed.take_at(&instances("a"), entries("a", &[1]), 500);
+    assert!(bed.known.meets(&"one".into(), bed.now));
+    assert!(!bed.known.meets(&"two".into(), bed.now));
+    assert_eq!(bed.take_at(&instances("a"), entries("a", &[]), 18), []);
+    let events = bed.take_at(&Query::Documents, Content::Documents(vec![]), 1);
+    let [SourceEvent::Listed(listing)] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(listing.epoch, Epoch { store: "two".into(), position: 18 });
+}
+
+#[test]
+fn what_is_wanted_later_is_listed_from_documents_read_since() {
+    let mut bed = Bed::wanting(&["a.shop"]);
+    let documents = || Content::Documents(vec![document("a", 5), document("b", 5)]);
+    bed.take(&Query::Documents, documents());
+    bed.take(&instances("a"), entries("a", &[1]));
+    bed.now += Duration::from_secs(1);
+    let services = ["a.shop", "b.shop"].iter().map(|name| name.parse().unwrap()).collect();
+    assert!(!bed.known.adjust(&Wanted { services, ..Wanted::default() }, bed.now));
+    assert_eq!(bed.known.overdue(), BTreeSet::from([Query::Documents]));
+    bed.take(&instances("b"), entries("b", &[2]));
+    let events = bed.take_at(&Query::Documents, documents(), 11);
+    assert_eq!(listed(&events).2, ["b/node-2/b-2", "meshd-discovery/v1/shop/b/service"]);
+    let services = ["b.shop"].iter().map(|name| name.parse().unwrap()).collect();
+    assert!(bed.known.adjust(&Wanted { services, ..Wanted::default() }, bed.now));
+    assert_eq!(bed.take(&instances("a"), entries("a", &[])), []);
+    assert_eq!(bed.known.documents.len() + bed.known.instances.len(), 2);
+}

@@ -1,0 +1,53 @@
+//! What Consul's answers mean.
+
+mod instance;
+
+use std::sync::Arc;
+
+use meshd_identity::TrustDomain;
+
+pub(super) use instance::{Entry, Instance};
+
+use super::remote::Pair;
+use crate::stored::{self, Meaning};
+use crate::{Change, ServiceName};
+
+/// Below which the documents lie, unless told otherwise.
+pub(super) const BASE: &str = "meshd-discovery/v1";
+
+/// What it takes to understand an answer.
+#[derive(Debug, Clone)]
+pub(super) struct Reading {
+    pub(super) trust_domain: TrustDomain,
+    /// Of instances that do not say theirs.
+    pub(super) namespace: Arc<str>,
+    pub(super) base: Arc<str>,
+}
+
+/// What lies under a key of the store.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Document {
+    pub(super) service: ServiceName,
+    pub(super) modified: u64,
+    pub(super) said: Change,
+}
+
+impl Reading {
+    /// Of which service a key holds the document; other keys are passed over, a newer meshd may have written them.
+    pub(super) fn service_of(&self, key: &str) -> Option<ServiceName> {
+        match stored::meaning(&self.base, key)? {
+            Meaning::Service(service) => Some(service),
+            Meaning::Endpoint(_) => None,
+        }
+    }
+
+    pub(super) fn document(&self, service: ServiceName, pair: &Pair) -> Document {
+        let meaning = Meaning::Service(service.clone());
+        let said = stored::read(&pair.key, meaning, &pair.value, &self.trust_domain);
+        Document { service, modified: pair.modified, said }
+    }
+
+    pub(super) fn instance(&self, entry: Entry) -> Instance {
+        instance::read(entry, self)
+    }
+}

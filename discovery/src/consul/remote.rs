@@ -1,0 +1,307 @@
+//! What the source asks of Consul, and when its answers are to be believed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use data_encoding::BASE64;
+use hyper::StatusCode;
+use hyper::header::{HeaderMap, HeaderValue};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::client::{CallError, Client, Reply};
+use super::read::Entry;
+use crate::name::check_label;
+use crate::yaml::printable;
+
+/// Consul answers what does not block within milliseconds; an election of its servers takes seconds.
+const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// What a blocking query may take beyond what it was asked to wait and the sixteenth of that which Consul adds.
+const GRACE: Duration = Duration::from_secs(10);
+/// Of words that Consul says.
+const MOST_SAID: usize = 200;
+
+/// Something that is followed by blocking queries.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Query {
+    Documents,
+    /// Of all services.
+    Names,
+    /// Of the service of that name, in whatever namespace of the mesh.
+    Instances(Arc<str>),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Answer {
+    pub(super) index: u64,
+    pub(super) content: Content,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Content {
+    Documents(Vec<Pair>),
+    Names(Vec<Arc<str>>),
+    Instances(Vec<Entry>),
+}
+
+/// A key of Consul's store.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Pair {
+    pub(super) key: String,
+    pub(super) modified: u64,
+    pub(super) value: Vec<u8>,
+}
+
+/// What `follow` needs; scripted in its tests.
+pub(super) trait Remote: Send + 'static {
+    /// The same Consul over a connection of its own.
+    fn another(&self) -> Self;
+    /// Which cluster it is, if it has a leader and does not hide things without saying so.
+    fn cluster(&mut self) -> impl Future<Output = Result<Arc<str>, Error>> + Send;
+    /// All there is, as soon as its index is beyond `index` and after `wait` at the latest; from 0: now.
+    fn ask(&mut self, query: &Query, index: u64, wait: Duration) -> impl Future<Output = Result<Answer, Error>> + Send;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error("Consul has no leader, so what it says may be old; see `consul operator raft list-peers`")]
+    NoLeader,
+    #[error("Consul refuses the token ({0}); write the SecretID of a valid one to the file that `token_file` names")]
+    Token(String),
+    #[error("Consul hides {what} from this token; add `{rule}` to its policy{instead}")]
+    Hidden { what: &'static str, rule: String, instead: &'static str },
+    #[error(
+        "Consul denies by default and does not tell who shows no token what it hides; give the SecretID of one with \
+         `token_file`, or give the agent a default token"
+    )]
+    Anonymous,
+    #[error(
+        "Consul takes no more requests of this host now ({0}); raise limits.http_max_conns_per_client of its agent (200 by \
+         default), or import fewer services"
+    )]
+    TooMany(String),
+    #[error("Consul answers {what} with {status}: {said}")]
+    Status { what: Query, status: u16, said: String },
+    #[error("Consul's answer about {what} cannot be understood: {reason}")]
+    Garbage { what: Query, reason: String },
+    #[error("a watch of Consul failed inside; all are started again; report this")]
+    Inside,
+    #[cfg(test)]
+    #[error("{0}")]
+    Scripted(&'static str),
+}
+
+impl fmt::Display for Query {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Query::Documents => f.write_str("the documents in its store"),
+            Query::Names => f.write_str("the names of services"),
+            Query::Instances(name) => write!(f, "service `{name}`"),
+        }
+    }
+}
+
+impl Query {
+    fn path(&self, base: &str) -> String {
+        match self {
+            Query::Documents => format!("/v1/kv/{base}/?recurse=true"),
+            Query::Names => "/v1/catalog/services?".to_owned(),
+            // `near` keeps agents from answering by their streaming backend, which says nothing of what is hidden from
+            // the token, nor that it has lost its servers: it answers either with an empty list.
+            Query::Instances(name) => format!("/v1/health/service/{name}?near=_agent"),
+        }
+    }
+
+    fn hidden(&self, base: &str) -> Error {
+        let by_name = "; or list what this host uses in `imports`";
+        let services = "service_prefix \"\" { policy = \"read\" } node_prefix \"\" { policy = \"read\" }";
+        match self {
+            Query::Documents => Error::Hidden {
+                what: "documents in its store",
+                rule: format!("key_prefix \"{base}/\" {{ policy = \"read\" }}"),
+                instead: "",
+            },
+            Query::Names => Error::Hidden { what: "services", rule: services.to_owned(), instead: by_name },
+            Query::Instances(_) => Error::Hidden { what: "instances", rule: services.to_owned(), instead: "" },
+        }
+    }
+}
+
+pub(super) struct Consul {
+    client: Client,
+    base: Arc<str>,
+}
+
+impl Consul {
+    pub(super) fn new(client: Client, base: Arc<str>) -> Consul {
+        Consul { client, base }
+    }
+
+    async fn call(&mut self, path: &str, deadline: Duration) -> Result<(Reply, Option<HeaderValue>), Error> {
+        let token = self.client.token()?;
+        let reply = self.client.get(path, token.as_ref(), deadline).await?;
+        // It was replaced while the query blocked.
+        if reply.status == StatusCode::FORBIDDEN && self.client.token()? != token {
+            let token = self.client.token()?;
+            return Ok((self.client.get(path, token.as_ref(), deadline).await?, token));
+        }
+        Ok((reply, token))
+    }
+}
+
+impl Remote for Consul {
+    fn another(&self) -> Consul {
+        Consul { client: self.client.another(), base: self.base.clone() }
+    }
+
+    /// The authority for service-to-service certificates is drawn with the cluster and lies in its snapshots.
+    async fn cluster(&mut self) -> Result<Arc<str>, Error> {
+        let (reply, token) = self.call("/v1/connect/ca/roots", CALL_DEADLINE).await?;
+        let cluster = match reply.status {
+            StatusCode::OK => {
+                let roots: Roots = json(&reply, &Query::Names)?;
+                if !knows_leader(&reply.headers) {
+                    return Err(Error::NoLeader);
+                }
+                roots.trust_domain.into()
+            }
+            // Then nothing tells one cluster from another; its indexes have to.
+            StatusCode::INTERNAL_SERVER_ERROR if said(&reply).contains("Connect must be enabled") => {
+                let (leader, _) = self.call("/v1/status/leader", CALL_DEADLINE).await?;
+                if leader.status != StatusCode::OK || leader.body.len() <= r#""""#.len() {
+                    return Err(Error::NoLeader);
+                }
+                "".into()
+            }
+            _ => return Err(refused(&reply, &Query::Names, &self.base)),
+        };
+        if token.is_none() && text(&reply.headers, "x-consul-default-acl-policy") == Some("deny") {
+            let (reply, _) = self.call("/v1/acl/token/self", CALL_DEADLINE).await?;
+            if !is_somebody(&reply) {
+                return Err(Error::Anonymous);
+            }
+        }
+        Ok(cluster)
+    }
+
+    async fn ask(&mut self, query: &Query, index: u64, wait: Duration) -> Result<Answer, Error> {
+        let path = query.path(&self.base);
+        let (path, deadline) = match index {
+            0 => (path, CALL_DEADLINE),
+            _ => (format!("{path}&index={index}&wait={}ms", wait.as_millis()), wait + wait / 16 + GRACE),
+        };
+        let (reply, _) = self.call(&path, deadline).await?;
+        answer(query, &reply, &self.base)
+    }
+}
+
+/// What a reply says, if it says all there is.
+fn answer(query: &Query, reply: &Reply, base: &str) -> Result<Answer, Error> {
+    let is_empty_store = *query == Query::Documents && reply.status == StatusCode::NOT_FOUND;
+    if reply.status != StatusCode::OK && !is_empty_store {
+        return Err(refused(reply, query, base));
+    }
+    if !knows_leader(&reply.headers) {
+        return Err(Error::NoLeader);
+    }
+    if text(&reply.headers, "x-consul-results-filtered-by-acls") == Some("true") {
+        return Err(query.hidden(base));
+    }
+    let garbage = |reason: &str| Error::Garbage { what: query.clone(), reason: reason.to_owned() };
+    let index = text(&reply.headers, "x-consul-index").and_then(|index| index.parse().ok());
+    let index = index.ok_or_else(|| garbage("it has no index"))?;
+    let content = match query {
+        Query::Documents if is_empty_store => Content::Documents(Vec::new()),
+        Query::Documents => {
+            let pairs: Vec<StoredPair> = json(reply, query)?;
+            let pairs = pairs.into_iter().map(StoredPair::decode).collect::<Option<_>>();
+            Content::Documents(pairs.ok_or_else(|| garbage("a value is no base64"))?)
+        }
+        Query::Names => {
+            let names: BTreeMap<String, serde::de::IgnoredAny> = json(reply, query)?;
+            // Others cannot be names of the mesh.
+            let names = names.into_keys().filter(|name| check_label("name", name).is_ok());
+            Content::Names(names.map(Arc::from).collect())
+        }
+        Query::Instances(_) => Content::Instances(json(reply, query)?),
+    };
+    // An index of 0 would make the next query return at once, and the one after it.
+    Ok(Answer { index: u64::max(index, 1), content })
+}
+
+fn refused(reply: &Reply, query: &Query, base: &str) -> Error {
+    let said = said(reply);
+    match reply.status {
+        StatusCode::FORBIDDEN if said.contains("ACL not found") => Error::Token(said),
+        StatusCode::FORBIDDEN => query.hidden(base),
+        StatusCode::TOO_MANY_REQUESTS => Error::TooMany(said),
+        StatusCode::INTERNAL_SERVER_ERROR if said.contains("No cluster leader") => Error::NoLeader,
+        status => Error::Status { what: query.clone(), status: status.as_u16(), said },
+    }
+}
+
+/// ACLs are off, or the agent shows a token of its own for who shows none.
+fn is_somebody(reply: &Reply) -> bool {
+    const ANONYMOUS: &str = "00000000-0000-0000-0000-000000000002";
+    let somebody = |token: OwnToken| token.accessor_id != ANONYMOUS;
+    match reply.status {
+        StatusCode::UNAUTHORIZED => said(reply).contains("ACL support disabled"),
+        StatusCode::OK => serde_json::from_slice(&reply.body).is_ok_and(somebody),
+        _ => false,
+    }
+}
+
+fn knows_leader(headers: &HeaderMap) -> bool {
+    text(headers, "x-consul-knownleader") == Some("true")
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn said(reply: &Reply) -> String {
+    let start = String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]);
+    printable(start.trim())
+}
+
+fn json<T: DeserializeOwned>(reply: &Reply, what: &Query) -> Result<T, Error> {
+    let garbage =
+        |error: serde_json::Error| Error::Garbage { what: what.clone(), reason: printable(&error.to_string()) };
+    serde_json::from_slice(&reply.body).map_err(garbage)
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Roots {
+    trust_domain: String,
+}
+
+#[derive(Deserialize)]
+struct OwnToken {
+    #[serde(rename = "AccessorID")]
+    accessor_id: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct StoredPair {
+    key: String,
+    modify_index: u64,
+    /// Absent where nothing was written.
+    value: Option<String>,
+}
+
+impl StoredPair {
+    fn decode(self) -> Option<Pair> {
+        let value = BASE64.decode(self.value.unwrap_or_default().as_bytes()).ok()?;
+        Some(Pair { key: self.key, modified: self.modify_index, value })
+    }
+}
+
+#[cfg(test)]
+#[path = "remote_tests.rs"]
+mod tests;

@@ -1,0 +1,107 @@
+//! One query, followed for good: the rules of Consul's blocking queries.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, sleep_until};
+
+use super::remote::{Answer, Error, Query, Remote};
+use crate::backoff::{Backoff, jittered};
+
+/// A lost wake-up is made good for after so long, and NATs forget idle connections after minutes.
+const WAIT: Duration = Duration::from_secs(55);
+/// While others wait for their turn.
+const SHORT_WAIT: Duration = Duration::from_secs(5);
+/// An index that changes in a storm, as every heartbeat of a check can do, is followed ten times a second.
+const PACE: Duration = Duration::from_millis(100);
+/// Instances that are followed at once, with a connection each: Consul's agents allow 200 for each address, and this host
+/// may have other users of its agent.
+pub(super) const TURNS: usize = 128;
+
+/// Who may ask now.
+#[derive(Debug)]
+pub(super) struct Turns {
+    semaphore: Semaphore,
+    /// How many want to.
+    watches: AtomicUsize,
+}
+
+impl Turns {
+    pub(super) fn new() -> Turns {
+        Turns { semaphore: Semaphore::new(TURNS), watches: AtomicUsize::new(0) }
+    }
+
+    pub(super) fn are_for(&self, watches: usize) {
+        self.watches.store(watches, Ordering::Relaxed);
+    }
+
+    fn are_scarce(&self) -> bool {
+        self.watches.load(Ordering::Relaxed) > TURNS
+    }
+}
+
+/// An answer of a watch, or of a question asked beside it.
+#[derive(Debug)]
+pub(super) struct News {
+    pub(super) query: Query,
+    pub(super) answer: Result<Answer, Error>,
+    /// The index is lower than before: the store was put back, or emptied.
+    pub(super) went_back: bool,
+}
+
+/// Until nobody hears it. `known` is the index that was read in the time before.
+pub(super) async fn watch<R: Remote>(
+    mut remote: R,
+    query: Query,
+    known: u64,
+    turns: Arc<Turns>,
+    news: mpsc::Sender<News>,
+) {
+    let (mut index, mut before) = (0, known);
+    let mut backoff = Backoff::default();
+    loop {
+        let (answer, started) = ask(&mut remote, &query, index, &turns).await;
+        let mut next = started + PACE;
+        let mut went_back = false;
+        match &answer {
+            Ok(answer) => {
+                went_back = answer.index < before;
+                // From 0 on the next question does not block: what there is now is read before it is waited for.
+                index = if went_back { 0 } else { answer.index };
+                before = answer.index;
+            }
+            Err(_) => next = Instant::now() + backoff.pause(started.elapsed(), fastrand::f64()),
+        }
+        if news.send(News { query: query.clone(), answer, went_back }).await.is_err() {
+            return;
+        }
+        sleep_until(next).await;
+    }
+}
+
+async fn ask<R: Remote>(remote: &mut R, query: &Query, index: u64, turns: &Turns) -> (Result<Answer, Error>, Instant) {
+    let takes_turns = matches!(query, Query::Instances(_));
+    // The semaphore is never closed, so there is always a turn.
+    let _turn = if takes_turns { turns.semaphore.acquire().await.ok() } else { None };
+    let wait = if takes_turns && turns.are_scarce() { SHORT_WAIT } else { WAIT };
+    let wait = jittered(wait, fastrand::f64() / 2.0);
+    let started = Instant::now();
+    (remote.ask(query, index, wait).await, started)
+}
+
+/// Asks each query once, beside its watch.
+pub(super) async fn ask_once<R: Remote>(
+    mut remote: R,
+    queries: impl IntoIterator<Item = Query>,
+    news: mpsc::Sender<News>,
+) -> Result<(), Error> {
+    for query in queries {
+        let answer = remote.ask(&query, 0, Duration::ZERO).await?;
+        if news.send(News { query, answer: Ok(answer), went_back: false }).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
