@@ -238,14 +238,16 @@ impl Pki {
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
         let now = self.start().not_before_last(self.now());
-        let (trust, stored) = self.state.database.read(|view| -> Result<_, StateError> {
-            Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
-        })?;
         let signer = self.signer();
+        let (trust, stored, bridge) = self.state.database.read(|view| -> Result<_, StateError> {
+            let trust = trust::trust(view)?;
+            let bridge = trust.carried_to(&signer.under, view, &self.lifetimes)?.cloned();
+            Ok((trust, intermediates::active(view, &self.state.replica)?, bridge))
+        })?;
         // It is not the stored one any more when an operator has tainted it.
         let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
         let names = self.attestors.istio().map(|grants| grants.names.clone()).unwrap_or_default();
-        if !is_stored || signer.names != names || !signer.is_fresh(&trust, now) {
+        if !is_stored || signer.names != names || !signer.is_fresh(&trust, bridge.as_ref(), now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             let signer = signer.named(names, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);

@@ -1,11 +1,12 @@
 //! Bridges: the root before certifies the key of the root that signs, and chains carry that. Whoever knows only the root
-//! before believes what the new one signs; whoever knows the new one never looks at it. Pure.
+//! before believes what the new one signs; whoever knows the new one never looks at it.
 
 use serde::{Deserialize, Serialize};
 
 use super::trust::{Root, Trust};
+use crate::admin::key_sha256;
 use crate::lifetimes::Lifetimes;
-use crate::store::base64;
+use crate::store::{DbError, View, base64, deny};
 use crate::times::seconds;
 
 /// A root's key, certified by the one before it.
@@ -51,6 +52,21 @@ impl Trust {
         let standing = |id: &str| self.roots.iter().find(|root| root.id == id).filter(|root| stands(root));
         let bridge = standing(id)?.bridge.as_ref()?;
         standing(&bridge.by).map(|_| bridge)
+    }
+
+    /// The same as this server carries it: none if that is switched off, nor with either key denied. Hosts from before there
+    /// were bridges count whoever signed a certificate of a chain.
+    pub(crate) fn carried_to(
+        &self,
+        id: &str,
+        view: &mut dyn View,
+        lifetimes: &Lifetimes,
+    ) -> Result<Option<&Bridge>, DbError> {
+        let Some(bridge) = self.bridge_to(id).filter(|_| !lifetimes.bridge.is_zero()) else { return Ok(None) };
+        let denied = deny::deny(view)?;
+        let mut ends = self.roots.iter().filter(|root| root.id == id || root.id == bridge.by);
+        let is_denied = ends.any(|root| denied.names_authority(&key_sha256(&root.certificate)));
+        Ok(Some(bridge).filter(|_| !is_denied))
     }
 
     /// The root that this one vouched for, by a bridge that may be shown yet, and whose key others may have since.

@@ -30,6 +30,10 @@ impl Deny {
         self.entries.iter().any(|one| matches!(&one.whom, Whom::Identity(denied) if denied == id))
     }
 
+    pub(crate) fn names_authority(&self, key: &str) -> bool {
+        self.entries.iter().any(|one| matches!(&one.whom, Whom::Authority(denied) if denied == key))
+    }
+
     pub(crate) fn to_set(&self, domain: &TrustDomain) -> DenySet {
         DenySet { trust_domain: domain.clone(), sequence: self.sequence, entries: self.entries.clone() }
     }

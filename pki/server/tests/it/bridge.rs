@@ -9,7 +9,7 @@ use meshd_identity::{Bundle, inspect_svid, root_id};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki_api::admin::command::Command;
 use meshd_pki_api::admin::reply::Reply;
-use meshd_pki_api::admin::{Authority, AuthorityList, AuthorityRotate, DenyAdd, DenyWhom, deny_whom};
+use meshd_pki_api::admin::{Authority, AuthorityList, AuthorityRotate, DenyAdd, DenyRemove, DenyWhom, deny_whom};
 use meshd_pki_api::v1;
 use meshd_pki_api::v1::host_client::HostClient;
 use meshd_pki_client::{ServerJudge, Svid};
@@ -138,6 +138,20 @@ fn it_is_the_same_after_a_restart_and_gone_when_switched_off() {
     let never = Rotated::of(Desk::with(Lifetimes { bridge: Duration::ZERO, ..Lifetimes::default() }));
     assert_eq!(never.desk.enrol("web").len(), 2);
     assert_eq!(never.listed().vouched_by, None);
+}
+
+#[test]
+fn nobody_carries_it_while_the_root_that_vouches_is_denied() {
+    let rotated = Rotated::new();
+    let desk = &rotated.desk;
+    assert_eq!(desk.enrol("web").len(), 3);
+    let whom = || Some(DenyWhom { whom: Some(deny_whom::Whom::Authority(rotated.old())) });
+    desk.done(Command::DenyAdd(DenyAdd { whom: whom(), reason: String::new() }));
+    desk.pass(1);
+    assert_eq!(desk.enrol("db").len(), 2);
+    desk.done(Command::DenyRemove(DenyRemove { whom: whom() }));
+    desk.pass(1);
+    assert_eq!(desk.enrol("cache").len(), 3);
 }
 
 #[test]
