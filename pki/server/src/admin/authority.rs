@@ -35,13 +35,15 @@ impl Desk<'_> {
                 let found = decision.iter().find(|(root, _)| root.as_deref() == id);
                 found.map(|(_, gates)| gates.clone()).unwrap_or_default()
             };
-            let roots = trust.roots.iter().map(|root| {
-                let bridge = trust.bridge_to(&root.id).filter(|bridge| bridge.not_after > unix(self.now));
-                wire_root(root, bridge, waiting(Some(&root.id)))
-            });
+            let mut roots = Vec::new();
+            for root in &trust.roots {
+                let bridge = trust.carried_to(&root.id, view, self.lifetimes)?;
+                let bridge = bridge.filter(|bridge| bridge.not_after > unix(self.now));
+                roots.push(wire_root(root, bridge, waiting(Some(&root.id))));
+            }
             let intermediates = intermediates.iter().map(wire_intermediate);
             Ok(wire::Authorities {
-                authorities: roots.chain(intermediates).collect(),
+                authorities: roots.into_iter().chain(intermediates).collect(),
                 next_root: waiting(None),
                 urgent_since: trust.urgent.map(|urgent| time(urgent.since)),
                 forced: trust.urgent.is_some_and(|urgent| urgent.force),

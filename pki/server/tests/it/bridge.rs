@@ -135,6 +135,8 @@ fn it_is_the_same_after_a_restart_and_gone_when_switched_off() {
     rotated.desk.lifetimes.bridge = Duration::ZERO;
     rotated.desk.open();
     assert_eq!(rotated.desk.enrol("cache").len(), 2);
+    assert_eq!(rotated.listed().vouched_by, None);
+    assert!(!rotated.desk.status().to_text().contains("bridge         active"));
     let never = Rotated::of(Desk::with(Lifetimes { bridge: Duration::ZERO, ..Lifetimes::default() }));
     assert_eq!(never.desk.enrol("web").len(), 2);
     assert_eq!(never.listed().vouched_by, None);
@@ -149,6 +151,8 @@ fn nobody_carries_it_while_the_root_that_vouches_is_denied() {
     desk.done(Command::DenyAdd(DenyAdd { whom: whom(), reason: String::new() }));
     desk.pass(1);
     assert_eq!(desk.enrol("db").len(), 2);
+    assert_eq!(rotated.listed().vouched_by, None);
+    assert!(desk.status().to_text().contains("bridge         old"), "{}", desk.status().to_text());
     desk.done(Command::DenyRemove(DenyRemove { whom: whom() }));
     desk.pass(1);
     assert_eq!(desk.enrol("cache").len(), 3);
