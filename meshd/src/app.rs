@@ -166,7 +166,7 @@ impl App {
             vips: vips.clone(),
             raw: ArcSwap::default(),
             telemetry,
-            locality: Locality::default(),
+            locality: start!(Locality::of(&config.host), "the addresses of this host")?,
         });
         let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         shared.ports.refresh(&shared.enrolment.load());

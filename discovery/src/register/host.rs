@@ -4,14 +4,17 @@ use serde::Deserialize;
 
 use crate::documents::{is_of_a_host, is_plain_word};
 
-/// `[host]` of meshd.toml: what is registered of this host with everything it serves.
+/// `[host]` of meshd.toml: what is registered of this host with everything it serves, and where it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HostConfig {
     /// Where peers reach it; the source address of the route to the backend if left out.
     pub address: Option<IpAddr>,
     pub network: String,
+    /// Endpoints in the same zone are used before others.
     pub zone: String,
+    /// Other zones of the same site, which come next.
+    pub site_zones: Vec<String>,
 }
 
 impl HostConfig {
@@ -21,8 +24,12 @@ impl HostConfig {
         if self.address.is_some_and(|address| !is_of_a_host(address.to_canonical())) {
             return Some(("host.address", "this is not the address of a host; write the one peers dial"));
         }
-        let words = [("host.network", &self.network), ("host.zone", &self.zone)];
-        words.into_iter().find(|(_, text)| !is_plain_word(text)).map(|(field, _)| (field, word))
+        if self.zone.is_empty() && !self.site_zones.is_empty() {
+            return Some(("host.site_zones", "they mean nothing without `zone`; write the zone of this host, too"));
+        }
+        let site = self.site_zones.iter().map(|zone| ("host.site_zones", zone));
+        let mut words = [("host.network", &self.network), ("host.zone", &self.zone)].into_iter().chain(site);
+        words.find(|(_, text)| !is_plain_word(text)).map(|(field, _)| (field, word))
     }
 }
 
@@ -37,5 +44,8 @@ mod tests {
         assert_eq!(problem("address = \"0.0.0.0\""), Some("host.address"));
         assert_eq!(problem("zone = \"rack 1\""), Some("host.zone"));
         assert_eq!(problem("network = \"a/b\""), Some("host.network"));
+        assert_eq!(problem("zone = \"a\"\nsite_zones = [\"b\"]"), None);
+        assert_eq!(problem("zone = \"a\"\nsite_zones = [\"b c\"]"), Some("host.site_zones"));
+        assert_eq!(problem("site_zones = [\"b\"]"), Some("host.site_zones"));
     }
 }

@@ -262,29 +262,33 @@ impl Candidates<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use meshd_discovery::Transport;
+    use meshd_discovery::{HostConfig, Transport};
     use proptest::prelude::*;
 
     fn endpoint(n: u8, weight: u32) -> Arc<Endpoint> {
-        Arc::new(Endpoint {
+        Arc::new(Endpoint { weight, ..endpoint_at(&format!("10.0.0.{n}")) })
+    }
+
+    pub(in crate::proxy) fn endpoint_at(address: &str) -> Endpoint {
+        Endpoint {
             service: "payments.shop".parse().unwrap(),
             port: 80,
-            dial: format!("10.0.0.{n}:15008").parse().unwrap(),
-            target: format!("10.0.0.{n}:80").parse().unwrap(),
+            dial: format!("{address}:15008").parse().unwrap(),
+            target: format!("{address}:80").parse().unwrap(),
             transport: Transport::Meshd,
             identity: "spiffe://mesh.example/ns/shop/sa/payments".parse().unwrap(),
             network: "".into(),
             zone: "".into(),
-            weight,
+            weight: 100,
             health: Health::Healthy,
             source: "test".into(),
             rank: 0,
             by_authority: true,
             stale: false,
             epoch: 0,
-        })
+        }
     }
 
     #[test]
@@ -310,7 +314,8 @@ mod tests {
     fn endpoints_near_by_are_used_alone_and_those_farther_away_when_too_few_of_them_work() {
         let in_zone = |n: u8, zone: &str| Arc::new(Endpoint { zone: zone.into(), ..(*endpoint(n, 100)).clone() });
         let (balancer, now) = (Balancer::default(), Instant::now());
-        let here = Locality::new("a", &["b".to_owned()], vec![]);
+        let site_zones = vec!["b".to_owned()];
+        let here = Locality::of(&HostConfig { zone: "a".to_owned(), site_zones, ..HostConfig::default() }).unwrap();
         balancer.update(&service(vec![in_zone(1, "a"), in_zone(2, "b"), in_zone(3, "c")]), 80, &here);
         let pick = |tried: &[Rc<Member>]| balancer.pick(tried, now, &mut |bound| bound - 1).unwrap();
         let near = pick(&[]);

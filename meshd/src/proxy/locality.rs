@@ -9,10 +9,12 @@
 //! Within what is used, the balancer chooses by cost: a nearer endpoint is mostly the cheaper one anyhow.
 
 use std::cell::Cell;
+use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use meshd_discovery::Endpoint;
+use meshd_discovery::{Endpoint, HostConfig};
+use nix::ifaddrs::getifaddrs;
 
 /// Of the weight of the nearest endpoints so much must work; Envoy overprovisions a locality by 1.4, so that it is left
 /// from below 71 %, in shares. Ours is left in steps.
@@ -43,8 +45,15 @@ pub struct Locality {
 }
 
 impl Locality {
-    pub fn new(zone: &str, site: &[String], addresses: Vec<IpAddr>) -> Locality {
-        Locality { zone: zone.to_owned(), site: site.to_vec(), addresses }
+    /// With the addresses this host has now: endpoints beside us are local by one of them, or at least in our zone.
+    pub fn of(host: &HostConfig) -> io::Result<Locality> {
+        let ours = getifaddrs()?.filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::from(address.ip())))
+        });
+        let addresses = ours.chain(host.address).collect();
+        Ok(Locality { zone: host.zone.clone(), site: host.site_zones.clone(), addresses })
     }
 
     pub(super) fn distance(&self, endpoint: &Endpoint) -> Distance {
@@ -121,6 +130,19 @@ impl Reach {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_of_this_host_is_nearest_and_without_a_zone_nothing_is_near() {
+        let host = |zone: &str| HostConfig { zone: zone.to_owned(), ..HostConfig::default() };
+        let endpoint = Endpoint { dial: "127.0.0.1:15008".parse().unwrap(), ..endpoint_in("b") };
+        assert_eq!(Locality::of(&host("a")).unwrap().distance(&endpoint), Distance::Host);
+        assert_eq!(Locality::of(&host("")).unwrap().distance(&endpoint), Distance::Elsewhere);
+        assert_eq!(Locality::of(&host("b")).unwrap().distance(&endpoint_in("b")), Distance::Zone);
+    }
+
+    fn endpoint_in(zone: &str) -> Endpoint {
+        Endpoint { zone: zone.into(), ..super::super::balance::tests::endpoint_at("203.0.113.1") }
+    }
 
     fn weights(by_distance: [u64; 4]) -> Weights {
         Weights(by_distance)
