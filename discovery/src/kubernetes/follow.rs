@@ -250,7 +250,13 @@ impl Follower {
                 return Ok(());
             }
             Some(Event::Expired) => {
+                // The stream ends after it, and that means nothing more.
+                feed.watch = None;
                 area.due = true;
+                // It would be so again.
+                if area.listed_at.is_some_and(|at| at.elapsed() < SHORTEST_WATCH) {
+                    area.put_off = Some(Instant::now());
+                }
                 return Ok(());
             }
             Some(Event::Failed(reason)) => return Err(Error::Broken(format!("a watch failed: {reason}"))),
@@ -316,7 +322,7 @@ async fn list<R: Remote>(
         let listed = remote.list(&collection, known.as_deref()).await?;
         area.replace(kind, listed);
     }
-    area.due = false;
+    (area.due, area.listed_at) = (false, Some(Instant::now()));
     let mut epoch = life.clone();
     if epoch.position == 0 {
         // Not told by the probe. Numbers in all versions there are; if not, the store alone counts.

@@ -293,12 +293,47 @@ async fn what_was_said_just_before_a_connection_broke_is_told() {
 #[tokio::test(start_paused = true)]
 async fn what_the_server_no_longer_keeps_is_listed_anew_and_no_older_than_known() {
     let mut running = running().await;
+    running.asked_until_probed(1).await;
     running.server.change(|script| script.position = 90);
     running.server.tell(Kind::Slice, Ok(Some(Event::Expired))).await;
+    running.server.tell(Kind::Slice, Ok(None)).await;
     running.listed().await;
     let asked = running.asked_until_probed(1).await;
     assert!(asked.contains(&"list Slice [] known Some(\"10\")".to_owned()), "{asked:?}");
     assert!(asked.contains(&"watch Slice [] from 90".to_owned()), "{asked:?}");
+}
+
+/// What an API server that was started anew says to every watch.
+#[tokio::test(start_paused = true)]
+async fn watches_that_end_for_their_age_are_listed_anew_without_leaving_the_connection() {
+    let two: Vec<_> = ["payments.shop", "ledger.shop"].iter().map(|name| name.parse().unwrap()).collect();
+    let mut running = start(Wanted { services: two.into_iter().collect(), ..Wanted::default() }, Fake::new());
+    running.listed().await;
+    running.listed().await;
+    running.watched().await;
+    running.asked_until_probed(1).await;
+    running.server.change(|script| script.position = 90);
+    let old = running.server.change(|script| script.watches.iter().map(|(_, told)| told.clone()).collect::<Vec<_>>());
+    assert_eq!(old.len(), 5, "of a service that is not there no pods are watched");
+    for told in &old {
+        told.try_send(Ok(Some(Event::Expired))).unwrap();
+        told.try_send(Ok(None)).unwrap();
+    }
+    running.listed().await;
+    running.listed().await;
+    let asked = running.asked_until_probed(1).await;
+    assert_eq!(asked.iter().filter(|call| call.starts_with("list")).count(), 5, "{asked:?}");
+    assert_eq!(asked.iter().filter(|call| call.starts_with("watch")).count(), 5, "{asked:?}");
+    assert!(!asked.contains(&"leave".to_owned()), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_too_old_from_its_list_on_does_not_spin() {
+    let mut running = running().await;
+    running.server.tell(Kind::Slice, Ok(Some(Event::Expired))).await;
+    let begun = Instant::now();
+    running.listed().await;
+    assert!(begun.elapsed() >= PUT_OFF, "{:?}", begun.elapsed());
 }
 
 #[tokio::test(start_paused = true)]

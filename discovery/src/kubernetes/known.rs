@@ -63,6 +63,7 @@ pub(super) struct Area {
     pub(super) due: bool,
     /// Since when it may not be read, or not now.
     pub(super) put_off: Option<Instant>,
+    pub(super) listed_at: Option<Instant>,
     feeds: BTreeMap<Kind, Feed>,
     services: HashMap<ServiceName, Service>,
     slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
@@ -79,6 +80,7 @@ impl Area {
             told_as,
             due: true,
             put_off: None,
+            listed_at: None,
             feeds: [Kind::Service, Kind::Slice, Kind::Pod].map(|kind| (kind, Feed::default())).into(),
             services: HashMap::new(),
             slices: HashMap::new(),
