@@ -89,7 +89,8 @@ impl Reader {
         let name = &service.name;
         let identities = match service.notes.get("identities") {
             Some(text) => self.identities(text, &mut problems),
-            None if !accounts.is_empty() => accounts.to_vec(),
+            // No pod was seen: whoever was known before a restart, or while the Service was away, stays allowed.
+            None if !service.selector.is_empty() => accounts.to_vec(),
             // A service name is two DNS labels, which are always valid segments of an identity.
             None => SpiffeId::workload(&self.trust_domain, name.namespace(), name.name()).into_iter().collect(),
         };
