@@ -320,6 +320,7 @@ async fn list<R: Remote>(
         };
         let known = area.feed(kind).position.clone();
         let listed = remote.list(&collection, known.as_deref()).await?;
+        area.was_put_back |= known.is_some_and(|known| is_before(&listed.position, &known));
         area.replace(kind, listed);
     }
     (area.due, area.listed_at) = (false, Some(Instant::now()));
@@ -329,10 +330,19 @@ async fn list<R: Remote>(
         let services = area.feed(Kind::Service).position.as_deref();
         epoch.position = services.and_then(|position| position.parse().ok()).unwrap_or(0);
     }
+    if std::mem::take(&mut area.was_put_back) {
+        // Before everything: what is missing now is doubted, also where the probe looks into another etcd.
+        epoch.position = 0;
+    }
     for listing in area.listings(reader, &epoch) {
         sink.send(SourceEvent::Listed(listing)).await;
     }
     Ok(())
+}
+
+/// Lists are never older than what was known, unless their store is.
+fn is_before(position: &str, known: &str) -> bool {
+    matches!((position.parse::<u64>(), known.parse::<u64>()), (Ok(position), Ok(known)) if position < known)
 }
 
 async fn watch_missing<R: Remote>(

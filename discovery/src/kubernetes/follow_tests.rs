@@ -20,6 +20,8 @@ struct Script {
     /// Too much to do for probes, or for lists.
     busy: bool,
     busy_lists: bool,
+    /// How far the etcd of pods has come, if they have one of their own.
+    pods_position: Option<u64>,
     /// Which kind may not be read.
     forbidden: Option<Kind>,
     /// How many watches from now on are refused because their history is gone.
@@ -95,7 +97,8 @@ impl Remote for Fake {
             }
             let samples = script.objects.get(&what.kind).cloned().unwrap_or_default();
             let objects = samples::objects(what.kind, &samples);
-            Ok(Listed { objects, position: script.position.to_string(), more: None })
+            let own = script.pods_position.filter(|_| what.kind == Kind::Pod);
+            Ok(Listed { objects, position: own.unwrap_or(script.position).to_string(), more: None })
         })
     }
 
@@ -358,6 +361,16 @@ async fn another_cluster_or_one_put_back_is_listed_as_if_never_read() {
         assert_eq!(running.listed().await.0, position);
         let asked = running.server.asked();
         assert!(asked.contains(&"list Slice [] known None".to_owned()), "{asked:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kind_whose_own_etcd_was_put_back_is_told_as_of_before_everything() {
+    let mut running = running().await;
+    running.server.change(|script| script.pods_position = Some(4));
+    for position in [0, 10] {
+        running.wanted.send_modify(|wanted| wanted.resync += 1);
+        assert_eq!(running.listed().await.0, position);
     }
 }
 
