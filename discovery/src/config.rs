@@ -1,6 +1,7 @@
 //! `[[source]]` of meshd.toml.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use meshd_etcd::Settings;
 use meshd_identity::TrustDomain;
@@ -8,6 +9,7 @@ use serde::Deserialize;
 
 use crate::consul;
 use crate::name::{NameError, check_label};
+use crate::register::Registrar;
 use crate::{
     Belief, ConsulSource, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted,
 };
@@ -32,6 +34,9 @@ pub struct SourceConfig {
     pub password_file: Option<PathBuf>,
     /// Below which the keys lie.
     pub prefix: Option<String>,
+    /// Whether this host writes there what its units serve.
+    #[serde(default)]
+    pub register: bool,
     /// For `kind = "consul"`: `https://HOST:PORT` of an agent, the file with the token to show it, and the namespace of
     /// instances that do not say theirs.
     pub address: Option<String>,
@@ -95,7 +100,7 @@ impl SourceKind {
     fn keys(self) -> &'static [&'static str] {
         match self {
             SourceKind::Files => &["dir"],
-            SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix"],
+            SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix", "register"],
             SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix"],
             SourceKind::Kubernetes => &["kubeconfig", "context"],
         }
@@ -108,6 +113,8 @@ pub struct Configured {
     pub authority: Namespaces,
     pub provides: Provides,
     pub belief: Belief,
+    /// Where it is told to register, too.
+    pub registrar: Option<Arc<dyn Registrar>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -139,6 +146,7 @@ impl SourceConfig {
             user: None,
             password_file: None,
             prefix: None,
+            register: false,
             address: None,
             token_file: None,
             namespace: None,
@@ -164,6 +172,7 @@ impl SourceConfig {
             ("user", self.user.is_some()),
             ("password_file", self.password_file.is_some()),
             ("prefix", self.prefix.is_some()),
+            ("register", self.register),
             ("address", self.address.is_some()),
             ("token_file", self.token_file.is_some()),
             ("namespace", self.namespace.is_some()),
@@ -201,6 +210,7 @@ impl SourceConfig {
             let known = kind.keys().join(", ");
             return Err(ConfigError::Foreign { name: name.to_owned(), key, kind: kind.name(), known });
         }
+        let mut registrar: Option<Arc<dyn Registrar>> = None;
         let (source, belief): (Box<dyn Source>, Belief) = match self.kind {
             SourceKind::Files => {
                 let dir = self.dir.clone().unwrap_or_else(|| RESOURCES_D.into());
@@ -210,7 +220,9 @@ impl SourceConfig {
                 let source = EtcdSource::new(name, self.etcd(), self.prefix.as_deref(), trust_domain.clone());
                 let refused =
                     |error: meshd_etcd::Error| ConfigError::Etcd { name: name.to_owned(), reason: error.to_string() };
-                (Box::new(source.map_err(refused)?), Belief::Guarded)
+                let source = source.map_err(refused)?;
+                registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
+                (Box::new(source), Belief::Guarded)
             }
             SourceKind::Consul => {
                 let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
@@ -229,7 +241,7 @@ impl SourceConfig {
                 (Box::new(source.map_err(refused)?), Belief::Guarded)
             }
         };
-        Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief })
+        Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief, registrar })
     }
 
     /// Opens all of them; two may not share a name, because messages and metrics name the source.
@@ -362,6 +374,10 @@ mod tests {
         let etcd = parse("kind = \"etcd\"\nendpoints = [\"http://127.0.0.1:2379\"]").unwrap();
         let opened = etcd.open(&td).unwrap();
         assert_eq!((opened.source.name(), opened.source.kind(), opened.belief), ("etcd", "etcd", Belief::Guarded));
+        assert!(
+            opened.registrar.is_none()
+                && SourceConfig { register: true, ..etcd }.open(&td).unwrap().registrar.is_some()
+        );
         let consul = parse("kind = \"consul\"").unwrap().open(&td).unwrap();
         assert_eq!((consul.source.name(), consul.source.kind(), consul.belief), ("consul", "consul", Belief::Guarded));
         for (text, expected) in [
@@ -375,6 +391,7 @@ mod tests {
             ("kind = \"etcd\"\ndir = \"/x\"", "`dir` has no meaning with kind = \"etcd\", which takes endpoints, ca"),
             ("kind = \"files\"\nuser = \"x\"", "`user` has no meaning with kind = \"files\", which takes dir"),
             ("kind = \"etcd\"", "no etcd endpoint is given"),
+            ("kind = \"files\"\nregister = true", "`register` has no meaning with kind = \"files\""),
             ("kind = \"kubernetes\"\ncontext = \"prod\"", "add `kubeconfig`"),
             ("kind = \"kubernetes\"\nkubeconfig = \"/no/such\"", "`kubernetes`: /no/such: "),
             ("kind = \"kubernetes\"\ndir = \"/x\"", "which takes kubeconfig, context"),

@@ -11,8 +11,8 @@ use crate::{Definition, Health, Place, PortTarget, Protocol, Record, ServiceName
 
 /// Where a mesh listener is unless an endpoint says otherwise.
 pub const DEFAULT_MESH_PORT: u16 = 15008;
-pub(crate) const DEFAULT_WEIGHT: u32 = 100;
-pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
+pub const DEFAULT_WEIGHT: u32 = 100;
+pub const MAX_WEIGHT: u32 = 1_000_000;
 const API_VERSION: &str = "meshd.dev/v1alpha1";
 const KIND: &str = "MeshService";
 

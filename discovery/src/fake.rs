@@ -30,7 +30,7 @@ pub fn source(name: &str) -> (Script, Configured) {
     let authority = Namespaces::everything();
     (
         Script { events, wanted: Mutex::new(Some(wanted)) },
-        Configured { source, authority, provides: Provides::default(), belief: Belief::Always },
+        Configured { source, authority, provides: Provides::default(), belief: Belief::Always, registrar: None },
     )
 }
 

@@ -23,6 +23,7 @@ mod kubernetes;
 mod merge;
 mod name;
 mod record;
+mod register;
 mod registration;
 mod saved;
 mod source;
@@ -35,12 +36,18 @@ pub use belief::{Belief, REPEATED_FOR};
 pub use config::{ConfigError, Configured, Imports, Namespaces, NamespacesError, Provides, SourceConfig, SourceKind};
 pub use consul::{ConsulSource, Settings as ConsulSettings, SettingsError as ConsulSettingsError};
 pub use directory::Directory;
-pub use documents::DEFAULT_MESH_PORT;
+pub use documents::{DEFAULT_MESH_PORT, DEFAULT_WEIGHT, MAX_WEIGHT};
 pub use etcd::EtcdSource;
 pub use files::FilesSource;
 pub use kubernetes::{KubernetesSettings, KubernetesSource};
 pub use name::{NameError, ServiceName};
 pub use record::{Definition, Place, PortTarget, Record};
+#[cfg(any(test, feature = "testing"))]
+pub use register::fake as fake_registry;
+pub use register::{
+    Answer, Found, Hold, HostConfig, Key, Offer, Over, Phase, Registrar, RegistrarError, RegistrationHealth,
+    Registrations,
+};
 pub use registration::Registration;
 pub use saved::Keep;
 pub use source::{Change, Epoch, Listing, Refused, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};

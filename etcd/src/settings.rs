@@ -62,6 +62,11 @@ impl Settings {
         if is_tls && self.ca.is_none() { Err(SettingsError::NoAuthority) } else { Ok(()) }
     }
 
+    /// `HOST:PORT` of each member.
+    pub fn addresses(&self) -> Result<Vec<String>, SettingsError> {
+        Ok(self.parsed()?.into_iter().map(|endpoint| endpoint.address).collect())
+    }
+
     pub(crate) fn parsed(&self) -> Result<Vec<Endpoint>, SettingsError> {
         if self.endpoints.is_empty() {
             return Err(SettingsError::NoEndpoint);

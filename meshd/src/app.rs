@@ -27,7 +27,7 @@ use crate::dns::{self, Vips};
 use crate::enrol::{PortMemory, PortWatch, Sight};
 use crate::lifecycle::{self, Conductor, Stage};
 use crate::only_one::OnlyOne;
-use crate::proxy::{self, Shared, Workers};
+use crate::proxy::{self, Locality, Shared, Workers};
 use crate::raw::RawFollower;
 use crate::telemetry::{AccessLog, Telemetry};
 use crate::transport::denied::Denied;
@@ -67,6 +67,7 @@ mod certificates;
 mod intent;
 mod last_known;
 mod listeners;
+mod registering;
 mod reload;
 mod self_check;
 mod supervise;
@@ -76,6 +77,7 @@ pub use intent::wanted;
 use certificates::{Certificates, default_identity, wait_for_certificates};
 use last_known::LastKnown;
 use listeners::{Captured, bind_dns, start_capture};
+use registering::Leaving;
 use reload::{Reloader, load_enrolment, withhold};
 use supervise::{Supervisor, another};
 
@@ -97,12 +99,14 @@ pub struct App {
     selectors: BTreeMap<SpiffeId, Vec<String>>,
     /// Has it reload.
     hangup: Arc<Notify>,
+    leaving: Leaving,
     _only_one: OnlyOne,
 }
 
 impl App {
     pub async fn start(config: Config, config_path: &Path) -> Result<App, StartError> {
         let inherited = inherit::listeners();
+        let hands_over = registering::hands_over(&inherited);
         let only_one =
             OnlyOne::here(&config.run_dir, &config.state_dir).map_err(|error| StartError(error.to_string()))?;
         let agent = start!(Agent::open(&config.identity_dir()), "identity")?;
@@ -132,6 +136,7 @@ impl App {
         withhold(&mut enrolment, &installed, attestor.sight());
         let sources =
             start!(SourceConfig::open_all(&config.sources, &credentials.borrow().trust_domain), "meshd.toml")?;
+        let registrations = registering::registrations(&sources);
         let known = Arc::new(LastKnown::new(&config.state_dir));
         let watcher = Watcher::new(sources, credentials.borrow().trust_domain.clone())
             .wanting(config.imports.wanted().clone())
@@ -161,6 +166,7 @@ impl App {
             vips: vips.clone(),
             raw: ArcSwap::default(),
             telemetry,
+            locality: Locality::default(),
         });
         let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         shared.ports.refresh(&shared.enrolment.load());
@@ -191,7 +197,7 @@ impl App {
         });
         let captured = (keeper.clone(), recovery);
         let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, captured);
-        let view = Arc::new(view);
+        let view = Arc::new(view.registering(registrations.clone()));
         let metrics = start!(metrics.into_std(), "[metrics] listen")?;
         tasks.keep("metrics", (metrics, view.clone()), |(socket, view)| {
             Box::pin(async {
@@ -233,6 +239,7 @@ impl App {
             identities,
             keeper: keeper.clone(),
         };
+        registering::keep_registered(&tasks, &config, &shared, &credentials, &registrations);
         let hangup = Arc::new(Notify::new());
         let reloading = tasks.keep("reload", (reloader, reloads, hangup.clone()), |(reloader, orders, hangup)| {
             Box::pin(reloader.serve(orders, hangup))
@@ -250,6 +257,7 @@ impl App {
             capture,
             reloading,
             hangup,
+            leaving: Leaving { registrations, hands_over },
             _only_one: only_one,
         })
     }
@@ -300,6 +308,10 @@ impl App {
     async fn drain(self, mut again: tokio::signal::unix::Signal) {
         let limit = Duration::from_secs(self.config.proxy.drain_timeout_s);
         tracing::info!(under_way = self.workers.work.under_way(), "draining");
+        tokio::select! {
+            () = self.leaving.announce() => {}
+            _ = again.recv() => tracing::warn!("told to stop again: peers may not know yet that this host leaves"),
+        }
         // New connections to raw addresses go direct from now on; captured ones stay with us.
         self.reloading.abort();
         self.raw.abort();
@@ -320,6 +332,7 @@ impl App {
             }
             _ = again.recv() => tracing::warn!("told to stop again: cutting what is left"),
         }
+        self.leaving.leave().await;
         self.conductor.enter(Stage::Stopped);
         // Rules stay on purpose: virtual IPs are refused and strict ports closed until meshd is back or reverted.
         self.workers.join();

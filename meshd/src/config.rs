@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use meshd_discovery::{Imports, SourceConfig};
+use meshd_discovery::{HostConfig, Imports, SourceConfig};
 use meshd_identity::TrustDomain;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -30,6 +30,8 @@ pub struct Config {
     pub dns: DnsConfig,
     pub metrics: MetricsConfig,
     pub workload_api: WorkloadApiConfig,
+    /// What is registered of this host.
+    pub host: HostConfig,
     /// Which services this host uses: what sources on other machines are asked for.
     pub imports: Imports,
     #[serde(rename = "source")]
@@ -47,6 +49,7 @@ impl Default for Config {
             dns: DnsConfig::default(),
             metrics: MetricsConfig::default(),
             workload_api: WorkloadApiConfig::default(),
+            host: HostConfig::default(),
             imports: Imports::default(),
             sources: vec![SourceConfig::default()],
         }
@@ -56,7 +59,7 @@ impl Default for Config {
 impl Config {
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let config: Config = read_toml(path)?;
-        match config.capture.problem().or_else(|| config.dns.problem()) {
+        match config.capture.problem().or_else(|| config.dns.problem()).or_else(|| config.host.problem()) {
             None => Ok(config),
             Some((field, reason)) => {
                 Err(ConfigError::Value { path: path.into(), field: field.into(), reason: reason.into() })

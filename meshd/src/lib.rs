@@ -19,6 +19,7 @@ pub mod enrol;
 pub mod fault;
 mod host;
 pub mod lifecycle;
+mod offers;
 pub mod only_one;
 pub mod proxy;
 mod raw;

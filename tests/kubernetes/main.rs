@@ -9,6 +9,7 @@ mod from_consul;
 mod from_etcd;
 mod from_kubernetes;
 mod istio;
+mod registers_in_etcd;
 
 use std::fs;
 use std::os::unix::fs::chown;

@@ -21,6 +21,8 @@ use super::settings::{Address, Settings, SettingsError};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// 10,000 instances of one service have a third of it.
 const LARGEST_ANSWER: usize = 64 * 1024 * 1024;
+/// Every connection holds one for good; the least that hyper takes.
+const BUFFER: usize = 8192;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
@@ -117,7 +119,7 @@ impl Client {
 async fn handshake(
     io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
 ) -> Result<SendRequest<Empty<Bytes>>, hyper::Error> {
-    let (sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+    let (sender, connection) = http1::Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(io)).await?;
     // Ends by itself when the sender is dropped.
     tokio::spawn(async move {
         if let Err(error) = connection.await {

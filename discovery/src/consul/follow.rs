@@ -54,8 +54,8 @@ async fn follow<R: Remote>(
     let mut asked = wanted.borrow_and_update().clone();
     adjust(known, &asked, sink).await;
     let (send, mut inbox) = mpsc::channel(INBOX);
-    let mut watches = Watches::new(send.clone());
-    watches.adjust(remote, known);
+    let mut watches = Watches::new(remote.another(), send.clone());
+    watches.adjust(known);
     let mut rereads = Rereads::new(send);
     let mut troubles = Troubles::default();
     if known.is_whole() {
@@ -74,7 +74,7 @@ async fn follow<R: Remote>(
                 let of_names = news.query == Query::Names;
                 take(news, known, &mut troubles, sink).await;
                 if of_names {
-                    watches.adjust(remote, known);
+                    watches.adjust(known);
                     troubles.of.retain(|query, _| watches.handles.contains_key(query));
                 }
             }
@@ -93,7 +93,7 @@ async fn follow<R: Remote>(
                 }
                 asked = now;
                 adjust(known, &asked, sink).await;
-                watches.adjust(remote, known);
+                watches.adjust(known);
                 troubles.of.retain(|query, _| watches.handles.contains_key(query));
                 rereads.begin(remote, known);
             }
@@ -173,19 +173,19 @@ impl Troubles {
 }
 
 /// A task for each query that is followed. All end with this.
-struct Watches {
+struct Watches<R> {
     tasks: JoinSet<()>,
     handles: BTreeMap<Query, AbortHandle>,
-    turns: Arc<Turns>,
+    turns: Arc<Turns<R>>,
     news: mpsc::Sender<News>,
 }
 
-impl Watches {
-    fn new(news: mpsc::Sender<News>) -> Watches {
-        Watches { tasks: JoinSet::new(), handles: BTreeMap::new(), turns: Arc::new(Turns::new()), news }
+impl<R: Remote> Watches<R> {
+    fn new(remote: R, news: mpsc::Sender<News>) -> Watches<R> {
+        Watches { tasks: JoinSet::new(), handles: BTreeMap::new(), turns: Arc::new(Turns::new(remote)), news }
     }
 
-    fn adjust<R: Remote>(&mut self, remote: &R, known: &Known) {
+    fn adjust(&mut self, known: &Known) {
         let queries = known.queries();
         self.handles.retain(|query, task| {
             let stays = queries.contains(query);
@@ -199,7 +199,7 @@ impl Watches {
         for query in queries {
             if !self.handles.contains_key(&query) {
                 let index = known.index(&query);
-                let task = watch(remote.another(), query.clone(), index, self.turns.clone(), self.news.clone());
+                let task = watch(query.clone(), index, self.turns.clone(), self.news.clone());
                 self.handles.insert(query, self.tasks.spawn(task));
             }
         }

@@ -1,7 +1,7 @@
 //! One query, followed for good: the rules of Consul's blocking queries.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc};
@@ -20,17 +20,25 @@ const PACE: Duration = Duration::from_millis(100);
 /// may have other users of its agent.
 pub(super) const TURNS: usize = 128;
 
-/// Who may ask now.
+/// Who may ask now, and the connections that are free for it.
 #[derive(Debug)]
-pub(super) struct Turns {
+pub(super) struct Turns<R> {
     semaphore: Semaphore,
     /// How many want to.
     watches: AtomicUsize,
+    free: Mutex<Free<R>>,
 }
 
-impl Turns {
-    pub(super) fn new() -> Turns {
-        Turns { semaphore: Semaphore::new(TURNS), watches: AtomicUsize::new(0) }
+#[derive(Debug)]
+struct Free<R> {
+    first: R,
+    kept: Vec<R>,
+}
+
+impl<R: Remote> Turns<R> {
+    pub(super) fn new(first: R) -> Turns<R> {
+        let free = Mutex::new(Free { first, kept: Vec::new() });
+        Turns { semaphore: Semaphore::new(TURNS), watches: AtomicUsize::new(0), free }
     }
 
     pub(super) fn are_for(&self, watches: usize) {
@@ -39,6 +47,19 @@ impl Turns {
 
     fn are_scarce(&self) -> bool {
         self.watches.load(Ordering::Relaxed) > TURNS
+    }
+
+    fn free(&self) -> MutexGuard<'_, Free<R>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_connection(&self) -> R {
+        let mut free = self.free();
+        free.kept.pop().unwrap_or_else(|| free.first.another())
+    }
+
+    fn give_back(&self, connection: R) {
+        self.free().kept.push(connection);
     }
 }
 
@@ -52,17 +73,11 @@ pub(super) struct News {
 }
 
 /// Until nobody hears it. `known` is the index that was read in the time before.
-pub(super) async fn watch<R: Remote>(
-    mut remote: R,
-    query: Query,
-    known: u64,
-    turns: Arc<Turns>,
-    news: mpsc::Sender<News>,
-) {
+pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<R>>, news: mpsc::Sender<News>) {
     let (mut index, mut before) = (0, known);
     let mut backoff = Backoff::default();
     loop {
-        let (answer, started) = ask(&mut remote, &query, index, &turns).await;
+        let (answer, started) = ask(&query, index, &turns).await;
         let mut next = started + PACE;
         let mut went_back = false;
         match &answer {
@@ -81,14 +96,19 @@ pub(super) async fn watch<R: Remote>(
     }
 }
 
-async fn ask<R: Remote>(remote: &mut R, query: &Query, index: u64, turns: &Turns) -> (Result<Answer, Error>, Instant) {
+async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<Answer, Error>, Instant) {
     let takes_turns = matches!(query, Query::Instances(_));
     // The semaphore is never closed, so there is always a turn.
     let _turn = if takes_turns { turns.semaphore.acquire().await.ok() } else { None };
     let wait = if takes_turns && turns.are_scarce() { SHORT_WAIT } else { WAIT };
     let wait = jittered(wait, fastrand::f64() / 2.0);
     let started = Instant::now();
-    (remote.ask(query, index, wait).await, started)
+    let mut connection = turns.take_connection();
+    let answer = connection.ask(query, index, wait).await;
+    if answer.is_ok() {
+        turns.give_back(connection);
+    }
+    (answer, started)
 }
 
 /// Asks each query once, beside its watch.

@@ -9,7 +9,7 @@ use meshd_etcd::Prefix;
 use meshd_etcd::api::KeyValue;
 use meshd_identity::TrustDomain;
 
-use crate::{Change, Scope, stored};
+use crate::{Change, Scope, ServiceName, stored};
 
 /// Below which all keys lie, unless told otherwise.
 pub(crate) const BASE: &str = "/meshd-discovery/v1";
@@ -20,6 +20,10 @@ pub(crate) fn prefix(base: &str, scope: &Scope) -> Prefix {
         Scope::Namespace(namespace) => Prefix::new(format!("{base}/{namespace}/")),
         Scope::Service(service) => Prefix::new(format!("{base}/{}/{}/", service.namespace(), service.name())),
     }
+}
+
+pub(crate) fn endpoint(base: &str, service: &ServiceName, instance: &str) -> String {
+    format!("{base}/{}/{}/endpoints/{instance}", service.namespace(), service.name())
 }
 
 /// What was written to a key. A key of unknown form is passed over: a newer meshd may have written it.

@@ -11,7 +11,7 @@
 //! after they were sent are old news. A probe asks the majority, so a member cut off from it is left.
 
 mod follow;
-mod keys;
+pub(crate) mod keys;
 mod remote;
 
 use std::sync::Arc;
@@ -20,12 +20,15 @@ use meshd_etcd::{Client, Error, Settings};
 use meshd_identity::TrustDomain;
 use tokio::sync::watch;
 
+use crate::register::etcd::EtcdRegistrar;
 use crate::{Sink, Source, SourceFuture, Wanted};
 
 pub struct EtcdSource {
     name: String,
     base: String,
     client: Arc<Client>,
+    /// `HOST:PORT` of each.
+    members: Vec<String>,
     trust_domain: TrustDomain,
 }
 
@@ -38,7 +41,15 @@ impl EtcdSource {
         trust_domain: TrustDomain,
     ) -> Result<EtcdSource, Error> {
         let base = base.unwrap_or(keys::BASE).trim_end_matches('/').to_owned();
-        Ok(EtcdSource { name: name.to_owned(), base, client: Arc::new(Client::new(settings)?), trust_domain })
+        let members = settings.addresses()?;
+        let client = Arc::new(Client::new(settings)?);
+        Ok(EtcdSource { name: name.to_owned(), base, client, members, trust_domain })
+    }
+
+    /// Registers over the source's own connection.
+    pub(crate) fn registrar(&self) -> EtcdRegistrar {
+        let EtcdSource { name, base, client, members, .. } = self;
+        EtcdRegistrar { name: name.clone(), base: base.clone(), client: client.clone(), members: members.clone() }
     }
 }
 

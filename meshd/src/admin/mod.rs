@@ -8,6 +8,7 @@ mod intercept;
 mod ledger;
 mod pki;
 mod probe;
+mod registrations;
 mod server;
 mod show;
 mod tasks;

@@ -1,7 +1,7 @@
 //! `meshd status` and `meshd edges` as tables.
 
 use super::view::{EdgeView, StatusView};
-use super::{tasks, withheld};
+use super::{registrations, tasks, withheld};
 use crate::capture::KeeperView;
 
 /// The status as a page of text.
@@ -54,6 +54,7 @@ pub fn status(status: &StatusView) -> String {
             page += &format!("  ‼ source {}: {error}\n", source["name"].as_str().unwrap_or_default());
         }
     }
+    page += &registrations::show(&status.registrations);
     page += &capture(&status.capture);
     page += &tasks::show(&status.tasks);
     page += &status.pki.show();

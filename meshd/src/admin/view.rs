@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use meshd_discovery::SourceHealth;
+use meshd_discovery::{RegistrationHealth, Registrations, SourceHealth};
 use meshd_identity::SpiffeId;
 use meshd_pki_client::{Credentials, RenewalMetrics};
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use super::endpoints::{self, EndpointView};
 use super::ledger::{Callers, LedgerView};
 use super::pki::PkiView;
+use super::registrations;
 use super::tasks::TaskView;
 use super::withheld::WithheldView;
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
@@ -34,6 +35,7 @@ pub struct View {
     keeper: KeeperHandle,
     domain: String,
     recovery: Recovery,
+    registrations: Arc<Registrations>,
 }
 
 /// `meshd status`.
@@ -57,6 +59,8 @@ pub struct StatusView {
     pub serves: Vec<DeliveryView>,
     pub services: Vec<ServiceView>,
     pub sources: Vec<Value>,
+    #[serde(default)]
+    pub registrations: Vec<RegistrationHealth>,
     pub capture: KeeperView,
     pub renewals_ok: u64,
     pub renewals_failed: u64,
@@ -137,7 +141,23 @@ impl View {
         (keeper, recovery): (KeeperHandle, Recovery),
     ) -> View {
         let domain = config.dns.domain.to_string();
-        View { started: Instant::now(), shared, lifecycle, credentials, sources, renewals, keeper, domain, recovery }
+        let registrations = Arc::new(Registrations::new(Vec::new()));
+        View {
+            started: Instant::now(),
+            shared,
+            lifecycle,
+            credentials,
+            sources,
+            renewals,
+            keeper,
+            domain,
+            recovery,
+            registrations,
+        }
+    }
+
+    pub fn registering(self, registrations: Arc<Registrations>) -> View {
+        View { registrations, ..self }
     }
 
     pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
@@ -182,6 +202,7 @@ impl View {
             serves: self.serves(),
             services: self.services(),
             sources: sources.iter().filter_map(|health| serde_json::to_value(health).ok()).collect(),
+            registrations: self.registrations.rows(),
             capture: self.capture(),
             renewals_ok: self.renewals.refreshes_ok(),
             renewals_failed: self.renewals.refreshes_failed(),
@@ -347,6 +368,7 @@ impl View {
             "Claims of enrol.d that nobody has, because the PKI does not agree; `meshd status` says why",
             vec![(Vec::new(), WithheldView::all(&self.shared.enrolment.load(), &credentials).len() as f64)],
         ));
+        metrics.extend(registrations::metrics(&self.registrations.rows()));
         metrics.extend(self.ledger(Callers::LeftOut).metrics());
         metrics.extend(capture_metrics(&self.capture()));
         metrics.extend(self.recovery.metrics());

@@ -134,7 +134,7 @@ mod tests {
     use crate::attest::Attestor;
     use crate::dns::Vips;
     use crate::enrol::{PortWatch, Reserved, Sight, load};
-    use crate::proxy::{ProxyConfig, RawPlaces};
+    use crate::proxy::{Locality, ProxyConfig, RawPlaces};
     use crate::telemetry::{AccessLog, Telemetry};
     use crate::transport::generations::Generation;
 
@@ -184,6 +184,7 @@ mod tests {
                 vips: Arc::new(vips.unwrap()),
                 raw: ArcSwap::<RawPlaces>::default(),
                 telemetry: Telemetry::new(1, AccessLog::off()),
+                locality: Locality::default(),
             });
             let certificates = Certificates::new(shared.clone(), None, first.clone());
             Daemon { ca, first, shared, certificates, state }

@@ -3,6 +3,7 @@
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
+use meshd_discovery::RegistrationHealth;
 use meshd_pki_client::Credentials;
 
 use super::finding::Finding;
@@ -161,7 +162,7 @@ pub(super) fn running(status: &Result<StatusView, AdminError>) -> Vec<Finding> {
     match status {
         Ok(status) => {
             let federation = federation(&status.pki, unix_now().cast_signed());
-            vec![Finding::ok(check, ""), tasks(&status.tasks), sources(status), federation]
+            vec![Finding::ok(check, ""), tasks(&status.tasks), sources(status), registrations(status), federation]
         }
         Err(error) => vec![Finding::failed(check, error.to_string(), "")],
     }
@@ -206,6 +207,18 @@ fn sources(status: &StatusView) -> Finding {
     match errors.is_empty() {
         true => Finding::ok(check, ""),
         false => Finding::warning(check, errors.join("; "), "the last good state stays in force meanwhile"),
+    }
+}
+
+fn registrations(status: &StatusView) -> Finding {
+    let check = "what this host serves is registered";
+    let said = |row: &RegistrationHealth| Some(format!("{} in {}: {}", row.service, row.source, row.error.as_ref()?));
+    let errors: Vec<String> = status.registrations.iter().filter_map(said).collect();
+    match errors.is_empty() {
+        true => Finding::ok(check, format!("{} times", status.registrations.len())),
+        false => {
+            Finding::warning(check, errors.join("; "), "it is tried again by itself; what is registered stays for 10 s")
+        }
     }
 }
 

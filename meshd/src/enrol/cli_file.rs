@@ -129,7 +129,7 @@ fn lock(dir: &Path) -> Result<File, CliFileError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::enrol::{ClientAddress, Mode, Reserved, ServeEntry, load};
+    use crate::enrol::{CheckEntry, ClientAddress, Mode, Reserved, ServeEntry, load};
     use meshd_identity::TrustDomain;
 
     fn domain() -> TrustDomain {
@@ -145,6 +145,9 @@ mod tests {
             client_address: ClientAddress::ProxyV2,
             local_ok: vec![997],
             plaintext_from: vec!["10.0.0.0/8".parse().unwrap()],
+            check: Some(CheckEntry { tcp: true, ..CheckEntry::default() }),
+            weight: Some(7),
+            ..ServeEntry::default()
         };
         WorkloadEntry {
             namespace: "shop".into(),
@@ -171,6 +174,8 @@ mod tests {
             (delivery.mode, &delivery.local_ok[..], delivery.plaintext_from.len()),
             (Mode::Strict, &[997][..], 1)
         );
+        let published = delivery.published.as_ref().unwrap();
+        assert!(published.check.is_some() && published.weight == Some(7), "{published:?}");
         assert_eq!(enrolment.enrolled_by(&web).unwrap().identity.short(), "ns/shop/sa/web");
         let text = std::fs::read_to_string(dir.path().join(NAME)).unwrap();
         assert!(text.starts_with("# Written by `meshd enrol`"), "{text}");

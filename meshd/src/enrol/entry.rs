@@ -51,6 +51,29 @@ pub struct ServeEntry {
     pub local_ok: Vec<u32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plaintext_from: Vec<IpNet>,
+    /// False: it is not registered, where this host registers at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub publish: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check: Option<CheckEntry>,
+}
+
+/// `check` of a `[[workload.serve]]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckEntry {
+    /// A path that answers with 2xx or 3xx while it is well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http: Option<String>,
+    /// It accepts a connection while it is well.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tcp: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every_s: Option<u64>,
 }
 
 /// Which field is wrong, and why.

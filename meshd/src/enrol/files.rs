@@ -11,6 +11,7 @@ use meshd_identity::{SpiffeId, TrustDomain};
 use toml::Spanned;
 
 use super::entry::{EnrolFile, FieldError, ServeEntry, WorkloadEntry};
+use super::publish::published;
 use super::{ClientAddress, Delivery, Enrolment, Mode, Selector, Workload};
 use crate::config::{ConfigError, line_of, parse_toml};
 
@@ -171,6 +172,8 @@ impl Enrolment {
             );
             return Err(("workload.serve.client_address", reason));
         }
+        let published = published(serve)?;
+        self.agree_on_registration(&service, owner, published.as_ref())?;
         let delivery = Arc::new(Delivery {
             service: service.clone(),
             port: serve.port,
@@ -180,6 +183,7 @@ impl Enrolment {
             client_address: serve.client_address,
             local_ok: serve.local_ok.clone(),
             plaintext_from: serve.plaintext_from.clone(),
+            published,
             origin,
         });
         if self.by_target.insert((service.clone(), serve.port), delivery.clone()).is_some() {

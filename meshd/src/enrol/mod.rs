@@ -9,6 +9,7 @@ mod guard;
 mod owner;
 mod port_memory;
 mod ports;
+mod publish;
 mod selector;
 mod sight;
 mod walk_budget;
@@ -26,12 +27,13 @@ use meshd_identity::SpiffeId;
 pub(crate) use cgroups::cgroup2_mount;
 pub use cgroups::{Cgroup, CgroupUnits, UnitLookup, find_cgroups, own_unit, unit_of_process};
 pub use cli_file::{CliFile, CliFileError};
-pub use entry::{ServeEntry, WorkloadEntry};
+pub use entry::{CheckEntry, ServeEntry, WorkloadEntry};
 pub use files::{EnrolError, Origin, Reserved, load, load_as_if};
 pub use guard::{Guard, ProcessFacts, ProgramFacts};
 pub use owner::Owner;
 pub use port_memory::PortMemory;
 pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
+pub use publish::{Ask, Check, Published};
 pub use selector::{ScopePattern, Selector, SelectorError};
 pub use sight::Sight;
 pub use withheld::Withheld;
@@ -62,6 +64,8 @@ pub struct Delivery {
     pub local_ok: Vec<u32>,
     /// Networks that may call a strict port in clear.
     pub plaintext_from: Vec<IpNet>,
+    /// What is registered of it; None: nothing.
+    pub published: Option<Published>,
     /// File and line, for whoever must change it.
     pub origin: Origin,
 }

@@ -1,5 +1,8 @@
 //! WHICH endpoint: power of two choices by peak-EWMA cost (as Linkerd and Finagle do). Pure; takes `now`.
 //!
+//! Considered are the healthy endpoints of the first source of which any works, as far away as needed (`locality`); and
+//! all there are when none works, for nothing is as sure to fail as no endpoint at all.
+//!
 //! The cost of an endpoint is the recent peak of its time from CONNECT to 200, times the streams in
 //! flight on it + 1, divided by its weight. A failed dial counts as the connect timeout. Such a penalty
 //! takes a minute to decay below what a healthy endpoint costs, so whoever probes a failed endpoint
@@ -11,6 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use meshd_discovery::{Endpoint, Health, Service};
+
+use super::locality::{Distance, Locality, Reach, Weights};
 
 /// How fast a peak is forgotten (Linkerd's default for its peak-EWMA).
 const DECAY: Duration = Duration::from_secs(10);
@@ -27,11 +32,13 @@ const CHOICES: usize = 2;
 pub(super) struct Balancer {
     members: RefCell<Vec<Rc<Member>>>,
     service: RefCell<Option<Arc<Service>>>,
+    reach: Reach,
 }
 
 #[derive(Debug)]
 struct Member {
     endpoint: Arc<Endpoint>,
+    distance: Distance,
     cost: Cell<Option<Peak>>,
     in_flight: Cell<u32>,
     /// Failures since the last success.
@@ -40,9 +47,10 @@ struct Member {
 }
 
 impl Member {
-    fn new(endpoint: &Arc<Endpoint>) -> Member {
+    fn new(endpoint: &Arc<Endpoint>, locality: &Locality) -> Member {
         Member {
             endpoint: endpoint.clone(),
+            distance: locality.distance(endpoint),
             cost: Cell::default(),
             in_flight: Cell::default(),
             failures: Cell::default(),
@@ -151,7 +159,7 @@ pub(super) struct Candidates<'a> {
 
 impl Balancer {
     /// Takes over the endpoints of `service`; those that stay keep their costs.
-    pub(super) fn update(&self, service: &Arc<Service>, port: u16) {
+    pub(super) fn update(&self, service: &Arc<Service>, port: u16, locality: &Locality) {
         if self.service.borrow().as_ref().is_some_and(|current| Arc::ptr_eq(current, service)) {
             return;
         }
@@ -161,12 +169,12 @@ impl Balancer {
             .map(|endpoint| match members.iter().find(|member| same_place(&member.endpoint, endpoint)) {
                 Some(known) if known.endpoint == *endpoint => known.clone(),
                 Some(known) => {
-                    let member = Member::new(endpoint);
+                    let member = Member::new(endpoint, locality);
                     // A changed record deserves a try where the old one had failed.
                     member.cost.set(known.cost.get().filter(|_| !known.probed.get()));
                     Rc::new(member)
                 }
-                None => Rc::new(Member::new(endpoint)),
+                None => Rc::new(Member::new(endpoint, locality)),
             })
             .collect();
         *members = updated;
@@ -180,13 +188,13 @@ impl Balancer {
     fn pick(&self, tried: &[Rc<Member>], now: Instant, draw: &mut impl FnMut(usize) -> usize) -> Option<Rc<Member>> {
         let members = self.members.borrow();
         let untried = |member: &&Rc<Member>| !tried.iter().any(|other| Rc::ptr_eq(other, member));
-        let usable = |member: &&Rc<Member>| member.endpoint.weight > 0 && member.endpoint.health != Health::Unhealthy;
-        let mut left: Vec<&Rc<Member>> = members.iter().filter(usable).filter(untried).collect();
-        // What the first source says holds for as long as any of it works; then everything counts, so that a service is
-        // never without endpoints because all of them failed once.
-        let works = |member: &&&Rc<Member>| !member.probed.get();
+        let mut left: Vec<&Rc<Member>> = members.iter().filter(|member| member.takes_any()).filter(untried).collect();
+        let works = |member: &&&Rc<Member>| member.works();
         if let Some(first) = left.iter().filter(works).map(|member| member.endpoint.rank).min() {
-            left.retain(|member| member.endpoint.rank == first);
+            left.retain(|member| member.is_healthy() && member.endpoint.rank == first);
+            let nearest = left.iter().filter(works).map(|member| member.distance).min().unwrap_or_default();
+            let farthest = self.look(&members, first, now).max(nearest);
+            left.retain(|member| member.distance <= farthest);
         }
         let fallback = Balancer::untried_cost(&members, now);
         let mut best: Option<(f64, &Rc<Member>)> = None;
@@ -198,6 +206,17 @@ impl Balancer {
             }
         }
         best.map(|(_, member)| member.clone())
+    }
+
+    fn look(&self, members: &[Rc<Member>], rank: u8, now: Instant) -> Distance {
+        let (mut all, mut working) = (Weights::default(), Weights::default());
+        for member in members.iter().filter(|member| member.endpoint.rank == rank) {
+            all.add(member.distance, member.endpoint.weight);
+            if member.works() {
+                working.add(member.distance, member.endpoint.weight);
+            }
+        }
+        self.reach.look(all, working, now)
     }
 
     /// What an untried endpoint is taken to cost: as much as its cheapest sibling, so that it is neither
@@ -214,6 +233,19 @@ fn same_place(a: &Endpoint, b: &Endpoint) -> bool {
 }
 
 impl Member {
+    /// Weight 0 is how an operator, or a host that leaves, takes an endpoint out.
+    fn takes_any(&self) -> bool {
+        self.endpoint.weight > 0
+    }
+
+    fn is_healthy(&self) -> bool {
+        self.endpoint.health != Health::Unhealthy
+    }
+
+    fn works(&self) -> bool {
+        self.takes_any() && self.is_healthy() && !self.probed.get()
+    }
+
     fn load(&self, fallback: f64, now: Instant) -> f64 {
         let cost = self.cost.get().map_or(fallback, |peak| peak.at(now));
         cost * f64::from(self.in_flight.get() + 1) * 100.0 / f64::from(self.endpoint.weight)
@@ -259,7 +291,7 @@ mod tests {
     fn endpoints_of_a_later_source_are_used_only_when_those_of_the_first_fail() {
         let balancer = Balancer::default();
         let later = Arc::new(Endpoint { rank: 1, ..(*endpoint(2, 100)).clone() });
-        balancer.update(&service(vec![endpoint(1, 100), later]), 80);
+        balancer.update(&service(vec![endpoint(1, 100), later]), 80, &Locality::default());
         let now = Instant::now();
         let pick = |tried: &[Rc<Member>]| balancer.pick(tried, now, &mut |bound| bound - 1).unwrap();
         let first = pick(&[]);
@@ -272,6 +304,33 @@ mod tests {
         }
         // All failed: none is left out.
         pick(&[pick(&[])]);
+    }
+
+    #[test]
+    fn endpoints_near_by_are_used_alone_and_those_farther_away_when_too_few_of_them_work() {
+        let in_zone = |n: u8, zone: &str| Arc::new(Endpoint { zone: zone.into(), ..(*endpoint(n, 100)).clone() });
+        let (balancer, now) = (Balancer::default(), Instant::now());
+        let here = Locality::new("a", &["b".to_owned()], vec![]);
+        balancer.update(&service(vec![in_zone(1, "a"), in_zone(2, "b"), in_zone(3, "c")]), 80, &here);
+        let pick = |tried: &[Rc<Member>]| balancer.pick(tried, now, &mut |bound| bound - 1).unwrap();
+        let near = pick(&[]);
+        assert_eq!(&*near.endpoint.zone, "a");
+        let next = pick(std::slice::from_ref(&near));
+        assert_eq!(&*next.endpoint.zone, "b", "a connection is tried elsewhere before it fails");
+        near.probed.set(true);
+        near.cost.set(Some(Peak { seconds: 1.0, at: now }));
+        assert_eq!(&*pick(&[]).endpoint.zone, "b");
+    }
+
+    #[test]
+    fn unhealthy_endpoints_are_used_when_there_is_nothing_else() {
+        let unhealthy = |n: u8| Arc::new(Endpoint { health: Health::Unhealthy, ..(*endpoint(n, 100)).clone() });
+        let (balancer, now) = (Balancer::default(), Instant::now());
+        balancer.update(&service(vec![unhealthy(1), endpoint(2, 100)]), 80, &Locality::default());
+        assert_eq!(all_in_order(&balancer, now)[0].endpoint().health, Health::Healthy);
+        balancer.update(&service(vec![unhealthy(1), unhealthy(2), endpoint(3, 0)]), 80, &Locality::default());
+        let offered = all_in_order(&balancer, now);
+        assert_eq!(offered.len(), 2, "all of them, and not the one that was taken out");
     }
 
     fn service(endpoints: Vec<Arc<Endpoint>>) -> Arc<Service> {
@@ -288,7 +347,11 @@ mod tests {
 
     fn balancer(weights: &[u32]) -> Balancer {
         let balancer = Balancer::default();
-        balancer.update(&service((1..).zip(weights).map(|(n, weight)| endpoint(n, *weight)).collect()), 80);
+        balancer.update(
+            &service((1..).zip(weights).map(|(n, weight)| endpoint(n, *weight)).collect()),
+            80,
+            &Locality::default(),
+        );
         balancer
     }
 
@@ -356,7 +419,7 @@ mod tests {
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
         drop(candidate);
-        balancer.update(&service(vec![]), 80);
+        balancer.update(&service(vec![]), 80, &Locality::default());
         assert!(failed.pause().is_none() && failed.endpoint().is_none());
     }
 
@@ -388,7 +451,7 @@ mod tests {
             let slow = candidate.endpoint().dial.ip().to_string() == "10.0.0.1";
             candidate.answered(Duration::from_millis(if slow { 500 } else { 1 }), now);
         }
-        balancer.update(&service(vec![endpoint(1, 100), endpoint(2, 100)]), 80);
+        balancer.update(&service(vec![endpoint(1, 100), endpoint(2, 100)]), 80, &Locality::default());
         assert_eq!(all_in_order(&balancer, now)[0].endpoint().dial.ip().to_string(), "10.0.0.2");
     }
 

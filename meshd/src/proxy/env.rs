@@ -76,7 +76,7 @@ impl Env {
         self.balancers.borrow_mut().retain(|(_, name, port), balancer| {
             let service = directory.get(name);
             if let Some(service) = service {
-                balancer.update(service, *port);
+                balancer.update(service, *port, &self.shared.locality);
             }
             service.is_some()
         });
@@ -91,7 +91,7 @@ impl Env {
     pub(super) fn balancer(&self, source: &SpiffeId, place: &Place) -> Rc<Balancer> {
         let key = (source.clone(), place.service.name.clone(), place.port);
         let balancer = self.balancers.borrow_mut().entry(key).or_default().clone();
-        balancer.update(&place.service, place.port);
+        balancer.update(&place.service, place.port, &self.shared.locality);
         balancer
     }
 

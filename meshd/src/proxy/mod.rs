@@ -15,6 +15,7 @@ mod held;
 mod identify;
 mod inbound;
 mod limits;
+mod locality;
 mod outbound;
 mod probe;
 mod prove;
@@ -41,6 +42,7 @@ use crate::enrol::{Enrolment, PortWatch};
 use crate::telemetry::Telemetry;
 use crate::transport::tls::TlsState;
 
+pub use locality::Locality;
 pub use resolve::RawPlaces;
 pub use worker::{Listeners, Workers, start};
 
@@ -106,4 +108,6 @@ pub struct Shared {
     /// What captured raw addresses stand for.
     pub raw: ArcSwap<RawPlaces>,
     pub telemetry: Arc<Telemetry>,
+    /// Where this host is.
+    pub locality: Locality,
 }

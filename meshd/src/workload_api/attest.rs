@@ -261,7 +261,7 @@ mod tests {
             hanging.push(release);
         }
         // Time stands still while threads of this kind run.
-        let (met, ()) = tokio::join!(caller.meet(in_time()), tokio::time::advance(Duration::from_secs(4)));
+        let (met, ()) = tokio::join!(caller.meet(in_time()), tokio::time::advance(Duration::from_secs(11)));
         assert!(!met && caller.program.get().is_none(), "it is never refused for good");
         hanging.clear();
         let long_ago = Instant::now().checked_sub(2 * PROMPT).unwrap();

@@ -13,7 +13,7 @@ use meshd::dns::Vips;
 use meshd::enrol::{self, Enrolment, PortWatch, Reserved};
 use meshd::fault::Fault;
 use meshd::lifecycle::{self, Conductor, Stage};
-use meshd::proxy::{self, Listeners, ProxyConfig, Shared, Workers};
+use meshd::proxy::{self, Listeners, Locality, ProxyConfig, Shared, Workers};
 use meshd::telemetry::{AccessLog, Direction, Telemetry};
 use meshd::transport::tls::TlsState;
 use meshd_discovery::{Directory, Endpoint, Health, Service, Transport};
@@ -109,6 +109,7 @@ impl Plan {
             raw: ArcSwap::default(),
             vips: Arc::new(vips(directory.path())),
             telemetry: Telemetry::new(self.workers, access_log),
+            locality: Locality::default(),
         });
         Host::run(shared, self, directory)
     }

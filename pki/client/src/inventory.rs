@@ -7,6 +7,9 @@ use meshd_pki_api::v1;
 
 use crate::{Credentials, Svid};
 
+/// Where it is in a chain: behind the leaf.
+const INTERMEDIATE: usize = 1;
+
 pub(crate) fn inventory(held: &Credentials) -> v1::Inventory {
     let svids = held.workloads.values().chain([&held.host]);
     let roots: BTreeSet<String> = svids.flat_map(|svid| roots_under(svid, &held.bundle)).collect();
@@ -32,6 +35,13 @@ pub(crate) fn is_rooted(svid: &Svid, bundle: &Bundle) -> bool {
     !roots_under(svid, bundle).is_empty()
 }
 
+/// Whether a chain ends in the bundle by a bridge alone: the root that its intermediate is under has left.
+pub(crate) fn hangs_on_a_bridge(svid: &Svid, bundle: &Bundle) -> bool {
+    let roots = || bundle.roots.iter().map(Vec::as_slice);
+    let ends_at = svid.chain.iter().position(|certificate| !roots_of(certificate, roots()).is_empty());
+    ends_at.is_some_and(|behind| behind > INTERMEDIATE)
+}
+
 #[cfg(test)]
 mod tests {
     use meshd_identity::{SpiffeId, TrustDomain};
@@ -53,6 +63,8 @@ mod tests {
         };
         assert_eq!(roots_under(&svid, &bundle(&[&before, &signs])), [root_id(&root(&signs))]);
         assert_eq!(roots_under(&svid, &bundle(&[&before])), [root_id(&root(&before))]);
+        assert!(hangs_on_a_bridge(&svid, &bundle(&[&before])));
+        assert!(!hangs_on_a_bridge(&svid, &bundle(&[&before, &signs])));
         assert!(!is_rooted(&svid, &bundle(&[&FakeCa::new(&domain)])));
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
-use crate::inventory::{authorities_of, is_rooted};
+use crate::inventory::{authorities_of, hangs_on_a_bridge, is_rooted};
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -106,7 +106,8 @@ pub(crate) fn due(
         // It would be refused; the conversation tells when that has ended.
         return Vec::new();
     }
-    let is_due = |svid: &Svid| told.renew_at(held, svid) <= now || !is_rooted(svid, &held.bundle);
+    let is_settled = |svid: &Svid| is_rooted(svid, &held.bundle) && !hangs_on_a_bridge(svid, &held.bundle);
+    let is_due = |svid: &Svid| told.renew_at(held, svid) <= now || !is_settled(svid);
     let mut due = Vec::new();
     if is_due(&held.host) {
         due.push(held.host.id.clone());
@@ -182,6 +183,23 @@ mod tests {
         let waiting = Circumstances { waiting, ..Circumstances::default() };
         assert_eq!(due(&held, &wanted, &waiting, now), vec![]);
         assert_eq!(due(&held, &wanted, &waiting, now + Duration::from_secs(40)), vec![id]);
+    }
+
+    #[test]
+    fn what_is_believed_by_a_bridge_alone_is_replaced_at_once() {
+        let (signs, before) = (FakeCa::new(domain()), FakeCa::new(domain()));
+        let mut held = signs.credentials("web", &[]);
+        let mut host = Svid::clone(&held.host);
+        host.chain.push(before.svid(&held.host.id).chain[1].clone());
+        held.host = std::sync::Arc::new(host);
+        let is_due = |held: &Credentials| {
+            let due = due(held, &BTreeSet::new(), &Circumstances::default(), held.host.issued_at);
+            due.contains(&held.host.id)
+        };
+        held.bundle.roots.extend(before.bundle().roots);
+        assert!(!is_due(&held));
+        held.bundle.roots.remove(0);
+        assert!(is_due(&held), "the root it is under has left");
     }
 
     #[test]

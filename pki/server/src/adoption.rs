@@ -123,8 +123,8 @@ fn longest_leaf(roster: &Roster) -> i64 {
 
 fn adopt_roots(state: &StateDir, roots: &[KnownRoot], above: u64, now: SystemTime) -> Result<(), StateError> {
     let (kek, lifetimes) = (state.kek()?, Lifetimes::default());
-    let domain = &state.trust_domain;
-    let rotator = Rotator { domain, kek: &kek, lifetimes: &lifetimes, clock_is_good: true, now };
+    let (domain, deny_floor) = (&state.trust_domain, Floor::new(state).get());
+    let rotator = Rotator { domain, kek: &kek, lifetimes: &lifetimes, clock_is_good: true, deny_floor, now };
     state.change(now, |records, told| {
         told.extend(rotator.adopt(records, roots, above)?);
         Ok(())

@@ -10,6 +10,7 @@ use rcgen::{
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::FromDer;
 
 use crate::keys::{KeyError, random};
@@ -28,6 +29,8 @@ pub enum AuthorityError {
     Sign(#[from] rcgen::Error),
     #[error(transparent)]
     Key(#[from] KeyError),
+    #[error("a bridge to root {id} would have another name or key identifier than it, and lead nowhere")]
+    Bridge { id: String },
     #[error("authority {id} ends at {end}, too soon to issue under it; {remedy}")]
     Ending { id: String, end: String, remedy: &'static str },
 }
@@ -98,7 +101,22 @@ impl Authority {
         let end = self.clamp(now, not_after)?;
         // Intermediates and leaves below it, no further authority.
         let params = authority_params(domain, ROOT_NAME, id, BasicConstraints::Constrained(1), now, end)?;
-        Ok(params.signed_by(&key, &self.issuer)?.der().to_vec())
+        let made = params.signed_by(&key, &self.issuer)?.der().to_vec();
+        let (_, bridge) = X509Certificate::from_der(&made).map_err(|error| unreadable(&error))?;
+        let identifier = |of: &X509Certificate<'_>| {
+            of.iter_extensions().find_map(|extension| match extension.parsed_extension() {
+                ParsedExtension::SubjectKeyIdentifier(found) => Some(found.0.to_vec()),
+                _ => None,
+            })
+        };
+        // Another version may have named it otherwise; verifiers go from certificate to certificate by these.
+        let leads_there = bridge.subject().as_raw() == parsed.subject().as_raw()
+            && bridge.public_key().raw == parsed.public_key().raw
+            && identifier(&bridge) == identifier(&parsed);
+        if !leads_there {
+            return Err(AuthorityError::Bridge { id: id.to_owned() });
+        }
+        Ok(made)
     }
 
     pub(crate) fn from_parts(
@@ -289,6 +307,15 @@ mod tests {
         assert_eq!((constraints.ca, constraints.path_len_constraint), (true, Some(1)));
         assert!(bridge.key_usage().unwrap().unwrap().value.key_cert_sign());
         assert_ne!(bridge.raw_serial(), next.raw_serial());
+    }
+
+    #[test]
+    fn there_is_no_bridge_to_a_root_of_another_name() {
+        let lifetimes = Lifetimes::default();
+        let (before, next) = (chain(&lifetimes).0, chain(&lifetimes).0);
+        let end = now() + lifetimes.bridge;
+        let made = before.bridge_to(("another", &next.certificate), &domain(), end, now());
+        assert!(matches!(made, Err(AuthorityError::Bridge { .. })));
     }
 
     #[test]

@@ -17,9 +17,10 @@ use crate::audit::Event;
 use crate::keys::replace_private;
 use crate::pki::{Pki, PkiError};
 use crate::refused::Refused;
+use crate::rotation::step::keys_to_deny;
 use crate::service::Peer;
 use crate::state_dir::{StateDir, StateError};
-use crate::store::deny::{self, Deny};
+use crate::store::deny::{self, Deny, include};
 use crate::store::hosts::{self, HostState};
 use crate::store::{DbError, Records, View, tokens, trust};
 use crate::times::{unix, unix_ms};
@@ -151,7 +152,11 @@ impl Pki {
                 return Ok(false);
             }
             let floor = floor.max(set.sequence);
-            deny::change(records, floor, unix_ms(now), |entries| entries.extend(set.entries.clone()))?;
+            deny::change(records, floor, unix_ms(now), |entries| {
+                entries.extend(set.entries.clone());
+                // A step that could not change the set while this one was missing.
+                keys_to_deny(&trust, &self.lifetimes, unix(now)).into_iter().for_each(|(_, key)| include(entries, key));
+            })?;
             let detail = format!("{} entries of a set newer than the database, from a host", set.entries.len());
             told.push(Event { event: "deny_learn", result: "ok", detail: Some(detail), ..Event::default() });
             ban(records, told, first, unix(now))?;

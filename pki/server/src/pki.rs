@@ -13,7 +13,7 @@ use crate::attest::Nonces;
 use crate::attestors::Attestors;
 use crate::audit::{Allowance, Event};
 use crate::clock::{ClockGuard, Distrust};
-use crate::deny::SignedDeny;
+use crate::deny::{Floor, SignedDeny};
 use crate::failpoint;
 use crate::federation::share::Followed;
 use crate::federation::web::WebCertificate;
@@ -147,7 +147,9 @@ impl Pki {
         replicas::register(&state, &options.advertise, now)?;
         let lifetimes = &options.lifetimes;
         let domain = &state.trust_domain;
-        let keeper = Keeper::open(&state, &Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, now })?;
+        let deny_floor = Floor::new(&state).get();
+        let rotator = Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, deny_floor, now };
+        let keeper = Keeper::open(&state, &rotator)?;
         if let Some(files) = &options.upstream {
             look_ahead(&state, files, &options.lifetimes, now);
         }
@@ -236,14 +238,16 @@ impl Pki {
     /// waits for it. Called every second.
     pub fn refresh(&self) -> Result<(), PkiError> {
         let now = self.start().not_before_last(self.now());
-        let (trust, stored) = self.state.database.read(|view| -> Result<_, StateError> {
-            Ok((trust::trust(view)?, intermediates::active(view, &self.state.replica)?))
-        })?;
         let signer = self.signer();
+        let (trust, stored, bridge) = self.state.database.read(|view| -> Result<_, StateError> {
+            let trust = trust::trust(view)?;
+            let bridge = trust.carried_to(&signer.under, view, &self.lifetimes)?.cloned();
+            Ok((trust, intermediates::active(view, &self.state.replica)?, bridge))
+        })?;
         // It is not the stored one any more when an operator has tainted it.
         let is_stored = stored.is_some_and(|stored| stored.id == signer.intermediate.id);
         let names = self.attestors.istio().map(|grants| grants.names.clone()).unwrap_or_default();
-        if !is_stored || signer.names != names || !signer.is_fresh(&trust, now) {
+        if !is_stored || signer.names != names || !signer.is_fresh(&trust, bridge.as_ref(), now) {
             let signer = Signer::load(&self.state, &self.kek, &self.lifetimes, now)?;
             let signer = signer.named(names, &self.lifetimes, now)?.judging_by(&self.clock);
             *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
@@ -261,6 +265,7 @@ impl Pki {
             kek: &self.kek,
             lifetimes: &self.lifetimes,
             clock_is_good: self.is_sure_of_clock(),
+            deny_floor: Floor::new(&self.state).get(),
             now: self.now(),
         }
     }
@@ -476,7 +481,8 @@ fn begin(state: &StateDir, kek: &Kek, options: &Options, now: SystemTime) -> Res
     if !is_to_provide(state) {
         return Ok(start);
     }
-    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good: true, now };
+    let (domain, deny_floor) = (&state.trust_domain, Floor::new(state).get());
+    let rotator = Rotator { domain, kek, lifetimes, clock_is_good: true, deny_floor, now };
     let done = state.database.transaction(|records| rotator.provide(records, start.is_latest()))?;
     if !done.is_empty() {
         state.record(now, &done)?;
@@ -501,7 +507,8 @@ fn rotate(
     if !state.database.engine().leads() {
         return Ok(());
     }
-    let rotator = Rotator { domain: &state.trust_domain, kek, lifetimes, clock_is_good, now };
+    let (domain, deny_floor) = (&state.trust_domain, Floor::new(state).get());
+    let rotator = Rotator { domain, kek, lifetimes, clock_is_good, deny_floor, now };
     for _ in 0..MOST_STEPS {
         // Looked at without a lock first: most times nothing is due.
         let due = state.database.read(|view| rotator.is_due(view)).map_err(StateError::from)?;

@@ -22,7 +22,7 @@ use crate::rotation::{Root, Trust};
 use crate::state_dir::{StateDir, StateError};
 use crate::store::hosts::Issued;
 use crate::store::intermediates::{self, Intermediate};
-use crate::store::{DbError, Records, trust};
+use crate::store::{DbError, Records, View, trust};
 use crate::sync::tainted;
 use crate::times::{Clock, TlsTime, from_unix, rfc3339, seconds, unix};
 
@@ -35,6 +35,8 @@ pub(crate) struct Signer {
     pub(crate) intermediate: Authority,
     /// By it verifiers that know only the root before believe what is signed here.
     bridge: Option<Bridge>,
+    /// The root that the intermediate is under.
+    pub(crate) under: String,
     pub(crate) bundle: Bundle,
     /// The same as hosts get it.
     pub(crate) wire: v1::TrustBundle,
@@ -116,12 +118,14 @@ impl Signer {
         }
         let intermediate = unwrap(kek, &row, lifetimes)?;
         let bundle = bundle_of(&trust, &state.trust_domain).map_err(StateError::from)?;
-        let bridge = trust.bridge_to(&row.root).filter(|_| !lifetimes.bridge.is_zero()).cloned();
+        let carried = |view: &mut dyn View| Ok::<_, DbError>(trust.carried_to(&row.root, view, lifetimes)?.cloned());
+        let bridge = state.database.read(carried).map_err(StateError::from)?;
         let signs = (&intermediate, bridge.as_ref());
         let (tls, endpoint) = server_tls(signs, &bundle, (&state.trust_domain, &[]), lifetimes, now)?;
         Ok(Signer {
             intermediate,
             bridge,
+            under: row.root.clone(),
             wire: v1::TrustBundle {
                 trust_domain: bundle.trust_domain.to_string(),
                 sequence: bundle.sequence,
@@ -198,7 +202,8 @@ impl Signer {
         self
     }
 
-    pub(crate) fn is_fresh(&self, trust: &Trust, now: SystemTime) -> bool {
+    /// `bridge` is the one to carry.
+    pub(crate) fn is_fresh(&self, trust: &Trust, bridge: Option<&Bridge>, now: SystemTime) -> bool {
         let says_so = self.bundle.sequence == trust.sequence && self.tainted == tainted(trust);
         let signs = trust.active().is_some_and(|root| root.id == self.root);
         // Made by a clock that was ahead until it was put right, it is not valid yet.
@@ -206,6 +211,7 @@ impl Signer {
         let given = trust.active().and_then(|root| root.upstream.as_ref());
         let is_given = given.is_none_or(|given| given.certificate == self.intermediate.certificate);
         says_so
+            && self.bridge.as_ref() == bridge
             && is_given
             && signs
             && is_of_now

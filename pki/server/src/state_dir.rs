@@ -123,7 +123,7 @@ fn fill(
 ) -> Result<[u8; 32], StateError> {
     let kek = load_or_create_kek(dir)?;
     let lifetimes = Lifetimes::default();
-    let rotator = Rotator { domain, kek: &kek, lifetimes: &lifetimes, clock_is_good: true, now };
+    let rotator = Rotator { domain, kek: &kek, lifetimes: &lifetimes, clock_is_good: true, deny_floor: 0, now };
     let mut digest = [0; 32];
     Database::create(path, domain, |records| -> Result<(), StateError> {
         let (root, bundle) = rotator.found(records)?;

@@ -120,6 +120,7 @@ pub(super) fn entry(selector: &Selector, identity: &SpiffeId, args: &EnrolArgs) 
         local_ok: args.local_ok.clone(),
         plaintext_from: args.plaintext_from.clone(),
         client_address: args.client_address,
+        ..ServeEntry::default()
     });
     WorkloadEntry {
         user_sessions: args.user_sessions,

@@ -35,13 +35,15 @@ impl Desk<'_> {
                 let found = decision.iter().find(|(root, _)| root.as_deref() == id);
                 found.map(|(_, gates)| gates.clone()).unwrap_or_default()
             };
-            let roots = trust.roots.iter().map(|root| {
-                let bridge = trust.bridge_to(&root.id).filter(|bridge| bridge.not_after > unix(self.now));
-                wire_root(root, bridge, waiting(Some(&root.id)))
-            });
+            let mut roots = Vec::new();
+            for root in &trust.roots {
+                let bridge = trust.carried_to(&root.id, view, self.lifetimes)?;
+                let bridge = bridge.filter(|bridge| bridge.not_after > unix(self.now));
+                roots.push(wire_root(root, bridge, waiting(Some(&root.id))));
+            }
             let intermediates = intermediates.iter().map(wire_intermediate);
             Ok(wire::Authorities {
-                authorities: roots.chain(intermediates).collect(),
+                authorities: roots.into_iter().chain(intermediates).collect(),
                 next_root: waiting(None),
                 urgent_since: trust.urgent.map(|urgent| time(urgent.since)),
                 forced: trust.urgent.is_some_and(|urgent| urgent.force),
@@ -194,7 +196,22 @@ impl Desk<'_> {
             None => {}
         }
         follows.extend((state != RootState::Prepared).then(|| moves.to_owned()));
+        follows.extend(self.what_a_taint_means_for_the_bridge(id)?);
         Ok(done(what, follows))
+    }
+
+    /// The root that vouched for a tainted one would have it believed on.
+    fn what_a_taint_means_for_the_bridge(&self, id: &str) -> Result<Option<String>, AdminError> {
+        let trust = self.state.database.read(trust::trust)?;
+        let bridge = trust.roots.iter().find(|root| root.id == id).and_then(|root| root.bridge.as_ref());
+        let end = bridge.map(|bridge| (&bridge.by, bridge.not_after + self.skew()));
+        Ok(end.filter(|(_, end)| *end > unix(self.now)).map(|(by, end)| {
+            format!(
+                "root {by} has vouched for it, so that root leaves without its hold; once {id} has left, its key is \
+                 denied until {}",
+                time(end)
+            )
+        }))
     }
 
     /// An intermediate needs no distribution: without it, its server makes another.

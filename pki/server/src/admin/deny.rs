@@ -51,7 +51,7 @@ impl Desk<'_> {
                 return Err(AdminError::NotFound(format!("{}: nothing of it is valid now", target.what)));
             }
             let before = deny::deny(records)?.sequence;
-            self.change_deny(records, |all| target.entries.iter().for_each(|one| put(all, one.clone())))?;
+            self.change_deny(records, |all| target.entries.iter().for_each(|one| deny::include(all, one.clone())))?;
             if deny::deny(records)?.sequence == before {
                 return Err(AdminError::NotNow(format!("{} is denied already", target.what)));
             }
@@ -213,14 +213,6 @@ fn deny_event(event: &'static str, target: &Target, reason: &str) -> Event {
 fn whom(asked: Option<&wire::DenyWhom>) -> Result<&deny_whom::Whom, AdminError> {
     let given = asked.and_then(|one| one.whom.as_ref());
     given.ok_or_else(|| AdminError::Invalid("say whom: an identity, a serial, a host or an authority".to_owned()))
-}
-
-/// Puts an entry in, once: of two about the same, the one that stays longer.
-pub(super) fn put(all: &mut Vec<Denied>, new: Denied) {
-    match all.iter_mut().find(|one| one.whom == new.whom) {
-        Some(one) => one.until = one.until.max(new.until),
-        None => all.push(new),
-    }
 }
 
 /// Every certificate of a host that has not ended at `now`, and, if given, its identity: what is not on record of it.

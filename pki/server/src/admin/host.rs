@@ -116,7 +116,7 @@ impl Desk<'_> {
             let serials = entries.len() - 1;
             let unrecorded = self.unrecorded(records, &host)?;
             entries.extend(unrecorded.iter().flat_map(Unrecorded::denials));
-            self.change_deny(records, |all| entries.iter().for_each(|one| super::deny::put(all, one.clone())))?;
+            self.change_deny(records, |all| entries.iter().for_each(|one| deny::include(all, one.clone())))?;
             let detail = format!("{serials} certificates denied{}", because(reason));
             told.push(host_event("host_ban", name, &id, detail));
             Ok((serials, tokens::shared_by(records, name, unix(self.now))?, unrecorded))

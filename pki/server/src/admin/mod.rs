@@ -25,6 +25,7 @@ pub use self::error::AdminError;
 pub(crate) use self::service::AdminService;
 pub use self::socket::{Readers, bind, serve_socket};
 use crate::audit::Event;
+use crate::deny::Floor;
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::pki::Pki;
@@ -186,6 +187,7 @@ impl Desk<'_> {
             kek,
             lifetimes: self.lifetimes,
             clock_is_good: self.clock_doubt.is_none(),
+            deny_floor: Floor::new(self.state).get(),
             now: self.now,
         })
     }

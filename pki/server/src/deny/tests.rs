@@ -7,9 +7,12 @@ use meshd_identity::statements::{Denied, Whom};
 use tempfile::TempDir;
 
 use super::*;
+use crate::admin::key_sha256;
+use crate::authority::Authority;
 use crate::lifetimes::Lifetimes;
 use crate::pki::Options;
-use crate::rotation::RootState;
+use crate::rotation::bridge::Bridge;
+use crate::rotation::{Root, RootState};
 use crate::store::hosts::Host;
 use crate::store::tokens::Token;
 use crate::times::from_unix;
@@ -108,6 +111,24 @@ impl Bench {
         self.pki().state.database.transaction(taint).unwrap();
     }
 
+    /// An old root that is tainted, and vouched for by the active one for a month; returns its key.
+    fn add_bridged(&self) -> String {
+        let (now, at) = (self.now(), from_unix(self.now()));
+        let made = Authority::new_root(&self.pki().trust_domain, &Lifetimes::default(), at).unwrap();
+        let key = key_sha256(&made.certificate);
+        let add = |records: &mut dyn Records| {
+            let mut trust = trust::trust(records)?;
+            let by = trust.roots[0].clone();
+            let bridge = Bridge { by: by.id.clone(), certificate: vec![], not_after: now + 31 * 86_400 };
+            let (id, certificate) = (made.id.clone(), made.certificate.clone());
+            let (state, tainted_at, bridge) = (RootState::Old, Some(now), Some(bridge));
+            trust.roots.push(Root { id, certificate, state, tainted_at, bridge, wrapped_key: vec![], ..by });
+            trust::put_trust(records, &trust)
+        };
+        self.pki().state.database.transaction(add).unwrap();
+        key
+    }
+
     /// Active, with a token by which it could join again.
     fn enrol(&self, name: &str) {
         let now = self.now();
@@ -193,6 +214,23 @@ fn a_restored_backup_neither_prunes_over_the_hosts_newer_set_nor_stays_behind_it
     assert!(!known.is_behind && known.sequence > newer.sequence);
     bench.pass(60);
     assert_eq!(bench.denied(), ["aa"]);
+}
+
+#[test]
+fn a_root_that_leaves_while_hosts_hold_a_newer_set_is_denied_with_that_set() {
+    let bench = Bench::new();
+    bench.deny("aa", bench.now() + 3600);
+    let newer = bench.pki().deny();
+    bench.lose_the_set();
+    let key = bench.add_bridged();
+    bench.pass(10);
+    let trust = bench.pki().state.database.read(trust::trust).unwrap();
+    assert!(trust.roots.iter().any(|root| root.tainted_at.is_some() && !root.state.is_in_bundle()));
+    assert!(bench.denied().is_empty(), "that would take the place of the newer set");
+    bench.pki().learn_deny(&newer.jws).unwrap();
+    let set = bench.pki().state.database.read(deny::deny).unwrap();
+    let denied: Vec<Whom> = set.entries.into_iter().map(|one| one.whom).collect();
+    assert_eq!(denied, [Whom::Serial("aa".to_owned()), Whom::Authority(key)]);
 }
 
 #[test]

@@ -1,8 +1,7 @@
 //! Certificates in use by hosts and workloads, as far as they were issued here.
 
-use crate::rotation::Trust;
+use super::Health;
 use crate::store::hosts::{Host, HostState, KEEP_ENDED_S};
-use crate::store::intermediates::Intermediate;
 use crate::store::leaves::{Leaf, Leaves};
 
 /// A certificate or key of the PKI itself.
@@ -99,7 +98,9 @@ pub(crate) fn overdue_hosts(leaves: &[Held]) -> Vec<&Held> {
 }
 
 /// Roots first, each state as it is; then what they signed, then JWT keys. What has ended is of no use to anybody.
-pub(crate) fn own(trust: &Trust, intermediates: &[Intermediate], now: i64) -> Vec<Own> {
+pub(crate) fn own(health: &Health) -> Vec<Own> {
+    let Health { trust, intermediates, bridged, now, .. } = health;
+    let now = *now;
     let roots = trust.roots.iter().map(|root| Own {
         kind: "root",
         id: root.id.clone(),
@@ -118,7 +119,7 @@ pub(crate) fn own(trust: &Trust, intermediates: &[Intermediate], now: i64) -> Ve
     let bridges = bridges.map(|(root, bridge)| Own {
         kind: "bridge",
         id: root.id.clone(),
-        state: if trust.bridge_to(&root.id).is_some() { "active" } else { "old" },
+        state: if bridged.contains(&root.id) { "active" } else { "old" },
         parent: Some(bridge.by.clone()),
         not_after: bridge.not_after,
     });

@@ -141,7 +141,7 @@ impl HealthMetrics {
     }
 
     pub(crate) fn show(&self, health: &Health, servers: &[ServerCertificate], lifetimes: &Lifetimes) {
-        let mut own = own(&health.trust, &health.intermediates, health.now);
+        let mut own = own(health);
         // The end of a root that nobody trusts any more is of no interest.
         own.retain(|one| one.kind != "root" || health.trust.in_bundle().any(|root| root.id == one.id));
         self.show_certificates(&own, servers);

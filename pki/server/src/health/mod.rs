@@ -24,6 +24,8 @@ use crate::times::rfc3339;
 /// All that judgements are made of, at one moment.
 pub(crate) struct Health {
     pub(crate) trust: Trust,
+    /// Roots to which chains carry a bridge.
+    pub(crate) bridged: Vec<String>,
     pub(crate) intermediates: Vec<Intermediate>,
     pub(crate) hosts: Vec<Host>,
     pub(crate) leaves: Vec<census::Held>,
@@ -48,7 +50,11 @@ impl Health {
         let clones = clones::alarms(view)?.into_iter().filter(|alarm| alarm.is_open(&hosts)).collect();
         let federation = federation::all(view)?;
         let upstream_refused = upstream::refused(view)?;
-        Ok(Health { upstream_refused, federation, trust, intermediates, hosts, leaves, clones, outlook, now })
+        let mut bridged = Vec::new();
+        for root in &trust.roots {
+            bridged.extend(trust.carried_to(&root.id, view, lifetimes)?.map(|_| root.id.clone()));
+        }
+        Ok(Health { upstream_refused, federation, bridged, trust, intermediates, hosts, leaves, clones, outlook, now })
     }
 
     pub(crate) fn blocks(&self) -> Vec<rotation::Block> {

@@ -1,11 +1,12 @@
 //! Bridges: the root before certifies the key of the root that signs, and chains carry that. Whoever knows only the root
-//! before believes what the new one signs; whoever knows the new one never looks at it. Pure.
+//! before believes what the new one signs; whoever knows the new one never looks at it.
 
 use serde::{Deserialize, Serialize};
 
 use super::trust::{Root, Trust};
+use crate::admin::key_sha256;
 use crate::lifetimes::Lifetimes;
-use crate::store::base64;
+use crate::store::{DbError, View, base64, deny};
 use crate::times::seconds;
 
 /// A root's key, certified by the one before it.
@@ -52,6 +53,40 @@ impl Trust {
         let bridge = standing(id)?.bridge.as_ref()?;
         standing(&bridge.by).map(|_| bridge)
     }
+
+    /// The same as this server carries it: none if that is switched off, nor with either key denied. Hosts from before there
+    /// were bridges count whoever signed a certificate of a chain.
+    pub(crate) fn carried_to(
+        &self,
+        id: &str,
+        view: &mut dyn View,
+        lifetimes: &Lifetimes,
+    ) -> Result<Option<&Bridge>, DbError> {
+        let Some(bridge) = self.bridge_to(id).filter(|_| !lifetimes.bridge.is_zero()) else { return Ok(None) };
+        let denied = deny::deny(view)?;
+        let mut ends = self.roots.iter().filter(|root| root.id == id || root.id == bridge.by);
+        let is_denied = ends.any(|root| denied.names_authority(&key_sha256(&root.certificate)));
+        Ok(Some(bridge).filter(|_| !is_denied))
+    }
+
+    /// The root that this one vouched for, by a bridge that may be shown yet, and whose key others may have since.
+    pub(crate) fn vouched_in_vain(&self, by: &str, skew: i64, now: i64) -> Option<&Root> {
+        let is_bad = |root: &&Root| root.tainted_at.is_some() && shown_until(root, Some(by), skew) > Some(now);
+        self.roots.iter().find(is_bad)
+    }
+
+    /// Roots that left because others may have their key, and until when whoever has the root that vouched for them
+    /// would believe that key on.
+    pub(crate) fn believed_on(&self, skew: i64, now: i64) -> impl Iterator<Item = (&Root, i64)> {
+        let left = self.roots.iter().filter(|root| root.tainted_at.is_some() && !root.state.is_in_bundle());
+        left.filter_map(move |root| Some((root, shown_until(root, None, skew)?))).filter(move |(_, until)| *until > now)
+    }
+}
+
+/// Until when the bridge to a root convinces anybody, if there is one (by that root).
+fn shown_until(root: &Root, by: Option<&str>, skew: i64) -> Option<i64> {
+    let bridge = root.bridge.as_ref().filter(|bridge| by.is_none_or(|by| bridge.by == by))?;
+    Some(bridge.not_after + skew)
 }
 
 #[cfg(test)]
@@ -143,6 +178,24 @@ mod tests {
         let mut trust = bridged();
         trust.remove("first", NOW);
         assert_eq!(trust.bridge_to("second"), None, "nobody is to believe that root any more");
+    }
+
+    #[test]
+    fn a_tainted_root_is_believed_on_after_it_left_until_its_bridge_has_ended() {
+        let mut trust = about_to_activate();
+        trust.activate("second", NOW);
+        let (end, skew) = (NOW + 31 * DAY, 300);
+        trust.roots[1].bridge = Some(Bridge { by: "first".to_owned(), certificate: vec![], not_after: end });
+        let believed = |trust: &Trust, now| trust.believed_on(skew, now).map(|(_, until)| until).collect::<Vec<_>>();
+        let in_vain = |trust: &Trust, now| trust.vouched_in_vain("first", skew, now).is_some();
+        assert!(!in_vain(&trust, NOW));
+        trust.roots[1].tainted_at = Some(NOW);
+        assert!(in_vain(&trust, NOW) && trust.vouched_in_vain("second", skew, NOW).is_none());
+        assert!(believed(&trust, NOW).is_empty(), "hosts that depend on it are believed by it");
+        trust.remove("second", NOW);
+        assert_eq!(believed(&trust, NOW), [end + skew]);
+        assert!(believed(&trust, end + skew).is_empty());
+        assert!(in_vain(&trust, end + skew - 1) && !in_vain(&trust, end + skew));
     }
 
     #[test]

@@ -87,6 +87,10 @@ pub(crate) enum Gate {
     LeavesUnder {
         until: i64,
     },
+    /// The same without a hold: it vouched for a root that is tainted.
+    LastLeaves {
+        until: i64,
+    },
     /// Hosts that report a chain to the root to be removed.
     HostsUnder(Vec<String>),
 }
@@ -267,14 +271,14 @@ pub(crate) fn longest_leaf(world: &Surroundings<'_>) -> i64 {
 }
 
 pub(crate) fn old_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
-    let mut gates = remove_gates(root, world);
+    let mut gates = remove_gates(root, trust, world);
     if trust.speaker().is_some_and(|speaker| speaker.id == root.id) {
         gates.push(Gate::Speaks);
     }
     gates
 }
 
-fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
+fn remove_gates(root: &Root, trust: &Trust, world: &Surroundings<'_>) -> Vec<Gate> {
     let skew = seconds(world.lifetimes.skew);
     if root.not_after + skew <= world.now {
         // Nothing under it verifies anywhere but in libraries that do not look at the end of roots.
@@ -288,12 +292,14 @@ fn remove_gates(root: &Root, world: &Surroundings<'_>) -> Vec<Gate> {
         gates.push(Gate::StillSigning(signing));
     }
     let last_end = under.iter().map(|one| one.replaced_at.unwrap_or(one.not_after) + one.longest_leaf_s).max();
-    let hold = if root.tainted_at.is_some() { 0 } else { seconds(world.lifetimes.hold) };
+    // As long as it is believed, so is a thief of the key it vouched for.
+    let vouched_in_vain = trust.vouched_in_vain(&root.id, skew, world.now).is_some();
+    let hold = if root.tainted_at.is_some() || vouched_in_vain { 0 } else { seconds(world.lifetimes.hold) };
     // Without an intermediate on record the root signed none since it was prepared.
     let until = last_end.unwrap_or(root.published_at) + 2 * skew + hold;
     // A tainted root goes when nobody depends on it, not when nobody could: what it signs may be an impostor's.
     if until > world.now && root.tainted_at.is_none() {
-        gates.push(Gate::LeavesUnder { until });
+        gates.push(if vouched_in_vain { Gate::LastLeaves { until } } else { Gate::LeavesUnder { until } });
     }
     let on_it: Vec<String> =
         live(world).filter(|host| host.roots_in_use.contains(&root.id)).map(|host| host.id.clone()).collect();

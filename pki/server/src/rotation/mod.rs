@@ -5,7 +5,7 @@
 //! - [`ask`]: what an operator may have sooner. Pure.
 //! - [`words`]: what it waits for, in words.
 //! - [`step`]: takes it: keys, bundle, signatures and state in one transaction, so that a crash is always between steps.
-//! - [`bridge`]: the root before vouches for the one that signs, for verifiers that missed it. Pure.
+//! - [`bridge`]: the root before vouches for the one that signs, for verifiers that missed it.
 //! - `adopt`: takes over the roots of a PKI that was lost, without their keys.
 //! - `provide`: the least that a PKI needs that is not sure of its clock.
 //! - [`jwt_keys`]: the same for the keys of JWT-SVIDs, which need less.

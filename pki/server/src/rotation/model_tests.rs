@@ -38,6 +38,8 @@ struct World {
     made: u32,
     activations: u32,
     despite: Vec<Despite>,
+    /// Roots whose keys the deny set has.
+    denied: BTreeSet<String>,
 }
 
 impl World {
@@ -54,6 +56,7 @@ impl World {
             made: 0,
             activations: 0,
             despite: Vec::new(),
+            denied: BTreeSet::new(),
         };
         world.add_root();
         world.publish();
@@ -119,7 +122,11 @@ impl World {
                 self.despite.extend(despite);
             }
             Some(Step::Speak { root }) => self.trust.speak(&root),
-            Some(Step::Remove { root }) => self.trust.remove(&root, self.now),
+            Some(Step::Remove { root }) => {
+                self.trust.remove(&root, self.now);
+                let keys = self.trust.believed_on(seconds(self.lifetimes.skew), self.now);
+                self.denied.extend(keys.map(|(left, _)| left.id.clone()).filter(|left| *left == root));
+            }
             Some(Step::Retire { root }) => self.trust.retire(&root),
             None => {}
         }
@@ -201,6 +208,12 @@ impl World {
         let valid: Vec<&Verifier> = self.hosts.iter().filter(|host| host.leaf_end > self.now).collect();
         for (a, b) in valid.iter().flat_map(|a| valid.iter().map(move |b| (a, b))) {
             assert!(b.roots.contains(&a.leaf_root), "at day {}: {} unknown", (self.now - START) / DAY, a.leaf_root);
+            assert!(!self.denied.contains(&a.leaf_root), "{} is denied under who is to be believed", a.leaf_root);
+        }
+        let left = self.trust.roots.iter().filter(|root| root.tainted_at.is_some() && !root.state.is_in_bundle());
+        for (root, bridge) in left.filter_map(|root| Some((root, root.bridge.as_ref()?))) {
+            let leads_there = self.now < bridge.not_after && self.known().contains(&bridge.by);
+            assert!(!leads_there || self.denied.contains(&root.id), "a thief of the key of {} is believed", root.id);
         }
         for bridge in valid.iter().filter_map(|host| host.bridge.as_ref()) {
             // F16: what is served on must not end before what it is served with.
@@ -226,13 +239,25 @@ impl World {
     /// Everybody does, but what is reported is changed afterwards.
     fn live_but(&mut self, days: i64, change: impl Fn(&mut [Host])) {
         for _ in 0..days * 4 {
-            self.now += 6 * HOUR;
-            self.lead();
-            (0..self.replicas.len()).for_each(|replica| self.refresh(replica));
-            (0..self.hosts.len()).for_each(|host| self.renew(host, host % self.replicas.len()));
-            self.check();
-            change(&mut self.records);
+            self.live_for(6 * HOUR, &change);
         }
+    }
+
+    fn live_for(&mut self, seconds: i64, change: impl Fn(&mut [Host])) {
+        self.now += seconds;
+        self.lead();
+        (0..self.replicas.len()).for_each(|replica| self.refresh(replica));
+        (0..self.hosts.len()).for_each(|host| self.renew(host, host % self.replicas.len()));
+        self.check();
+        change(&mut self.records);
+    }
+
+    /// Others may have the key of the root that signs.
+    fn taint(&mut self) -> String {
+        let active = self.trust.roots.iter_mut().find(|root| root.state == RootState::Active).unwrap();
+        active.tainted_at = Some(self.now);
+        self.trust.urgent = Some(Urgency { since: self.now, force: false });
+        active.id.clone()
     }
 }
 
@@ -293,12 +318,7 @@ proptest! {
                 Happens::Refresh(replica) => world.refresh(replica),
                 Happens::Renew(host, replica) => world.renew(host, replica),
                 Happens::Urgent => world.trust.urgent = Some(Urgency { since: world.now, force: false }),
-                Happens::Taint => {
-                    let now = world.now;
-                    let active = world.trust.roots.iter_mut().find(|root| root.state == RootState::Active);
-                    active.unwrap().tainted_at = Some(now);
-                    world.trust.urgent = Some(Urgency { since: now, force: false });
-                }
+                Happens::Taint => _ = world.taint(),
             }
             world.check();
         }
@@ -401,15 +421,29 @@ fn an_old_root_stays_until_nobody_reports_it() {
 fn a_tainted_root_is_replaced_and_gone_as_soon_as_every_host_has_moved() {
     let mut world = World::new(1, 3);
     world.live(30);
-    let tainted = world.trust.active().unwrap().id.clone();
-    let now = world.now;
-    for root in world.trust.roots.iter_mut().filter(|root| root.id == tainted) {
-        root.tainted_at = Some(now);
+    let tainted = world.taint();
+    world.live(2);
+    assert!(!world.known().contains(&tainted));
+    assert!(!world.known().contains("r1"), "nor is the one that vouched for it");
+    assert!(world.denied.contains(&tainted));
+}
+
+#[test]
+fn a_root_that_vouched_for_one_that_is_tainted_stays_for_its_leaves_alone() {
+    let mut world = World::new(1, 3);
+    while world.activations == 0 {
+        world.live_for(6 * HOUR, |_| {});
     }
-    world.trust.urgent = Some(Urgency { since: now, force: false });
-    world.live(1);
-    let state = world.trust.roots.iter().find(|root| root.id == tainted).unwrap().state;
-    assert!(matches!(state, RootState::Removed | RootState::Retired), "{state:?}");
+    let tainted = world.taint();
+    while world.known().contains(&tainted) {
+        world.live_for(HOUR, |_| {});
+    }
+    let waiting = world.decide().waiting;
+    let last_leaves = |gates: &[Gate]| matches!(gates, [Gate::LastLeaves { until }] if *until <= world.now + DAY);
+    assert!(waiting.iter().any(|(id, gates)| id.as_deref() == Some("r1") && last_leaves(gates)), "{waiting:?}");
+    assert!(world.denied.contains(&tainted), "it is believed by whoever has the root that vouched");
+    world.live(2);
+    assert!(!world.known().contains("r1"));
 }
 
 #[test]

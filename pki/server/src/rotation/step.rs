@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use meshd_identity::signed;
-use meshd_identity::statements::BundleStatement;
+use meshd_identity::statements::{BundleStatement, Denied, Whom};
 use meshd_identity::{Bundle, BundleError, JwtKey as PublicJwtKey, TrustDomain};
 use rcgen::{KeyPair, PublicKeyData};
 
@@ -11,13 +11,14 @@ use super::bridge::{self, Bridge};
 use super::decide::{Decision, Despite, Step, Surroundings, decide};
 use super::jwt_keys::{self, JwtStep};
 use super::{JwtKey, Root, RootState, Trust};
+use crate::admin::key_sha256;
 use crate::audit::Event;
 use crate::authority::{Authority, AuthorityError, new_id};
 use crate::keys::Kek;
 use crate::lifetimes::Lifetimes;
 use crate::state_dir::StateError;
 use crate::store::bundles::{self, Signature, StoredBundle};
-use crate::store::{DbError, Records, View, hosts, intermediates, trust};
+use crate::store::{DbError, Records, View, deny, hosts, intermediates, trust};
 use crate::times::{from_unix, rfc3339, seconds, unix, unix_ms};
 
 /// What taking steps needs besides the records.
@@ -26,6 +27,8 @@ pub(crate) struct Rotator<'a> {
     pub(crate) kek: &'a Kek,
     pub(crate) lifetimes: &'a Lifetimes,
     pub(crate) clock_is_good: bool,
+    /// The highest sequence of a deny set there ever was.
+    pub(crate) deny_floor: u64,
     pub(crate) now: SystemTime,
 }
 
@@ -96,12 +99,37 @@ impl Rotator<'_> {
         act: impl FnOnce(&mut Trust) -> Result<Event, StateError>,
     ) -> Result<Event, StateError> {
         let before = trust.clone();
-        let event = act(&mut trust)?;
+        let mut event = act(&mut trust)?;
+        self.deny_bridged(records, (&before, &trust), &mut event)?;
         if in_bundle(&before) != in_bundle(&trust) {
             self.publish(records, &mut trust)?;
         }
         trust::put_trust(records, &trust)?;
         Ok(event)
+    }
+
+    /// The key of a root that leaves for its taint is denied while a bridge to it may be shown: the root that vouched
+    /// may be in the bundle for a day more, and with hosts that were away.
+    fn deny_bridged(
+        &self,
+        records: &mut dyn Records,
+        (before, after): (&Trust, &Trust),
+        event: &mut Event,
+    ) -> Result<(), StateError> {
+        let had = |id: &str| before.in_bundle().any(|root| root.id == id);
+        let mut left = keys_to_deny(after, self.lifetimes, unix(self.now));
+        left.retain(|(id, _)| had(id));
+        let Some(until) = left.iter().map(|(_, key)| key.until).max() else { return Ok(()) };
+        let said = if self.deny_floor > deny::deny(records)?.sequence {
+            // Hosts hold a newer set, which a change now would take the place of.
+            "its key is denied as soon as a host has brought the newer deny set".to_owned()
+        } else {
+            let include = |all: &mut Vec<Denied>| left.into_iter().for_each(|(_, key)| deny::include(all, key));
+            deny::change(records, self.deny_floor, unix_ms(self.now), include)?;
+            format!("its key is denied until {}, for there is a bridge to it", rfc3339(until))
+        };
+        event.detail = Some(event.detail.take().into_iter().chain([said]).collect::<Vec<_>>().join("; "));
+        Ok(())
     }
 
     /// Publishes the same bundle under a sequence above this one, for hosts that have a newer one than the database.
@@ -136,8 +164,10 @@ impl Rotator<'_> {
                 event("root_speak", &root, "signs what hosts are told, no certificates".to_owned())
             }
             Step::Remove { root } => {
+                let in_vain = trust.vouched_in_vain(&root, seconds(self.lifetimes.skew), now);
+                let why = in_vain.map(|other| format!("it vouched for root {}, which is tainted", other.id));
                 trust.remove(&root, now);
-                event("root_remove", &root, String::new())
+                event("root_remove", &root, why.unwrap_or_default())
             }
             Step::Retire { root } => {
                 trust.retire(&root);
@@ -238,6 +268,13 @@ impl Rotator<'_> {
         bundles::put_bundle(records, &stored)?;
         Ok(bundle)
     }
+}
+
+/// Roots that left for their taint while a bridge to them may be shown, with their keys.
+pub(crate) fn keys_to_deny(trust: &Trust, lifetimes: &Lifetimes, now: i64) -> Vec<(String, Denied)> {
+    let left = trust.believed_on(seconds(lifetimes.skew), now);
+    left.map(|(root, until)| (root.id.clone(), Denied { whom: Whom::Authority(key_sha256(&root.certificate)), until }))
+        .collect()
 }
 
 /// The bundle that `trust` describes.

@@ -32,6 +32,10 @@ impl Gate {
             }
             Gate::StillSigning(_) => ("still_signing", "servers of the PKI that still sign under the root"),
             Gate::LeavesUnder { .. } => ("leaves_under", "certificates under it may be in use, the hold included"),
+            Gate::LastLeaves { .. } => (
+                "leaves_under",
+                "certificates under it may be in use (there is no hold: it vouched for a root that is tainted)",
+            ),
             Gate::HostsUnder(_) => {
                 ("hosts_under", "hosts that report certificates under it (one that stays silent stops counting)")
             }
@@ -44,7 +48,8 @@ impl Gate {
             Gate::Due { at: until }
             | Gate::OldLeaves { until }
             | Gate::Followers { until }
-            | Gate::LeavesUnder { until } => Some(*until),
+            | Gate::LeavesUnder { until }
+            | Gate::LastLeaves { until } => Some(*until),
             _ => None,
         }
     }

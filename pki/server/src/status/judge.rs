@@ -154,7 +154,7 @@ fn clocks_of<'a>(far_off: impl Iterator<Item = &'a Host>) -> Option<String> {
 
 /// The PKI's own first, then those of hosts and workloads with the earliest end first.
 pub(super) fn certificates(health: &Health, servers: &[Server]) -> Vec<CertificateStatus> {
-    let own = own(&health.trust, &health.intermediates, health.now).into_iter().map(|one| CertificateStatus {
+    let own = own(health).into_iter().map(|one| CertificateStatus {
         kind: one.kind.to_owned(),
         id: one.id,
         state: one.state.to_owned(),

@@ -30,6 +30,10 @@ impl Deny {
         self.entries.iter().any(|one| matches!(&one.whom, Whom::Identity(denied) if denied == id))
     }
 
+    pub(crate) fn names_authority(&self, key: &str) -> bool {
+        self.entries.iter().any(|one| matches!(&one.whom, Whom::Authority(denied) if denied == key))
+    }
+
     pub(crate) fn to_set(&self, domain: &TrustDomain) -> DenySet {
         DenySet { trust_domain: domain.clone(), sequence: self.sequence, entries: self.entries.clone() }
     }
@@ -37,6 +41,14 @@ impl Deny {
 
 pub(crate) fn deny(view: &mut dyn View) -> Result<Deny, DbError> {
     Ok(get(view, KEY)?.unwrap_or_default())
+}
+
+/// Puts an entry in, once: of two about the same, the one that stays longer.
+pub(crate) fn include(all: &mut Vec<Denied>, new: Denied) {
+    match all.iter_mut().find(|one| one.whom == new.whom) {
+        Some(one) => one.until = one.until.max(new.until),
+        None => all.push(new),
+    }
 }
 
 /// Changes the set and gives it a sequence above every other: a time, so that it is above those of a later state than

@@ -12,6 +12,7 @@ use super::import::{Imported, Source};
 use crate::admin::Actor;
 use crate::audit::Event;
 use crate::authority::{AuthorityError, csr_params};
+use crate::deny::Floor;
 use crate::lifetimes::Lifetimes;
 use crate::rotation::step::Rotator;
 use crate::state_dir::{StateDir, StateError};
@@ -107,7 +108,8 @@ pub(super) fn take_over(
 ) -> Result<Imported, UpstreamError> {
     let checked = check(chain, key, &state.trust_domain, lifetimes, now)?;
     let kek = state.kek()?;
-    let rotator = Rotator { domain: &state.trust_domain, kek: &kek, lifetimes, clock_is_good: true, now };
+    let (domain, deny_floor) = (&state.trust_domain, Floor::new(state).get());
+    let rotator = Rotator { domain, kek: &kek, lifetimes, clock_is_good: true, deny_floor, now };
     state.change(now, |records, told| -> Result<_, UpstreamError> {
         let (imported, event) = rotator.import(records, &checked, source)?;
         upstream::forget_pending(records, &checked.key_id)?;

@@ -1,5 +1,6 @@
 //! The root before vouches for the one that signs: verifiers that missed the new one believe it, and nobody depends on it.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use meshd_identity::denial::{DenyIndex, Marks};
@@ -7,15 +8,25 @@ use meshd_identity::statements::{Denied, DenySet, Whom};
 use meshd_identity::{Bundle, inspect_svid, root_id};
 use meshd_pki::lifetimes::Lifetimes;
 use meshd_pki_api::admin::command::Command;
-use meshd_pki_api::admin::{Authority, AuthorityRotate, DenyAdd, DenyWhom, deny_whom};
+use meshd_pki_api::admin::reply::Reply;
+use meshd_pki_api::admin::{Authority, AuthorityList, AuthorityRotate, DenyAdd, DenyRemove, DenyWhom, deny_whom};
+use meshd_pki_api::v1;
+use meshd_pki_api::v1::host_client::HostClient;
+use meshd_pki_client::{ServerJudge, Svid};
+use rcgen::KeyPair;
+use rustls::ClientConfig;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use tokio::time::timeout;
+use tonic::Status;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
+use crate::attestors::istio::connect_by;
 use crate::authority::{alice, taint};
 use crate::operation::{DAY, Desk, HOUR, chain_of};
 use crate::profile::verifies_at;
 use crate::rotations::verifies;
-use crate::support::{Lab, domain, openssl, workload};
+use crate::support::{Lab, PATIENCE, domain, openssl, request_over, workload};
 
 /// A PKI on the day after its first rotation, and the roots before and now.
 struct Rotated {
@@ -124,9 +135,27 @@ fn it_is_the_same_after_a_restart_and_gone_when_switched_off() {
     rotated.desk.lifetimes.bridge = Duration::ZERO;
     rotated.desk.open();
     assert_eq!(rotated.desk.enrol("cache").len(), 2);
+    assert_eq!(rotated.listed().vouched_by, None);
+    assert!(!rotated.desk.status().to_text().contains("bridge         active"));
     let never = Rotated::of(Desk::with(Lifetimes { bridge: Duration::ZERO, ..Lifetimes::default() }));
     assert_eq!(never.desk.enrol("web").len(), 2);
     assert_eq!(never.listed().vouched_by, None);
+}
+
+#[test]
+fn nobody_carries_it_while_the_root_that_vouches_is_denied() {
+    let rotated = Rotated::new();
+    let desk = &rotated.desk;
+    assert_eq!(desk.enrol("web").len(), 3);
+    let whom = || Some(DenyWhom { whom: Some(deny_whom::Whom::Authority(rotated.old())) });
+    desk.done(Command::DenyAdd(DenyAdd { whom: whom(), reason: String::new() }));
+    desk.pass(1);
+    assert_eq!(desk.enrol("db").len(), 2);
+    assert_eq!(rotated.listed().vouched_by, None);
+    assert!(desk.status().to_text().contains("bridge         old"), "{}", desk.status().to_text());
+    desk.done(Command::DenyRemove(DenyRemove { whom: whom() }));
+    desk.pass(1);
+    assert_eq!(desk.enrol("cache").len(), 3);
 }
 
 #[test]
@@ -164,6 +193,77 @@ fn it_falls_with_a_taint_and_nobody_is_shut_out_for_having_carried_it() {
     assert!(!denies(&rotated.before, &bundle), "it is under the new root, whoever else vouches for that");
     assert!(denies(&rotated.now, &bundle));
     assert!(denies(&rotated.before, std::slice::from_ref(&rotated.before)), "by no other way is it believed here");
+}
+
+/// Asks for a host's certificate at the port of the PKI, by what `held` says it is; whoever answers is believed.
+async fn renew_as(lab: &Lab, held: &Svid) -> Result<(), Status> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let anybody = |_: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: UnixTime| Ok(());
+    let config = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().unwrap();
+    let config = config.dangerous().with_custom_certificate_verifier(Arc::new(ServerJudge::new(provider, anybody)));
+    let mut config = config.with_client_auth_cert(held.chain.clone(), held.key.clone_key()).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let channel = connect_by(lab, config).await.unwrap();
+    let mut pki = HostClient::with_origin(channel, "https://pki".parse().unwrap());
+    let csr = request_over(&KeyPair::generate().unwrap());
+    let items = vec![v1::IssueItem { spiffe_id: held.id.to_string(), csr }];
+    let host_time_unix_ms = meshd_pki::times::unix_ms(lab.now());
+    let request = v1::IssueBatchRequest { items, host_time_unix_ms, ..v1::IssueBatchRequest::default() };
+    pki.issue_batch(request).await.map(drop)
+}
+
+fn roots_of(lab: &Lab) -> Vec<Vec<u8>> {
+    Bundle::from_jwks(domain(), &lab.pki().bundle(&[]).unwrap().jwks).unwrap().roots
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thief_of_the_root_that_signs_is_refused_once_that_has_left_whoever_vouched_for_it() {
+    let mut lab = Lab::start().await;
+    for _ in 0..9 {
+        lab.pass(DAY);
+    }
+    lab.join("web", &[]).await.unwrap();
+    let thief = lab.copied().await;
+    let stolen = thief.join("web", &[]).await.unwrap().host;
+    assert_eq!(stolen.chain.len(), 3);
+    renew_as(&lab, &stolen).await.unwrap();
+
+    let (before, signs) = (roots_of(&lab).remove(0), roots_of(&lab).remove(1));
+    let command = |command| match lab.pki().command(&alice(), command).unwrap() {
+        Reply::Done(done) => done.follows.join("\n"),
+        other => panic!("unexpected {other:?}"),
+    };
+    let said = command(taint(&root_id(&signs)));
+    assert!(said.contains(&format!("root {} has vouched for it", root_id(&before))), "{said}");
+    command(Command::AuthorityRotate(AuthorityRotate { force: true }));
+    lab.pass(10);
+    let roots = roots_of(&lab);
+    assert!(roots.contains(&before) && !roots.contains(&signs), "{}", roots.len());
+    let chain: Vec<Vec<u8>> = stolen.chain.iter().map(|one| one.to_vec()).collect();
+    verifies(&chain, &roots, lab.now()).unwrap();
+
+    let refused = renew_as(&lab, &stolen).await.unwrap_err();
+    assert!(refused.message().contains("is denied in this mesh"), "{refused}");
+    let removed = lab.audit_log();
+    assert!(removed.contains("its key is denied until"), "{removed}");
+    let mut host = lab.host("web");
+    let set = timeout(PATIENCE, host.denied.wait_for(|set| set.sequence > 0)).await.unwrap().unwrap().clone();
+    let refs: Vec<&[u8]> = chain.iter().map(Vec::as_slice).collect();
+    let marks = Marks::read(&refs, roots.iter().map(Vec::as_slice)).unwrap();
+    assert!(DenyIndex::of(&set).denies(&marks), "{set:?}");
+    let renewed = host.until(|held| held.bundle.roots == roots && !held.host.chain.iter().eq(&stolen.chain)).await;
+    renew_as(&lab, &renewed.host).await.unwrap();
+    drop(host);
+
+    let listed = match lab.pki().command(&alice(), Command::AuthorityList(AuthorityList {})).unwrap() {
+        Reply::Authorities(all) => all.authorities,
+        other => panic!("unexpected {other:?}"),
+    };
+    let waits = listed.into_iter().find(|one| one.id == root_id(&before)).unwrap().waits_for;
+    assert!(waits.iter().any(|gate| gate.why.contains("it vouched for a root that is tainted")), "{waits:?}");
+    lab.pass(DAY + HOUR);
+    assert!(!roots_of(&lab).contains(&before), "{}", lab.audit_log());
+    assert!(lab.audit_log().contains(&format!("it vouched for root {}, which is tainted", root_id(&signs))));
 }
 
 #[test]

@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{interval, timeout};
 
 /// Far more than anything here needs; a test that hangs fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn domain() -> TrustDomain {
     "prod.example.org".parse().unwrap()
@@ -75,6 +75,23 @@ impl Lab {
         lab.attestors = Some(lab.dir.path().join("attestors.toml"));
         lab.run().await;
         lab
+    }
+
+    /// Another lab of whoever copied all that the PKI of this one has, keys included.
+    pub(crate) async fn copied(&mut self) -> Lab {
+        self.stop().await;
+        let mut copy = Lab::start_with(self.lifetimes).await;
+        copy.stop().await;
+        std::fs::remove_dir_all(copy.state()).unwrap();
+        std::fs::create_dir(copy.state()).unwrap();
+        let files = std::fs::read_dir(self.state()).unwrap().map(Result::unwrap);
+        for file in files.filter(|file| file.file_type().unwrap().is_file()) {
+            std::fs::copy(file.path(), copy.state().join(file.file_name())).unwrap();
+        }
+        copy.turned = self.turned.clone();
+        self.run().await;
+        copy.run().await;
+        copy
     }
 
     /// Starts the server on the address it had before, if any.

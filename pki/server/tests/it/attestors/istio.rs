@@ -78,7 +78,7 @@ struct Call<'a> {
 }
 
 #[derive(Clone)]
-struct Channel(http2::SendRequest<Body>);
+pub(crate) struct Channel(http2::SendRequest<Body>);
 
 impl tower_service::Service<Request<Body>> for Channel {
     type Response = Response<Incoming>;
@@ -107,6 +107,10 @@ async fn connect(lab: &Lab, certificate: Option<&Held>) -> Result<Channel, std::
         None => config.with_no_client_auth(),
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
+    connect_by(lab, config).await
+}
+
+pub(crate) async fn connect_by(lab: &Lab, config: ClientConfig) -> Result<Channel, std::io::Error> {
     let socket = TcpStream::connect(lab.address()).await?;
     let name = ServerName::try_from(NAME).unwrap();
     let tls = TlsConnector::from(Arc::new(config)).connect(name, socket).await?;

@@ -1,5 +1,5 @@
 //! Hosts that come in by what they have already: machine certificates, and tokens of Kubernetes; and pods of Istio.
 
-mod istio;
+pub(crate) mod istio;
 mod kubernetes;
 mod machines;

@@ -1,0 +1,228 @@
+//! Hosts that register what they serve in a real etcd cluster: found by name, gone when they die, and never in each
+//! other's way.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use meshd_tests::daemon::UID;
+use meshd_tests::etcd::Etcd;
+use meshd_tests::lab::Lab;
+use meshd_tests::load::Load;
+use meshd_tests::mesh::Mesh;
+use meshd_tests::plan::{self, Plan};
+use meshd_tests::wait::until;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::DEADLINE;
+
+const PAYMENTS: &str = "/meshd-discovery/v1/shop/payments";
+
+/// A mesh that knows services from etcd alone, where its servers register themselves.
+struct Bed {
+    mesh: Mesh,
+    etcd: Etcd,
+}
+
+impl Bed {
+    fn make() -> Result<Self> {
+        let plan = Plan::shop();
+        let payments = plan.services.iter().find(|service| service.name == "payments").context("no payments")?;
+        let document = plan::document(payments, &[]);
+        let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
+        let mesh = Mesh::prepare(lab.clone(), plan)?;
+        let etcd = Etcd::start(&lab.host("store"), 3)?;
+        let mut bed = Self { mesh, etcd };
+        bed.admit()?;
+        bed.write(&["put", &format!("{PAYMENTS}/service"), &document])?;
+        for host in ["web", "api-1", "api-2"] {
+            bed.configure(host)?;
+        }
+        bed.mesh.start_pki()?;
+        bed.mesh.join_all()?;
+        bed.mesh.start_all()?;
+        for host in ["api-1", "api-2"] {
+            bed.is_registered(host)?;
+            bed.answers(host)?;
+        }
+        Ok(bed)
+    }
+
+    /// A user for all hosts.
+    fn admit(&self) -> Result<()> {
+        let (cert, key) = self.etcd.add_user("hosts", "/meshd-discovery/")?;
+        [cert, key, self.etcd.authority()].iter().try_for_each(|file| Ok(chown(file, Some(UID), Some(UID))?))
+    }
+
+    fn configure(&self, host: &str) -> Result<()> {
+        let endpoints = self.etcd.endpoints().iter().map(|url| format!("{url:?}")).collect::<Vec<_>>().join(", ");
+        let authority = self.etcd.authority();
+        let directory = authority.parent().context("a file in a directory")?;
+        let (cert, key) = (directory.join("hosts.pem"), directory.join("hosts.key"));
+        let source = format!(
+            "\n[[source]]\nkind = \"etcd\"\nendpoints = [{endpoints}]\nauthority = [\"shop\"]\nregister = {}\nca = {authority:?}\n\
+             cert = {cert:?}\nkey = {key:?}\n[host]\nzone = \"rack-1\"\n",
+            host != "web",
+        );
+        let daemon = self.mesh.daemon(host);
+        let text = fs::read_to_string(daemon.config())?;
+        // The last sections of a file the harness wrote.
+        let begins = text.split("[[source]]").next().unwrap_or_default();
+        fs::write(daemon.config(), begins.to_owned() + &source)?;
+        let enrolment = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
+        let checked = "  port = 80\n  check = { http = \"/healthz\", every_s = 1 }\n  version = \"7\"\n";
+        daemon.enrol(&enrolment.replace("  port = 80\n", checked))
+    }
+
+    /// Once more where a leader is being elected.
+    fn write(&self, what: &[&str]) -> Result<()> {
+        until(DEADLINE, "a write to etcd", || self.etcd.ctl("root", what).is_ok_and(|done| done.success()))
+    }
+
+    /// What is registered for payments on a host.
+    fn registered(&self, host: &str) -> Option<Value> {
+        let got =
+            self.etcd.ctl("root", &["get", "--print-value-only", &format!("{PAYMENTS}/endpoints/{host}")]).ok()?;
+        serde_json::from_str(&got.stdout).ok()
+    }
+
+    fn is_registered(&self, host: &str) -> Result<()> {
+        let address = self.mesh.host(host).address().to_string();
+        let is_there = || self.registered(host).is_some_and(|it| it["address"] == address && it["health"] == "healthy");
+        let waited = until(DEADLINE, &format!("{host} to be registered, and healthy"), is_there);
+        waited.with_context(|| format!("{:?}\n{}", self.registered(host), self.mesh.daemon(host).log()))
+    }
+
+    fn is_gone(&self, host: &str) -> Result<()> {
+        let key = format!("{PAYMENTS}/endpoints/{host}");
+        // An etcd that does not answer says nothing.
+        let is_gone = || self.etcd.ctl("root", &["get", &key]).is_ok_and(|got| got.success() && got.stdout.is_empty());
+        until(DEADLINE, &format!("no registration of {host}"), is_gone)
+    }
+
+    fn phase(&self, host: &str) -> Result<String> {
+        let status = self.mesh.daemon(host).json("status")?;
+        let rows = status["registrations"].as_array().context("no registrations")?;
+        let row = rows.iter().find(|row| row["service"] == "payments.shop").context("payments is not registered")?;
+        Ok(row["phase"].as_str().unwrap_or_default().to_owned())
+    }
+
+    fn asks(&self) -> Result<String> {
+        let asked = self.mesh.curl("web", "checkout", &["-sS", "--max-time", "5", "http://payments.shop.mesh/"])?;
+        asked.expect_success("a request")
+    }
+
+    fn answers(&self, host: &str) -> Result<()> {
+        until(DEADLINE, &format!("an answer of {host}"), || self.asks().is_ok_and(|body| body.contains(host)))
+    }
+
+    /// Where web would send requests for payments.
+    fn known(&self) -> Result<Vec<Value>> {
+        let rows = self.mesh.daemon("web").json("endpoints")?;
+        let rows = rows.as_array().context("no rows")?.clone();
+        Ok(rows.into_iter().filter(|row| row["service"] == "payments.shop").collect())
+    }
+}
+
+#[test]
+fn a_host_is_found_by_what_it_serves_and_gone_with_its_lease_when_it_dies() -> Result<()> {
+    let bed = Bed::make()?;
+    let said = bed.registered("api-1").context("not registered")?;
+    ensure!(said["ports"][0]["port"] == 80 && said["ports"][0]["target"] == 8080, "{said}");
+    ensure!(said["zone"] == "rack-1" && said["version"] == "7" && said["meshPort"] == 15008, "{said}");
+    ensure!(said["identity"] == bed.mesh.spiffe_id("payments"), "{said}");
+    ensure!(bed.phase("api-1")? == "held");
+    let metrics = bed.mesh.daemon("api-1").metrics()?;
+    ensure!(metrics.sum("meshd_registration_held", &[("service", "payments.shop")]) == 1.0);
+    bed.mesh.daemon("api-1").kill()?;
+    // Long before its lease ends: a dial that fails has another endpoint tried.
+    ensure!(bed.asks()?.contains("api-2"));
+    bed.is_gone("api-1")?;
+    until(DEADLINE, "web to know", || bed.known().is_ok_and(|rows| rows.len() == 1))?;
+    ensure!(bed.asks()?.contains("api-2"));
+    // The next life takes its name over.
+    bed.mesh.daemon("api-1").start()?;
+    bed.is_registered("api-1")?;
+    bed.answers("api-1")
+}
+
+#[test]
+fn hosts_are_stopped_one_after_the_other_under_load_and_no_request_fails() -> Result<()> {
+    let bed = Bed::make()?;
+    let load = Load::start_with(&bed.mesh, 4, &["--rate", "100"])?;
+    for (stopped, other) in [("api-1", "api-2"), ("api-2", "api-1")] {
+        load.reaches(stopped, 5)?;
+        bed.mesh.daemon(stopped).stop()?;
+        bed.is_gone(stopped)?;
+        load.reaches(other, 10)?;
+        bed.mesh.daemon(stopped).start()?;
+        bed.is_registered(stopped)?;
+    }
+    let report = load.end()?;
+    ensure!(report.failed == 0 && report.ok > 40, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn an_old_owner_that_goes_on_after_its_lease_leaves_the_later_one_alone() -> Result<()> {
+    let bed = Bed::make()?;
+    let daemon = bed.mesh.daemon("api-1");
+    daemon.stand_still()?;
+    bed.is_gone("api-1")?;
+    let key = format!("{PAYMENTS}/endpoints/api-1");
+    let later = bed.mesh.host("api-2").address();
+    let epoch = u64::MAX / 4;
+    let successor = format!(r#"{{"address":"{later}","ports":[{{"port":80,"target":8080}}],"epoch":{epoch}}}"#);
+    bed.write(&["put", &key, &successor])?;
+    daemon.signal(Signal::SIGCONT)?;
+    until(DEADLINE, "api-1 to see that it is superseded", || bed.phase("api-1").is_ok_and(|it| it == "superseded"))?;
+    let check = daemon.run(&["check"])?;
+    ensure!(check.stdout.contains("another meshd registered it later"), "{}", check.stdout);
+    ensure!(bed.registered("api-1").is_some_and(|it| it["epoch"] == epoch), "{:?}", bed.registered("api-1"));
+    // Nor does it take it away when it ends.
+    daemon.stop()?;
+    ensure!(bed.registered("api-1").is_some_and(|it| it["epoch"] == epoch), "{:?}", bed.registered("api-1"));
+    // A daemon that is started is a new life, and later than all before.
+    daemon.start()?;
+    bed.is_registered("api-1")?;
+    ensure!(bed.registered("api-1").is_some_and(|it| it["epoch"].as_u64() > Some(epoch)));
+    Ok(())
+}
+
+#[test]
+fn in_an_etcd_that_comes_back_empty_hosts_are_registered_again_and_traffic_never_noticed() -> Result<()> {
+    let mut bed = Bed::make()?;
+    let load = Load::start_with(&bed.mesh, 2, &["--rate", "50"])?;
+    bed.etcd.restart_empty()?;
+    bed.admit()?;
+    for host in ["api-1", "api-2"] {
+        bed.is_registered(host)?;
+        until(DEADLINE, "it to be held", || bed.phase(host).is_ok_and(|phase| phase == "held"))?;
+        load.reaches(host, 5)?;
+    }
+    let report = load.end()?;
+    ensure!(report.failed == 0, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn a_host_whose_program_is_not_there_says_so_and_gets_no_calls() -> Result<()> {
+    let bed = Bed::make()?;
+    let daemon = bed.mesh.daemon("api-1");
+    let good = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
+    daemon.enrol(&good.replace("127.0.0.1:8080", "127.0.0.1:8099"))?;
+    daemon.signal(Signal::SIGHUP)?;
+    until(DEADLINE, "it to be registered as unhealthy", || {
+        bed.registered("api-1").is_some_and(|it| it["health"] == "unhealthy")
+    })?;
+    until(DEADLINE, "web to know", || bed.known().is_ok_and(|rows| rows.iter().any(|row| row["healthy"] == false)))?;
+    for _ in 0..10 {
+        ensure!(bed.asks()?.contains("api-2"));
+    }
+    daemon.enrol(&good)?;
+    daemon.signal(Signal::SIGHUP)?;
+    bed.is_registered("api-1")?;
+    bed.answers("api-1")
+}
