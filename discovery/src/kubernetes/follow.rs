@@ -215,7 +215,7 @@ impl Follower {
                     area.put_off = Some(now);
                     sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
                 }
-                Err(error @ Error::Forbidden { .. }) => {
+                Err(error) if error.is_of_one_area() => {
                     area.end_watches();
                     (area.put_off, area.due) = (Some(now), true);
                     for (scope, change) in area.forbidden(&error.to_string()) {

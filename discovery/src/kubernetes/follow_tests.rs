@@ -20,6 +20,8 @@ struct Script {
     /// Too much to do for probes, or for lists.
     busy: bool,
     busy_lists: bool,
+    /// Whose lists fail for another reason than the connection.
+    sick: Option<Scope>,
     /// How far the etcd of pods has come, if they have one of their own.
     pods_position: Option<u64>,
     /// Which kind may not be read.
@@ -90,6 +92,9 @@ impl Remote for Fake {
         self.change(|script| {
             if script.busy_lists {
                 return Err(Error::Busy("scripted".to_owned()));
+            }
+            if script.sick.as_ref() == Some(&what.area) {
+                return Err(Error::Refused { status: 500, reason: "scripted".to_owned() });
             }
             if script.forbidden == Some(what.kind) {
                 let resource = format!("{:?}", what.kind);
@@ -402,6 +407,24 @@ async fn what_may_not_be_read_is_named_keeps_what_it_said_and_is_tried_again() {
     assert!(refused.problems[0].contains("deploy/kubernetes/reader.yaml"), "{refused:?}");
     running.server.change(|script| script.forbidden = None);
     assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_cannot_succeed_is_named_and_stands_in_nobodys_way() {
+    let server = Fake::new();
+    let sick: ServiceName = "ledger.shop".parse().unwrap();
+    server.change(|script| script.sick = Some(Scope::Service(sick.clone())));
+    let mut wanted = payments();
+    wanted.services.insert(sick);
+    let mut running = start(wanted, server);
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no trouble") };
+    let [Change::Refused(refused)] = changes.as_slice() else { panic!("{changes:?}") };
+    assert!(refused.problems[0].contains("status 500"), "{refused:?}");
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    running.watched().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.6"]);
+    assert!(!running.server.asked().contains(&"leave".to_owned()));
 }
 
 #[tokio::test(start_paused = true)]
