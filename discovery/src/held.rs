@@ -302,6 +302,12 @@ impl Held {
             self.records.insert(record.key.clone(), Entry::new(record));
             return Some(service);
         };
+        if let (Some(said), Some(known)) = (&mut record.definition, entry.definition())
+            && said.identities.is_empty()
+        {
+            // Else what is doubted to be gone could serve no more.
+            Arc::make_mut(said).identities.clone_from(&known.identities);
+        }
         if entry.gone.is_none() && entry.record == record {
             return None;
         }

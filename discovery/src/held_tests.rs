@@ -66,6 +66,24 @@ fn what_comes_back_within_the_minute_is_as_if_it_had_never_been_away() {
 }
 
 #[test]
+fn who_may_serve_stays_where_the_source_does_not_know_it_now() {
+    let (mut held, now) = (held(), Instant::now());
+    let nobody_known = || {
+        let mut record = fake::record("a.shop", &[]);
+        Arc::make_mut(record.definition.as_mut().unwrap()).identities.clear();
+        record
+    };
+    let identities = |held: &Held| held.entries().next().unwrap().definition().unwrap().identities.clone();
+    let known = fake::record("a.shop", &[]).definition.unwrap().identities.clone();
+    held.restore(vec![], vec![fake::record("a.shop", &["10.0.0.1"])], now);
+    held.apply(listing(1, vec![nobody_known()]), now);
+    assert_eq!((identities(&held), counts(&held)), (known.clone(), (0, 1)), "after a restart");
+    held.apply(changed(Change::Removed("a.shop".into())), now);
+    held.apply(changed(Change::Set(nobody_known())), now);
+    assert_eq!((identities(&held), counts(&held)), (known, (0, 1)), "after it was away");
+}
+
+#[test]
 fn nothing_is_lost_to_a_store_that_was_put_back_or_is_another_one() {
     for other in [of_store("two", 99, services(3)), of_store("one", 4, services(3))] {
         let (mut held, start) = (held(), Instant::now());

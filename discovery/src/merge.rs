@@ -74,7 +74,7 @@ pub(crate) fn merge(
     let mut service = Service {
         name: name.clone(),
         ports: definition.ports.clone(),
-        identities: definition.identities.clone(),
+        identities: who_may_serve(&definition, name, trust_domain),
         allow_plaintext: definition.allow_plaintext,
         addresses: definition.addresses.clone(),
         source,
@@ -106,6 +106,14 @@ fn define(name: &ServiceName, layers: &[Layer<'_>], parts: &mut [Part]) -> Optio
         }
     }
     found
+}
+
+fn who_may_serve(definition: &Definition, name: &ServiceName, trust_domain: &TrustDomain) -> Vec<SpiffeId> {
+    if !definition.identities.is_empty() {
+        return definition.identities.clone();
+    }
+    let default = SpiffeId::workload(trust_domain, name.namespace(), name.name()).ok();
+    default.into_iter().filter(|identity| !identity.is_system()).collect()
 }
 
 /// A service that runs somewhere and that nobody describes: who may serve it is not up to the source then.

@@ -55,6 +55,15 @@ fn dials(service: &Service) -> Vec<String> {
 }
 
 #[test]
+fn the_name_says_who_may_serve_where_the_source_never_knew() {
+    let mut record = fake::record("a.shop", &["10.0.0.1"]);
+    Arc::make_mut(record.definition.as_mut().unwrap()).identities.clear();
+    let service = alone("cluster", record);
+    assert_eq!(service.identities.iter().map(SpiffeId::short).collect::<Vec<_>>(), ["ns/shop/sa/a"]);
+    assert_eq!(dials(&service), ["10.0.0.1"]);
+}
+
+#[test]
 fn the_first_source_that_defines_a_service_holds_and_the_other_is_told() {
     let (first, second) =
         (said(vec![fake::record("a.shop", &["10.0.0.1"])]), said(vec![fake::record("a.shop", &["10.0.0.2"])]));

@@ -25,7 +25,7 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
     pub ports: Vec<ServicePort>,
-    /// Who may serve it.
+    /// Who may serve it. Empty: the source does not know now; those it knew before, else the one of the service's name.
     pub identities: Vec<SpiffeId>,
     pub allow_plaintext: bool,
     /// Stable addresses that programs know the service by, on its own ports; what a ClusterIP is.

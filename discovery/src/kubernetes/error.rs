@@ -30,7 +30,7 @@ pub(super) enum Error {
     )]
     Forbidden { verb: &'static str, resource: String, reason: String },
     /// What was asked for is older than what the server keeps.
-    #[error("the API server no longer keeps what a watch needs")]
+    #[error("the API server no longer keeps what a list or a watch needs; it is read again")]
     Expired,
     /// Watches under way go on.
     #[error("the API server has too much to do (429: {0})")]
@@ -41,4 +41,11 @@ pub(super) enum Error {
     Garbled(String),
     #[error("the connection to the API server broke: {0}")]
     Broken(String),
+}
+
+impl Error {
+    /// The server answered, and what it says of something else may be well. Whether it is well itself the probe tells.
+    pub(super) fn is_of_one_area(&self) -> bool {
+        matches!(self, Error::Forbidden { .. } | Error::Refused { .. } | Error::Garbled(_) | Error::Expired)
+    }
 }

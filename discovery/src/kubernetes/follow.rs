@@ -215,7 +215,7 @@ impl Follower {
                     area.put_off = Some(now);
                     sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
                 }
-                Err(error @ Error::Forbidden { .. }) => {
+                Err(error) if error.is_of_one_area() => {
                     area.end_watches();
                     (area.put_off, area.due) = (Some(now), true);
                     for (scope, change) in area.forbidden(&error.to_string()) {
@@ -250,7 +250,13 @@ impl Follower {
                 return Ok(());
             }
             Some(Event::Expired) => {
+                // The stream ends after it, and that means nothing more.
+                feed.watch = None;
                 area.due = true;
+                // It would be so again.
+                if area.listed_at.is_some_and(|at| at.elapsed() < SHORTEST_WATCH) {
+                    area.put_off = Some(Instant::now());
+                }
                 return Ok(());
             }
             Some(Event::Failed(reason)) => return Err(Error::Broken(format!("a watch failed: {reason}"))),
@@ -314,19 +320,29 @@ async fn list<R: Remote>(
         };
         let known = area.feed(kind).position.clone();
         let listed = remote.list(&collection, known.as_deref()).await?;
+        area.was_put_back |= known.is_some_and(|known| is_before(&listed.position, &known));
         area.replace(kind, listed);
     }
-    area.due = false;
+    (area.due, area.listed_at) = (false, Some(Instant::now()));
     let mut epoch = life.clone();
     if epoch.position == 0 {
         // Not told by the probe. Numbers in all versions there are; if not, the store alone counts.
         let services = area.feed(Kind::Service).position.as_deref();
         epoch.position = services.and_then(|position| position.parse().ok()).unwrap_or(0);
     }
+    if std::mem::take(&mut area.was_put_back) {
+        // Before everything: what is missing now is doubted, also where the probe looks into another etcd.
+        epoch.position = 0;
+    }
     for listing in area.listings(reader, &epoch) {
         sink.send(SourceEvent::Listed(listing)).await;
     }
     Ok(())
+}
+
+/// Lists are never older than what was known, unless their store is.
+fn is_before(position: &str, known: &str) -> bool {
+    matches!((position.parse::<u64>(), known.parse::<u64>()), (Ok(position), Ok(known)) if position < known)
 }
 
 async fn watch_missing<R: Remote>(

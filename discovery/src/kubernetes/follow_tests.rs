@@ -20,6 +20,10 @@ struct Script {
     /// Too much to do for probes, or for lists.
     busy: bool,
     busy_lists: bool,
+    /// Whose lists fail for another reason than the connection.
+    sick: Option<Scope>,
+    /// How far the etcd of pods has come, if they have one of their own.
+    pods_position: Option<u64>,
     /// Which kind may not be read.
     forbidden: Option<Kind>,
     /// How many watches from now on are refused because their history is gone.
@@ -89,13 +93,17 @@ impl Remote for Fake {
             if script.busy_lists {
                 return Err(Error::Busy("scripted".to_owned()));
             }
+            if script.sick.as_ref() == Some(&what.area) {
+                return Err(Error::Refused { status: 500, reason: "scripted".to_owned() });
+            }
             if script.forbidden == Some(what.kind) {
                 let resource = format!("{:?}", what.kind);
                 return Err(Error::Forbidden { verb: "list", resource, reason: "scripted".to_owned() });
             }
             let samples = script.objects.get(&what.kind).cloned().unwrap_or_default();
             let objects = samples::objects(what.kind, &samples);
-            Ok(Listed { objects, position: script.position.to_string(), more: None })
+            let own = script.pods_position.filter(|_| what.kind == Kind::Pod);
+            Ok(Listed { objects, position: own.unwrap_or(script.position).to_string(), more: None })
         })
     }
 
@@ -293,12 +301,47 @@ async fn what_was_said_just_before_a_connection_broke_is_told() {
 #[tokio::test(start_paused = true)]
 async fn what_the_server_no_longer_keeps_is_listed_anew_and_no_older_than_known() {
     let mut running = running().await;
+    running.asked_until_probed(1).await;
     running.server.change(|script| script.position = 90);
     running.server.tell(Kind::Slice, Ok(Some(Event::Expired))).await;
+    running.server.tell(Kind::Slice, Ok(None)).await;
     running.listed().await;
     let asked = running.asked_until_probed(1).await;
     assert!(asked.contains(&"list Slice [] known Some(\"10\")".to_owned()), "{asked:?}");
     assert!(asked.contains(&"watch Slice [] from 90".to_owned()), "{asked:?}");
+}
+
+/// What an API server that was started anew says to every watch.
+#[tokio::test(start_paused = true)]
+async fn watches_that_end_for_their_age_are_listed_anew_without_leaving_the_connection() {
+    let two: Vec<_> = ["payments.shop", "ledger.shop"].iter().map(|name| name.parse().unwrap()).collect();
+    let mut running = start(Wanted { services: two.into_iter().collect(), ..Wanted::default() }, Fake::new());
+    running.listed().await;
+    running.listed().await;
+    running.watched().await;
+    running.asked_until_probed(1).await;
+    running.server.change(|script| script.position = 90);
+    let old = running.server.change(|script| script.watches.iter().map(|(_, told)| told.clone()).collect::<Vec<_>>());
+    assert_eq!(old.len(), 5, "of a service that is not there no pods are watched");
+    for told in &old {
+        told.try_send(Ok(Some(Event::Expired))).unwrap();
+        told.try_send(Ok(None)).unwrap();
+    }
+    running.listed().await;
+    running.listed().await;
+    let asked = running.asked_until_probed(1).await;
+    assert_eq!(asked.iter().filter(|call| call.starts_with("list")).count(), 5, "{asked:?}");
+    assert_eq!(asked.iter().filter(|call| call.starts_with("watch")).count(), 5, "{asked:?}");
+    assert!(!asked.contains(&"leave".to_owned()), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_too_old_from_its_list_on_does_not_spin() {
+    let mut running = running().await;
+    running.server.tell(Kind::Slice, Ok(Some(Event::Expired))).await;
+    let begun = Instant::now();
+    running.listed().await;
+    assert!(begun.elapsed() >= PUT_OFF, "{:?}", begun.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -323,6 +366,16 @@ async fn another_cluster_or_one_put_back_is_listed_as_if_never_read() {
         assert_eq!(running.listed().await.0, position);
         let asked = running.server.asked();
         assert!(asked.contains(&"list Slice [] known None".to_owned()), "{asked:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kind_whose_own_etcd_was_put_back_is_told_as_of_before_everything() {
+    let mut running = running().await;
+    running.server.change(|script| script.pods_position = Some(4));
+    for position in [0, 10] {
+        running.wanted.send_modify(|wanted| wanted.resync += 1);
+        assert_eq!(running.listed().await.0, position);
     }
 }
 
@@ -354,6 +407,24 @@ async fn what_may_not_be_read_is_named_keeps_what_it_said_and_is_tried_again() {
     assert!(refused.problems[0].contains("deploy/kubernetes/reader.yaml"), "{refused:?}");
     running.server.change(|script| script.forbidden = None);
     assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_cannot_succeed_is_named_and_stands_in_nobodys_way() {
+    let server = Fake::new();
+    let sick: ServiceName = "ledger.shop".parse().unwrap();
+    server.change(|script| script.sick = Some(Scope::Service(sick.clone())));
+    let mut wanted = payments();
+    wanted.services.insert(sick);
+    let mut running = start(wanted, server);
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no trouble") };
+    let [Change::Refused(refused)] = changes.as_slice() else { panic!("{changes:?}") };
+    assert!(refused.problems[0].contains("status 500"), "{refused:?}");
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    running.watched().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.6"]);
+    assert!(!running.server.asked().contains(&"leave".to_owned()));
 }
 
 #[tokio::test(start_paused = true)]

@@ -63,6 +63,9 @@ pub(super) struct Area {
     pub(super) due: bool,
     /// Since when it may not be read, or not now.
     pub(super) put_off: Option<Instant>,
+    pub(super) listed_at: Option<Instant>,
+    /// A list came from before what was known, and is not told yet.
+    pub(super) was_put_back: bool,
     feeds: BTreeMap<Kind, Feed>,
     services: HashMap<ServiceName, Service>,
     slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
@@ -79,6 +82,8 @@ impl Area {
             told_as,
             due: true,
             put_off: None,
+            listed_at: None,
+            was_put_back: false,
             feeds: [Kind::Service, Kind::Slice, Kind::Pod].map(|kind| (kind, Feed::default())).into(),
             services: HashMap::new(),
             slices: HashMap::new(),

@@ -82,6 +82,8 @@ pub(super) struct Pod {
     pub(super) life: Life,
     /// Its service account.
     pub(super) account: String,
+    /// Which Services select it.
+    pub(super) labels: BTreeMap<String, String>,
     /// It takes HBONE, by Istio's own rule.
     pub(super) takes_hbone: bool,
 }
@@ -418,7 +420,9 @@ impl Reduce for RawPod {
         let takes_hbone = self.metadata.annotations.as_ref().is_some_and(redirected)
             || self.metadata.label("networking.istio.io/tunnel") == Some("http");
         let account = self.spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or("default".to_owned());
-        Some(Object::Pod(self.metadata.key(), Pod { life: Life::of(&self.metadata.uid), account, takes_hbone }))
+        let (key, life) = (self.metadata.key(), Life::of(&self.metadata.uid));
+        let labels = self.metadata.labels.unwrap_or_default();
+        Some(Object::Pod(key, Pod { life, account, labels, takes_hbone }))
     }
 }
 

@@ -89,7 +89,8 @@ impl Reader {
         let name = &service.name;
         let identities = match service.notes.get("identities") {
             Some(text) => self.identities(text, &mut problems),
-            None if !accounts.is_empty() => accounts.to_vec(),
+            // No pod was seen: whoever was known before a restart, or while the Service was away, stays allowed.
+            None if !service.selector.is_empty() => accounts.to_vec(),
             // A service name is two DNS labels, which are always valid segments of an identity.
             None => SpiffeId::workload(&self.trust_domain, name.namespace(), name.name()).into_iter().collect(),
         };
@@ -182,10 +183,13 @@ impl Reader {
 }
 
 impl Known<'_> {
-    /// One of that name and another uid is another pod.
+    /// One of that name and another uid is another pod. Who writes a slice picks among the pods that the Service itself
+    /// selects, and makes no other one a server of it.
     fn pod(&self, endpoint: &SliceEndpoint) -> Option<&Pod> {
         let (key, life) = endpoint.pod.as_ref()?;
-        self.pods.get(key).filter(|pod| pod.life.may_be(*life))
+        let namespace = key.split_once('/')?.0;
+        let pod = self.pods.get(key).filter(|pod| pod.life.may_be(*life))?;
+        (namespace == self.service.name.namespace() && self.service.selects(pod)).then_some(pod)
     }
 
     fn any_is_ready(&self) -> bool {
@@ -225,6 +229,12 @@ impl Known<'_> {
             epoch: notes.epoch,
             version: String::new(),
         })
+    }
+}
+
+impl Service {
+    fn selects(&self, pod: &Pod) -> bool {
+        !self.selector.is_empty() && self.selector.iter().all(|(key, value)| pod.labels.get(key) == Some(value))
     }
 }
 

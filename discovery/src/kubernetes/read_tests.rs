@@ -121,6 +121,28 @@ fn a_service_may_name_who_serves_it_and_nobody_else_does_then() {
     assert_eq!(shorts(&cluster.definition().unwrap()), ["ns/shop/sa/a", "ns/b/sa/c"]);
 }
 
+/// Reads by pattern see every pod of a namespace.
+#[test]
+fn a_slice_makes_no_pod_a_server_that_the_service_does_not_select() {
+    let elsewhere = |change: fn(&mut Cluster)| {
+        let mut cluster = Cluster::new();
+        cluster.pods[1] = pod("payments-1", "strange", true);
+        change(&mut cluster);
+        (shorts(&cluster.definition().unwrap()).join(" "), cluster.places().len())
+    };
+    let mine = ("ns/shop/sa/payer".to_owned(), 1);
+    assert_eq!(elsewhere(|_| {}), ("ns/shop/sa/payer ns/shop/sa/strange".to_owned(), 2));
+    assert_eq!(elsewhere(|cluster| cluster.pods[1]["metadata"]["labels"] = Value::Null), mine);
+    assert_eq!(elsewhere(|cluster| cluster.pods[1]["metadata"]["labels"]["app"] = json!("other")), mine);
+    let of_another_namespace = |cluster: &mut Cluster| {
+        cluster.pods[1]["metadata"]["namespace"] = json!("evil");
+        cluster.slices[0]["endpoints"][1]["targetRef"]["namespace"] = json!("evil");
+    };
+    assert_eq!(elsewhere(of_another_namespace), mine);
+    let of_nobody = |cluster: &mut Cluster| cluster.service["spec"]["selector"] = Value::Null;
+    assert_eq!(elsewhere(of_nobody).0, "ns/shop/sa/payments");
+}
+
 #[test]
 fn identities_outlive_the_pods_so_that_what_is_doubted_may_still_serve() {
     let (mut cluster, mut learned) = (Cluster::new(), Learned::default());
@@ -128,7 +150,7 @@ fn identities_outlive_the_pods_so_that_what_is_doubted_may_still_serve() {
     cluster.pods.clear();
     cluster.slices.clear();
     assert_eq!(shorts(&definition(&cluster.read_with(&mut learned)).unwrap()), ["ns/shop/sa/payer"]);
-    assert_eq!(shorts(&cluster.definition().unwrap()), ["ns/shop/sa/payments"], "of one that never had pods");
+    assert!(cluster.definition().unwrap().identities.is_empty(), "nothing is made up over what others still know");
 }
 
 #[test]

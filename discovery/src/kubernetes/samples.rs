@@ -38,13 +38,15 @@ pub(super) fn slice(name: &str, addresses: &[&str]) -> Value {
     })
 }
 
+/// `payments-0` is one that the Service `payments` selects.
 pub(super) fn pod(name: &str, account: &str, hbone: bool) -> Value {
-    let uid = format!("uid-{}", name.rsplit_once('-').expect("a pod's name").1);
+    let (service, number) = name.rsplit_once('-').expect("a pod's name");
+    let uid = format!("uid-{number}");
     let redirection = if hbone { "enabled" } else { "disabled" };
     json!({
         "metadata": {
             "name": name, "namespace": "shop", "uid": uid,
-            "labels": null, "annotations": { "ambient.istio.io/redirection": redirection },
+            "labels": { "app": service }, "annotations": { "ambient.istio.io/redirection": redirection },
         },
         "spec": { "serviceAccountName": account, "containers": [{ "name": "main", "image": "x" }] },
         "status": { "podIP": "10.0.0.1" },
