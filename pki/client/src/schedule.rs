@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use meshd_identity::{SpiffeId, sha256};
 
-use crate::inventory::{authorities_of, hangs_on_a_bridge, is_rooted};
+use crate::inventory::{Settled, authorities_of};
 use crate::{Credentials, Svid};
 
 /// Renewal falls between these shares of a certificate's life. What is left, 55 %, is the time the PKI may be away.
@@ -106,8 +106,8 @@ pub(crate) fn due(
         // It would be refused; the conversation tells when that has ended.
         return Vec::new();
     }
-    let is_settled = |svid: &Svid| is_rooted(svid, &held.bundle) && !hangs_on_a_bridge(svid, &held.bundle);
-    let is_due = |svid: &Svid| told.renew_at(held, svid) <= now || !is_settled(svid);
+    let settled = Settled::by(&held.bundle);
+    let is_due = |svid| told.renew_at(held, svid) <= now || !settled.is(svid);
     let mut due = Vec::new();
     if is_due(&held.host) {
         due.push(held.host.id.clone());
