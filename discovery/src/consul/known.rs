@@ -272,7 +272,16 @@ impl Known {
     }
 
     fn replace_instances(&mut self, name: &Arc<str>, entries: Vec<Entry>) {
-        let instances: Vec<Instance> = entries.into_iter().map(|entry| self.reading.instance(entry)).collect();
+        let before = self.instances.get(name).map(Vec::as_slice).unwrap_or_default();
+        let last = |at: &str| before.iter().find(|instance| instance.at == at)?.service.as_ref();
+        let read = |entry| {
+            let instance = self.reading.instance(entry);
+            match last(&instance.at) {
+                Some(service) if instance.service.is_none() => instance.stays_with(service),
+                _ => instance,
+            }
+        };
+        let instances: Vec<Instance> = entries.into_iter().map(read).collect();
         if instances.is_empty() {
             self.instances.remove(name);
         } else {
