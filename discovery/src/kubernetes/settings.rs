@@ -181,6 +181,10 @@ struct User {
     #[serde(rename = "tokenFile")]
     token_file: Option<PathBuf>,
     username: Option<String>,
+    r#as: Option<Anything>,
+    as_groups: Option<Anything>,
+    as_uid: Option<Anything>,
+    as_user_extra: Option<Anything>,
     exec: Option<Anything>,
     auth_provider: Option<Anything>,
 }
@@ -268,10 +272,15 @@ fn from_kubeconfig(path: &Path, context: Option<&str>) -> Result<Access, Setting
 type ClientCertificate = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 fn credentials(user: &User, at: &At<'_>) -> Result<(Option<ClientCertificate>, Option<Token>), SettingsError> {
+    let acts_as = "meshd would read with more rights than the user it names";
     let foreign = [
         ("exec", user.exec.is_some(), "meshd runs no credential plugins"),
         ("auth-provider", user.auth_provider.is_some(), "Kubernetes dropped these plugins"),
         ("username", user.username.is_some(), "Kubernetes dropped passwords"),
+        ("as", user.r#as.is_some(), acts_as),
+        ("as-groups", user.as_groups.is_some(), acts_as),
+        ("as-uid", user.as_uid.is_some(), acts_as),
+        ("as-user-extra", user.as_user_extra.is_some(), acts_as),
     ];
     if let Some((field, _, why)) = foreign.into_iter().find(|(_, given, _)| *given) {
         let reason = format!("`{field}` is not supported: {why}; use a client certificate, `token` or `tokenFile`");

@@ -74,6 +74,8 @@ fn what_is_wrong_names_the_file_the_entry_and_what_to_do() {
         (CLUSTER, token, Some("lost"), "there is no cluster `none`; there are: `prod`"),
         (CLUSTER, "{}", None, "user `me`: no credential"),
         (CLUSTER, "{ exec: { command: aws } }", None, "`exec` is not supported: meshd runs no credential plugins"),
+        (CLUSTER, "{ token: secret, as: reader }", None, "`as` is not supported"),
+        (CLUSTER, "{ token: secret, as-groups: [readers] }", None, "`as-groups` is not supported"),
         (CLUSTER, "{ client-certificate: me.pem }", None, "go together"),
         (CLUSTER, "{ tokenFile: missing }", None, "missing: "),
         (CLUSTER, "{ client-certificate: me.pem, client-key: token }", None, "token: "),
