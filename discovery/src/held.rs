@@ -181,7 +181,7 @@ impl Held {
                 }
                 Change::Removed(key) => {
                     self.refused.remove(&key);
-                    next.push(Next::Gone(key));
+                    next.extend(self.is_of(&key, scope).then_some(Next::Gone(key)));
                 }
                 Change::Refused(refused) => touched.extend(self.refuse(scope, refused)),
             }
@@ -192,6 +192,11 @@ impl Held {
         touched.extend(self.take(next, true, now));
         self.note_settled(scope);
         touched
+    }
+
+    /// False where another scope has said since what its key is now.
+    fn is_of(&self, key: &Arc<str>, scope: &Scope) -> bool {
+        self.records.get(key).is_some_and(|entry| scope.holds(&entry.record.service))
     }
 
     /// What its key said before stays, and is there again if that was doubted.
@@ -257,6 +262,7 @@ impl Held {
             let key = match next {
                 Next::Is(record) => {
                     let key = record.key.clone();
+                    touched.extend(self.leave(&record));
                     touched.extend(self.set(record, now));
                     key
                 }
@@ -289,13 +295,15 @@ impl Held {
         no_places || self.of(service).any(|entry| entry.gone.is_some() && entry.definition().is_some())
     }
 
+    /// A key that changes its service is another thing. The service it was of.
+    fn leave(&mut self, record: &Record) -> Option<ServiceName> {
+        let moved = self.records.get(&record.key).is_some_and(|entry| entry.record.service != record.service);
+        if moved { self.remove(&record.key) } else { None }
+    }
+
     /// Takes a record as it is now. Places it no longer has become stale, and no service is told yet.
     fn set(&mut self, mut record: Record, now: Instant) -> Option<ServiceName> {
         let service = record.service.clone();
-        // A key that changes its service is another thing; only our own form of keys could do that.
-        if self.records.get(&record.key).is_some_and(|entry| entry.record.service != service) {
-            self.remove(&record.key.clone());
-        }
         let Some(entry) = self.records.get_mut(&record.key) else {
             self.live += size(&record);
             self.by_service.entry(service.clone()).or_default().insert(record.key.clone());

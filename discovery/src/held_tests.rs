@@ -289,3 +289,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_key_that_changes_its_service_changes_both_and_the_scope_it_left_takes_nothing_away() {
+    let (mut held, now) = (held(), Instant::now());
+    held.apply(listing(1, services(4)), now);
+    let moved = Record { service: "e.shop".parse().unwrap(), ..fake::record("d.shop", &["10.0.0.3"]) };
+    let touched = held.apply(changed(Change::Set(moved)), now);
+    assert_eq!(touched.iter().map(ServiceName::as_str).collect::<Vec<_>>(), ["d.shop", "e.shop"]);
+    let left = Scope::Service("d.shop".parse().unwrap());
+    held.apply(
+        SourceEvent::Changed { scope: left, position: 10, changes: vec![Change::Removed("d.shop".into())] },
+        now,
+    );
+    assert_eq!(counts(&held), (4, 0));
+}

@@ -68,7 +68,7 @@ async fn follow<R: Remote>(
             // Senders are held above, so the inbox never ends.
             Some(news) = inbox.recv() => {
                 if news.went_back {
-                    known.begin_anew(Instant::now());
+                    known.went_back(Instant::now());
                     return Ok(());
                 }
                 let of_names = news.query == Query::Names;
@@ -127,6 +127,9 @@ async fn take(news: News, known: &mut Known, troubles: &mut Troubles, sink: &Sin
     let events = match news.answer {
         Ok(answer) => {
             troubles.of.remove(&news.query);
+            if let Some(index) = news.fell_from {
+                known.falls(&news.query, index);
+            }
             known.take(&news.query, answer, Instant::now())
         }
         Err(error) => {
@@ -235,6 +238,8 @@ impl Rereads {
     fn begin<R: Remote>(&mut self, remote: &R, known: &Known) {
         let overdue = known.overdue();
         if self.tasks.is_empty() && !overdue.is_empty() {
+            let overdue = overdue.into_iter().map(|query| (query.clone(), known.index(&query)));
+            let overdue: Vec<_> = overdue.collect();
             self.tasks.spawn(ask_once(remote.another(), overdue, self.news.clone()));
         }
     }

@@ -6,7 +6,7 @@ use tokio::sync::watch as channel;
 use tokio::time::timeout_at;
 
 use super::super::read::BASE;
-use super::super::remote::{Answer, Content};
+use super::super::remote::{Answer, Content, Pair};
 use super::super::watch::TURNS;
 use super::*;
 use crate::{Scope, fake};
@@ -22,6 +22,8 @@ struct Script {
     /// Now, and the most there were.
     connections: usize,
     most_connections: usize,
+    /// How often a snapshot was restored.
+    restored: usize,
 }
 
 struct Fake {
@@ -71,6 +73,7 @@ impl Fake {
             asked: vec![],
             connections: 0,
             most_connections: 0,
+            restored: 0,
         };
         Fake { script: Arc::new(Mutex::new(script)), changed: channel::Sender::new(()), connection: None }
     }
@@ -93,6 +96,10 @@ impl Fake {
 
     fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.script.lock().unwrap().asked)
+    }
+
+    fn restored(&self) -> usize {
+        self.script.lock().unwrap().restored
     }
 
     fn open(&mut self) {
@@ -135,7 +142,12 @@ impl Remote for Fake {
         self.open();
         self.script.lock().unwrap().asked.push(format!("{query} from {index}"));
         let (until, mut changed) = (Instant::now() + wait, self.changed.subscribe());
+        let (before, restored) = (self.answer(query, index, true), self.restored());
         loop {
+            if self.restored() != restored {
+                // Of the state that was left.
+                return before.expect("an answer");
+            }
             if let Some(answer) = self.answer(query, index, Instant::now() >= until) {
                 return answer;
             }
@@ -257,7 +269,8 @@ async fn a_catalog_whose_index_went_back_is_read_whole_before_it_is_told_as_anot
         script.holds.insert(Query::Documents, (1, Content::Documents(vec![])));
     });
     // A blocking query from beyond the index waits for its time.
-    assert_eq!(running.listed().await, (shop("a"), "one".into(), 3, 0));
+    assert_eq!(running.listed().await, (shop("a"), "one".into(), 0, 0));
+    assert_eq!(running.changed().await, (shop("a"), 3, 0));
     running.consul.hold("a", 4, &[1]);
     assert_eq!(running.changed().await, (shop("a"), 4, 1));
 }
@@ -416,4 +429,48 @@ async fn a_host_that_wants_nothing_asks_for_nothing_but_a_sign_of_life() {
     assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
     assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
     assert!(running.consul.asked().iter().all(|asked| asked == "cluster"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restored_snapshot_is_another_life_though_every_index_went_on() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    // Past the first questions from the index that was read.
+    sleep(Duration::from_secs(1)).await;
+    let restored_at = Instant::now();
+    running.consul.change(|script| {
+        script.restored += 1;
+        script.holds.insert(instances("a"), (30, content("a", &[])));
+    });
+    assert_eq!(running.listed().await, (shop("a"), "one".into(), 0, 0));
+    assert!(restored_at.elapsed() < Duration::from_secs(2), "{:?}", restored_at.elapsed());
+    assert_eq!(running.changed().await, (shop("a"), 30, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_index_that_went_back_is_another_life_though_others_went_on() {
+    let mut running = start(everything());
+    running.listed().await;
+    running.consul.change(|script| {
+        script.holds.insert(instances("a"), (3, content("a", &[])));
+        script.holds.insert(Query::Names, (40, Content::Names(vec!["a".into(), "b".into()])));
+    });
+    assert_eq!(running.listed().await, (Scope::Everything, "one".into(), 0, 1));
+    assert_eq!(running.changed().await, (Scope::Everything, 40, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_index_of_the_documents_that_falls_is_no_other_life_and_they_are_followed_on() {
+    let document = |modified| Pair { key: format!("{BASE}/shop/a/service"), modified, value: b"kind: [".to_vec() };
+    let consul = Fake::new();
+    consul.change(|script| drop(script.holds.insert(Query::Documents, (50, Content::Documents(vec![])))));
+    let mut running = start_with(consul, wanting(&["a.shop"]));
+    assert_eq!(running.listed().await, (shop("a"), "one".into(), 11, 1));
+    running.consul.change(|script| drop(script.holds.insert(Query::Documents, (20, Content::Documents(vec![])))));
+    sleep(Duration::from_secs(120)).await;
+    assert_eq!(running.consul.asked().iter().filter(|asked| *asked == "service `a` from 0").count(), 1);
+    running
+        .consul
+        .change(|script| drop(script.holds.insert(Query::Documents, (30, Content::Documents(vec![document(30)])))));
+    assert_eq!(running.changed().await, (shop("a"), 11, 1));
 }

@@ -31,8 +31,10 @@ struct State {
     list_from: Option<Instant>,
     /// It was listed, so that changes can be told.
     listed: bool,
-    /// The furthest index that was read for it.
+    /// The furthest index of the catalog that was read for it. Those of documents fall by themselves.
     position: u64,
+    /// An index went back since the last list, whatever the others say.
+    went_back: bool,
 }
 
 /// How far a query was read, and when last.
@@ -76,6 +78,19 @@ impl Known {
         self.instances.clear();
         for state in self.scopes.values_mut() {
             *state = State::begun(now);
+        }
+    }
+
+    /// The store was put back. Some of its indexes may be beyond what they were nonetheless.
+    pub(super) fn went_back(&mut self, now: Instant) {
+        self.begin_anew(now);
+        self.scopes.values_mut().for_each(|state| state.went_back = true);
+    }
+
+    /// The index of a query is lower than the one that was known, by which an answer read later is told from an earlier.
+    pub(super) fn falls(&mut self, query: &Query, known: u64) {
+        if let Some(part) = self.parts.get_mut(query).filter(|part| part.index <= known) {
+            part.index = 0;
         }
     }
 
@@ -162,7 +177,8 @@ impl Known {
         let ready: Vec<Scope> = self.scopes.keys().filter(|scope| self.is_ready(scope)).cloned().collect();
         for scope in ready {
             changes.remove(&scope);
-            events.extend(self.list(scope).map(SourceEvent::Listed));
+            events.extend(self.list(scope.clone()).map(SourceEvent::Listed));
+            events.extend(self.goes_on(scope));
         }
         for (scope, changes) in changes {
             if let Some(State { listed: true, position, .. }) = self.scopes.get(&scope) {
@@ -170,6 +186,14 @@ impl Known {
             }
         }
         events
+    }
+
+    /// After a list that no earlier one goes on in, where this life of the store is.
+    fn goes_on(&mut self, scope: Scope) -> Option<SourceEvent> {
+        let state = self.scopes.get_mut(&scope)?;
+        let position = state.position;
+        let went_back = std::mem::take(&mut state.went_back);
+        went_back.then(|| SourceEvent::Changed { scope, position, changes: Vec::new() })
     }
 
     fn is_ready(&self, scope: &Scope) -> bool {
@@ -181,7 +205,7 @@ impl Known {
     /// What a scope is made of was read this far. That does not fall when a service and its index go.
     fn advance(&mut self, query: &Query, index: u64) {
         for (scope, state) in &mut self.scopes {
-            if needs(scope, query) {
+            if needs(scope, query) && *query != Query::Documents {
                 state.position = state.position.max(index);
             }
         }
@@ -190,7 +214,7 @@ impl Known {
     fn list(&mut self, scope: Scope) -> Option<Listing> {
         let state = self.scopes.get_mut(&scope)?;
         (state.list_from, state.listed) = (None, true);
-        let epoch = Epoch { store: self.cluster.clone()?, position: state.position };
+        let epoch = Epoch { store: self.cluster.clone()?, position: if state.went_back { 0 } else { state.position } };
         let mut listing = Listing::empty(scope, epoch);
         let names: BTreeSet<&Arc<str>> = self.documents.keys().chain(self.instances.keys()).collect();
         let mut said = BTreeMap::new();
@@ -272,7 +296,16 @@ impl Known {
     }
 
     fn replace_instances(&mut self, name: &Arc<str>, entries: Vec<Entry>) {
-        let instances: Vec<Instance> = entries.into_iter().map(|entry| self.reading.instance(entry)).collect();
+        let before = self.instances.get(name).map(Vec::as_slice).unwrap_or_default();
+        let last = |at: &str| before.iter().find(|instance| instance.at == at)?.service.as_ref();
+        let read = |entry| {
+            let instance = self.reading.instance(entry);
+            match last(&instance.at) {
+                Some(service) if instance.service.is_none() => instance.stays_with(service),
+                _ => instance,
+            }
+        };
+        let instances: Vec<Instance> = entries.into_iter().map(read).collect();
         if instances.is_empty() {
             self.instances.remove(name);
         } else {
@@ -340,7 +373,7 @@ fn needs(scope: &Scope, query: &Query) -> bool {
 
 impl State {
     fn begun(now: Instant) -> State {
-        State { list_from: Some(now), listed: false, position: 0 }
+        State { list_from: Some(now), listed: false, position: 0, went_back: false }
     }
 }
 

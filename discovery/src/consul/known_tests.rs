@@ -95,11 +95,11 @@ fn a_service_is_listed_once_documents_and_instances_were_read_and_then_told_by_w
     assert_eq!(bed.take(&instances("a"), entries("a", &[1, 2])), []);
     assert!(!bed.known.is_whole());
     let events = bed.take(&Query::Documents, Content::Documents(vec![document("a", 5), document("b", 5)]));
-    let keys = vec!["a/node-1/a-1", "a/node-2/a-2", "meshd-discovery/v1/shop/a/service"];
-    assert_eq!(listed(&events), (shop("a"), 12, keys));
+    let keys = vec!["catalog:a.shop/node-1/a-1", "catalog:a.shop/node-2/a-2", "meshd-discovery/v1/shop/a/service"];
+    assert_eq!(listed(&events), (shop("a"), 11, keys), "of the catalog alone");
     assert!(bed.known.is_whole());
     let events = bed.take(&instances("a"), entries("a", &[2, 3]));
-    assert_eq!(changed(&events), ["removed a/node-1/a-1", "set a/node-3/a-3"]);
+    assert_eq!(changed(&events), ["removed catalog:a.shop/node-1/a-1", "set catalog:a.shop/node-3/a-3"]);
     assert_eq!(bed.take(&instances("a"), entries("a", &[2, 3])), [], "the same again");
     let events = bed.take(&Query::Documents, Content::Documents(vec![]));
     assert_eq!(changed(&events), ["removed meshd-discovery/v1/shop/a/service"]);
@@ -124,11 +124,14 @@ fn everything_is_listed_once_each_name_was_read_and_a_name_that_goes_takes_its_i
     assert_eq!(bed.known.queries().len(), 4);
     assert_eq!(bed.take(&instances("a"), entries("a", &[1])), []);
     let events = bed.take(&instances("b"), entries("b", &[2]));
-    assert_eq!(listed(&events), (Scope::Everything, 14, vec!["a/node-1/a-1", "b/node-2/b-2"]));
+    assert_eq!(
+        listed(&events),
+        (Scope::Everything, 14, vec!["catalog:a.shop/node-1/a-1", "catalog:b.shop/node-2/b-2"])
+    );
     assert_eq!(bed.take(&Query::Names, Content::Names(vec!["a".into(), "b".into(), "c".into()])), []);
-    assert_eq!(changed(&bed.take(&instances("c"), entries("c", &[3]))), ["set c/node-3/c-3"]);
+    assert_eq!(changed(&bed.take(&instances("c"), entries("c", &[3]))), ["set catalog:c.shop/node-3/c-3"]);
     let events = bed.take(&Query::Names, Content::Names(vec!["a".into(), "c".into()]));
-    assert_eq!(changed(&events), ["removed b/node-2/b-2"]);
+    assert_eq!(changed(&events), ["removed catalog:b.shop/node-2/b-2"]);
     assert_eq!(bed.take(&instances("b"), entries("b", &[2])), [], "an answer that was on its way");
 }
 
@@ -142,7 +145,10 @@ fn one_query_serves_the_namespaces_of_a_name_and_each_gets_its_own() {
     both.push(billing);
     let events = bed.take(&instances("a"), Content::Instances(both));
     let keys = |event: &SourceEvent| listed(std::slice::from_ref(event)).2.join(" ");
-    assert_eq!(events.iter().map(keys).collect::<Vec<_>>(), ["a/node-2/a-2", "a/node-1/a-1"]);
+    assert_eq!(
+        events.iter().map(keys).collect::<Vec<_>>(),
+        ["catalog:a.billing/node-2/a-2", "catalog:a.shop/node-1/a-1"]
+    );
 }
 
 #[test]
@@ -153,10 +159,10 @@ fn an_instance_that_knows_nothing_of_the_mesh_counts_where_somebody_named_its_se
     bed.take(&Query::Names, Content::Names(vec!["a".into()]));
     assert_eq!(listed(&bed.take(&instances("a"), plain())).2, Vec::<&str>::new());
     let events = bed.take(&Query::Documents, Content::Documents(vec![document("a", 5)]));
-    assert_eq!(changed(&events), ["set a/node-1/a-1", "set meshd-discovery/v1/shop/a/service"]);
+    assert_eq!(changed(&events), ["set catalog:a.shop/node-1/a-1", "set meshd-discovery/v1/shop/a/service"]);
     let mut bed = Bed::wanting(&["a.shop"]);
     bed.take(&Query::Documents, Content::Documents(vec![]));
-    assert_eq!(listed(&bed.take(&instances("a"), plain())).2, ["a/node-1/a-1"]);
+    assert_eq!(listed(&bed.take(&instances("a"), plain())).2, ["catalog:a.shop/node-1/a-1"]);
 }
 
 #[test]
@@ -179,7 +185,10 @@ fn a_resync_lists_what_was_read_since_and_names_what_is_overdue() {
     assert_eq!(bed.known.overdue(), BTreeSet::from([Query::Documents, instances("a")]));
     assert_eq!(bed.take_at(&instances("a"), entries("a", &[1]), 20), []);
     assert_eq!(bed.known.overdue(), BTreeSet::from([Query::Documents]));
-    assert_eq!(listed(&bed.take(&Query::Documents, Content::Documents(vec![]))), (shop("a"), 20, vec!["a/node-1/a-1"]));
+    assert_eq!(
+        listed(&bed.take(&Query::Documents, Content::Documents(vec![]))),
+        (shop("a"), 20, vec!["catalog:a.shop/node-1/a-1"])
+    );
 }
 
 #[test]
@@ -207,9 +216,42 @@ fn what_is_wanted_later_is_listed_from_documents_read_since() {
     assert_eq!(bed.known.overdue(), BTreeSet::from([Query::Documents]));
     bed.take(&instances("b"), entries("b", &[2]));
     let events = bed.take_at(&Query::Documents, documents(), 11);
-    assert_eq!(listed(&events).2, ["b/node-2/b-2", "meshd-discovery/v1/shop/b/service"]);
+    assert_eq!(listed(&events).2, ["catalog:b.shop/node-2/b-2", "meshd-discovery/v1/shop/b/service"]);
     let services = ["b.shop"].iter().map(|name| name.parse().unwrap()).collect();
     assert!(bed.known.adjust(&Wanted { services, ..Wanted::default() }, bed.now));
     assert_eq!(bed.take(&instances("a"), entries("a", &[])), []);
     assert_eq!(bed.known.documents.len() + bed.known.instances.len(), 2);
+}
+
+/// Keys that are held, and stale ones, after an instance was of `shop` and is of `billing`, and the other way round.
+fn held_when_it_moves(wanted: &Wanted) -> Vec<Vec<String>> {
+    let of = |namespace: &str| {
+        let meta = json!({ "meshd-transport": "meshd", "meshd-namespace": namespace });
+        let others = entries("a", &[2, 3, 4]);
+        let Content::Instances(mut all) = others else { panic!("no instances") };
+        all.push(entry("a", 1, &meta));
+        Content::Instances(all)
+    };
+    let mut held = crate::held::Held::new(crate::belief::Belief::Guarded);
+    let mut bed = Bed::begun(wanted);
+    let mut seen = Vec::new();
+    bed.take(&Query::Documents, Content::Documents(vec![]));
+    bed.take(&Query::Names, Content::Names(vec!["a".into()]));
+    for namespace in ["shop", "billing", "shop", "not a label", "billing"] {
+        let events = bed.take(&instances("a"), of(namespace));
+        let moved = events.into_iter().flat_map(|event| held.apply(event, bed.now)).collect::<BTreeSet<_>>();
+        assert!(namespace == "not a label" || moved.contains("a.shop"), "{namespace}: {moved:?}");
+        let keys = held.entries().map(|entry| entry.record.key.to_string());
+        seen.push(keys.filter(|key| key.ends_with("a-1")).collect());
+    }
+    seen
+}
+
+#[test]
+fn an_instance_that_moves_to_another_namespace_is_there_and_nowhere_else() {
+    let (shop, billing) = ("catalog:a.shop/node-1/a-1", "catalog:a.billing/node-1/a-1");
+    let expected = [[shop], [billing], [shop], [shop], [billing]];
+    let services = ["a.shop", "a.billing"].iter().map(|name| name.parse().unwrap()).collect();
+    assert_eq!(held_when_it_moves(&Wanted { services, ..Wanted::default() }), expected);
+    assert_eq!(held_when_it_moves(&Wanted { everything: true, ..Wanted::default() }), expected);
 }

@@ -14,6 +14,8 @@ use crate::backoff::{Backoff, jittered};
 const WAIT: Duration = Duration::from_secs(55);
 /// While others wait for their turn.
 const SHORT_WAIT: Duration = Duration::from_secs(5);
+/// By how much the clocks of an agent and of this host may differ over one wait.
+const EARLY: Duration = Duration::from_secs(1);
 /// An index that changes in a storm, as every heartbeat of a check can do, is followed ten times a second.
 const PACE: Duration = Duration::from_millis(100);
 /// Instances that are followed at once, with a connection each: Consul's agents allow 200 for each address, and this host
@@ -68,8 +70,20 @@ impl<R: Remote> Turns<R> {
 pub(super) struct News {
     pub(super) query: Query,
     pub(super) answer: Result<Answer, Error>,
-    /// The index is lower than before: the store was put back, or emptied.
+    /// The store was put back, or emptied.
     pub(super) went_back: bool,
+    /// The index that was known before, if it is lower now.
+    pub(super) fell_from: Option<u64>,
+}
+
+impl News {
+    /// `known`: the index that was known when it was asked.
+    fn new(query: Query, answer: Result<Answer, Error>, known: u64) -> News {
+        let fell = answer.as_ref().is_ok_and(|answer| answer.index < known);
+        // That of the documents falls by itself: a quarter of an hour after a delete, Consul forgets the delete.
+        let went_back = fell && query != Query::Documents;
+        News { query, answer, went_back, fell_from: fell.then_some(known) }
+    }
 }
 
 /// Until nobody hears it. `known` is the index that was read in the time before.
@@ -77,26 +91,27 @@ pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<
     let (mut index, mut before) = (0, known);
     let mut backoff = Backoff::default();
     loop {
-        let (answer, started) = ask(&query, index, &turns).await;
+        let (answer, started, wait) = ask(&query, index, &turns).await;
         let mut next = started + PACE;
-        let mut went_back = false;
-        match &answer {
+        let mut said = News::new(query.clone(), answer, before);
+        match &said.answer {
             Ok(answer) => {
-                went_back = answer.index < before;
+                // A query answers before its time with what was known already only when a snapshot was restored.
+                said.went_back |= index > 0 && answer.index == index && started.elapsed() + EARLY < wait;
                 // From 0 on the next question does not block: what there is now is read before it is waited for.
-                index = if went_back { 0 } else { answer.index };
+                index = if said.went_back || said.fell_from.is_some() { 0 } else { answer.index };
                 before = answer.index;
             }
             Err(_) => next = Instant::now() + backoff.pause(started.elapsed(), fastrand::f64()),
         }
-        if news.send(News { query: query.clone(), answer, went_back }).await.is_err() {
+        if news.send(said).await.is_err() {
             return;
         }
         sleep_until(next).await;
     }
 }
 
-async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<Answer, Error>, Instant) {
+async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<Answer, Error>, Instant, Duration) {
     let takes_turns = matches!(query, Query::Instances(_));
     // The semaphore is never closed, so there is always a turn.
     let _turn = if takes_turns { turns.semaphore.acquire().await.ok() } else { None };
@@ -108,18 +123,18 @@ async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<
     if answer.is_ok() {
         turns.give_back(connection);
     }
-    (answer, started)
+    (answer, started, wait)
 }
 
-/// Asks each query once, beside its watch.
+/// Asks each query once, beside its watch; with the index that is known of it.
 pub(super) async fn ask_once<R: Remote>(
     mut remote: R,
-    queries: impl IntoIterator<Item = Query>,
+    queries: impl IntoIterator<Item = (Query, u64)>,
     news: mpsc::Sender<News>,
 ) -> Result<(), Error> {
-    for query in queries {
+    for (query, known) in queries {
         let answer = remote.ask(&query, 0, Duration::ZERO).await?;
-        if news.send(News { query, answer: Ok(answer), went_back: false }).await.is_err() {
+        if news.send(News::new(query, Ok(answer), known)).await.is_err() {
             break;
         }
     }

@@ -69,7 +69,10 @@ struct Check {
 /// What an instance says.
 #[derive(Debug, Clone, PartialEq)]
 pub(in super::super) struct Instance {
+    /// With the service of the mesh in it, so that one that moves to another is another record.
     pub(in super::super) key: Arc<str>,
+    /// Its node and its ID there.
+    pub(in super::super) at: String,
     /// `None`: it cannot be told.
     pub(in super::super) service: Option<ServiceName>,
     /// It says how the mesh reaches it. One that does not may know nothing of the mesh.
@@ -80,11 +83,13 @@ pub(in super::super) struct Instance {
 pub(super) fn read(entry: Entry, reading: &Reading) -> Instance {
     let Registered { id, service, .. } = &entry.service;
     let node = &entry.node.node;
-    let key: Arc<str> = format!("{service}/{node}/{id}").into();
     let origin =
         format!("Consul service `{}`, instance `{}` on node `{}`", printable(service), printable(id), printable(node));
     let mut problems = Vec::new();
-    let service = service_of(&entry, reading, &mut problems);
+    let of_mesh = service_of(&entry, reading, &mut problems);
+    let at = format!("{}/{}", escaped(node), escaped(id));
+    let key = key(of_mesh.as_ref().map_or(service, ServiceName::as_str), &at);
+    let service = of_mesh;
     let names_transport = entry.meta("meshd-transport").is_some();
     let place = place(&entry, reading, &mut problems);
     let said = match (&service, place) {
@@ -97,7 +102,29 @@ pub(super) fn read(entry: Entry, reading: &Reading) -> Instance {
         }),
         _ => Change::Refused(stored::refused(&key, &origin, &problems)),
     };
-    Instance { key, service, names_transport, said }
+    Instance { key, at, service, names_transport, said }
+}
+
+/// No document has such a key.
+fn key(service: &str, at: &str) -> Arc<str> {
+    format!("catalog:{service}/{at}").into()
+}
+
+/// Consul takes any name.
+fn escaped(name: &str) -> String {
+    name.replace('%', "%25").replace('/', "%2F")
+}
+
+impl Instance {
+    /// It was of this service, and what it is now cannot be told.
+    pub(in super::super) fn stays_with(mut self, service: &ServiceName) -> Instance {
+        self.key = key(service.as_str(), &self.at);
+        if let Change::Refused(refused) = &mut self.said {
+            refused.key = self.key.clone();
+        }
+        self.service = Some(service.clone());
+        self
+    }
 }
 
 impl Entry {

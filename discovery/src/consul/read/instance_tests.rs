@@ -41,7 +41,7 @@ fn an_instance_that_knows_nothing_of_the_mesh_is_plaintext_on_its_own_port() {
     let instance = read(entry(Value::Null, |_| {}), &reading());
     assert!(!instance.names_transport);
     let record = set(instance);
-    assert_eq!((&*record.key, record.service.as_str()), ("payments/web/payments-1", "payments.shop"));
+    assert_eq!((&*record.key, record.service.as_str()), ("catalog:payments.shop/web/payments-1", "payments.shop"));
     let place = &record.places[0];
     assert_eq!((place.address, place.transport), ("10.0.0.7".parse().unwrap(), Transport::Plaintext));
     assert_eq!(place.ports, [PortTarget { port: 8080, target: 8080 }]);
@@ -123,4 +123,21 @@ fn what_the_network_says_is_escaped_and_cut() {
     let instance = read(entry, &reading());
     let problem = &problems(&instance)[0];
     assert!(!problem.contains(['\n', '\u{1b}']) && problem.len() < 600, "{problem}");
+}
+
+#[test]
+fn no_name_makes_a_key_that_is_a_documents_or_another_instances() {
+    let named = |service: &str, node: &str, id: &str| {
+        let named = |entry: &mut Value| {
+            (entry["Service"]["Service"], entry["Service"]["ID"]) = (json!(service), json!(id));
+            entry["Node"]["Node"] = json!(node);
+        };
+        read(entry(Value::Null, named), &reading()).key
+    };
+    assert_eq!(
+        &*named("meshd-discovery", "v1", "shop/a/service"),
+        "catalog:meshd-discovery.shop/v1/shop%2Fa%2Fservice"
+    );
+    assert_ne!(named("a", "b", "c/d"), named("a", "b/c", "d"));
+    assert_ne!(named("a", "b%2Fc", "d"), named("a", "b/c", "d"));
 }
