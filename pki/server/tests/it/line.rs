@@ -3,16 +3,21 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
 
 use meshd_pki_client::Tokens;
+use rusqlite::Connection;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use crate::support::{Lab, eventually, workload};
 
 const LEAF_S: u64 = 24 * 3600;
+/// For so long another process keeps the PKI from writing; it would wait for 5 s.
+const BUSY: Duration = Duration::from_secs(3);
 
 /// Forwards connections to the PKI, until it forgets those it has: then they stay open, and nothing comes through.
 struct Relay {
@@ -87,4 +92,25 @@ async fn a_connection_that_died_without_a_word_is_left_for_another_while_the_cer
     host.until(|held| held.host.serial != joined.host.serial).await;
     assert!(relay.connections() > before);
     assert_eq!(host.metrics.readmissions(), 0, "it did not have to come back");
+}
+
+#[tokio::test]
+async fn a_busy_server_that_lives_is_waited_for_over_the_same_connection() {
+    let mut lab = Lab::start().await;
+    let relay = Relay::to(lab.address()).await;
+    lab.lead_by(relay.address).await;
+    let joined = lab.join("web", &[]).await.unwrap();
+    let mut host = lab.host("web");
+    eventually("a conversation", || host.metrics.is_connected()).await;
+
+    let before = relay.connections();
+    // Doubted after 2 s, a quarter of what is left.
+    lab.pass(LEAF_S - 8);
+    let writing = Connection::open(lab.state().join("pki.db")).unwrap();
+    writing.execute_batch("BEGIN IMMEDIATE").unwrap();
+    host.want(&[]);
+    sleep(BUSY).await;
+    assert_eq!((relay.connections(), &host.now().host.serial), (before, &joined.host.serial));
+    writing.execute_batch("ROLLBACK").unwrap();
+    host.until(|held| held.host.serial != joined.host.serial).await;
 }
