@@ -33,6 +33,8 @@ pub(super) struct Balancer {
     members: RefCell<Vec<Rc<Member>>>,
     service: RefCell<Option<Arc<Service>>>,
     reach: Reach,
+    /// Any endpoint is nearer than others may be: without a zone none is, and each pick is spared the look.
+    has_near: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -178,6 +180,7 @@ impl Balancer {
             })
             .collect();
         *members = updated;
+        self.has_near.set(members.iter().any(|member| member.distance != Distance::Elsewhere));
         *self.service.borrow_mut() = Some(service.clone());
     }
 
@@ -192,9 +195,9 @@ impl Balancer {
         let works = |member: &&&Rc<Member>| member.works();
         if let Some(first) = left.iter().filter(works).map(|member| member.endpoint.rank).min() {
             left.retain(|member| member.is_healthy() && member.endpoint.rank == first);
-            let nearest = left.iter().filter(works).map(|member| member.distance).min().unwrap_or_default();
-            let farthest = self.look(&members, first, now).max(nearest);
-            left.retain(|member| member.distance <= farthest);
+            if self.has_near.get() {
+                self.keep_near(&members, &mut left, first, now);
+            }
         }
         let fallback = Balancer::untried_cost(&members, now);
         let mut best: Option<(f64, &Rc<Member>)> = None;
@@ -206,6 +209,14 @@ impl Balancer {
             }
         }
         best.map(|(_, member)| member.clone())
+    }
+
+    /// Those no farther away than needed, of the healthy ones of one source.
+    fn keep_near(&self, members: &[Rc<Member>], left: &mut Vec<&Rc<Member>>, rank: u8, now: Instant) {
+        let working = left.iter().filter(|member| member.works());
+        let nearest = working.map(|member| member.distance).min().unwrap_or_default();
+        let farthest = self.look(members, rank, now).max(nearest);
+        left.retain(|member| member.distance <= farthest);
     }
 
     fn look(&self, members: &[Rc<Member>], rank: u8, now: Instant) -> Distance {

@@ -64,8 +64,8 @@ impl MadeWith {
         MadeWith { host: held.host.clone(), roots: held.bundle.roots.clone() }
     }
 
-    fn is(&self, other: &MadeWith) -> bool {
-        Arc::ptr_eq(&self.host, &other.host) && self.roots == other.roots
+    fn fits(&self, held: &Credentials) -> bool {
+        Arc::ptr_eq(&self.host, &held.host) && self.roots == held.bundle.roots
     }
 }
 
@@ -142,17 +142,17 @@ impl Line {
 
     /// The connection there is, or a new one, to any server that proves to be the PKI.
     pub(crate) async fn open(&self, caller: &Caller<'_>) -> Result<Open, RenewError> {
-        let (held, made_with) = (caller.held, MadeWith::of(caller.held));
+        let held = caller.held;
         let ended_before = self.0.ended.load(Ordering::Relaxed);
         let mut slot = self.0.slot.lock().await;
-        if let Some(open) = slot.open.as_ref().filter(|open| open.made_with.is(&made_with)) {
+        if let Some(open) = slot.open.as_ref().filter(|open| open.made_with.fits(held)) {
             return Ok(Open { is_old: true, ..open.clone() });
         }
         let ended = self.0.ended.load(Ordering::Relaxed);
         // Whether a certificate is believed depends on the time that the caller knows, too.
         if let Some((with, failed)) = &slot.failed
             && ended > ended_before
-            && with.is(&made_with)
+            && with.fits(held)
             && !failed.is_distrusted
         {
             return Err(failed.clone().into());
@@ -160,6 +160,7 @@ impl Line {
         let tls = verified_tls(&held.bundle, Some(&held.host), caller.pki_time, caller.clock)?;
         let avoided = slot.left.as_ref().filter(|(_, at)| at.elapsed() < AVOIDED).map(|(address, _)| address.as_str());
         let connected = connect_anywhere(&held.pki, avoided, &tls).await;
+        let made_with = MadeWith::of(held);
         let number = self.0.ended.fetch_add(1, Ordering::Relaxed);
         match connected {
             Ok(connection) => {
@@ -197,7 +198,7 @@ async fn call_while_alive<T>(
             answer = &mut asked => answer,
             lives = timeout(PROOF_OF_LIFE.min(patience), connection.lives()) => match lives {
                 Ok(true) => asked.await,
-                _ => return Err(late()),
+                _ => return Err(Status::deadline_exceeded("no answer yet, and no sign of life from the server")),
             },
         },
     };
