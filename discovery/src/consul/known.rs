@@ -19,6 +19,8 @@ pub(super) struct Known {
     scopes: BTreeMap<Scope, State>,
     parts: BTreeMap<Query, Part>,
     names: BTreeSet<Arc<str>>,
+    /// Followed by their names, as what a pattern holds is.
+    looked_up: BTreeSet<ServiceName>,
     /// By the name of the service, then by key: those of services that are wanted.
     documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
     instances: BTreeMap<Arc<str>, Vec<Instance>>,
@@ -55,6 +57,7 @@ impl Known {
             scopes: BTreeMap::new(),
             parts: BTreeMap::new(),
             names: BTreeSet::new(),
+            looked_up: BTreeSet::new(),
             documents: BTreeMap::new(),
             instances: BTreeMap::new(),
         }
@@ -97,6 +100,7 @@ impl Known {
     /// Follows what is wanted and nothing else. True if something no longer is.
     pub(super) fn adjust(&mut self, wanted: &Wanted, now: Instant) -> bool {
         let scopes = wanted.scopes();
+        self.looked_up = wanted.looked_up.difference(&wanted.services).cloned().collect();
         let before = self.scopes.len();
         self.scopes.retain(|scope, _| scopes.contains(scope));
         let narrowed = self.scopes.len() < before;
@@ -358,7 +362,8 @@ impl Known {
             let mut documents = self.documents.get(name).into_iter().flat_map(BTreeMap::values);
             documents.any(|document| Some(&document.service) == instance.service.as_ref())
         };
-        instance.names_transport || matches!(scope, Scope::Service(_)) || documented()
+        let declared = matches!(scope, Scope::Service(service) if !self.looked_up.contains(service));
+        instance.names_transport || declared || documented()
     }
 }
 
