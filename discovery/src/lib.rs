@@ -30,6 +30,7 @@ mod source;
 mod stored;
 mod types;
 mod watch;
+pub mod write;
 mod yaml;
 
 pub use belief::{Belief, REPEATED_FOR};

@@ -30,6 +30,7 @@ mod remote;
 #[cfg(test)]
 mod samples;
 mod settings;
+mod store;
 
 use meshd_identity::TrustDomain;
 use tokio::sync::watch;
@@ -40,6 +41,7 @@ use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
 use client::Client;
 use read::Reader;
 use remote::ApiServer;
+use store::KubernetesStore;
 
 pub struct KubernetesSource {
     name: String,
@@ -58,6 +60,11 @@ impl KubernetesSource {
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
         Ok(KubernetesSource { name: name.to_owned(), settings, authority, trust_domain })
+    }
+
+    /// Reads and writes documents in the same cluster.
+    pub(crate) fn store(&self) -> KubernetesStore {
+        KubernetesStore::new(&self.name, self.settings.clone())
     }
 }
 
