@@ -57,28 +57,6 @@ pub(crate) fn parse(text: &str, first_line: u64) -> Result<Node, Problem> {
     Ok(node)
 }
 
-/// What came as JSON already, such as an object of Kubernetes: it has no lines.
-impl From<&serde_json::Value> for Node {
-    fn from(json: &serde_json::Value) -> Node {
-        use serde_json::Value as Json;
-        let integer = |number: &serde_json::Number| number.as_i128().map(Value::Integer);
-        let value = match json {
-            Json::Null => Value::Null,
-            Json::Bool(value) => Value::Boolean(*value),
-            Json::Number(number) => {
-                integer(number).unwrap_or_else(|| Value::Float(number.as_f64().unwrap_or(f64::NAN)))
-            }
-            Json::String(text) => Value::Text(text.clone()),
-            Json::Array(items) => Value::List(items.iter().map(Node::from).collect()),
-            Json::Object(map) => {
-                let entry = |(key, json): (&String, _)| Entry { key: key.clone(), key_line: 0, node: Node::from(json) };
-                Value::Map(map.iter().map(entry).collect())
-            }
-        };
-        Node { line: 0, value }
-    }
-}
-
 /// The parser's words without its own "at line .., column .." (which counts from the document, not the file).
 fn syntax_reason(error: &serde_saphyr::Error) -> String {
     let message = error.to_string();

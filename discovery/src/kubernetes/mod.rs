@@ -1,4 +1,4 @@
-//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, and the pods behind them.
+//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, the pods behind them, and documents of ours.
 //!
 //! ```text
 //!              +-------------------- error: back off, new connection <---------------------+
@@ -9,8 +9,8 @@
 //!              +--- 410 Gone; other selector; every few minutes, or when asked ------------+   |
 //!              +--- forgotten how far it was: another kube-system, or a resourceVersion that went back
 //! ```
-//! What is read together is an area: a service imported by name (three watches, which select at the server), or a
-//! namespace or the cluster for patterns, and for more than 8 services of a namespace (three watches in all). All three
+//! What is read together is an area: a service imported by name (a watch for each kind, which select at the server), or a
+//! namespace or the cluster for patterns, and for more than 8 services of a namespace (a watch for each kind in all). All
 //! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there. A pod that
 //! a slice names and that is not known yet is left out until its own watch tells of it, milliseconds later.
 //!
