@@ -161,7 +161,8 @@ fn latest(entries: &[Entry], key: &Key) -> Option<Found> {
 
 fn said(reply: &Reply) -> String {
     let start = String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]);
-    start.trim().chars().flat_map(char::escape_debug).collect()
+    let plain = |c: char| if c == '"' { vec!['`'] } else { c.escape_debug().collect() };
+    start.trim().replace('\'', "`").chars().flat_map(plain).collect()
 }
 
 fn refused(reply: &Reply, what: &str, rule: &str) -> RegistrarError {
@@ -307,9 +308,7 @@ impl Registrar for ConsulRegistrar {
             let agent = self.settings.parsed().map_err(|error| RegistrarError(error.to_string()))?;
             match address_towards(&[agent.authority]).await {
                 Ok(address) => Ok(address),
-                Err(first) => {
-                    self.agents_address().await.map_err(|error| RegistrarError(format!("{first}; {error}")))
-                }
+                Err(first) => self.agents_address().await.map_err(|error| RegistrarError(format!("{first}; {error}"))),
             }
         })
     }
