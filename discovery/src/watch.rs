@@ -1,6 +1,6 @@
 //! The loop between sources and everybody who asks the directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use meshd_identity::TrustDomain;
 use serde::{Serialize, Serializer};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::backoff::Backoff;
 use crate::belief::REPEATED_FOR;
@@ -16,7 +16,8 @@ use crate::config::Configured;
 use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part, merge};
 use crate::saved::{self, Keep, SAVE_EVERY};
-use crate::{Directory, FilesSource, Namespaces, ServiceName, Sink, Source, SourceEvent, Wanted};
+use crate::suspicion::Suspicion;
+use crate::{Belief, Directory, FilesSource, Namespaces, Scope, ServiceName, Sink, Source, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
@@ -44,6 +45,11 @@ pub struct SourceHealth {
     /// When it was last known to be current.
     #[serde(serialize_with = "unix_seconds")]
     pub last_ok: Option<SystemTime>,
+    /// When the oldest of the complete lists was read that hold now; changes were told since.
+    #[serde(serialize_with = "unix_seconds")]
+    pub last_listed: Option<SystemTime>,
+    /// How often it was to be read again because an endpoint it names could not be reached.
+    pub suspected: u64,
     /// All that is wrong now; empty when healthy. Each says where and what to do.
     pub errors: Vec<String>,
 }
@@ -59,7 +65,7 @@ pub struct Watcher {
     layers: Vec<State>,
     keep: Option<Arc<dyn Keep>>,
     losses: (mpsc::Sender<Acceptance>, mpsc::Receiver<Acceptance>),
-    wanted: watch::Sender<Wanted>,
+    suspects: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
     directory: watch::Sender<Arc<Directory>>,
     health: watch::Sender<Arc<Vec<SourceHealth>>>,
 }
@@ -84,10 +90,33 @@ impl Losses {
     }
 }
 
+/// Where is told that an endpoint of a source cannot be reached. Never waits.
+#[derive(Debug, Clone)]
+pub struct Suspects(mpsc::Sender<Arc<str>>);
+
+impl Suspects {
+    /// Nobody listens.
+    pub fn ignored() -> Suspects {
+        Suspects(mpsc::channel(1).0)
+    }
+
+    pub fn tell(&self, source: &Arc<str>) {
+        // One of so many that the rest adds nothing.
+        let _ = self.0.try_send(source.clone());
+    }
+}
+
 /// One source, as the watcher sees it.
 struct State {
     name: Arc<str>,
     kind: &'static str,
+    belief: Belief,
+    /// What it is asked for.
+    wanted: watch::Sender<Wanted>,
+    suspicion: Suspicion,
+    suspected: u64,
+    /// When each complete list was read.
+    lists: HashMap<Scope, SystemTime>,
     authority: Namespaces,
     endpoints: Namespaces,
     held: Held,
@@ -113,7 +142,7 @@ impl Watcher {
             layers,
             keep: None,
             losses: mpsc::channel(1),
-            wanted: watch::Sender::default(),
+            suspects: mpsc::channel(INBOX),
             directory: watch::Sender::default(),
             health,
         }
@@ -121,7 +150,9 @@ impl Watcher {
 
     /// What sources on other machines are asked for. Nothing, unless told.
     pub fn wanting(self, wanted: Wanted) -> Watcher {
-        self.wanted.send_replace(wanted);
+        for layer in &self.layers {
+            layer.wanted.send_replace(wanted.clone());
+        }
         self
     }
 
@@ -154,12 +185,17 @@ impl Watcher {
         Losses(self.losses.0.clone())
     }
 
+    pub fn suspects(&self) -> Suspects {
+        Suspects(self.suspects.0.clone())
+    }
+
     /// Never returns. Dropping the future ends the sources.
     pub async fn run(mut self) {
         let (events, mut inbox) = mpsc::channel(INBOX);
         let mut tasks = JoinSet::new();
         for (index, configured) in std::mem::take(&mut self.sources).into_iter().enumerate() {
-            tasks.spawn(keep_watching(configured.source, self.wanted.subscribe(), Sink::new(index, events.clone())));
+            let wanted = self.layers[index].wanted.subscribe();
+            tasks.spawn(keep_watching(configured.source, wanted, Sink::new(index, events.clone())));
         }
         let mut saving = JoinSet::new();
         let mut saves = interval(SAVE_EVERY);
@@ -168,6 +204,7 @@ impl Watcher {
         doubts.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let (mut touched, mut accepted) = (Touched::new(), None);
+            let suspicion = self.layers.iter().filter_map(|layer| layer.suspicion.due()).min();
             tokio::select! {
                 // `events` stays open above, so the inbox never ends.
                 Some((index, event)) = inbox.recv() => {
@@ -184,8 +221,17 @@ impl Watcher {
                 }
                 // What is doubted is settled by another list, so one is asked for.
                 _ = doubts.tick(), if self.layers.iter().any(State::may_settle_a_doubt) => {
-                    self.wanted.send_modify(|wanted| wanted.resync += 1);
+                    self.layers.iter().filter(|layer| layer.may_settle_a_doubt()).for_each(State::ask_again);
                     continue;
+                }
+                Some(source) = self.suspects.1.recv() => {
+                    if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == source) {
+                        layer.suspicion.raise(Instant::now(), fastrand::f64());
+                    }
+                    continue;
+                }
+                () = sleep_until(suspicion.unwrap_or_else(Instant::now)), if suspicion.is_some() => {
+                    self.layers.iter_mut().for_each(State::ask_if_suspected);
                 }
                 _ = saves.tick(), if saving.is_empty() && self.layers.iter().any(|layer| layer.unsaved) => {
                     self.save(&mut saving);
@@ -294,6 +340,11 @@ impl State {
         State {
             name: configured.source.name().into(),
             kind: configured.source.kind(),
+            belief: configured.belief,
+            wanted: watch::Sender::default(),
+            suspicion: Suspicion::default(),
+            suspected: 0,
+            lists: HashMap::new(),
             authority: configured.authority.clone(),
             endpoints: configured.provides.endpoints.clone(),
             held: Held::new(configured.belief),
@@ -317,6 +368,7 @@ impl State {
             SourceEvent::Narrowed(_) => {}
             _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),
         }
+        self.note_lists(&event);
         let listed = matches!(event, SourceEvent::Listed(_));
         self.from_disk &= !listed;
         let touched = self.held.apply(event, Instant::now());
@@ -324,6 +376,32 @@ impl State {
             (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
         }
         touched
+    }
+
+    fn note_lists(&mut self, event: &SourceEvent) {
+        match event {
+            SourceEvent::Listed(listing) => _ = self.lists.insert(listing.scope.clone(), SystemTime::now()),
+            SourceEvent::Narrowed(wanted) => {
+                let scopes = wanted.scopes();
+                self.lists.retain(|scope, _| scopes.contains(scope));
+            }
+            // The operator's files are looked at whole each time.
+            SourceEvent::InSync if self.belief == Belief::Always => {
+                self.lists.values_mut().for_each(|at| *at = SystemTime::now());
+            }
+            _ => {}
+        }
+    }
+
+    fn ask_again(&self) {
+        self.wanted.send_modify(|wanted| wanted.resync += 1);
+    }
+
+    fn ask_if_suspected(&mut self) {
+        if self.suspicion.take(Instant::now()) {
+            self.suspected += 1;
+            self.ask_again();
+        }
     }
 
     /// Another list could settle what is doubted.
@@ -357,6 +435,8 @@ impl State {
             shadowed: self.shadowed(),
             last_change: self.last_change,
             last_ok: self.last_ok,
+            last_listed: self.lists.values().min().copied(),
+            suspected: self.suspected,
             errors,
         }
     }

@@ -9,6 +9,7 @@ use super::super::read::BASE;
 use super::super::remote::{Answer, Content, Pair};
 use super::super::watch::TURNS;
 use super::*;
+use crate::resync::{RESYNC_AT_MOST, RESYNC_EVERY};
 use crate::{Scope, fake};
 
 /// A Consul in words: what it holds, how it fails, and what it was asked.

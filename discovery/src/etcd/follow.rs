@@ -9,13 +9,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::remote::{News, Remote, Stream};
-use crate::backoff::{Backoff, jittered};
+use crate::backoff::Backoff;
+use crate::resync::Resync;
 use crate::{Scope, Sink, SourceEvent, Wanted};
 
 /// How soon a member that stands still, or lost sight of the majority, is noticed: this and a call's deadline (4 s).
 const PROBE_EVERY: Duration = Duration::from_secs(2);
-/// A watch that lost an event would keep it lost; a full read per host every five minutes costs etcd nothing.
-const RESYNC_EVERY: Duration = Duration::from_secs(300);
 
 /// What was read so far. Outlives connections.
 #[derive(Debug, Default)]
@@ -23,8 +22,7 @@ struct Known {
     store: Arc<str>,
     scopes: BTreeMap<Scope, Followed>,
     last_id: i64,
-    /// When all is read once more, also if connections come and go.
-    resync_at: Option<Instant>,
+    resync: Resync,
 }
 
 #[derive(Debug, Default)]
@@ -60,7 +58,8 @@ async fn follow<R: Remote>(
 ) -> Result<(), Error> {
     let probed = remote.probe().await?;
     known.compare(&probed.store, probed.position);
-    let mut asked = wanted.borrow_and_update().clone();
+    let asked = wanted.borrow_and_update().clone();
+    known.resync.heed(&asked);
     known.adjust(&asked, sink).await;
     known.list_missing(remote, sink).await?;
     let mut watches = known.watch_all(remote).await?;
@@ -69,8 +68,7 @@ async fn follow<R: Remote>(
     let mut probes = interval(PROBE_EVERY);
     probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let next_resync = || Instant::now() + jittered(RESYNC_EVERY, fastrand::f64());
-        let resync_at = *known.resync_at.get_or_insert_with(next_resync);
+        let resync_at = known.resync.at();
         tokio::select! {
             news = next(&mut watches) => {
                 if known.take(news?, sink).await? == Outcome::Compacted {
@@ -85,11 +83,8 @@ async fn follow<R: Remote>(
                 sink.send(SourceEvent::InSync).await;
             }
             Ok(()) = wanted.changed() => {
-                let now = wanted.borrow_and_update().clone();
-                if now.resync != asked.resync {
-                    known.resync_at = Some(Instant::now());
-                }
-                asked = now;
+                let asked = wanted.borrow_and_update().clone();
+                known.resync.heed(&asked);
                 for gone in known.adjust(&asked, sink).await {
                     if let Some(watches) = &mut watches {
                         watches.cancel(gone).await?;
@@ -100,7 +95,7 @@ async fn follow<R: Remote>(
             }
             () = tokio::time::sleep_until(resync_at) => {
                 known.list_again(remote, sink).await?;
-                known.resync_at = None;
+                known.resync.begins();
             }
         }
     }

@@ -4,6 +4,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::*;
+use crate::resync::RESYNC_EVERY;
 use crate::{Change, Epoch, Listing, Record, fake};
 
 /// An etcd in words: what it holds, how it fails, and what it was asked.
@@ -210,6 +211,21 @@ async fn old_news_after_a_list_is_passed_over() {
     running.etcd.tell(news(1, &[15, 20, 21])).await;
     let SourceEvent::Changed { position, changes, .. } = running.next().await else { panic!("no change") };
     assert_eq!((position, changes.len()), (21, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resync_asked_for_while_it_is_away_is_done_when_it_is_back() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.etcd.change(|script| script.down = true);
+    running.etcd.break_off().await;
+    assert!(matches!(running.next().await, SourceEvent::Unavailable { .. }));
+    assert!(matches!(running.next().await, SourceEvent::Unavailable { .. }));
+    running.wanted.send_modify(|wanted| wanted.resync += 1);
+    running.etcd.change(|script| script.down = false);
+    let back = Instant::now();
+    running.listed().await;
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
