@@ -28,9 +28,9 @@ use std::time::Duration;
 pub use all::{RegistrationHealth, Registrations};
 pub use host::HostConfig;
 pub use life::Phase;
-pub use offer::{Key, Offer};
 #[cfg(test)]
 pub(crate) use offer::tests::offer as offer_for_tests;
+pub use offer::{Key, Offer};
 pub(crate) use way::address_towards;
 
 use crate::Registration;
