@@ -101,7 +101,9 @@ impl SourceKind {
         match self {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix", "register"],
-            SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix"],
+            SourceKind::Consul => {
+                &["address", "ca", "cert", "key", "token_file", "namespace", "prefix", "register"]
+            }
             SourceKind::Kubernetes => &["kubeconfig", "context"],
         }
     }
@@ -231,7 +233,9 @@ impl SourceConfig {
                     name: name.to_owned(),
                     reason: error.to_string(),
                 };
-                (Box::new(source.map_err(refused)?), Belief::Guarded)
+                let source = source.map_err(refused)?;
+                registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
+                (Box::new(source), Belief::Guarded)
             }
             SourceKind::Kubernetes => {
                 let settings =

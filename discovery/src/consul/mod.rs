@@ -22,6 +22,7 @@ mod client;
 mod follow;
 mod known;
 mod read;
+mod registrar;
 mod remote;
 mod settings;
 mod watch;
@@ -34,6 +35,7 @@ use tokio::sync::watch as channel;
 pub use settings::{Settings, SettingsError};
 
 use self::read::{BASE, Reading};
+use self::registrar::ConsulRegistrar;
 use crate::documents::is_plain_word;
 use crate::name::check_label;
 use crate::{Sink, Source, SourceFuture, Wanted};
@@ -67,6 +69,13 @@ impl ConsulSource {
         }
         let reading = Reading { trust_domain, namespace: namespace.into(), base: base.into() };
         Ok(ConsulSource { name: name.to_owned(), settings: Arc::new(settings), reading })
+    }
+}
+
+impl ConsulSource {
+    /// Registers through the same agent.
+    pub(crate) fn registrar(&self) -> ConsulRegistrar {
+        ConsulRegistrar::new(self.name.clone(), self.settings.clone())
     }
 }
 
