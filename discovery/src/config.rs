@@ -102,7 +102,7 @@ impl SourceKind {
         match self {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix", "register"],
-            SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix"],
+            SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix", "register"],
             SourceKind::Kubernetes => &["kubeconfig", "context"],
         }
     }
@@ -259,7 +259,11 @@ impl SourceConfig {
                 registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
                 (Box::new(source), Belief::Guarded)
             }
-            SourceKind::Consul => (Box::new(self.consul_source(trust_domain)?), Belief::Guarded),
+            SourceKind::Consul => {
+                let source = self.consul_source(trust_domain)?;
+                registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
+                (Box::new(source), Belief::Guarded)
+            }
             SourceKind::Kubernetes => (Box::new(self.kubernetes_source(trust_domain)?), Belief::Guarded),
         };
         Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief, registrar })

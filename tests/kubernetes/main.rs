@@ -10,6 +10,8 @@ mod from_consul;
 mod from_etcd;
 mod from_kubernetes;
 mod istio;
+mod registering;
+mod registers_in_consul;
 mod registers_in_etcd;
 
 use std::fs;

@@ -22,6 +22,7 @@ mod client;
 mod follow;
 mod known;
 mod read;
+mod registrar;
 mod remote;
 mod settings;
 mod store;
@@ -35,6 +36,7 @@ use tokio::sync::watch as channel;
 pub use settings::{Settings, SettingsError};
 
 use self::read::{BASE, Reading};
+use self::registrar::ConsulRegistrar;
 use self::store::ConsulStore;
 use crate::documents::is_plain_word;
 use crate::name::check_label;
@@ -76,6 +78,11 @@ impl ConsulSource {
     /// Reads and writes documents in the same Consul's store.
     pub(crate) fn store(&self) -> ConsulStore {
         ConsulStore::new(&self.name, &self.reading.base, self.settings.clone())
+    }
+
+    /// Registers through the same agent.
+    pub(crate) fn registrar(&self) -> ConsulRegistrar {
+        ConsulRegistrar::new(self.name.clone(), self.settings.clone())
     }
 }
 
