@@ -126,6 +126,8 @@ pub(crate) struct Interested {
     lookups: Lookups,
     orders: mpsc::Receiver<Order>,
     waiting: Vec<Order>,
+    /// It may have changed since it was written.
+    is_new: bool,
 }
 
 impl Interested {
@@ -138,7 +140,7 @@ impl Interested {
         });
         let kept = Arc::new(Mutex::new(interests.to_text()));
         let lookups = Lookups(Some(Asking { orders, used: Arc::default(), directory }));
-        Interested { interests, keep, kept, lookups, orders: inbox, waiting: Vec::new() }
+        Interested { interests, keep, kept, lookups, orders: inbox, waiting: Vec::new(), is_new: false }
     }
 
     pub(crate) fn lookups(&self) -> Lookups {
@@ -167,6 +169,7 @@ impl Interested {
             let looked = match presence(&order.service) {
                 Presence::Known => {
                     self.interests.note_known(&order.service);
+                    self.is_new = true;
                     Looked::Found
                 }
                 Presence::Nowhere => Looked::Nowhere,
@@ -188,6 +191,11 @@ impl Interested {
         let now = now();
         used.iter().for_each(|service| self.interests.note_use(service, now));
         self.interests.settle(now, presence);
+        self.is_new = *self.kept.lock().unwrap_or_else(PoisonError::into_inner) != self.interests.to_text();
+    }
+
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_new
     }
 
     pub(crate) fn names(&self) -> BTreeSet<ServiceName> {
@@ -204,7 +212,8 @@ impl Interested {
     }
 
     /// What is to be written, if that is not on disk.
-    pub(crate) fn unsaved(&self) -> Option<impl FnOnce() + Send + 'static> {
+    pub(crate) fn unsaved(&mut self) -> Option<impl FnOnce() + Send + 'static> {
+        self.is_new = false;
         let text = self.interests.to_text();
         let kept = self.kept.clone();
         if *kept.lock().unwrap_or_else(PoisonError::into_inner) == text {

@@ -267,7 +267,7 @@ impl Watcher {
                 }
                 Some(order) = asked_for(&mut self.interested) => self.look_up(order),
                 _ = forgets.tick(), if self.interested.is_some() => self.forget(),
-                _ = saves.tick(), if saving.is_empty() => {
+                _ = saves.tick(), if saving.is_empty() && self.has_news() => {
                     self.save(&mut saving);
                     continue;
                 }
@@ -374,9 +374,14 @@ impl Watcher {
         }
     }
 
+    /// Of which the disk knows nothing.
+    fn has_news(&self) -> bool {
+        self.layers.iter().any(|layer| layer.unsaved) || self.interested.as_ref().is_some_and(Interested::is_new)
+    }
+
     /// Off the event loop: a disk may take its time. Tells which layers are still to be saved.
     fn save(&mut self, saving: &mut JoinSet<Vec<usize>>) {
-        if let Some(write) = self.interested.as_ref().and_then(Interested::unsaved) {
+        if let Some(write) = self.interested.as_mut().and_then(Interested::unsaved) {
             saving.spawn_blocking(move || {
                 write();
                 Vec::new()

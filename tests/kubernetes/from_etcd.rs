@@ -206,5 +206,7 @@ fn garbage_is_named_by_its_key_and_what_the_key_said_before_stays() -> Result<()
     bed.answers("api-1")?;
     let check = bed.mesh.daemon("web").run(&["check"])?;
     ensure!(check.stdout.contains("is no registration"), "{}", check.stdout);
+    let unknown = bed.mesh.daemon("web").run(&["endpoints", "--source", "consul"])?;
+    ensure!(!unknown.success() && unknown.stderr.contains("no source `consul`; there are: etcd"), "{unknown:?}");
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! What Consul said so far, and what of it discovery is told. Pure; takes `now`.
 //!
 //! A scope is listed once all that it needs was read: the documents, the instances of each service in it and, for a wide
-//! one, the names of all services. From then on each answer is told as what it changes.
+//! one, the names of all services. From then on each answer is told as what it changes. Of a wide one what is there is told
+//! before that: one query that fails for good would keep the others from being used.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -184,9 +185,16 @@ impl Known {
             events.extend(self.list(scope.clone()).map(SourceEvent::Listed));
             events.extend(self.goes_on(scope));
         }
-        for (scope, changes) in changes {
-            if let Some(State { listed: true, position, .. }) = self.scopes.get(&scope) {
-                events.push(SourceEvent::Changed { position: *position, scope, changes });
+        for (scope, mut changes) in changes {
+            let Some(State { listed, position, .. }) = self.scopes.get(&scope) else { continue };
+            let mut position = *position;
+            if !listed {
+                // What is there does not wait for a query that fails; what is gone, and how far this went, does.
+                changes.retain(|change| is_wide(&scope) && matches!(change, Change::Set(_)));
+                position = 0;
+            }
+            if !changes.is_empty() {
+                events.push(SourceEvent::Changed { position, scope, changes });
             }
         }
         events
@@ -367,12 +375,17 @@ impl Known {
     }
 }
 
+/// Such a scope is made of many answers.
+fn is_wide(scope: &Scope) -> bool {
+    !matches!(scope, Scope::Service(_))
+}
+
 /// Whether a query tells of a scope; of instances in a wide one, if such a name exists.
 fn needs(scope: &Scope, query: &Query) -> bool {
     match (scope, query) {
         (_, Query::Documents) => true,
         (Scope::Service(service), Query::Instances(name)) => service.name() == &**name,
-        (scope, Query::Names | Query::Instances(_)) => !matches!(scope, Scope::Service(_)),
+        (scope, Query::Names | Query::Instances(_)) => is_wide(scope),
     }
 }
 
