@@ -9,6 +9,7 @@ pub(crate) mod join;
 pub(crate) mod ledger;
 pub(crate) mod probe;
 pub(crate) mod run;
+pub(crate) mod validate;
 
 use std::io::ErrorKind;
 use std::time::Duration;
