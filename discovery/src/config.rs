@@ -60,18 +60,37 @@ pub struct Provides {
     /// Namespaces for whose services it may say where they run. All by default: who may serve is not up to it.
     #[serde(default = "Namespaces::everything")]
     pub endpoints: Namespaces,
+    /// Namespaces whose routes are believed. None by default: who routes a service sees what is sent to it.
+    #[serde(default)]
+    pub routes: Namespaces,
+    /// Namespaces whose policies are believed. None by default. Policies for everybody are of namespace meshd-system.
+    #[serde(default)]
+    pub policies: Namespaces,
+}
+
+impl Provides {
+    /// Whether it is worth reading them there.
+    pub(crate) fn has_resources(&self) -> bool {
+        self.routes != Namespaces::default() || self.policies != Namespaces::default()
+    }
+
+    pub fn everything() -> Provides {
+        let all = Namespaces::everything;
+        Provides { endpoints: all(), routes: all(), policies: all() }
+    }
 }
 
 impl Default for Provides {
     fn default() -> Provides {
-        Provides { endpoints: Namespaces::everything() }
+        Provides { endpoints: Namespaces::everything(), routes: Namespaces::default(), policies: Namespaces::default() }
     }
 }
 
 /// The source of a meshd.toml that names none: root's own files, which may say everything.
 impl Default for SourceConfig {
     fn default() -> SourceConfig {
-        SourceConfig { authority: Namespaces::everything(), ..SourceConfig::of(SourceKind::Files) }
+        let (authority, provides) = (Namespaces::everything(), Provides::everything());
+        SourceConfig { authority, provides, ..SourceConfig::of(SourceKind::Files) }
     }
 }
 
@@ -217,7 +236,13 @@ impl SourceConfig {
                 (Box::new(FilesSource::new(name, dir, trust_domain.clone())), Belief::Always)
             }
             SourceKind::Etcd => {
-                let source = EtcdSource::new(name, self.etcd(), self.prefix.as_deref(), trust_domain.clone());
+                let source = EtcdSource::new(
+                    name,
+                    self.etcd(),
+                    self.prefix.as_deref(),
+                    self.provides.has_resources(),
+                    trust_domain.clone(),
+                );
                 let refused =
                     |error: meshd_etcd::Error| ConfigError::Etcd { name: name.to_owned(), reason: error.to_string() };
                 let source = source.map_err(refused)?;
@@ -226,7 +251,8 @@ impl SourceConfig {
             }
             SourceKind::Consul => {
                 let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
-                let source = ConsulSource::new(name, self.consul(), namespace, prefix, trust_domain.clone());
+                let (resources, trust_domain) = (self.provides.has_resources(), trust_domain.clone());
+                let source = ConsulSource::new(name, self.consul(), namespace, prefix, resources, trust_domain);
                 let refused = |error: consul::SettingsError| ConfigError::Consul {
                     name: name.to_owned(),
                     reason: error.to_string(),

@@ -1,6 +1,6 @@
 //! The loop between sources and everybody who asks the directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,15 +8,17 @@ use meshd_identity::TrustDomain;
 use serde::{Serialize, Serializer};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::backoff::Backoff;
 use crate::belief::REPEATED_FOR;
 use crate::config::Configured;
 use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part, merge};
+use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
 use crate::saved::{self, Keep, SAVE_EVERY};
-use crate::{Directory, FilesSource, Namespaces, ServiceName, Sink, Source, SourceEvent, Wanted};
+use crate::suspicion::Suspicion;
+use crate::{Belief, Directory, FilesSource, Namespaces, Scope, ServiceName, Sink, Source, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
@@ -32,6 +34,10 @@ pub struct SourceHealth {
     pub services: usize,
     /// Endpoints in the directory that come from it.
     pub endpoints: usize,
+    /// Routes and policies of this host's concern that it has, also those it is not granted.
+    pub resources: usize,
+    /// Documents of them that cannot be understood now; the last good version stays in force.
+    pub refused_resources: usize,
     /// Endpoints and documents it no longer names, which is not believed yet.
     pub stale: usize,
     /// It was not read since meshd started: what is known of it was on disk.
@@ -44,6 +50,11 @@ pub struct SourceHealth {
     /// When it was last known to be current.
     #[serde(serialize_with = "unix_seconds")]
     pub last_ok: Option<SystemTime>,
+    /// When the oldest of the complete lists was read that hold now; changes were told since.
+    #[serde(serialize_with = "unix_seconds")]
+    pub last_listed: Option<SystemTime>,
+    /// How often it was to be read again because an endpoint it names could not be reached.
+    pub suspected: u64,
     /// All that is wrong now; empty when healthy. Each says where and what to do.
     pub errors: Vec<String>,
 }
@@ -59,7 +70,7 @@ pub struct Watcher {
     layers: Vec<State>,
     keep: Option<Arc<dyn Keep>>,
     losses: (mpsc::Sender<Acceptance>, mpsc::Receiver<Acceptance>),
-    wanted: watch::Sender<Wanted>,
+    suspects: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
     directory: watch::Sender<Arc<Directory>>,
     health: watch::Sender<Arc<Vec<SourceHealth>>>,
 }
@@ -84,13 +95,43 @@ impl Losses {
     }
 }
 
+/// Where is told that an endpoint of a source cannot be reached. Never waits.
+#[derive(Debug, Clone)]
+pub struct Suspects(mpsc::Sender<Arc<str>>);
+
+impl Suspects {
+    /// Nobody listens.
+    pub fn ignored() -> Suspects {
+        Suspects(mpsc::channel(1).0)
+    }
+
+    pub fn tell(&self, source: &Arc<str>) {
+        // One of so many that the rest adds nothing.
+        let _ = self.0.try_send(source.clone());
+    }
+}
+
 /// One source, as the watcher sees it.
 struct State {
     name: Arc<str>,
     kind: &'static str,
+    belief: Belief,
+    /// What it is asked for.
+    wanted: watch::Sender<Wanted>,
+    suspicion: Suspicion,
+    suspected: u64,
+    /// When each complete list was read.
+    lists: HashMap<Scope, SystemTime>,
     authority: Namespaces,
     endpoints: Namespaces,
     held: Held,
+    routes: Namespaces,
+    policies: Namespaces,
+    resources: HeldResources,
+    /// Resources that changed and are not published yet.
+    changed: TouchedResources,
+    /// What is wrong with its resources.
+    resource_errors: Vec<String>,
     /// What became of its say on each service, where there is something to tell.
     parts: BTreeMap<ServiceName, Part>,
     unavailable: Option<String>,
@@ -113,7 +154,7 @@ impl Watcher {
             layers,
             keep: None,
             losses: mpsc::channel(1),
-            wanted: watch::Sender::default(),
+            suspects: mpsc::channel(INBOX),
             directory: watch::Sender::default(),
             health,
         }
@@ -121,7 +162,9 @@ impl Watcher {
 
     /// What sources on other machines are asked for. Nothing, unless told.
     pub fn wanting(self, wanted: Wanted) -> Watcher {
-        self.wanted.send_replace(wanted);
+        for layer in &self.layers {
+            layer.wanted.send_replace(wanted.clone());
+        }
         self
     }
 
@@ -129,10 +172,11 @@ impl Watcher {
     pub fn keeping(mut self, keep: Arc<dyn Keep>) -> Watcher {
         let mut touched = Touched::new();
         for layer in &mut self.layers {
-            match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held) {
-                Ok(known) => {
-                    layer.from_disk = !known.is_empty();
+            match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held, &mut layer.resources) {
+                Ok((known, resources)) => {
+                    layer.from_disk = !(known.is_empty() && resources.is_empty());
                     touched.extend(known);
+                    layer.changed.extend(resources);
                 }
                 Err(problem) => tracing::warn!("{problem}"),
             }
@@ -154,12 +198,17 @@ impl Watcher {
         Losses(self.losses.0.clone())
     }
 
+    pub fn suspects(&self) -> Suspects {
+        Suspects(self.suspects.0.clone())
+    }
+
     /// Never returns. Dropping the future ends the sources.
     pub async fn run(mut self) {
         let (events, mut inbox) = mpsc::channel(INBOX);
         let mut tasks = JoinSet::new();
         for (index, configured) in std::mem::take(&mut self.sources).into_iter().enumerate() {
-            tasks.spawn(keep_watching(configured.source, self.wanted.subscribe(), Sink::new(index, events.clone())));
+            let wanted = self.layers[index].wanted.subscribe();
+            tasks.spawn(keep_watching(configured.source, wanted, Sink::new(index, events.clone())));
         }
         let mut saving = JoinSet::new();
         let mut saves = interval(SAVE_EVERY);
@@ -168,6 +217,7 @@ impl Watcher {
         doubts.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let (mut touched, mut accepted) = (Touched::new(), None);
+            let suspicion = self.layers.iter().filter_map(|layer| layer.suspicion.due()).min();
             tokio::select! {
                 // `events` stays open above, so the inbox never ends.
                 Some((index, event)) = inbox.recv() => {
@@ -184,8 +234,17 @@ impl Watcher {
                 }
                 // What is doubted is settled by another list, so one is asked for.
                 _ = doubts.tick(), if self.layers.iter().any(State::may_settle_a_doubt) => {
-                    self.wanted.send_modify(|wanted| wanted.resync += 1);
+                    self.layers.iter().filter(|layer| layer.may_settle_a_doubt()).for_each(State::ask_again);
                     continue;
+                }
+                Some(source) = self.suspects.1.recv() => {
+                    if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == source) {
+                        layer.suspicion.raise(Instant::now(), fastrand::f64());
+                    }
+                    continue;
+                }
+                () = sleep_until(suspicion.unwrap_or_else(Instant::now)), if suspicion.is_some() => {
+                    self.layers.iter_mut().for_each(State::ask_if_suspected);
                 }
                 _ = saves.tick(), if saving.is_empty() && self.layers.iter().any(|layer| layer.unsaved) => {
                     self.save(&mut saving);
@@ -227,6 +286,8 @@ impl Watcher {
             return (Touched::new(), Err(format!("there is no source `{source}`; there are: {}", names.join(", "))));
         };
         layer.unsaved = true;
+        let resources = layer.resources.accept_losses();
+        layer.changed.extend(resources);
         (layer.held.accept_losses(), Ok(()))
     }
 
@@ -235,7 +296,7 @@ impl Watcher {
         let Some(keep) = self.keep.clone() else { return };
         let due = self.layers.iter_mut().enumerate().filter_map(|(index, layer)| {
             let due = std::mem::take(&mut layer.unsaved);
-            due.then(|| (index, layer.name.clone(), saved::take(layer.kind, &layer.held)))
+            due.then(|| (index, layer.name.clone(), saved::take(layer.kind, &layer.held, &layer.resources)))
         });
         let due: Vec<_> = due.collect();
         saving.spawn_blocking(move || {
@@ -250,11 +311,32 @@ impl Watcher {
         for name in touched {
             changed |= self.merge_one(name, &mut directory);
         }
+        changed |= self.attach(&mut directory);
         if changed {
             tracing::debug!(services = directory.len(), "directory changed");
             self.directory.send_replace(Arc::new(directory));
         }
         self.tell_health();
+    }
+
+    /// Puts together anew what resources that changed are attached to. True when any did.
+    fn attach(&mut self, directory: &mut Directory) -> bool {
+        let mut changed = TouchedResources::default();
+        for layer in self.layers.iter_mut().filter(|layer| !layer.changed.is_empty()) {
+            changed.extend(std::mem::take(&mut layer.changed));
+            layer.resource_errors = layer.wrong_resources();
+        }
+        // Of sources of lower precedence another one of that name may come to the fore.
+        let others = self.layers.iter().flat_map(|layer| changed.ids.iter().filter_map(|id| layer.resources.get(id)));
+        let others: Vec<_> = others.flat_map(|(resource, _)| resource.targets()).collect();
+        changed.targets.extend(others);
+        let layers: Vec<ResourceLayer<'_>> = self.layers.iter().map(State::resource_layer).collect();
+        let before = directory.resources().clone();
+        let after = changed.targets.iter().fold(before, |resources, target| resources.with(target, &layers));
+        if !changed.is_empty() {
+            *directory = directory.with_resources(after);
+        }
+        !changed.is_empty()
     }
 
     /// True when the service is another one now.
@@ -294,9 +376,19 @@ impl State {
         State {
             name: configured.source.name().into(),
             kind: configured.source.kind(),
+            belief: configured.belief,
+            wanted: watch::Sender::default(),
+            suspicion: Suspicion::default(),
+            suspected: 0,
+            lists: HashMap::new(),
             authority: configured.authority.clone(),
             endpoints: configured.provides.endpoints.clone(),
             held: Held::new(configured.belief),
+            routes: configured.provides.routes.clone(),
+            policies: configured.provides.policies.clone(),
+            resources: HeldResources::new(configured.belief),
+            changed: TouchedResources::default(),
+            resource_errors: Vec::new(),
             parts: BTreeMap::new(),
             unavailable: None,
             from_disk: false,
@@ -310,13 +402,38 @@ impl State {
         Layer { source: &self.name, authority: &self.authority, endpoints: &self.endpoints, held: &self.held }
     }
 
-    fn note(&mut self, event: SourceEvent) -> Touched {
+    fn resource_layer(&self) -> ResourceLayer<'_> {
+        ResourceLayer { source: &self.name, routes: &self.routes, policies: &self.policies, held: &self.resources }
+    }
+
+    fn wrong_resources(&self) -> Vec<String> {
+        let not_granted = self.resource_layer().not_granted().take(MOST_ERRORS).collect::<Vec<_>>();
+        self.resources.refused().cloned().chain(self.resources.duplicates()).chain(not_granted).collect()
+    }
+
+    fn note_resources(&mut self, event: &mut SourceEvent) {
+        let touched = match event {
+            SourceEvent::Resources(news) => self.resources.apply(std::mem::take(news), Instant::now()),
+            SourceEvent::Narrowed(wanted) => self.resources.narrow(wanted),
+            _ => return,
+        };
+        // What is refused is to be told also where nothing else changed.
+        self.resource_errors = self.wrong_resources();
+        if !touched.is_empty() {
+            (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
+        }
+        self.changed.extend(touched);
+    }
+
+    fn note(&mut self, mut event: SourceEvent) -> Touched {
+        self.note_resources(&mut event);
         match &event {
             SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
             // Said without having asked.
             SourceEvent::Narrowed(_) => {}
             _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),
         }
+        self.note_lists(&event);
         let listed = matches!(event, SourceEvent::Listed(_));
         self.from_disk &= !listed;
         let touched = self.held.apply(event, Instant::now());
@@ -326,9 +443,35 @@ impl State {
         touched
     }
 
+    fn note_lists(&mut self, event: &SourceEvent) {
+        match event {
+            SourceEvent::Listed(listing) => _ = self.lists.insert(listing.scope.clone(), SystemTime::now()),
+            SourceEvent::Narrowed(wanted) => {
+                let scopes = wanted.scopes();
+                self.lists.retain(|scope, _| scopes.contains(scope));
+            }
+            // The operator's files are looked at whole each time.
+            SourceEvent::InSync if self.belief == Belief::Always => {
+                self.lists.values_mut().for_each(|at| *at = SystemTime::now());
+            }
+            _ => {}
+        }
+    }
+
+    fn ask_again(&self) {
+        self.wanted.send_modify(|wanted| wanted.resync += 1);
+    }
+
+    fn ask_if_suspected(&mut self) {
+        if self.suspicion.take(Instant::now()) {
+            self.suspected += 1;
+            self.ask_again();
+        }
+    }
+
     /// Another list could settle what is doubted.
     fn may_settle_a_doubt(&self) -> bool {
-        self.held.stale() > 0 && self.unavailable.is_none()
+        self.held.stale() + self.resources.stale() > 0 && self.unavailable.is_none()
     }
 
     fn take_part(&mut self, name: &ServiceName, part: Part) {
@@ -342,8 +485,13 @@ impl State {
     fn health(&self) -> SourceHealth {
         let own = self.unavailable.iter();
         let refused = self.parts.values().flat_map(|part| &part.refused);
-        let mut errors: Vec<String> =
-            own.chain(self.held.problems()).chain(refused).take(MOST_ERRORS + 1).cloned().collect();
+        let mut errors: Vec<String> = own
+            .chain(self.held.problems())
+            .chain(refused)
+            .chain(&self.resource_errors)
+            .take(MOST_ERRORS + 1)
+            .cloned()
+            .collect();
         if errors.len() > MOST_ERRORS {
             errors[MOST_ERRORS] = format!("and more than these {MOST_ERRORS}: mend them to see the rest");
         }
@@ -352,11 +500,15 @@ impl State {
             kind: self.kind,
             services: self.parts.values().filter(|part| part.defines).count(),
             endpoints: self.parts.values().map(|part| part.endpoints).sum(),
-            stale: self.held.stale(),
+            resources: self.resources.len(),
+            refused_resources: self.resources.count_refused(),
+            stale: self.held.stale() + self.resources.stale(),
             from_disk: self.from_disk,
             shadowed: self.shadowed(),
             last_change: self.last_change,
             last_ok: self.last_ok,
+            last_listed: self.lists.values().min().copied(),
+            suspected: self.suspected,
             errors,
         }
     }

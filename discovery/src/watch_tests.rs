@@ -1,7 +1,8 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::{Belief, Namespaces, fake};
+use crate::resources::ResourceNews;
+use crate::{Belief, Epoch, Listing, Namespaces, fake};
 
 struct Running {
     directory: watch::Receiver<Arc<Directory>>,
@@ -10,7 +11,14 @@ struct Running {
 }
 
 fn start(sources: Vec<Configured>) -> Running {
-    let watcher = Watcher::new(sources, fake::trust_domain());
+    started(Watcher::new(sources, fake::trust_domain()))
+}
+
+fn start_keeping(sources: Vec<Configured>, keep: Arc<dyn Keep>) -> Running {
+    started(Watcher::new(sources, fake::trust_domain()).keeping(keep))
+}
+
+fn started(watcher: Watcher) -> Running {
     let (directory, health) = (watcher.directory(), watcher.health());
     let mut task = JoinSet::new();
     task.spawn(watcher.run());
@@ -170,6 +178,8 @@ async fn settled_waits_for_every_source_to_speak_be_it_bad_news() {
 #[test]
 fn health_is_shown_with_times_in_unix_seconds() {
     let health = SourceHealth {
+        resources: 0,
+        refused_resources: 0,
         name: "files".into(),
         kind: "files",
         services: 1,
@@ -179,9 +189,11 @@ fn health_is_shown_with_times_in_unix_seconds() {
         shadowed: vec!["a.shop".parse().unwrap()],
         last_change: Some(UNIX_EPOCH + std::time::Duration::from_millis(12_345)),
         last_ok: None,
+        last_listed: None,
+        suspected: 3,
         errors: vec!["x".into()],
     };
-    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"errors":["x"]}"#;
+    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"resources":0,"refused_resources":0,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"last_listed":null,"suspected":3,"errors":["x"]}"#;
     assert_eq!(serde_json::to_string(&health).unwrap(), expected);
 }
 
@@ -317,4 +329,70 @@ async fn a_service_that_waited_for_a_source_appears_when_that_does_not_define_it
     assert!(running.directory.borrow().is_empty());
     one.publish([]).await;
     running.directory_with(|directory| directory.find("a.shop").is_some()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_cannot_be_reached_has_its_source_read_again_and_no_other() {
+    let ((one, first), (two, second)) = (fake::source("one"), fake::source("two"));
+    let watcher = Watcher::new(vec![first, second], fake::trust_domain());
+    let (suspects, health) = (watcher.suspects(), watcher.health());
+    let mut task = JoinSet::new();
+    task.spawn(watcher.run());
+    let (mut asked, untouched) = (one.wanted().await, two.wanted().await);
+    asked.mark_unchanged();
+    let began = Instant::now();
+    for _ in 0..1000 {
+        suspects.tell(&"one".into());
+    }
+    asked.changed().await.unwrap();
+    assert_eq!(asked.borrow_and_update().resync, 1);
+    assert!(began.elapsed().as_secs() < 2 && health.borrow()[0].suspected == 1);
+    suspects.tell(&"one".into());
+    asked.changed().await.unwrap();
+    assert!((5..7).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    assert_eq!(untouched.borrow().resync, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_oldest_complete_list_of_a_source_is_told() {
+    let (script, source) = fake::source("one");
+    let mut running = start(vec![Configured { belief: Belief::Guarded, ..source }]);
+    assert_eq!(running.health.borrow()[0].last_listed, None);
+    let list =
+        |name: &str| SourceEvent::Listed(Listing::empty(Scope::Service(name.parse().unwrap()), Epoch::default()));
+    script.send(list("a.shop")).await;
+    let first = running.health_with(|health| health[0].last_listed.is_some()).await[0].last_listed;
+    script.send(list("b.shop")).await;
+    script.send(SourceEvent::InSync).await;
+    let health = running.health_with(|health| health[0].last_ok > first).await;
+    assert_eq!(health[0].last_listed, first, "that of a.shop is still in force");
+    let services = ["b.shop".parse().unwrap()].into();
+    script.send(SourceEvent::Narrowed(Wanted { services, ..Wanted::default() })).await;
+    running.health_with(|health| health[0].last_listed > first).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn policies_reach_the_directory_and_are_there_after_a_restart_with_every_source_away() {
+    let keep = Arc::new(Memory::default());
+    let service = "payments.shop".parse().unwrap();
+    let policies = |directory: &Directory| directory.resources().authorization(&service).count();
+    let (script, source) = fake::source("etcd");
+    let mut running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep.clone());
+    let records = vec![fake::resources("a", &fake::allowing("payments.shop", "web"))];
+    let epoch = Epoch { store: "one".into(), position: 1 };
+    let listed = |records, epoch| {
+        SourceEvent::Resources(ResourceNews::Listed { prefix: "".into(), epoch, records, refused: vec![] })
+    };
+    script.send(listed(records, epoch.clone())).await;
+    running.directory.wait_for(|directory| policies(directory) == 1).await.unwrap();
+    running.health.wait_for(|health| health[0].resources == 1).await.unwrap();
+    // An empty answer of the store takes nothing away.
+    script.send(listed(vec![], Epoch { position: 2, ..epoch })).await;
+    running.health.wait_for(|health| health[0].stale == 1).await.unwrap();
+    assert_eq!(policies(&running.directory.borrow()), 1);
+    sleep(SAVE_EVERY * 2).await;
+    drop((running, script));
+    let (_away, source) = fake::source("etcd");
+    let running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep);
+    assert_eq!(policies(&running.directory.borrow()), 1);
 }

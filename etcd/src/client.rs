@@ -56,6 +56,11 @@ impl Error {
         matches!(self, Error::Refused(status) if matches!(status.code(), Code::ResourceExhausted | Code::PermissionDenied))
     }
 
+    /// Whether etcd knows who asks, and does not let them.
+    pub fn is_missing_right(&self) -> bool {
+        matches!(self, Error::Refused(status) if status.code() == Code::PermissionDenied)
+    }
+
     /// Whether etcd does not know any more who asks: it was not done, and may be asked again.
     fn is_of_old_login(&self) -> bool {
         let old = ["invalid auth token", "revision of auth store is old"];
@@ -66,6 +71,11 @@ impl Error {
     /// For whoever follows etcd, when following cannot go on.
     pub fn gone(why: &str) -> Error {
         Error::Refused(Status::unavailable(why))
+    }
+
+    /// A right is missing.
+    pub fn forbidden(why: &str) -> Error {
+        Error::Refused(Status::permission_denied(why))
     }
 
     /// The revision asked for is not kept any more.

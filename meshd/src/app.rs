@@ -142,6 +142,7 @@ impl App {
             .wanting(config.imports.wanted().clone())
             .keeping(known);
         let (directory, mut health, losses) = (watcher.directory(), watcher.health(), watcher.losses());
+        let suspects = watcher.suspects();
         let vips = Arc::new(start!(
             Vips::open(&config.state_dir.join("vips.json"), config.capture.vip4, config.capture.vip6),
             "virtual IPs"
@@ -167,6 +168,7 @@ impl App {
             raw: ArcSwap::default(),
             telemetry,
             locality: start!(Locality::of(&config.host), "the addresses of this host")?,
+            suspects,
         });
         let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         shared.ports.refresh(&shared.enrolment.load());

@@ -11,17 +11,16 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
 use super::known::Known;
 use super::read::Reading;
 use super::remote::{Error, Query, Remote};
-use super::watch::{News, Turns, ask_once, watch};
-use crate::backoff::{Backoff, jittered};
+use super::watch::{Failures, News, Turns, ask_once, watch};
+use crate::backoff::Backoff;
+use crate::resync::Resync;
 use crate::{Sink, SourceEvent, Wanted};
 
 /// How soon an agent that stands still, or a cluster without a leader, is noticed: this and a call's deadline (5 s). A
 /// thousand hosts ask 100 times a second.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
-/// A watch that lost a change would keep it lost.
-const RESYNC_EVERY: Duration = Duration::from_secs(300);
-/// Who asks for a resync may ask again and again; it takes a question per service.
-const RESYNC_AT_MOST: Duration = Duration::from_secs(1);
+/// What a resync could not read is asked again after this.
+const REREAD_AGAIN: Duration = Duration::from_secs(10);
 /// Answers that wait to be told.
 const INBOX: usize = 64;
 /// Troubles named at once.
@@ -32,10 +31,10 @@ pub(super) async fn run<R: Remote>(mut remote: R, reading: Reading, mut wanted: 
     // What an earlier life of this daemon knew beyond that is wanted no more.
     let begun_with = wanted.borrow().clone();
     sink.send(SourceEvent::Narrowed(begun_with)).await;
-    let mut backoff = Backoff::default();
+    let (mut backoff, mut resync) = (Backoff::default(), Resync::default());
     loop {
         let started = Instant::now();
-        if let Err(error) = follow(&mut remote, &mut known, &mut wanted, &sink).await {
+        if let Err(error) = follow(&mut remote, &mut known, &mut wanted, &mut resync, &sink).await {
             sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
             remote = remote.another();
         }
@@ -48,10 +47,12 @@ async fn follow<R: Remote>(
     remote: &mut R,
     known: &mut Known,
     wanted: &mut watch::Receiver<Wanted>,
+    resync: &mut Resync,
     sink: &Sink,
 ) -> Result<(), Error> {
     known.meets(&remote.cluster().await?, Instant::now());
-    let mut asked = wanted.borrow_and_update().clone();
+    let asked = wanted.borrow_and_update().clone();
+    resync.heed(&asked);
     adjust(known, &asked, sink).await;
     let (send, mut inbox) = mpsc::channel(INBOX);
     let mut watches = Watches::new(remote.another(), send.clone());
@@ -64,6 +65,7 @@ async fn follow<R: Remote>(
     let mut probes = interval_at(Instant::now() + PROBE_EVERY, PROBE_EVERY);
     probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        let resync_at = resync.at();
         tokio::select! {
             // Senders are held above, so the inbox never ends.
             Some(news) = inbox.recv() => {
@@ -87,26 +89,29 @@ async fn follow<R: Remote>(
                 }
             }
             Ok(()) = wanted.changed() => {
-                let now = wanted.borrow_and_update().clone();
-                if now.resync != asked.resync {
-                    rereads.resync_soon();
-                }
-                asked = now;
+                let asked = wanted.borrow_and_update().clone();
+                resync.heed(&asked);
                 adjust(known, &asked, sink).await;
                 watches.adjust(known);
                 troubles.of.retain(|query, _| watches.handles.contains_key(query));
                 rereads.begin(remote, known);
             }
-            () = sleep_until(rereads.resync_at) => {
+            () = sleep_until(resync_at) => {
                 known.resync(Instant::now());
-                rereads.resync_begins();
+                resync.begins();
+                rereads.begin(remote, known);
+            }
+            () = sleep_until(rereads.again_at.unwrap_or(resync_at)), if rereads.again_at.is_some() => {
                 rereads.begin(remote, known);
             }
             Some(ended) = rereads.tasks.join_next() => match ended {
                 // What came meanwhile may ask for more.
-                Ok(Ok(())) => rereads.begin(remote, known),
-                // Watches and probes say what is wrong.
-                _ => rereads.resync_at = rereads.resync_at.min(Instant::now() + PROBE_EVERY),
+                Ok(Failures(0)) => {
+                    rereads.backoff = Backoff::default();
+                    rereads.begin(remote, known);
+                }
+                // Watches and probes say what is wrong. What failed is asked again, ever less often.
+                _ => rereads.rest(),
             },
             Some(Err(error)) = watches.tasks.join_next() => {
                 if error.is_panic() {
@@ -211,37 +216,32 @@ impl<R: Remote> Watches<R> {
 
 /// Questions asked beside the watches, which go on.
 struct Rereads {
-    tasks: JoinSet<Result<(), Error>>,
+    tasks: JoinSet<Failures>,
     news: mpsc::Sender<News>,
-    resync_at: Instant,
-    last_resync: Instant,
+    /// When those that failed are asked again.
+    again_at: Option<Instant>,
+    backoff: Backoff,
 }
 
 impl Rereads {
     fn new(news: mpsc::Sender<News>) -> Rereads {
-        let mut rereads =
-            Rereads { tasks: JoinSet::new(), news, resync_at: Instant::now(), last_resync: Instant::now() };
-        rereads.resync_begins();
-        rereads
-    }
-
-    fn resync_begins(&mut self) {
-        self.last_resync = Instant::now();
-        self.resync_at = self.last_resync + jittered(RESYNC_EVERY, fastrand::f64());
-    }
-
-    fn resync_soon(&mut self) {
-        self.resync_at = self.resync_at.min(self.last_resync + RESYNC_AT_MOST);
+        Rereads { tasks: JoinSet::new(), news, again_at: None, backoff: Backoff::default() }
     }
 
     /// Unless it is under way.
     fn begin<R: Remote>(&mut self, remote: &R, known: &Known) {
+        self.again_at = None;
         let overdue = known.overdue();
         if self.tasks.is_empty() && !overdue.is_empty() {
             let overdue = overdue.into_iter().map(|query| (query.clone(), known.index(&query)));
             let overdue: Vec<_> = overdue.collect();
             self.tasks.spawn(ask_once(remote.another(), overdue, self.news.clone()));
         }
+    }
+
+    fn rest(&mut self) {
+        let pause = REREAD_AGAIN + self.backoff.pause(Duration::ZERO, fastrand::f64());
+        self.again_at = Some(Instant::now() + pause);
     }
 }
 

@@ -9,6 +9,7 @@ use super::super::read::BASE;
 use super::super::remote::{Answer, Content, Pair};
 use super::super::watch::TURNS;
 use super::*;
+use crate::resync::{RESYNC_AT_MOST, RESYNC_EVERY};
 use crate::{Scope, fake};
 
 /// A Consul in words: what it holds, how it fails, and what it was asked.
@@ -182,7 +183,7 @@ fn start_with(consul: Fake, wanted: Wanted) -> Running {
     let wanted = channel::Sender::new(wanted);
     let (send, events) = mpsc::channel(64);
     let trust_domain: TrustDomain = fake::trust_domain();
-    let reading = Reading { trust_domain, namespace: "shop".into(), base: BASE.into() };
+    let reading = Reading { trust_domain, namespace: "shop".into(), base: BASE.into(), resources: None };
     let mut task = JoinSet::new();
     task.spawn(run(consul.another(), reading, wanted.subscribe(), Sink::new(0, send)));
     Running { started_with, consul, wanted, events, _task: task }

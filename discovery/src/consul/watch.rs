@@ -80,8 +80,8 @@ impl News {
     /// `known`: the index that was known when it was asked.
     fn new(query: Query, answer: Result<Answer, Error>, known: u64) -> News {
         let fell = answer.as_ref().is_ok_and(|answer| answer.index < known);
-        // That of the documents falls by itself: a quarter of an hour after a delete, Consul forgets the delete.
-        let went_back = fell && query != Query::Documents;
+        // That of the store falls by itself: a quarter of an hour after a delete, Consul forgets the delete.
+        let went_back = fell && !matches!(query, Query::Documents | Query::Resources(_));
         News { query, answer, went_back, fell_from: fell.then_some(known) }
     }
 }
@@ -126,17 +126,25 @@ async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<
     (answer, started, wait)
 }
 
-/// Asks each query once, beside its watch; with the index that is known of it.
+/// How many questions got no answer.
+pub(super) struct Failures(pub(super) usize);
+
+/// Asks each query once, beside its watch; with the index that is known of it. One that fails does not keep the others.
 pub(super) async fn ask_once<R: Remote>(
     mut remote: R,
     queries: impl IntoIterator<Item = (Query, u64)>,
     news: mpsc::Sender<News>,
-) -> Result<(), Error> {
+) -> Failures {
+    let mut failures = Failures(0);
     for (query, known) in queries {
-        let answer = remote.ask(&query, 0, Duration::ZERO).await?;
-        if news.send(News::new(query, Ok(answer), known)).await.is_err() {
-            break;
+        match remote.ask(&query, 0, Duration::ZERO).await {
+            Ok(answer) => {
+                if news.send(News::new(query, Ok(answer), known)).await.is_err() {
+                    break;
+                }
+            }
+            Err(_) => failures.0 += 1,
         }
     }
-    Ok(())
+    failures
 }

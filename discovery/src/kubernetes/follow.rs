@@ -14,14 +14,13 @@ use super::known::{Area, Watching, areas};
 use super::objects::{Event, Kind};
 use super::read::Reader;
 use super::remote::{Remote, Watch};
-use crate::backoff::{Backoff, jittered};
+use crate::backoff::Backoff;
+use crate::resync::Resync;
 use crate::{Epoch, Scope, ServiceName, Sink, SourceEvent, Wanted};
 
 /// How soon a server that stands still, or lost sight of its etcd, is noticed: this and a call's deadline (4 s). A
 /// thousand hosts ask 200 times a second, each for one small object.
 const PROBE_EVERY: Duration = Duration::from_secs(5);
-/// A watch that lost an event would keep it lost.
-const RESYNC_EVERY: Duration = Duration::from_secs(300);
 /// How soon a role that was granted is noticed, and who has too much to do is asked again.
 const PUT_OFF: Duration = Duration::from_secs(15);
 /// A watch that ends sooner ends for another reason than its age.
@@ -32,8 +31,14 @@ const INBOX: usize = 256;
 const KINDS: [Kind; 3] = [Kind::Service, Kind::Slice, Kind::Pod];
 
 pub(super) async fn run<R: Remote>(mut remote: R, reader: Reader, mut wanted: watch::Receiver<Wanted>, sink: Sink) {
-    let mut follower =
-        Follower { reader, sink, life: Epoch::default(), areas: BTreeMap::new(), watches: 0, resync_at: None };
+    let mut follower = Follower {
+        reader,
+        sink,
+        life: Epoch::default(),
+        areas: BTreeMap::new(),
+        watches: 0,
+        resync: Resync::default(),
+    };
     // What an earlier life of this daemon knew beyond that is wanted no more.
     let begun_with = wanted.borrow().clone();
     follower.sink.send(SourceEvent::Narrowed(begun_with)).await;
@@ -56,8 +61,7 @@ struct Follower {
     areas: BTreeMap<Scope, Area>,
     /// How many were begun.
     watches: u64,
-    /// When all is read once more, also if connections come and go.
-    resync_at: Option<Instant>,
+    resync: Resync,
 }
 
 /// Which watch says something.
@@ -115,7 +119,8 @@ impl Follower {
     ) -> Result<Infallible, Error> {
         let mut watches = Watches::new();
         self.compare(remote.probe().await?);
-        let mut asked = wanted.borrow_and_update().clone();
+        let asked = wanted.borrow_and_update().clone();
+        self.resync.heed(&asked);
         self.adjust(&asked).await;
         self.catch_up(remote, &mut watches).await?;
         self.sink.send(SourceEvent::InSync).await;
@@ -123,8 +128,7 @@ impl Follower {
         let mut probes = interval_at(Instant::now() + PROBE_EVERY, PROBE_EVERY);
         probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let next_resync = || Instant::now() + jittered(RESYNC_EVERY, fastrand::f64());
-            let resync_at = *self.resync_at.get_or_insert_with(next_resync);
+            let resync_at = self.resync.at();
             tokio::select! {
                 // We hold a sender, so this never ends.
                 Some(news) = watches.inbox.recv() => {
@@ -152,11 +156,8 @@ impl Follower {
                     Err(error) => return Err(error),
                 },
                 Ok(()) = wanted.changed() => {
-                    let now = wanted.borrow_and_update().clone();
-                    if now.resync != asked.resync {
-                        self.list_all_again();
-                    }
-                    asked = now;
+                    let asked = wanted.borrow_and_update().clone();
+                    self.resync.heed(&asked);
                     self.adjust(&asked).await;
                 }
                 () = tokio::time::sleep_until(resync_at) => self.list_all_again(),
@@ -174,7 +175,7 @@ impl Follower {
     }
 
     fn list_all_again(&mut self) {
-        self.resync_at = None;
+        self.resync.begins();
         self.areas.values_mut().for_each(|area| area.due = true);
     }
 

@@ -6,6 +6,7 @@ use super::super::objects::Listed;
 use super::super::remote::Collection;
 use super::super::samples::{self, object, pod, service, slice};
 use super::*;
+use crate::resync::RESYNC_EVERY;
 use crate::{Change, Namespaces, fake};
 
 type Told = mpsc::Sender<Result<Option<Event>, Error>>;

@@ -179,3 +179,7 @@ fn attach(service: &ServiceName, resources: Vec<&Resource>) -> Attached {
     }
     attached
 }
+
+#[cfg(test)]
+#[path = "attach_tests.rs"]
+mod tests;

@@ -38,8 +38,57 @@ pub enum News {
     Changed { prefix: Arc<str>, position: u64, changes: Vec<Change> },
 }
 
+impl Change {
+    /// Whether it is this host's concern. What cannot be understood may be.
+    pub(crate) fn is_wanted(&self, wanted: &Wanted) -> bool {
+        match self {
+            Change::Set(record) => is_wanted(&record.resources, wanted),
+            Change::Removed(_) | Change::Refused(_) => true,
+        }
+    }
+}
+
+impl News {
+    /// All there is, out of what was read of each key.
+    pub(crate) fn listed(prefix: Arc<str>, epoch: Epoch, read: impl Iterator<Item = Change>) -> News {
+        let (mut records, mut refused) = (Vec::new(), Vec::new());
+        for change in read {
+            match change {
+                Change::Set(record) => records.push(record),
+                Change::Refused(key) => refused.push(key),
+                Change::Removed(_) => {}
+            }
+        }
+        News::Listed { prefix, epoch, records, refused }
+    }
+
+    /// Without what is no concern of this host.
+    pub(crate) fn wanted(self, wanted: &Wanted) -> News {
+        match self {
+            News::Listed { prefix, epoch, mut records, refused } => {
+                records.retain(|record| is_wanted(&record.resources, wanted));
+                News::Listed { prefix, epoch, records, refused }
+            }
+            News::Changed { prefix, position, changes } => {
+                let left_out = |change| match change {
+                    // It may have been before.
+                    Change::Set(record) if !is_wanted(&record.resources, wanted) => Change::Removed(record.key),
+                    change => change,
+                };
+                News::Changed { prefix, position, changes: changes.into_iter().map(left_out).collect() }
+            }
+        }
+    }
+}
+
+impl Default for News {
+    fn default() -> News {
+        News::Changed { prefix: "".into(), position: 0, changes: Vec::new() }
+    }
+}
+
 /// Policies decide here, too, about what is served here and imported nowhere; routes are for those who import.
-pub(crate) fn is_wanted(resources: &[Resource], wanted: &Wanted) -> bool {
+fn is_wanted(resources: &[Resource], wanted: &Wanted) -> bool {
     resources.iter().any(|resource| {
         let targets = || resource.targets().into_iter();
         !resource.kind().is_route()
@@ -358,3 +407,7 @@ impl HeldResources {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "held_tests.rs"]
+mod tests;

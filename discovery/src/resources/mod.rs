@@ -43,8 +43,9 @@ pub use conflicts::{Conflict, conflicts};
 pub use filters::{Filter, HeaderChange, HeaderValue, PathChange, Redirect, Rewrite, Sampled};
 pub use grpc_route::{GrpcMatch, GrpcMethod, GrpcRoute, GrpcRule, GrpcSpec};
 pub use held::{Change as ResourceChange, News as ResourceNews, Record as ResourceRecord};
-pub(crate) use held::{HeldResources, Touched as TouchedResources, is_wanted};
+pub(crate) use held::{HeldResources, Touched as TouchedResources};
 pub use http_route::{HttpMatch, HttpRoute, HttpRule, HttpSpec, PathMatch, Retry, RouteTimeouts, ValueMatch};
+pub(crate) use read::Said;
 pub use read::{Document, read, read_json};
 pub use references::{Backend, Parent, PolicyTarget, ServiceKind};
 pub use schema::{PUBLISHED, crds, json_schema};
@@ -52,7 +53,7 @@ pub use service_policy::{
     Algorithm, Balancing, Failover, Limits, OutlierEjection, Per, PolicyTimeouts, RateLimit, Retries, RetryBudget,
     ServicePolicy, ServiceSpec, SuccessRate,
 };
-pub(crate) use store::{BASE, StoredKey};
+pub(crate) use store::{BASE, StoredKey, base_for};
 pub use tcp_route::{TcpRoute, TcpRule, TcpSpec};
 pub use validate::{Finding, Severity, Text, validate};
 pub use values::{Network, PathPattern, Pattern, Peer, Span};

@@ -172,7 +172,9 @@ impl Shape {
 
 fn check_texts(field: &Field<'_>, problems: &mut Vec<Problem>) {
     match field.entries() {
-        Some(entries) => entries.for_each(|(_, _, value)| drop(value.text(problems))),
+        Some(entries) => entries.for_each(|(_, _, value)| {
+            value.text(problems);
+        }),
         None => field.refuse(problems, format!("must be a mapping, found {}", field.node.value)),
     }
 }

@@ -8,12 +8,17 @@ use std::sync::Arc;
 
 use meshd_identity::TrustDomain;
 
-use super::read::{Document, Said};
-use super::{Id, Kind, ResourceChange, ResourceRecord, read};
+use super::read::{self, Document, Said};
+use super::{Id, Kind, ResourceChange, ResourceRecord};
 use crate::stored::refused;
 
 /// Below which all keys lie, unless told otherwise.
 pub(crate) const BASE: &str = "/meshd-resources/v1";
+/// Beside the prefix that a source is given for services, if it is.
+pub(crate) fn base_for(prefix: Option<&str>) -> String {
+    prefix.map_or_else(|| BASE.to_owned(), |prefix| format!("{}-resources", prefix.trim_end_matches('/')))
+}
+
 /// What a rule of a route has at most is a few KiB; this is far beyond the largest route.
 const MOST_BYTES: usize = 256 * 1024;
 
@@ -47,13 +52,13 @@ impl StoredKey {
             return Err(vec![format!("has {} bytes and {MOST_BYTES} are allowed", value.len())]);
         }
         let text = std::str::from_utf8(value).map_err(|_| vec!["is not UTF-8".to_owned()])?;
-        let mut found = read(text, trust_domain);
+        let mut found = read::read(text, trust_domain);
         let Document { id, outcome, .. } = match (found.pop(), found.is_empty()) {
             (Some(document), true) => document,
             (None, _) => return Err(vec![format!("is empty; it holds one {} document", self.0.kind)]),
             (Some(_), false) => return Err(vec!["holds several documents; give each a key of its own".to_owned()]),
         };
-        let said = outcome.map_err(|problems| problems.iter().map(super::read::shown).collect::<Vec<_>>())?;
+        let said = outcome.map_err(|problems| problems.iter().map(read::shown).collect::<Vec<_>>())?;
         if id.as_ref() != Some(&self.0) {
             let found = id.map_or_else(|| "another".to_owned(), |id| id.to_string());
             return Err(vec![format!(

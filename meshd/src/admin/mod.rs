@@ -11,6 +11,7 @@ mod probe;
 mod registrations;
 mod server;
 mod show;
+mod sources;
 mod tasks;
 mod view;
 mod withheld;

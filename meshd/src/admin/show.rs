@@ -1,7 +1,7 @@
 //! `meshd status` and `meshd edges` as tables.
 
 use super::view::{EdgeView, StatusView};
-use super::{registrations, tasks, withheld};
+use super::{registrations, sources, tasks, withheld};
 use crate::capture::KeeperView;
 
 /// The status as a page of text.
@@ -48,12 +48,7 @@ pub fn status(status: &StatusView) -> String {
         vec![service.dns.clone(), vip, ports.join(","), service.endpoints.to_string(), service.source.clone()]
     });
     page += &section("services", &["NAME", "VIP", "PORTS", "ENDPOINTS", "SOURCE"], services.collect());
-    for source in &status.sources {
-        for error in source["errors"].as_array().into_iter().flatten() {
-            let error = error.as_str().unwrap_or_default();
-            page += &format!("  ‼ source {}: {error}\n", source["name"].as_str().unwrap_or_default());
-        }
-    }
+    page += &sources::show(&status.sources);
     page += &registrations::show(&status.registrations);
     page += &capture(&status.capture);
     page += &tasks::show(&status.tasks);

@@ -14,9 +14,9 @@ use tokio::sync::watch;
 use super::endpoints::{self, EndpointView};
 use super::ledger::{Callers, LedgerView};
 use super::pki::PkiView;
-use super::registrations;
 use super::tasks::TaskView;
 use super::withheld::WithheldView;
+use super::{registrations, sources};
 use crate::capture::{KeeperHandle, KeeperView, Recovery};
 use crate::config::Config;
 use crate::enrol::{Mode, Selector, Workload};
@@ -311,10 +311,6 @@ impl View {
         let svids = std::iter::once(&credentials.host).chain(credentials.workloads.values());
         let expirations = svids.map(|svid| (vec![("id", svid.id.to_string().into())], unix(svid.not_after))).collect();
         let result = |result: &'static str, count: u64| (vec![("result", result.into())], count as f64);
-        let sources = self.sources.borrow().clone();
-        let per_source = |value: &dyn Fn(&SourceHealth) -> f64| {
-            sources.iter().map(|health| (vec![("source", health.name.clone().into())], value(health))).collect()
-        };
         let mut metrics = vec![
             Exposition::gauge(
                 "identity_cert_expiration_timestamp_seconds",
@@ -336,32 +332,8 @@ impl View {
                 "Times others came to listen on an enrolled port whose owner does not; they are not taken for it",
                 vec![(Vec::new(), self.shared.ports.claims() as f64)],
             ),
-            Exposition::gauge(
-                "meshd_source_services",
-                "Services by source",
-                per_source(&|health| health.services as f64),
-            ),
-            Exposition::gauge(
-                "meshd_source_endpoints",
-                "Endpoints by source",
-                per_source(&|health| health.endpoints as f64),
-            ),
-            Exposition::gauge(
-                "meshd_source_stale_records",
-                "Endpoints and documents a source no longer names, which is not believed yet",
-                per_source(&|health| health.stale as f64),
-            ),
-            Exposition::gauge(
-                "meshd_source_errors",
-                "What is wrong with a source now",
-                per_source(&|health| health.errors.len() as f64),
-            ),
-            Exposition::gauge(
-                "meshd_source_last_ok_timestamp_seconds",
-                "When a source was last known to be current (Unix time)",
-                per_source(&|health| health.last_ok.map_or(0.0, unix)),
-            ),
         ];
+        metrics.extend(sources::metrics(&self.sources.borrow()));
         metrics.extend(PkiView::of(&self.renewals, &credentials, &self.shared).metrics());
         metrics.push(Exposition::gauge(
             "meshd_withheld_claims",
@@ -404,7 +376,7 @@ fn capture_metrics(view: &KeeperView) -> [Exposition; 5] {
     ]
 }
 
-fn unix(time: SystemTime) -> f64 {
+pub(super) fn unix(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 

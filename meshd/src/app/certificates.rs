@@ -185,6 +185,7 @@ mod tests {
                 raw: ArcSwap::<RawPlaces>::default(),
                 telemetry: Telemetry::new(1, AccessLog::off()),
                 locality: Locality::default(),
+                suspects: meshd_discovery::Suspects::ignored(),
             });
             let certificates = Certificates::new(shared.clone(), None, first.clone());
             Daemon { ca, first, shared, certificates, state }

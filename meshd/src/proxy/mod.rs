@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use meshd_discovery::Directory;
+use meshd_discovery::{Directory, Suspects};
 use meshd_sys::sockets::Mark;
 use serde::Deserialize;
 
@@ -110,4 +110,6 @@ pub struct Shared {
     pub telemetry: Arc<Telemetry>,
     /// Where this host is.
     pub locality: Locality,
+    /// Hears of endpoints that cannot be reached.
+    pub suspects: Suspects,
 }

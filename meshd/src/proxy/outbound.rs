@@ -8,6 +8,7 @@ use std::time::Duration;
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
+use super::balance::Failed;
 use super::connect::{Connected, Connector, Upstream};
 use super::detect::Served;
 use super::env::Env;
@@ -118,7 +119,12 @@ async fn connect(env: &Rc<Env>, who: &Workload, place: &Place, app: &mut TcpStre
         return Err(Fault::Unenrolled);
     }
     let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
-    let probe = |failed| probe::start(env, &who.identity, failed);
+    let probe = |failed: Failed| {
+        if let Some(endpoint) = failed.endpoint() {
+            env.shared.suspects.tell(&endpoint.source);
+        }
+        probe::start(env, &who.identity, failed);
+    };
     connect::first(connector, who, balancer.candidates(), app, probe).await.map(Box::new)
 }
 

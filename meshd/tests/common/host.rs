@@ -110,6 +110,7 @@ impl Plan {
             vips: Arc::new(vips(directory.path())),
             telemetry: Telemetry::new(self.workers, access_log),
             locality: Locality::default(),
+            suspects: meshd_discovery::Suspects::ignored(),
         });
         Host::run(shared, self, directory)
     }

@@ -1,0 +1,105 @@
+//! How the sources of discovery are doing, for `meshd status` and Prometheus.
+
+use std::time::SystemTime;
+
+use meshd_discovery::SourceHealth;
+use serde_json::Value;
+
+use super::show::{duration, section};
+use super::view::unix;
+use crate::telemetry::Exposition;
+use crate::unix_time::unix_now;
+
+/// As a section of the status page, errors below it.
+pub(super) fn show(sources: &[Value]) -> String {
+    let now = unix_now();
+    let rows = sources.iter().map(|source| {
+        let text = |field: &str| source[field].as_str().unwrap_or_default().to_owned();
+        let count = |field: &str| source[field].as_u64().unwrap_or_default().to_string();
+        let since = |field: &str| match source[field].as_u64() {
+            Some(at) => duration(now.saturating_sub(at).cast_signed()),
+            None => "never".to_owned(),
+        };
+        let [services, endpoints, stale] = ["services", "endpoints", "stale"].map(count);
+        vec![text("name"), text("kind"), services, endpoints, stale, since("last_ok"), since("last_listed")]
+    });
+    let columns = ["SOURCE", "KIND", "SERVICES", "ENDPOINTS", "STALE", "HEARD", "LISTED"];
+    let mut page = section("sources", &columns, rows.collect());
+    for source in sources {
+        for error in source["errors"].as_array().into_iter().flatten() {
+            let error = error.as_str().unwrap_or_default();
+            page += &format!("  ‼ source {}: {error}\n", source["name"].as_str().unwrap_or_default());
+        }
+    }
+    page
+}
+
+pub(super) fn metrics(sources: &[SourceHealth]) -> Vec<Exposition> {
+    let now = SystemTime::now();
+    let each = |value: &dyn Fn(&SourceHealth) -> Option<f64>| {
+        let rows =
+            sources.iter().filter_map(|health| Some((vec![("source", health.name.clone().into())], value(health)?)));
+        rows.collect()
+    };
+    let age = |at: Option<SystemTime>| Some(now.duration_since(at?).unwrap_or_default().as_secs_f64());
+    vec![
+        Exposition::gauge("meshd_source_services", "Services by source", each(&|health| Some(health.services as f64))),
+        Exposition::gauge(
+            "meshd_source_endpoints",
+            "Endpoints by source",
+            each(&|health| Some(health.endpoints as f64)),
+        ),
+        Exposition::gauge(
+            "meshd_source_stale_records",
+            "Endpoints and documents a source no longer names, which is not believed yet",
+            each(&|health| Some(health.stale as f64)),
+        ),
+        Exposition::gauge(
+            "meshd_source_errors",
+            "What is wrong with a source now",
+            each(&|health| Some(health.errors.len() as f64)),
+        ),
+        Exposition::gauge(
+            "meshd_source_last_ok_timestamp_seconds",
+            "When a source was last known to be current (Unix time)",
+            each(&|health| Some(health.last_ok.map_or(0.0, unix))),
+        ),
+        Exposition::gauge(
+            "meshd_source_staleness_seconds",
+            "Since a source was last known to be current; absent until it was",
+            each(&|health| age(health.last_ok)),
+        ),
+        Exposition::gauge(
+            "meshd_source_list_age_seconds",
+            "Since the oldest complete list of a source that holds was read; absent before",
+            each(&|health| age(health.last_listed)),
+        ),
+        Exposition::counter(
+            "meshd_source_suspected",
+            "Times a source was to be read again because an endpoint it names could not be reached",
+            each(&|health| Some(health.suspected as f64)),
+        ),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_source_shows_when_it_was_heard_of_and_what_is_wrong_with_it() {
+        let now = unix_now();
+        let etcd = json!({"name": "store", "kind": "etcd", "services": 3, "endpoints": 7, "stale": 1,
+            "last_ok": now - 61, "last_listed": now - 3700, "errors": ["cannot be reached"]});
+        let files = json!({"name": "files", "kind": "files", "services": 0, "endpoints": 0, "stale": 0,
+            "last_ok": null, "last_listed": null, "errors": []});
+        let page = show(&[etcd, files]);
+        let lines: Vec<Vec<&str>> = page.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[2][..5], ["store", "etcd", "3", "7", "1"]);
+        assert!(lines[2][5].starts_with("1m") && lines[2][6].starts_with("1h1m"), "{page}");
+        assert_eq!(lines[3][5..], ["never", "never"]);
+        assert!(page.ends_with("‼ source store: cannot be reached\n"), "{page}");
+    }
+}
