@@ -71,7 +71,7 @@ pub(crate) fn split(text: &str) -> Vec<(u64, &str)> {
     chunks
 }
 
-fn read_document(text: &str, first_line: u64, trust_domain: &TrustDomain) -> Document {
+pub(crate) fn read_document(text: &str, first_line: u64, trust_domain: &TrustDomain) -> Document {
     match yaml::parse(text, first_line) {
         Ok(node) => read_node(&node, trust_domain),
         Err(problem) => Document { line: problem.line, name: None, outcome: Err(vec![problem]) },

@@ -194,7 +194,7 @@ fn key_of(id: &Id) -> Arc<str> {
     }
 }
 
-fn list(dir: &Path) -> io::Result<BTreeSet<OsString>> {
+pub(crate) fn list(dir: &Path) -> io::Result<BTreeSet<OsString>> {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
@@ -333,7 +333,7 @@ impl File {
     }
 }
 
-fn read(path: &Path) -> Result<String, String> {
+pub(crate) fn read(path: &Path) -> Result<String, String> {
     let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
     if !metadata.is_file() {
         return Err("it is not a regular file".to_owned());

@@ -56,9 +56,12 @@ impl Error {
         matches!(self, Error::Refused(status) if matches!(status.code(), Code::ResourceExhausted | Code::PermissionDenied))
     }
 
-    /// Whether etcd knows who asks, and does not let them.
-    pub fn is_missing_right(&self) -> bool {
-        matches!(self, Error::Refused(status) if status.code() == Code::PermissionDenied)
+    /// Whether who asks is not known, or may not.
+    pub fn is_denied(&self) -> bool {
+        let unknown = ["authentication failed", "user name is empty"];
+        matches!(self, Error::Refused(status)
+            if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated)
+                || unknown.iter().any(|text| status.message().contains(text)))
     }
 
     /// Whether etcd does not know any more who asks: it was not done, and may be asked again.

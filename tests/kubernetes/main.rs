@@ -1,6 +1,7 @@
 //! Servers others wrote, as they are: Kubernetes' API server behind our PKI, etcd, Consul. Run by `cargo xtask test`; needs
 //! root, and the servers or a Go toolchain.
 
+mod applies;
 mod bridge;
 mod consul;
 mod controllers;
@@ -9,6 +10,8 @@ mod from_consul;
 mod from_etcd;
 mod from_kubernetes;
 mod istio;
+mod registering;
+mod registers_in_consul;
 mod registers_in_etcd;
 
 use std::fs;

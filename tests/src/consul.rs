@@ -127,7 +127,10 @@ impl Consul {
                 "ca_file": file("ca.pem"), "cert_file": file("server.pem"), "key_file": file("server.key"),
                 "verify_outgoing": true,
             } },
-            "acl": { "enabled": true, "default_policy": "deny", "tokens": { "initial_management": MANAGEMENT } },
+            "acl": { "enabled": true, "default_policy": "deny", "tokens": {
+                // What an agent removes services from the catalog by.
+                "initial_management": MANAGEMENT, "agent": MANAGEMENT,
+            } },
             "performance": { "raft_multiplier": 1 }, "disable_update_check": true, "log_level": "WARN",
         })
     }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{HOST, HeaderMap, HeaderValue};
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -41,9 +41,17 @@ pub(super) struct Reply {
     pub(super) body: Bytes,
 }
 
+/// What is asked.
+#[derive(Debug, Clone)]
+pub(super) struct Call<'a> {
+    pub(super) method: Method,
+    pub(super) path: &'a str,
+    pub(super) body: Bytes,
+}
+
 pub(super) struct Client {
     settings: Arc<Settings>,
-    connection: Option<SendRequest<Empty<Bytes>>>,
+    connection: Option<SendRequest<Full<Bytes>>>,
 }
 
 impl Client {
@@ -67,8 +75,18 @@ impl Client {
         token: Option<&HeaderValue>,
         deadline: Duration,
     ) -> Result<Reply, CallError> {
+        self.call(&Call { method: Method::GET, path, body: Bytes::new() }, token, deadline).await
+    }
+
+    /// May be carried out twice.
+    pub(super) async fn call(
+        &mut self,
+        call: &Call<'_>,
+        token: Option<&HeaderValue>,
+        deadline: Duration,
+    ) -> Result<Reply, CallError> {
         let address = self.settings.parsed()?;
-        match timeout(deadline, self.exchange(&address, path, token)).await {
+        match timeout(deadline, self.exchange(&address, call, token)).await {
             Ok(reply) => reply,
             Err(_) => Err(CallError::Deadline { authority: address.authority, after: deadline }),
         }
@@ -77,12 +95,12 @@ impl Client {
     async fn exchange(
         &mut self,
         address: &Address,
-        path: &str,
+        call: &Call<'_>,
         token: Option<&HeaderValue>,
     ) -> Result<Reply, CallError> {
         // Consul may close a connection between two requests; that is no trouble.
         if let Some(mut connection) = self.connection.take()
-            && let Ok(reply) = send(&mut connection, address, path, token).await
+            && let Ok(reply) = send(&mut connection, address, call, token).await
         {
             self.connection = Some(connection);
             return Ok(reply);
@@ -91,12 +109,12 @@ impl Client {
         let opened = timeout(CONNECT_DEADLINE, self.open(address)).await;
         let late = |_| unreachable(format!("no connection within {} s", CONNECT_DEADLINE.as_secs()));
         let mut connection = opened.map_err(late)??;
-        let reply = send(&mut connection, address, path, token).await.map_err(unreachable)?;
+        let reply = send(&mut connection, address, call, token).await.map_err(unreachable)?;
         self.connection = Some(connection);
         Ok(reply)
     }
 
-    async fn open(&self, address: &Address) -> Result<SendRequest<Empty<Bytes>>, CallError> {
+    async fn open(&self, address: &Address) -> Result<SendRequest<Full<Bytes>>, CallError> {
         let unreachable = |reason: &dyn std::fmt::Display| CallError::Unreachable {
             authority: address.authority.clone(),
             reason: reason.to_string(),
@@ -118,7 +136,7 @@ impl Client {
 
 async fn handshake(
     io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-) -> Result<SendRequest<Empty<Bytes>>, hyper::Error> {
+) -> Result<SendRequest<Full<Bytes>>, hyper::Error> {
     let (sender, connection) = http1::Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(io)).await?;
     // Ends by itself when the sender is dropped.
     tokio::spawn(async move {
@@ -130,16 +148,16 @@ async fn handshake(
 }
 
 async fn send(
-    connection: &mut SendRequest<Empty<Bytes>>,
+    connection: &mut SendRequest<Full<Bytes>>,
     address: &Address,
-    path: &str,
+    call: &Call<'_>,
     token: Option<&HeaderValue>,
 ) -> Result<Reply, String> {
-    let mut request = Request::get(path).header(HOST, &address.authority);
+    let mut request = Request::builder().method(&call.method).uri(call.path).header(HOST, &address.authority);
     if let Some(token) = token {
         request = request.header("x-consul-token", token);
     }
-    let request = request.body(Empty::new()).map_err(|error| error.to_string())?;
+    let request = request.body(Full::new(call.body.clone())).map_err(|error| error.to_string())?;
     connection.ready().await.map_err(|error| told(&error))?;
     let response = connection.send_request(request).await.map_err(|error| told(&error))?;
     let (parts, body) = response.into_parts();

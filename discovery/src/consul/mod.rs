@@ -22,9 +22,11 @@ mod client;
 mod follow;
 mod known;
 mod read;
+mod registrar;
 mod remote;
 mod resources;
 mod settings;
+mod store;
 mod watch;
 
 use std::sync::Arc;
@@ -35,6 +37,8 @@ use tokio::sync::watch as channel;
 pub use settings::{Settings, SettingsError};
 
 use self::read::{BASE, Reading};
+use self::registrar::ConsulRegistrar;
+use self::store::ConsulStore;
 use crate::documents::is_plain_word;
 use crate::name::check_label;
 use crate::resources::base_for;
@@ -71,6 +75,18 @@ impl ConsulSource {
         }
         let reading = Reading { trust_domain, namespace: namespace.into(), base: base.into(), resources };
         Ok(ConsulSource { name: name.to_owned(), settings: Arc::new(settings), reading })
+    }
+}
+
+impl ConsulSource {
+    /// Reads and writes documents in the same Consul's store.
+    pub(crate) fn store(&self) -> ConsulStore {
+        ConsulStore::new(&self.name, &self.reading.base, self.settings.clone())
+    }
+
+    /// Registers through the same agent.
+    pub(crate) fn registrar(&self) -> ConsulRegistrar {
+        ConsulRegistrar::new(self.name.clone(), self.settings.clone())
     }
 }
 

@@ -192,7 +192,7 @@ impl Known {
         let (event, position) = match remote.list(part).await {
             Ok(listed) => listed,
             // Services are worth having without.
-            Err(error) if *part == Part::Resources && error.is_missing_right() => {
+            Err(error) if *part == Part::Resources && error.is_denied() => {
                 sink.send(self.may_not_read(&error)).await;
                 return Ok(None);
             }

@@ -1,4 +1,4 @@
-//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, and the pods behind them.
+//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, the pods behind them, and documents of ours.
 //!
 //! ```text
 //!              +-------------------- error: back off, new connection <---------------------+
@@ -9,8 +9,8 @@
 //!              +--- 410 Gone; other selector; every few minutes, or when asked ------------+   |
 //!              +--- forgotten how far it was: another kube-system, or a resourceVersion that went back
 //! ```
-//! What is read together is an area: a service imported by name (three watches, which select at the server), or a
-//! namespace or the cluster for patterns, and for more than 8 services of a namespace (three watches in all). All three
+//! What is read together is an area: a service imported by name (a watch for each kind, which select at the server), or a
+//! namespace or the cluster for patterns, and for more than 8 services of a namespace (a watch for each kind in all). All
 //! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there. A pod that
 //! a slice names and that is not known yet is left out until its own watch tells of it, milliseconds later.
 //!
@@ -27,24 +27,31 @@ mod known;
 mod objects;
 mod read;
 mod remote;
+mod resources;
 #[cfg(test)]
 mod samples;
 mod settings;
+mod store;
 
 use meshd_identity::TrustDomain;
 use tokio::sync::watch;
 
 pub use settings::Settings as KubernetesSettings;
 
+use crate::resources::Kind;
 use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
 use client::Client;
 use read::Reader;
 use remote::ApiServer;
+use resources::Followed;
+use store::KubernetesStore;
 
 pub struct KubernetesSource {
     name: String,
     settings: KubernetesSettings,
     authority: Namespaces,
+    /// Kinds of routes and policies that are to be read.
+    kinds: Vec<Kind>,
     trust_domain: TrustDomain,
 }
 
@@ -54,10 +61,16 @@ impl KubernetesSource {
         name: &str,
         settings: KubernetesSettings,
         authority: Namespaces,
+        kinds: Vec<Kind>,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
-        Ok(KubernetesSource { name: name.to_owned(), settings, authority, trust_domain })
+        Ok(KubernetesSource { name: name.to_owned(), settings, authority, kinds, trust_domain })
+    }
+
+    /// Reads and writes documents in the same cluster.
+    pub(crate) fn store(&self) -> KubernetesStore {
+        KubernetesStore::new(&self.name, self.settings.clone())
     }
 }
 
@@ -73,6 +86,23 @@ impl Source for KubernetesSource {
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
         let reader = Reader { trust_domain: self.trust_domain.clone(), authority: self.authority.clone() };
         let remote = ApiServer(Client::new(self.settings.clone()));
-        Box::pin(follow::run(remote, reader, wanted, sink))
+        let life = watch::Sender::default();
+        let followed = Followed {
+            kinds: self.kinds.clone(),
+            trust_domain: self.trust_domain.clone(),
+            wanted: wanted.clone(),
+            life: life.subscribe(),
+            sink: sink.clone(),
+        };
+        let settings = self.settings.clone();
+        let resources = resources::run(move || Client::new(settings.clone()), followed);
+        let services = follow::run(remote, reader, wanted, sink, life);
+        // Neither ends, except by a defect; both are then begun anew.
+        Box::pin(async move {
+            tokio::select! {
+                () = services => {}
+                () = resources => {}
+            }
+        })
     }
 }

@@ -9,13 +9,9 @@ use meshd_etcd::api::response_op::Response;
 use meshd_etcd::api::{KeyValue, TxnRequest};
 use meshd_etcd::{Client, Error, delete, get, put, unchanged};
 
-use super::way::address_towards;
-use super::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError};
+use super::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError, TTL, address_towards};
 use crate::Registration;
 use crate::etcd::keys;
-
-/// A host that died is gone after it. Kept every third of it, so that one lost answer (4 s) costs nothing.
-const LEASE_S: i64 = 10;
 
 pub(crate) struct EtcdRegistrar {
     pub(crate) name: String,
@@ -71,7 +67,7 @@ impl Registrar for EtcdRegistrar {
     }
 
     fn ttl(&self) -> Duration {
-        Duration::from_secs(LEASE_S.unsigned_abs())
+        TTL
     }
 
     fn address_here(&self) -> Answer<'_, IpAddr> {
@@ -96,7 +92,7 @@ impl Registrar for EtcdRegistrar {
                 Over::Own(hold) => return Ok(self.put(key, said, revision(hold.version), hold.lease).await?),
                 Over::Version(version) => revision(version),
             };
-            let lease = self.client.grant(LEASE_S).await?;
+            let lease = self.client.grant(TTL.as_secs().cast_signed()).await?;
             let written = self.put(key, said, version, lease).await?;
             if written.is_none()
                 && let Err(error) = self.client.revoke(lease).await

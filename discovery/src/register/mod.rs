@@ -28,9 +28,16 @@ use std::time::Duration;
 pub use all::{RegistrationHealth, Registrations};
 pub use host::HostConfig;
 pub use life::Phase;
+#[cfg(test)]
+pub(crate) use offer::tests::offer as offer_for_tests;
 pub use offer::{Key, Offer};
+pub(crate) use way::address_towards;
 
 use crate::Registration;
+
+/// A host that died is gone after it, and a second that backends take to notice. Kept every third of it, so that one lost
+/// answer (4 s) costs nothing.
+pub(crate) const TTL: Duration = Duration::from_secs(9);
 
 /// Why a backend did not do what it was asked for, in full for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

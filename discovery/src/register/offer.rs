@@ -56,7 +56,7 @@ impl Offer {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::fake::trust_domain;
 

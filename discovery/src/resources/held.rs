@@ -342,7 +342,7 @@ impl HeldResources {
             if entry.record == record {
                 return;
             }
-            touched.extend(self.remove_all(&[record.key.clone()]));
+            touched.extend(self.remove_all(std::slice::from_ref(&record.key)));
         }
         touched.add(&record);
         for resource in &record.resources {

@@ -45,8 +45,8 @@ pub use grpc_route::{GrpcMatch, GrpcMethod, GrpcRoute, GrpcRule, GrpcSpec};
 pub use held::{Change as ResourceChange, News as ResourceNews, Record as ResourceRecord};
 pub(crate) use held::{HeldResources, Touched as TouchedResources};
 pub use http_route::{HttpMatch, HttpRoute, HttpRule, HttpSpec, PathMatch, Retry, RouteTimeouts, ValueMatch};
-pub(crate) use read::Said;
 pub use read::{Document, read, read_json};
+pub(crate) use read::{Said, is_between_services};
 pub use references::{Backend, Parent, PolicyTarget, ServiceKind};
 pub use schema::{PUBLISHED, crds, json_schema};
 pub use service_policy::{

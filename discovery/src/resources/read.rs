@@ -6,7 +6,7 @@ use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 use serde_json::{Value as Json, json};
 
 use super::forms::{LABEL, SUBDOMAIN};
-use super::references::keep_services;
+use super::references::{is_service_parent, keep_services};
 use super::shape::{Object, Shape};
 use super::{
     Id, Kind, Resource, authorization_policy, grpc_route, http_route, service_policy, service_profile, tcp_route,
@@ -218,6 +218,14 @@ fn understand(kind: Kind, root: &Field<'_>, trust_domain: &TrustDomain) -> Resul
 pub(super) fn resource(kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
     let object = json!({ "kind": kind.name(), "metadata": metadata, "spec": spec });
     serde_json::from_value(object).map_err(|error| error.to_string())
+}
+
+/// Whether a route of a cluster is any concern of ours: most are of Gateways.
+pub(crate) fn is_between_services(object: &Json) -> bool {
+    let node = Node::from(object);
+    let parents =
+        Field::root(&node).entry("spec").map(|spec| http_route::items(&spec, "parentRefs")).unwrap_or_default();
+    parents.iter().any(is_service_parent)
 }
 
 /// `line 3: spec.rules: ...`, where the text is one value of a store.

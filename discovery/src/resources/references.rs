@@ -164,7 +164,7 @@ fn check_group(field: &Field<'_>, kind: &str, without: &str, problems: &mut Vec<
 }
 
 /// True where a parent is a service.
-fn is_service_parent(parent: &Field<'_>) -> bool {
+pub(super) fn is_service_parent(parent: &Field<'_>) -> bool {
     matches!(text(parent, "kind"), Some("Service" | "MeshService"))
 }
 

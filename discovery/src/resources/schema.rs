@@ -123,3 +123,7 @@ fn object(shape: &Object, dialect: Dialect) -> Json {
     }
     object
 }
+
+#[cfg(test)]
+#[path = "schema_tests.rs"]
+mod tests;

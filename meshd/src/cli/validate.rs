@@ -58,7 +58,7 @@ fn read(path: &Path) -> anyhow::Result<Vec<Text>> {
     if !path.is_dir() {
         return Ok(vec![read_file(path)?]);
     }
-    let entries = std::fs::read_dir(path).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+    let entries = std::fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let entries = entries.with_context(|| format!("cannot read directory {}", path.display()))?;
     let mut files: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).filter(|file| is_meant(file)).collect();
     files.sort();

@@ -159,19 +159,22 @@ fn service_of(entry: &Entry, reading: &Reading, problems: &mut Vec<String>) -> O
 
 fn place(entry: &Entry, reading: &Reading, problems: &mut Vec<String>) -> Option<Place> {
     const PORT: &str = "a port, 1 to 65535";
-    let ports = ports(entry, entry.number("meshd-port", PORT, problems), problems);
+    let ports = match entry.meta("meshd-ports") {
+        Some(text) => listed_ports(text, problems),
+        None => ports(entry, entry.number("meshd-port", PORT, problems), problems).map(|only| vec![only]),
+    };
     let mesh_port = entry.number("meshd-mesh-port", PORT, problems).unwrap_or(DEFAULT_MESH_PORT);
     let epoch = entry.number("meshd-epoch", "a whole number", problems).unwrap_or(0);
     let transport = transport(entry, problems);
     let registration = Registration {
         address: address(entry, problems)?,
         mesh_port,
-        ports: vec![ports?],
+        ports: ports?,
         identity: entry.meta("meshd-identity").map(str::to_owned),
         transport: transport?,
         network: entry.meta("meshd-network").unwrap_or_default().to_owned(),
         zone: entry.meta("meshd-zone").unwrap_or_default().to_owned(),
-        weight: weight(entry),
+        weight: entry.number("meshd-weight", "a whole number", problems).unwrap_or_else(|| weight(entry)),
         health: if entry.is("critical") { Health::Unhealthy } else { Health::Healthy },
         epoch,
         version: String::new(),
@@ -215,6 +218,20 @@ fn ports(entry: &Entry, of_service: Option<u16>, problems: &mut Vec<String>) -> 
     }
 }
 
+/// `80:8080,443:8443`
+fn listed_ports(text: &str, problems: &mut Vec<String>) -> Option<Vec<PortTarget>> {
+    let one = |word: &str| {
+        let (port, target) = word.split_once(':')?;
+        Some(PortTarget { port: port.trim().parse().ok()?, target: target.trim().parse().ok()? })
+    };
+    let all: Option<Vec<PortTarget>> = text.split(',').map(one).collect();
+    if all.is_none() {
+        let text = printable(text);
+        problems.push(format!("Meta meshd-ports: `{text}` is no list of ports; write PORT:TARGET,PORT:TARGET"));
+    }
+    all
+}
+
 /// Who says nothing is a program that Consul knew before the mesh came.
 fn transport(entry: &Entry, problems: &mut Vec<String>) -> Option<Transport> {
     let Some(text) = entry.meta("meshd-transport") else { return Some(Transport::Plaintext) };
@@ -231,9 +248,9 @@ fn in_words_of_consul(problem: &str) -> String {
     let (field, reason) = problem.split_once(": ").unwrap_or(("", problem));
     let named = match field {
         "address" => "Address",
-        "ports" => "Port, Meta meshd-port",
+        "ports" => "Port, Meta meshd-port, meshd-ports",
         "meshPort" => "Meta meshd-mesh-port",
-        "weight" => "Weights",
+        "weight" => "Weights, Meta meshd-weight",
         "identity" => "Meta meshd-identity",
         "network" => "Meta meshd-network",
         "zone" => "Meta meshd-zone",

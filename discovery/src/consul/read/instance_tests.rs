@@ -65,6 +65,14 @@ fn meta_says_the_rest() {
 }
 
 #[test]
+fn several_ports_and_an_exact_weight_are_in_meta() {
+    let meta = json!({ "meshd-ports": "80:8080, 443:8443", "meshd-port": "80", "meshd-weight": "7" });
+    let place = set(read(entry(meta, |_| {}), &reading())).places[0].clone();
+    let ports = [PortTarget { port: 80, target: 8080 }, PortTarget { port: 443, target: 8443 }];
+    assert_eq!((place.ports.as_slice(), place.weight), (ports.as_slice(), 7));
+}
+
+#[test]
 fn a_critical_check_makes_it_unhealthy_and_a_warning_takes_the_weight_of_warnings() {
     let of = |status: &str| {
         let entry = entry(Value::Null, |entry| {
@@ -98,7 +106,9 @@ fn everything_that_is_wrong_is_said_at_once_with_service_instance_and_key() {
     for (meta, field) in [
         (json!({ "meshd-zone": "a b" }), "Meta meshd-zone"),
         (json!({ "meshd-identity": "ns/meshd-system/sa/web" }), "Meta meshd-identity"),
-        (json!({ "meshd-port": "0" }), "Port, Meta meshd-port"),
+        (json!({ "meshd-port": "0" }), "Port, Meta meshd-port, meshd-ports"),
+        (json!({ "meshd-ports": "80:8080,443" }), "Meta meshd-ports"),
+        (json!({ "meshd-weight": "1000001" }), "Weights, Meta meshd-weight"),
         (json!({ "meshd-mesh-port": "0" }), "Meta meshd-mesh-port"),
         (json!({ "meshd-namespace": "meshd-system" }), "Meta meshd-namespace"),
     ] {

@@ -1,0 +1,364 @@
+//! Registrations in Consul: a service of an agent, with a check that turns critical when it is not kept.
+//!
+//! An agent takes any write to an ID and any removal of it, whoever asks, so nothing could be fenced there. Each life of a
+//! registration therefore has an ID of its own, with its epoch in it, and touches no other but earlier ones: an old owner
+//! that goes on finds the later one in the catalog and takes its own away. docs/adr/0014.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper::body::Bytes;
+use hyper::{Method, StatusCode};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::client::{Call, CallError, Client, Reply};
+use super::settings::Settings;
+use crate::documents::DEFAULT_WEIGHT;
+use crate::register::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError, TTL, address_towards};
+use crate::yaml::printable;
+use crate::{Health, PortTarget, Registration, ServiceName};
+
+/// An agent answers within milliseconds; one lost answer must not cost the registration.
+const DEADLINE: Duration = Duration::from_secs(4);
+/// The least Consul allows. Until then what a dead host wrote is there, and critical.
+const REMOVED_AFTER: &str = "1m";
+/// Of a check that says how the program is, and need not be repeated.
+const FOR_GOOD: &str = "87600h";
+/// Consul's own check of a node.
+const OF_THE_NODE: &str = "serfHealth";
+const HEAVIEST: u32 = 65535;
+/// Connections kept for the next beat.
+const MOST_IDLE: usize = 8;
+const MOST_SAID: usize = 300;
+
+pub(crate) struct ConsulRegistrar {
+    name: String,
+    settings: Arc<Settings>,
+    idle: Mutex<Vec<Client>>,
+}
+
+impl From<CallError> for RegistrarError {
+    fn from(error: CallError) -> RegistrarError {
+        RegistrarError(error.to_string())
+    }
+}
+
+/// Of one life; names have no colon.
+fn id(key: &Key, epoch: u64) -> String {
+    format!("{}{epoch}", ids_of(key))
+}
+
+fn ids_of(key: &Key) -> String {
+    format!("meshd:{}:{}:", key.service, key.instance)
+}
+
+fn epoch_of(id: &str, key: &Key) -> Option<u64> {
+    id.strip_prefix(&ids_of(key))?.parse().ok()
+}
+
+fn alive(id: &str) -> String {
+    format!("{id}:alive")
+}
+
+fn well(id: &str) -> String {
+    format!("{id}:well")
+}
+
+/// What the second check says.
+fn state(said: &Registration) -> (&'static str, &'static str) {
+    match (said.weight, said.health) {
+        (0, _) => ("critical", "takes no new connections"),
+        (_, Health::Unhealthy) => ("critical", "the program is not well: meshd status on its host says why"),
+        (_, Health::Healthy) => ("passing", "the program is well"),
+    }
+}
+
+fn body(key: &Key, said: &Registration) -> Value {
+    let id = id(key, said.epoch);
+    let (status, output) = state(said);
+    let first = said.ports.first().copied().unwrap_or(PortTarget { port: 0, target: 0 });
+    let ports: Vec<String> = said.ports.iter().map(|it| format!("{}:{}", it.port, it.target)).collect();
+    let mut meta = json!({
+        "meshd-namespace": key.service.namespace(), "meshd-instance": key.instance, "meshd-transport": "meshd",
+        "meshd-port": first.port.to_string(), "meshd-mesh-port": said.mesh_port.to_string(),
+        "meshd-weight": said.weight.to_string(), "meshd-epoch": said.epoch.to_string(),
+    });
+    let more = [
+        ("meshd-ports", if ports.len() > 1 { ports.join(",") } else { String::new() }),
+        ("meshd-identity", said.identity.clone().unwrap_or_default()),
+        ("meshd-network", said.network.clone()),
+        ("meshd-zone", said.zone.clone()),
+        ("meshd-version", said.version.clone()),
+    ];
+    for (name, text) in more.into_iter().filter(|(_, text)| !text.is_empty()) {
+        meta[name] = text.into();
+    }
+    // For those who know nothing of the mesh.
+    let share = (said.weight / DEFAULT_WEIGHT).clamp(1, HEAVIEST);
+    json!({
+        "ID": id, "Name": key.service.name(), "Address": said.address.to_string(), "Port": first.target,
+        "Weights": { "Passing": share, "Warning": share }, "Meta": meta,
+        "Checks": [
+            { "CheckID": alive(&id), "Name": "meshd keeps it", "TTL": format!("{}s", TTL.as_secs()), "Status": "passing",
+              "DeregisterCriticalServiceAfter": REMOVED_AFTER },
+            { "CheckID": well(&id), "Name": "the program", "TTL": FOR_GOOD, "Status": status, "Notes": output },
+        ],
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    node: Node,
+    service: Instance,
+    #[serde(default)]
+    checks: Option<Vec<Check>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Node {
+    node: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Instance {
+    #[serde(rename = "ID")]
+    id: String,
+    #[serde(default)]
+    address: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Check {
+    #[serde(rename = "CheckID")]
+    id: String,
+    status: String,
+}
+
+impl Entry {
+    /// Whoever wrote it is there.
+    fn is_kept(&self) -> bool {
+        let (id, mut checks) = (alive(&self.service.id), self.checks.iter().flatten());
+        !checks.any(|check| (check.id == id || check.id == OF_THE_NODE) && check.status == "critical")
+    }
+}
+
+/// The latest life of a registration among instances of its service that somebody keeps.
+fn latest(entries: &[Entry], key: &Key) -> Option<Found> {
+    let found = |entry: &Entry| {
+        let epoch = epoch_of(&entry.service.id, key).filter(|_| entry.is_kept())?;
+        let address = format!("{} (Consul node {})", printable(&entry.service.address), printable(&entry.node.node));
+        Some(Found { epoch, version: epoch, address })
+    };
+    entries.iter().filter_map(found).max_by_key(|found| found.epoch)
+}
+
+fn said(reply: &Reply) -> String {
+    let start = String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]);
+    let plain = |c: char| if c == '"' { vec!['`'] } else { c.escape_debug().collect() };
+    start.trim().replace('\'', "`").chars().flat_map(plain).collect()
+}
+
+fn refused(reply: &Reply, what: &str, rule: &str) -> RegistrarError {
+    let said = said(reply);
+    RegistrarError(match reply.status {
+        StatusCode::FORBIDDEN if said.contains("ACL not found") => format!(
+            "Consul refuses the token ({said}); write the SecretID of a valid one to the file that `token_file` names"
+        ),
+        StatusCode::FORBIDDEN => {
+            format!("Consul does not let this token {what} ({said}); add `{rule}` to its policy")
+        }
+        status => format!("Consul's agent does not {what}: {}: {said}", status.as_u16()),
+    })
+}
+
+fn read<T: DeserializeOwned>(reply: &Reply) -> Result<T, RegistrarError> {
+    let garbled = |error: serde_json::Error| {
+        RegistrarError(format!("Consul's answer cannot be understood: {}", printable(&error.to_string())))
+    };
+    serde_json::from_slice(&reply.body).map_err(garbled)
+}
+
+fn may_write(service: &ServiceName) -> String {
+    format!("service \"{}\" {{ policy = \"write\" }}", service.name())
+}
+
+impl ConsulRegistrar {
+    pub(super) fn new(name: String, settings: Arc<Settings>) -> ConsulRegistrar {
+        ConsulRegistrar { name, settings, idle: Mutex::default() }
+    }
+
+    async fn call(&self, method: Method, path: &str, body: Option<Value>) -> Result<Reply, RegistrarError> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut client = idle.unwrap_or_else(|| Client::new(self.settings.clone()));
+        let token = client.token()?;
+        let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
+        let reply = client.call(&Call { method, path, body }, token.as_ref(), DEADLINE).await?;
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < MOST_IDLE {
+            idle.push(client);
+        }
+        Ok(reply)
+    }
+
+    /// As the catalog has it, whatever agent it is written through.
+    async fn latest(&self, key: &Key) -> Result<Option<Found>, RegistrarError> {
+        const HIDDEN: &str = "x-consul-results-filtered-by-acls";
+        // `near` as in `remote.rs`. The names are plain words.
+        let (name, instance) = (key.service.name(), &key.instance);
+        let path = format!(
+            "/v1/health/service/{name}?near=_agent&filter=Service.Meta%5B%22meshd-instance%22%5D%3D%3D%22{instance}%22"
+        );
+        let reply = self.call(Method::GET, &path, None).await?;
+        let rule = format!("service \"{name}\" {{ policy = \"write\" }} node_prefix \"\" {{ policy = \"read\" }}");
+        let hides = || reply.headers.get(HIDDEN).is_some_and(|value| value == "true");
+        match reply.status {
+            StatusCode::OK if hides() => Err(RegistrarError(format!(
+                "Consul hides from this token who registered `{name}`; add `{rule}` to its policy"
+            ))),
+            StatusCode::OK => Ok(latest(&read::<Vec<Entry>>(&reply)?, key)),
+            _ => Err(refused(&reply, &format!("see who registered `{name}`"), &rule)),
+        }
+    }
+
+    async fn register(&self, key: &Key, said: &Registration) -> Result<(), RegistrarError> {
+        let path = "/v1/agent/service/register?replace-existing-checks=true";
+        let reply = self.call(Method::PUT, path, Some(body(key, said))).await?;
+        if reply.status != StatusCode::OK {
+            return Err(refused(&reply, &format!("register `{}`", key.service.name()), &may_write(&key.service)));
+        }
+        // An agent goes on with what the check of this ID said before, whatever is registered.
+        let (status, output) = state(said);
+        let is_there = self.update(&well(&id(key, said.epoch)), status, output, key).await?;
+        is_there.then_some(()).ok_or_else(|| RegistrarError("Consul's agent lost what was just registered".to_owned()))
+    }
+
+    /// False if the agent does not know the check.
+    async fn update(&self, check: &str, status: &str, output: &str, key: &Key) -> Result<bool, RegistrarError> {
+        let said = json!({ "Status": status, "Output": output });
+        let reply = self.call(Method::PUT, &format!("/v1/agent/check/update/{check}"), Some(said)).await?;
+        match reply.status {
+            StatusCode::OK => Ok(true),
+            StatusCode::NOT_FOUND => Ok(false),
+            // Agents before 1.11, and one that is between a check and its TTL.
+            StatusCode::INTERNAL_SERVER_ERROR if says_unknown(&reply) => Ok(false),
+            _ => Err(refused(&reply, &format!("keep `{}`", key.service.name()), &may_write(&key.service))),
+        }
+    }
+
+    async fn remove(&self, id: &str, service: &ServiceName) -> Result<(), RegistrarError> {
+        let reply = self.call(Method::PUT, &format!("/v1/agent/service/deregister/{id}"), None).await?;
+        match reply.status {
+            StatusCode::OK | StatusCode::NOT_FOUND => Ok(()),
+            _ if says_unknown(&reply) => Ok(()),
+            _ => Err(refused(&reply, &format!("deregister `{}`", service.name()), &may_write(service))),
+        }
+    }
+
+    /// What earlier lives left at this agent.
+    async fn clear_before(&self, key: &Key, epoch: u64) -> Result<(), RegistrarError> {
+        let path = format!("/v1/agent/services?filter=Service%3D%3D%22{}%22", key.service.name());
+        let reply = self.call(Method::GET, &path, None).await?;
+        if reply.status != StatusCode::OK {
+            return Err(refused(&reply, &format!("list `{}`", key.service.name()), &may_write(&key.service)));
+        }
+        let there: std::collections::BTreeMap<String, serde::de::IgnoredAny> = read(&reply)?;
+        let earlier = |id: &&String| epoch_of(id, key).is_some_and(|other| other < epoch);
+        for id in there.keys().filter(earlier) {
+            self.remove(id, &key.service).await?;
+        }
+        Ok(())
+    }
+
+    async fn agents_address(&self) -> Result<IpAddr, RegistrarError> {
+        let reply = self.call(Method::GET, "/v1/agent/self", None).await?;
+        if reply.status != StatusCode::OK {
+            return Err(refused(&reply, "tell its agent's address", "agent_prefix \"\" { policy = \"read\" }"));
+        }
+        let said: Value = read(&reply)?;
+        let address = said["Member"]["Addr"].as_str().and_then(|text| text.parse::<IpAddr>().ok());
+        let address = address.filter(|address| !address.is_loopback() && !address.is_unspecified());
+        address.ok_or_else(|| RegistrarError("Consul's agent has no address of its own".to_owned()))
+    }
+}
+
+fn says_unknown(reply: &Reply) -> bool {
+    let said = said(reply);
+    ["Unknown check", "does not have associated TTL", "Unknown service"].iter().any(|words| said.contains(words))
+}
+
+impl Registrar for ConsulRegistrar {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn ttl(&self) -> Duration {
+        TTL
+    }
+
+    /// That of the agent where it runs on this host, as Consul would have it.
+    fn address_here(&self) -> Answer<'_, IpAddr> {
+        Box::pin(async move {
+            let agent = self.settings.parsed().map_err(|error| RegistrarError(error.to_string()))?;
+            match address_towards(&[agent.authority]).await {
+                Ok(address) => Ok(address),
+                Err(first) => self.agents_address().await.map_err(|error| RegistrarError(format!("{first}; {error}"))),
+            }
+        })
+    }
+
+    fn find<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Found>> {
+        Box::pin(self.latest(key))
+    }
+
+    fn write<'a>(&'a self, key: &'a Key, said: &'a Registration, over: Over) -> Answer<'a, Option<Hold>> {
+        Box::pin(async move {
+            let there = self.latest(key).await?.map_or(0, |found| found.version);
+            let is_other = match over {
+                Over::Own(hold) => there > hold.version,
+                Over::Version(version) => there != version,
+            };
+            if is_other {
+                return Ok(None);
+            }
+            self.register(key, said).await?;
+            self.clear_before(key, said.epoch).await?;
+            Ok(Some(Hold { lease: 0, version: said.epoch }))
+        })
+    }
+
+    fn keep<'a>(&'a self, key: &'a Key, hold: Hold) -> Answer<'a, bool> {
+        Box::pin(async move {
+            let id = id(key, hold.version);
+            if !self.update(&alive(&id), "passing", "", key).await? {
+                return Ok(false);
+            }
+            match self.latest(key).await {
+                Ok(Some(found)) if found.epoch > hold.version => {
+                    self.remove(&id, &key.service).await?;
+                    Ok(false)
+                }
+                Ok(_) => Ok(true),
+                // The agent keeps it, also without its servers; to register anew would change nothing.
+                Err(error) => {
+                    tracing::debug!(%key, %error, "whether it is superseded is not known now");
+                    Ok(true)
+                }
+            }
+        })
+    }
+
+    fn withdraw<'a>(&'a self, key: &'a Key, hold: Hold) -> Answer<'a, ()> {
+        Box::pin(async move { self.remove(&id(key, hold.version), &key.service).await })
+    }
+}
+
+#[cfg(test)]
+#[path = "registrar_tests.rs"]
+mod tests;
