@@ -28,7 +28,8 @@ fn yaml(value: &Json, indent: usize, out: &mut String) {
             for item in items {
                 let mut text = String::new();
                 yaml(item, indent + 1, &mut text);
-                *out += &format!("\n{pad}-{}", text.trim_start_matches('\n').replacen(&"  ".repeat(indent + 1), " ", 1));
+                *out +=
+                    &format!("\n{pad}-{}", text.trim_start_matches('\n').replacen(&"  ".repeat(indent + 1), " ", 1));
             }
         }
         other => *out += &format!(" {other}"),
@@ -36,7 +37,8 @@ fn yaml(value: &Json, indent: usize, out: &mut String) {
 }
 
 fn definitions() -> String {
-    let begun = "# The kinds of meshd.dev, for clusters that hold them. Made by `cargo xtask schema`; not to be edited.\n";
+    let begun =
+        "# The kinds of meshd.dev, for clusters that hold them. Made by `cargo xtask schema`; not to be edited.\n";
     crds().iter().fold(begun.to_owned(), |text, definition| {
         let mut document = String::new();
         yaml(definition, 0, &mut document);
