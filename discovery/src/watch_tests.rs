@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use super::*;
+use crate::resources::ResourceNews;
 use crate::{Belief, Epoch, Listing, Looked, Namespaces, Why, fake};
 
 struct Running {
@@ -10,7 +11,14 @@ struct Running {
 }
 
 fn start(sources: Vec<Configured>) -> Running {
-    let watcher = Watcher::new(sources, fake::trust_domain());
+    started(Watcher::new(sources, fake::trust_domain()))
+}
+
+fn start_keeping(sources: Vec<Configured>, keep: Arc<dyn Keep>) -> Running {
+    started(Watcher::new(sources, fake::trust_domain()).keeping(keep))
+}
+
+fn started(watcher: Watcher) -> Running {
     let (directory, health) = (watcher.directory(), watcher.health());
     let mut task = JoinSet::new();
     task.spawn(watcher.run());
@@ -170,6 +178,8 @@ async fn settled_waits_for_every_source_to_speak_be_it_bad_news() {
 #[test]
 fn health_is_shown_with_times_in_unix_seconds() {
     let health = SourceHealth {
+        resources: 0,
+        refused_resources: 0,
         name: "files".into(),
         kind: "files",
         services: 1,
@@ -183,7 +193,7 @@ fn health_is_shown_with_times_in_unix_seconds() {
         suspected: 3,
         errors: vec!["x".into()],
     };
-    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"last_listed":null,"suspected":3,"errors":["x"]}"#;
+    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"resources":0,"refused_resources":0,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"last_listed":null,"suspected":3,"errors":["x"]}"#;
     assert_eq!(serde_json::to_string(&health).unwrap(), expected);
 }
 
@@ -361,20 +371,6 @@ async fn the_oldest_complete_list_of_a_source_is_told() {
     running.health_with(|health| health[0].last_listed > first).await;
 }
 
-#[derive(Default)]
-struct Disk(std::sync::Mutex<HashMap<String, String>>);
-
-impl Keep for Disk {
-    fn load(&self, name: &str) -> std::io::Result<Option<String>> {
-        Ok(self.0.lock().unwrap().get(name).cloned())
-    }
-
-    fn save(&self, name: &str, text: &str) -> std::io::Result<()> {
-        self.0.lock().unwrap().insert(name.to_owned(), text.to_owned());
-        Ok(())
-    }
-}
-
 /// Two remote sources of a host that has declared nothing.
 struct Asking {
     one: fake::Script,
@@ -384,7 +380,7 @@ struct Asking {
     imports: watch::Receiver<Arc<Vec<Import>>>,
 }
 
-fn asking(disk: &Arc<Disk>) -> Asking {
+fn asking(disk: &Arc<Memory>) -> Asking {
     let ((one, first), (two, second)) = (fake::source("one"), fake::source("two"));
     let guarded = |source| Configured { belief: Belief::Guarded, ..source };
     let watcher = Watcher::new(vec![guarded(first), guarded(second)], fake::trust_domain()).looking_up(disk.clone());
@@ -451,7 +447,7 @@ async fn a_source_that_does_not_answer_is_waited_for_a_second_and_one_that_is_do
 
 #[tokio::test(start_paused = true)]
 async fn what_was_used_before_a_restart_is_followed_after_it_and_a_name_nobody_knew_is_not() {
-    let disk = Arc::new(Disk::default());
+    let disk = Arc::new(Memory::default());
     let mut asking_before = asking(&disk);
     for name in ["a.shop", "x.shop"] {
         assert_eq!(asking_before.lookups.look_up(&name.parse().unwrap()).await, Looked::Unsure);
@@ -478,7 +474,7 @@ async fn what_was_used_before_a_restart_is_followed_after_it_and_a_name_nobody_k
 #[tokio::test(start_paused = true)]
 async fn where_files_say_everything_and_where_it_is_declared_nothing_is_looked_up() {
     let (_, files) = fake::source("files");
-    let watcher = Watcher::new(vec![files], fake::trust_domain()).looking_up(Arc::<Disk>::default());
+    let watcher = Watcher::new(vec![files], fake::trust_domain()).looking_up(Arc::<Memory>::default());
     assert!(!watcher.lookups().are_on());
     assert_eq!(watcher.lookups().look_up(&"a.shop".parse().unwrap()).await, Looked::Nowhere);
     let (_, source) = fake::source("one");
@@ -487,4 +483,30 @@ async fn where_files_say_everything_and_where_it_is_declared_nothing_is_looked_u
     let watcher = Watcher::new(vec![remote], fake::trust_domain()).wanting(Wanted { services, ..Wanted::default() });
     assert!(!watcher.lookups().are_on());
     assert_eq!((&*watcher.imports().borrow()[0].name, watcher.imports().borrow()[0].why), ("a.shop", Why::Declared));
+}
+
+#[tokio::test(start_paused = true)]
+async fn policies_reach_the_directory_and_are_there_after_a_restart_with_every_source_away() {
+    let keep = Arc::new(Memory::default());
+    let service = "payments.shop".parse().unwrap();
+    let policies = |directory: &Directory| directory.resources().authorization(&service).count();
+    let (script, source) = fake::source("etcd");
+    let mut running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep.clone());
+    let records = vec![fake::resources("a", &fake::allowing("payments.shop", "web"))];
+    let epoch = Epoch { store: "one".into(), position: 1 };
+    let listed = |records, epoch| {
+        SourceEvent::Resources(ResourceNews::Listed { prefix: "".into(), epoch, records, refused: vec![] })
+    };
+    script.send(listed(records, epoch.clone())).await;
+    running.directory.wait_for(|directory| policies(directory) == 1).await.unwrap();
+    running.health.wait_for(|health| health[0].resources == 1).await.unwrap();
+    // An empty answer of the store takes nothing away.
+    script.send(listed(vec![], Epoch { position: 2, ..epoch })).await;
+    running.health.wait_for(|health| health[0].stale == 1).await.unwrap();
+    assert_eq!(policies(&running.directory.borrow()), 1);
+    sleep(SAVE_EVERY * 2).await;
+    drop((running, script));
+    let (_away, source) = fake::source("etcd");
+    let running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep);
+    assert_eq!(policies(&running.directory.borrow()), 1);
 }

@@ -14,6 +14,7 @@ mod istio;
 mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
+mod scale;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
