@@ -15,6 +15,7 @@ mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
 mod scale;
+mod several;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
