@@ -38,7 +38,7 @@ pub struct SourceConfig {
     #[serde(default)]
     pub register: bool,
     /// For `kind = "consul"`: `https://HOST:PORT` of an agent, the file with the token to show it, and the namespace of
-    /// instances that do not say theirs.
+    /// instances that do not say theirs. For `kind = "kubernetes"`: the namespace of the Leases of hosts that register.
     pub address: Option<String>,
     pub token_file: Option<PathBuf>,
     pub namespace: Option<String>,
@@ -101,10 +101,8 @@ impl SourceKind {
         match self {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix", "register"],
-            SourceKind::Consul => {
-                &["address", "ca", "cert", "key", "token_file", "namespace", "prefix", "register"]
-            }
-            SourceKind::Kubernetes => &["kubeconfig", "context"],
+            SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix", "register"],
+            SourceKind::Kubernetes => &["kubeconfig", "context", "namespace", "register"],
         }
     }
 }
@@ -240,9 +238,17 @@ impl SourceConfig {
             SourceKind::Kubernetes => {
                 let settings =
                     KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
-                let source = KubernetesSource::new(name, settings, self.authority.clone(), trust_domain.clone());
+                let source = KubernetesSource::new(
+                    name,
+                    settings,
+                    self.namespace.as_deref(),
+                    self.authority.clone(),
+                    trust_domain.clone(),
+                );
                 let refused = |reason| ConfigError::Kubernetes { name: name.to_owned(), reason };
-                (Box::new(source.map_err(refused)?), Belief::Guarded)
+                let source = source.map_err(refused)?;
+                registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
+                (Box::new(source), Belief::Guarded)
             }
         };
         Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief, registrar })

@@ -12,6 +12,7 @@ mod istio;
 mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
+mod registers_in_kubernetes;
 
 use std::fs;
 use std::os::unix::fs::chown;

@@ -1,12 +1,12 @@
-//! GET over HTTP/2, many at once on few connections.
+//! HTTP/2 to the API server, many requests at once on few connections.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{ACCEPT, AUTHORIZATION, USER_AGENT};
-use http::{HeaderValue, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -37,14 +37,14 @@ const LARGEST_REFUSAL: usize = 64 * 1024;
 pub(super) struct Client {
     settings: Settings,
     /// Of lists and probes alone: who must be answered before watches are read on must not wait for them.
-    calls: Option<SendRequest<Empty<Bytes>>>,
+    calls: Option<SendRequest<Full<Bytes>>>,
     watches: Vec<Connection>,
     /// Of the present connections.
     access: Option<Access>,
 }
 
 struct Connection {
-    sender: SendRequest<Empty<Bytes>>,
+    sender: SendRequest<Full<Bytes>>,
     /// Held by every answer that is being read.
     streams: Arc<()>,
 }
@@ -64,6 +64,33 @@ pub(super) struct Asked {
     pub(super) resource: String,
 }
 
+/// What is asked of the API server, and what it is asked with.
+pub(super) struct Call<'a> {
+    pub(super) method: Method,
+    pub(super) path: &'a str,
+    /// JSON; empty: none.
+    pub(super) body: Bytes,
+}
+
+impl<'a> Call<'a> {
+    fn get(path: &'a str) -> Call<'a> {
+        Call { method: Method::GET, path, body: Bytes::new() }
+    }
+}
+
+/// A connection for calls, also for many at once.
+pub(super) struct Caller {
+    sender: SendRequest<Full<Bytes>>,
+    access: Access,
+}
+
+impl Caller {
+    pub(super) async fn call(self, call: &Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
+        let response = request(self.sender, &self.access, call, asked).await?;
+        read_all(response.into_body(), LARGEST_ANSWER).await
+    }
+}
+
 impl Client {
     pub(super) fn new(settings: Settings) -> Client {
         Client { settings, calls: None, watches: Vec::new(), access: None }
@@ -81,13 +108,23 @@ impl Client {
         self.access.as_ref().map_or("", |access| &access.server)
     }
 
+    pub(super) async fn caller(&mut self) -> Result<Caller, Error> {
+        let access = self.access()?;
+        let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
+            Some(sender) => sender,
+            None => open(&access).await?,
+        };
+        self.calls = Some(sender.clone());
+        Ok(Caller { sender, access })
+    }
+
     pub(super) async fn get(&mut self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
         let access = self.access()?;
         let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
             None => open(&access).await?,
         };
-        let response = request(sender.clone(), &access, path, asked).await;
+        let response = request(sender.clone(), &access, &Call::get(path), asked).await;
         // A refusal is an answer as well.
         if !matches!(response, Err(Error::Broken(_) | Error::Deadline)) {
             self.calls = Some(sender);
@@ -108,7 +145,7 @@ impl Client {
                 opened
             }
         };
-        let response = request(sender, &access, path, asked).await?;
+        let response = request(sender, &access, &Call::get(path), asked).await?;
         Ok(Lines { body: response.into_body(), buffer: BytesMut::new(), searched: 0, _stream: stream })
     }
 
@@ -121,16 +158,21 @@ impl Client {
 }
 
 async fn request(
-    mut sender: SendRequest<Empty<Bytes>>,
+    mut sender: SendRequest<Full<Bytes>>,
     access: &Access,
-    path: &str,
+    call: &Call<'_>,
     asked: &Asked,
 ) -> Result<Response<Incoming>, Error> {
-    let mut request = Request::get(format!("{}{}{path}", access.server, access.base))
+    let mut request = Request::builder()
+        .method(&call.method)
+        .uri(format!("{}{}{}", access.server, access.base, call.path))
         .header(ACCEPT, "application/json")
         .header(USER_AGENT, concat!("meshd/", env!("CARGO_PKG_VERSION")))
-        .body(Empty::new())
+        .body(Full::new(call.body.clone()))
         .map_err(|error| Error::Broken(error.to_string()))?;
+    if !call.body.is_empty() {
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
     if let Some(token) = &access.token {
         let bearer = HeaderValue::try_from(format!("Bearer {}", token.read()?));
         let unfit = |_| Error::Unauthorized { by: access.credential(), reason: "it is no token".to_owned() };
@@ -140,7 +182,7 @@ async fn request(
     }
     let answer = timeout(CALL_DEADLINE, sender.send_request(request)).await.map_err(|_| Error::Deadline)?;
     let response = answer.map_err(|error| Error::Broken(said(&error)))?;
-    if response.status() == StatusCode::OK {
+    if response.status().is_success() {
         return Ok(response);
     }
     let status = response.status();
@@ -154,13 +196,13 @@ async fn request(
     })
 }
 
-async fn open(access: &Access) -> Result<SendRequest<Empty<Bytes>>, Error> {
+async fn open(access: &Access) -> Result<SendRequest<Full<Bytes>>, Error> {
     let reason = || format!("no connection within {} s", CONNECT_DEADLINE.as_secs());
     let late = |_| Err(Error::Unreachable { server: access.server.clone(), reason: reason() });
     timeout(CONNECT_DEADLINE, connect(access)).await.unwrap_or_else(late)
 }
 
-async fn connect(access: &Access) -> Result<SendRequest<Empty<Bytes>>, Error> {
+async fn connect(access: &Access) -> Result<SendRequest<Full<Bytes>>, Error> {
     let server = || access.server.clone();
     let unreachable = |reason: String| Error::Unreachable { server: server(), reason };
     let tcp = TcpStream::connect(&access.address).await.map_err(|error| unreachable(error.to_string()))?;

@@ -24,26 +24,35 @@ mod client;
 mod error;
 mod follow;
 mod known;
+mod leases;
 mod objects;
 mod read;
+mod registrar;
 mod remote;
 #[cfg(test)]
 mod samples;
 mod settings;
 
-use meshd_identity::TrustDomain;
+use std::collections::BTreeSet;
+
+use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 use tokio::sync::watch;
 
 pub use settings::Settings as KubernetesSettings;
 
+use crate::name::check_label;
 use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
 use client::Client;
+use leases::Leases;
 use read::Reader;
+use registrar::KubernetesRegistrar;
 use remote::ApiServer;
 
 pub struct KubernetesSource {
     name: String,
     settings: KubernetesSettings,
+    /// Where hosts that register have their Leases.
+    namespace: String,
     authority: Namespaces,
     trust_domain: TrustDomain,
 }
@@ -53,11 +62,20 @@ impl KubernetesSource {
     pub fn new(
         name: &str,
         settings: KubernetesSettings,
+        namespace: Option<&str>,
         authority: Namespaces,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
-        Ok(KubernetesSource { name: name.to_owned(), settings, authority, trust_domain })
+        let namespace = namespace.unwrap_or(SYSTEM_NAMESPACE);
+        check_label("namespace", namespace).map_err(|error| error.to_string())?;
+        let (name, namespace) = (name.to_owned(), namespace.to_owned());
+        Ok(KubernetesSource { name, settings, namespace, authority, trust_domain })
+    }
+
+    /// Registers over connections of its own: a list that takes long must not cost a host its Lease.
+    pub(crate) fn registrar(&self) -> KubernetesRegistrar {
+        KubernetesRegistrar::new(self.name.clone(), self.settings.clone(), self.namespace.clone())
     }
 }
 
@@ -71,8 +89,12 @@ impl Source for KubernetesSource {
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        let reader = Reader { trust_domain: self.trust_domain.clone(), authority: self.authority.clone() };
+        let reader = Reader {
+            trust_domain: self.trust_domain.clone(),
+            authority: self.authority.clone(),
+            dead: BTreeSet::new(),
+        };
         let remote = ApiServer(Client::new(self.settings.clone()));
-        Box::pin(follow::run(remote, reader, wanted, sink))
+        Box::pin(follow::run(remote, reader, Leases::new(self.namespace.clone()), wanted, sink))
     }
 }

@@ -48,7 +48,8 @@ impl Cluster {
             pods: &pods.collect(),
             is_named: self.is_named,
         };
-        Reader { trust_domain: trust_domain(), authority: self.authority.clone() }.read(&known, learned)
+        Reader { trust_domain: trust_domain(), authority: self.authority.clone(), dead: BTreeSet::new() }
+            .read(&known, learned)
     }
 
     fn read(&self) -> Vec<Change> {
