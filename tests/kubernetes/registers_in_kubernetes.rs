@@ -94,7 +94,9 @@ impl Bed {
             "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "it" } }],
         });
         fs::write(&path, config.to_string())?;
-        [&path, &authority, &token].iter().try_for_each(|file| Ok(chown(file, Some(UID), Some(UID))?))?;
+        for file in [&path, &authority, &token] {
+            chown(file, Some(UID), Some(UID))?;
+        }
         Ok(path)
     }
 
