@@ -10,6 +10,7 @@ use serde::Deserialize;
 use crate::consul;
 use crate::name::{NameError, check_label};
 use crate::register::Registrar;
+use crate::write::{FilesStore, Replace, Store};
 use crate::{
     Belief, ConsulSource, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted,
 };
@@ -203,50 +204,74 @@ impl SourceConfig {
         }
     }
 
-    pub fn open(&self, trust_domain: &TrustDomain) -> Result<Configured, ConfigError> {
+    /// A key that means nothing for the kind, or a name that is none.
+    fn check(&self) -> Result<(), ConfigError> {
         let (name, kind) = (self.name(), self.kind);
         check_label("name", name).map_err(ConfigError::Name)?;
         if let Some(key) = self.given().find(|key| !kind.keys().contains(key)) {
             let known = kind.keys().join(", ");
             return Err(ConfigError::Foreign { name: name.to_owned(), key, kind: kind.name(), known });
         }
+        Ok(())
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_else(|| RESOURCES_D.into())
+    }
+
+    fn etcd_source(&self, trust_domain: &TrustDomain) -> Result<EtcdSource, ConfigError> {
+        let source = EtcdSource::new(self.name(), self.etcd(), self.prefix.as_deref(), trust_domain.clone());
+        source.map_err(|error| ConfigError::Etcd { name: self.name().to_owned(), reason: error.to_string() })
+    }
+
+    fn consul_source(&self, trust_domain: &TrustDomain) -> Result<ConsulSource, ConfigError> {
+        let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
+        let source = ConsulSource::new(self.name(), self.consul(), namespace, prefix, trust_domain.clone());
+        source.map_err(|error| ConfigError::Consul { name: self.name().to_owned(), reason: error.to_string() })
+    }
+
+    fn kubernetes_source(&self, trust_domain: &TrustDomain) -> Result<KubernetesSource, ConfigError> {
+        let settings = KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
+        let source = KubernetesSource::new(
+            self.name(),
+            settings,
+            self.namespace.as_deref(),
+            self.authority.clone(),
+            trust_domain.clone(),
+        );
+        source.map_err(|reason| ConfigError::Kubernetes { name: self.name().to_owned(), reason })
+    }
+
+    /// The backend, for whoever reads and writes its documents.
+    pub fn store(&self, trust_domain: &TrustDomain, replace: Replace) -> Result<Box<dyn Store>, ConfigError> {
+        self.check()?;
+        Ok(match self.kind {
+            SourceKind::Files => Box::new(FilesStore::new(self.name(), self.dir(), replace)),
+            SourceKind::Etcd => Box::new(self.etcd_source(trust_domain)?.store()),
+            SourceKind::Consul => Box::new(self.consul_source(trust_domain)?.store()),
+            SourceKind::Kubernetes => Box::new(self.kubernetes_source(trust_domain)?.store()),
+        })
+    }
+
+    pub fn open(&self, trust_domain: &TrustDomain) -> Result<Configured, ConfigError> {
+        self.check()?;
         let mut registrar: Option<Arc<dyn Registrar>> = None;
         let (source, belief): (Box<dyn Source>, Belief) = match self.kind {
             SourceKind::Files => {
-                let dir = self.dir.clone().unwrap_or_else(|| RESOURCES_D.into());
-                (Box::new(FilesSource::new(name, dir, trust_domain.clone())), Belief::Always)
+                (Box::new(FilesSource::new(self.name(), self.dir(), trust_domain.clone())), Belief::Always)
             }
             SourceKind::Etcd => {
-                let source = EtcdSource::new(name, self.etcd(), self.prefix.as_deref(), trust_domain.clone());
-                let refused =
-                    |error: meshd_etcd::Error| ConfigError::Etcd { name: name.to_owned(), reason: error.to_string() };
-                let source = source.map_err(refused)?;
+                let source = self.etcd_source(trust_domain)?;
                 registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
                 (Box::new(source), Belief::Guarded)
             }
             SourceKind::Consul => {
-                let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
-                let source = ConsulSource::new(name, self.consul(), namespace, prefix, trust_domain.clone());
-                let refused = |error: consul::SettingsError| ConfigError::Consul {
-                    name: name.to_owned(),
-                    reason: error.to_string(),
-                };
-                let source = source.map_err(refused)?;
+                let source = self.consul_source(trust_domain)?;
                 registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
                 (Box::new(source), Belief::Guarded)
             }
             SourceKind::Kubernetes => {
-                let settings =
-                    KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
-                let source = KubernetesSource::new(
-                    name,
-                    settings,
-                    self.namespace.as_deref(),
-                    self.authority.clone(),
-                    trust_domain.clone(),
-                );
-                let refused = |reason| ConfigError::Kubernetes { name: name.to_owned(), reason };
-                let source = source.map_err(refused)?;
+                let source = self.kubernetes_source(trust_domain)?;
                 registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
                 (Box::new(source), Belief::Guarded)
             }

@@ -52,7 +52,7 @@ pub(crate) fn parse(text: &str, trust_domain: &TrustDomain) -> Vec<Document> {
 
 /// Cuts at `---` lines. YAML forbids such a line inside any scalar, so this needs no parser, and broken syntax in one
 /// document cannot swallow the next.
-fn split(text: &str) -> Vec<(u64, &str)> {
+pub(crate) fn split(text: &str) -> Vec<(u64, &str)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let (mut chunks, mut start, mut start_line, mut marked, mut content, mut offset) =
         (Vec::new(), 0, 1, false, false, 0);
@@ -71,7 +71,7 @@ fn split(text: &str) -> Vec<(u64, &str)> {
     chunks
 }
 
-fn read_document(text: &str, first_line: u64, trust_domain: &TrustDomain) -> Document {
+pub(crate) fn read_document(text: &str, first_line: u64, trust_domain: &TrustDomain) -> Document {
     let node = match yaml::parse(text, first_line) {
         Ok(node) => node,
         Err(problem) => return Document { line: problem.line, name: None, outcome: Err(vec![problem]) },

@@ -169,7 +169,7 @@ impl Files {
     }
 }
 
-fn list(dir: &Path) -> io::Result<BTreeSet<OsString>> {
+pub(crate) fn list(dir: &Path) -> io::Result<BTreeSet<OsString>> {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
@@ -287,7 +287,7 @@ impl File {
     }
 }
 
-fn read(path: &Path) -> Result<String, String> {
+pub(crate) fn read(path: &Path) -> Result<String, String> {
     let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
     if !metadata.is_file() {
         return Err("it is not a regular file".to_owned());

@@ -32,6 +32,7 @@ mod stored;
 mod suspicion;
 mod types;
 mod watch;
+pub mod write;
 mod yaml;
 
 pub use belief::{Belief, REPEATED_FOR};

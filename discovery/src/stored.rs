@@ -8,7 +8,7 @@ use crate::documents::{self, is_plain_word};
 use crate::{Change, Record, Refused, Registration, ServiceName};
 
 /// A document of a thousand endpoints has half of it.
-const MOST_BYTES: usize = 128 * 1024;
+pub(crate) const MOST_BYTES: usize = 128 * 1024;
 /// More tell an operator nothing.
 const MOST_PROBLEMS: usize = 20;
 

@@ -67,6 +67,23 @@ fn syntax_reason(error: &serde_saphyr::Error) -> String {
 }
 
 impl Node {
+    /// The same without lines. What is empty (`zone:`) is left out, as it counts as absent.
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        use serde_json::Value as Json;
+        match &self.value {
+            Value::Null => Json::Null,
+            Value::Boolean(value) => Json::Bool(*value),
+            Value::Integer(value) => i64::try_from(*value).map_or(Json::Null, Json::from),
+            Value::Float(value) => Json::from(*value),
+            Value::Text(text) => Json::String(text.clone()),
+            Value::List(items) => items.iter().map(Node::to_json).collect(),
+            Value::Map(entries) => {
+                let given = entries.iter().filter(|entry| !matches!(entry.node.value, Value::Null));
+                given.map(|entry| (entry.key.clone(), entry.node.to_json())).collect()
+            }
+        }
+    }
+
     fn shift(&mut self, lines: u64) {
         self.line += lines;
         match &mut self.value {

@@ -56,6 +56,14 @@ impl Error {
         matches!(self, Error::Refused(status) if matches!(status.code(), Code::ResourceExhausted | Code::PermissionDenied))
     }
 
+    /// Whether who asks is not known, or may not.
+    pub fn is_denied(&self) -> bool {
+        let unknown = ["authentication failed", "user name is empty"];
+        matches!(self, Error::Refused(status)
+            if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated)
+                || unknown.iter().any(|text| status.message().contains(text)))
+    }
+
     /// Whether etcd does not know any more who asks: it was not done, and may be asked again.
     fn is_of_old_login(&self) -> bool {
         let old = ["invalid auth token", "revision of auth store is old"];

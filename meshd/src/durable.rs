@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// Replaces a file, readable by everybody. After a crash or a power cut there is the old one or the new one, never
 /// half; who may rename need not own it.
-pub(crate) fn replace(path: &Path, text: impl AsRef<[u8]>) -> io::Result<()> {
+pub fn replace(path: &Path, text: impl AsRef<[u8]>) -> io::Result<()> {
     let temporary = beside(path);
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),

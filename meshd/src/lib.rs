@@ -14,7 +14,7 @@ pub mod capture;
 pub mod check;
 pub mod config;
 pub mod dns;
-mod durable;
+pub mod durable;
 pub mod enrol;
 pub mod fault;
 mod host;

@@ -13,7 +13,7 @@ use crate::cli::enrol::{EnrolArgs, UnenrolArgs};
 use crate::cli::intercept::Intercept;
 use crate::cli::join::JoinArgs;
 use crate::cli::probe::{ConnectArgs, ProbeArgs};
-use crate::cli::{Output, endpoints, enrol, inspect, intercept, join, ledger, probe, run};
+use crate::cli::{Output, endpoints, enrol, inspect, intercept, join, ledger, probe, resources, run};
 
 /// A service mesh for VMs and bare metal: the daemon of one host, and its command line.
 #[derive(Parser)]
@@ -44,6 +44,13 @@ enum Command {
     },
     /// Where services run, and which source says so.
     Endpoints(endpoints::Endpoints),
+    /// Documents in the backends of meshd.toml: MeshService and other kinds, all of a kind or one by its name.
+    Get(resources::GetArgs),
+    /// Write documents to the backend that meshd.toml names, once all of them are found to be right. What somebody else changed
+    /// meanwhile is never written over unseen.
+    Apply(resources::ApplyArgs),
+    /// Take a document out of its backend.
+    Delete(resources::DeleteArgs),
     /// Look for what is wrong on this host, with remedies. Exit code 1 when something failed, 0 with warnings only.
     Check {
         /// Before meshd is installed: can it run here, and what is in its way?
@@ -97,6 +104,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Endpoints(args) => endpoints::run(&load(&cli.config)?, args),
         Command::Edges { output } => inspect::edges(&load(&cli.config)?, *output),
         Command::Ledger(args) => ledger::run(&load(&cli.config)?, args),
+        Command::Get(args) => resources::get(&load(&cli.config)?, args),
+        Command::Apply(args) => resources::apply(&load(&cli.config)?, args),
+        Command::Delete(args) => resources::delete(&load(&cli.config)?, args),
         Command::Check { pre, output } => inspect::check(&cli.config, *pre, *output),
         Command::Enrol(args) => enrol::enrol(&load(&cli.config)?, args),
         Command::Unenrol(args) => enrol::unenrol(&load(&cli.config)?, args),

@@ -1,6 +1,7 @@
 //! Servers others wrote, as they are: Kubernetes' API server behind our PKI, etcd, Consul. Run by `cargo xtask test`; needs
 //! root, and the servers or a Go toolchain.
 
+mod applies;
 mod bridge;
 mod consul;
 mod controllers;

@@ -25,6 +25,7 @@ mod read;
 mod registrar;
 mod remote;
 mod settings;
+mod store;
 mod watch;
 
 use std::sync::Arc;
@@ -36,6 +37,7 @@ pub use settings::{Settings, SettingsError};
 
 use self::read::{BASE, Reading};
 use self::registrar::ConsulRegistrar;
+use self::store::ConsulStore;
 use crate::documents::is_plain_word;
 use crate::name::check_label;
 use crate::{Sink, Source, SourceFuture, Wanted};
@@ -73,6 +75,11 @@ impl ConsulSource {
 }
 
 impl ConsulSource {
+    /// Reads and writes documents in the same Consul's store.
+    pub(crate) fn store(&self) -> ConsulStore {
+        ConsulStore::new(&self.name, &self.reading.base, self.settings.clone())
+    }
+
     /// Registers through the same agent.
     pub(crate) fn registrar(&self) -> ConsulRegistrar {
         ConsulRegistrar::new(self.name.clone(), self.settings.clone())

@@ -13,6 +13,7 @@
 mod follow;
 pub(crate) mod keys;
 mod remote;
+mod store;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use meshd_etcd::{Client, Error, Settings};
 use meshd_identity::TrustDomain;
 use tokio::sync::watch;
 
+pub(crate) use self::store::EtcdStore;
 use crate::register::etcd::EtcdRegistrar;
 use crate::{Sink, Source, SourceFuture, Wanted};
 
@@ -50,6 +52,11 @@ impl EtcdSource {
     pub(crate) fn registrar(&self) -> EtcdRegistrar {
         let EtcdSource { name, base, client, members, .. } = self;
         EtcdRegistrar { name: name.clone(), base: base.clone(), client: client.clone(), members: members.clone() }
+    }
+
+    /// Reads and writes documents over the source's own connection.
+    pub(crate) fn store(&self) -> EtcdStore {
+        EtcdStore::new(&self.name, &self.base, self.client.clone())
     }
 }
 

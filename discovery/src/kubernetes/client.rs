@@ -64,17 +64,17 @@ pub(super) struct Asked {
     pub(super) resource: String,
 }
 
-/// What is asked of the API server, and what it is asked with.
+/// A request: its path without the server, and of which media type its body is, if it has one.
 pub(super) struct Call<'a> {
     pub(super) method: Method,
     pub(super) path: &'a str,
-    /// JSON; empty: none.
+    pub(super) content: &'static str,
     pub(super) body: Bytes,
 }
 
 impl<'a> Call<'a> {
-    fn get(path: &'a str) -> Call<'a> {
-        Call { method: Method::GET, path, body: Bytes::new() }
+    pub(super) fn get(path: &'a str) -> Call<'a> {
+        Call { method: Method::GET, path, content: "", body: Bytes::new() }
     }
 }
 
@@ -85,7 +85,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    pub(super) async fn call(self, call: &Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
+    pub(super) async fn call(self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
         let response = request(self.sender, &self.access, call, asked).await?;
         read_all(response.into_body(), LARGEST_ANSWER).await
     }
@@ -119,12 +119,16 @@ impl Client {
     }
 
     pub(super) async fn get(&mut self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
+        self.call(Call::get(path), asked).await
+    }
+
+    pub(super) async fn call(&mut self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
         let access = self.access()?;
         let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
             None => open(&access).await?,
         };
-        let response = request(sender.clone(), &access, &Call::get(path), asked).await;
+        let response = request(sender.clone(), &access, call, asked).await;
         // A refusal is an answer as well.
         if !matches!(response, Err(Error::Broken(_) | Error::Deadline)) {
             self.calls = Some(sender);
@@ -145,7 +149,7 @@ impl Client {
                 opened
             }
         };
-        let response = request(sender, &access, &Call::get(path), asked).await?;
+        let response = request(sender, &access, Call::get(path), asked).await?;
         Ok(Lines { body: response.into_body(), buffer: BytesMut::new(), searched: 0, _stream: stream })
     }
 
@@ -160,18 +164,18 @@ impl Client {
 async fn request(
     mut sender: SendRequest<Full<Bytes>>,
     access: &Access,
-    call: &Call<'_>,
+    call: Call<'_>,
     asked: &Asked,
 ) -> Result<Response<Incoming>, Error> {
     let mut request = Request::builder()
-        .method(&call.method)
+        .method(call.method)
         .uri(format!("{}{}{}", access.server, access.base, call.path))
         .header(ACCEPT, "application/json")
         .header(USER_AGENT, concat!("meshd/", env!("CARGO_PKG_VERSION")))
-        .body(Full::new(call.body.clone()))
+        .body(Full::new(call.body))
         .map_err(|error| Error::Broken(error.to_string()))?;
-    if !call.body.is_empty() {
-        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if !call.content.is_empty() {
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(call.content));
     }
     if let Some(token) = &access.token {
         let bearer = HeaderValue::try_from(format!("Bearer {}", token.read()?));

@@ -39,6 +39,9 @@ pub(super) enum Error {
     Refused { status: u16, reason: String },
     #[error("an answer of the API server cannot be read: {0}")]
     Garbled(String),
+    /// The kind is not there, which for ours is no trouble.
+    #[error("the API server does not know this kind")]
+    NotServed,
     #[error("the connection to the API server broke: {0}")]
     Broken(String),
 }

@@ -31,7 +31,7 @@ const SHORTEST_WATCH: Duration = Duration::from_secs(1);
 /// Events waiting to be taken; the watches wait when it is full.
 const INBOX: usize = 256;
 /// In this order: the selector of a Service says which pods, and pods of a slice that are known need not be waited for.
-const KINDS: [Kind; 3] = [Kind::Service, Kind::Slice, Kind::Pod];
+const KINDS: [Kind; 4] = [Kind::Service, Kind::Slice, Kind::Pod, Kind::Mesh];
 
 pub(super) async fn run<R: Remote>(
     mut remote: R,
@@ -461,11 +461,22 @@ async fn list<R: Remote>(
 ) -> Result<(), Error> {
     for kind in KINDS {
         let Some(collection) = area.collection(kind) else {
-            area.without_pods();
+            area.without(kind);
             continue;
         };
         let known = area.feed(kind).position.clone();
-        let listed = remote.list(&collection, known.as_deref()).await?;
+        let listed = match remote.list(&collection, known.as_deref()).await {
+            Err(Error::NotServed) => {
+                area.without(kind);
+                continue;
+            }
+            // Services need not suffer for what came with another right.
+            Err(error @ Error::Forbidden { .. }) if kind == Kind::Mesh => {
+                area.deny_documents(error.to_string());
+                continue;
+            }
+            listed => listed?,
+        };
         area.was_put_back |= known.is_some_and(|known| is_before(&listed.position, &known));
         area.replace(kind, listed);
     }
@@ -500,7 +511,7 @@ async fn watch_missing<R: Remote>(
     for kind in KINDS {
         let Some(collection) = area.collection(kind) else { continue };
         let feed = area.feed(kind);
-        if feed.watch.is_some() {
+        if feed.watch.is_some() || feed.is_away {
             continue;
         }
         let Some(from) = feed.position.clone() else { return Err(Error::Expired) };

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::super::objects::Listed;
 use super::super::remote::Collection;
-use super::super::samples::{self, object, pod, service, slice};
+use super::super::samples::{self, mesh, object, pod, service, slice};
 use super::*;
 use crate::resync::RESYNC_EVERY;
 use crate::{Change, Namespaces, fake};
@@ -89,6 +89,9 @@ impl Remote for Fake {
     }
 
     async fn list(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
+        if what.kind == Kind::Mesh && self.change(|script| !script.objects.contains_key(&Kind::Mesh)) {
+            return Err(Error::NotServed);
+        }
         self.up(format!("list {:?} [{}] known {known:?}", what.kind, what.labels))?;
         self.change(|script| {
             if script.busy_lists {
@@ -558,9 +561,44 @@ async fn a_host_that_renews_its_lease_no_longer_is_dead_when_the_server_says_so_
         script.down = true;
     });
     running.unavailable().await;
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    sleep(Duration::from_secs(60)).await;
     server.change(|script| script.down = false);
     let back = Instant::now();
     assert_eq!(running.health().await, crate::Health::Unhealthy);
     assert!(back.elapsed() >= Duration::from_secs(9), "{:?}", back.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn documents_are_followed_once_the_cluster_knows_them() {
+    let mut running = running().await;
+    running.server.change(|script| script.objects.insert(Kind::Mesh, vec![mesh("payments", 80)]));
+    running.wanted.send_modify(|wanted| wanted.resync += 1);
+    let SourceEvent::Listed(listing) = running.next().await else { panic!("no list") };
+    let keys: Vec<&str> = listing.records.iter().map(|record| &*record.key).collect();
+    assert!(keys.contains(&"meshservice/shop/payments") && keys.contains(&"service/shop/payments"), "{keys:?}");
+    running.watched().await;
+    let mut changed = mesh("payments", 80);
+    changed["spec"]["endpoints"][0]["address"] = "10.0.1.2".into();
+    running.server.set(Kind::Mesh, changed.clone(), "11").await;
+    assert!(running.changed().await.contains(&"10.0.1.2".to_owned()));
+    let gone = Event::Gone(object(Kind::Mesh, changed), "12".to_owned());
+    running.server.tell(Kind::Mesh, Ok(Some(gone))).await;
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no change") };
+    assert!(changes.contains(&Change::Removed("meshservice/shop/payments".into())), "{changes:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn documents_that_may_not_be_read_are_named_and_services_go_on() {
+    let server = Fake::new();
+    server.change(|script| {
+        script.objects.insert(Kind::Mesh, vec![mesh("payments", 80)]);
+        script.forbidden = Some(Kind::Mesh);
+    });
+    let mut running = start(payments(), server);
+    let SourceEvent::Listed(listing) = running.next().await else { panic!("no list") };
+    assert_eq!(addresses(&listing.records), ["10.0.0.1"]);
+    assert!(listing.refused[0].problems[0].contains("list of Mesh is forbidden"), "{:?}", listing.refused);
+    running.watched().await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.6"]);
 }

@@ -7,7 +7,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::leases::Keeper;
-use super::objects::{Kind, LEASE, LEASE_HOLDER, Listed, Object, Pod, Service, Slice};
+use super::objects::{Kind, LEASE, LEASE_HOLDER, Listed, Mesh, Object, Pod, Service, Slice};
 use super::read::{self, Learned, Reader};
 use super::remote::Collection;
 use crate::{Change, Epoch, Listing, Refused, Scope, ServiceName, Wanted};
@@ -40,6 +40,8 @@ pub(super) struct Feed {
     /// As of where they are known.
     pub(super) position: Option<String>,
     pub(super) watch: Option<Watching>,
+    /// It cannot be followed, until it is listed again: the cluster has no such kind, or does not show it.
+    pub(super) is_away: bool,
 }
 
 /// Ends with it.
@@ -73,6 +75,9 @@ pub(super) struct Area {
     services: HashMap<ServiceName, Service>,
     slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
     pods: HashMap<String, Pod>,
+    documents: HashMap<ServiceName, Mesh>,
+    /// Why documents may not be read.
+    denied: Option<String>,
     learned: HashMap<ServiceName, Learned>,
     /// Which keys of a service were told.
     told: HashMap<ServiceName, BTreeSet<Arc<str>>>,
@@ -88,10 +93,12 @@ impl Area {
             listed_at: None,
             keepers_changed: false,
             was_put_back: false,
-            feeds: [Kind::Service, Kind::Slice, Kind::Pod].map(|kind| (kind, Feed::default())).into(),
+            feeds: BTreeMap::new(),
             services: HashMap::new(),
             slices: HashMap::new(),
             pods: HashMap::new(),
+            documents: HashMap::new(),
+            denied: None,
             learned: HashMap::new(),
             told: HashMap::new(),
         }
@@ -135,6 +142,10 @@ impl Area {
             }
             Kind::Pod => self.pods.clear(),
             Kind::Lease => {}
+            Kind::Mesh => {
+                self.documents.clear();
+                self.denied = None;
+            }
         }
         for object in listed.objects {
             match object {
@@ -142,16 +153,23 @@ impl Area {
                 Object::Slice(slice) => drop(self.add_slice(slice)),
                 Object::Pod(key, pod) => drop(self.pods.insert(key, pod)),
                 Object::Lease(_) => {}
+                Object::Mesh(document) => drop(self.documents.insert(document.name.clone(), document)),
             }
         }
         let position = Some(listed.position).filter(|position| !position.is_empty());
-        *self.feed(kind) = Feed { position, watch: None };
+        *self.feed(kind) = Feed { position, ..Feed::default() };
     }
 
-    /// No pods are behind the Service.
-    pub(super) fn without_pods(&mut self) {
-        self.pods.clear();
-        *self.feed(Kind::Pod) = Feed::default();
+    /// There is nothing of a kind: no pods behind the Service, no documents in the cluster.
+    pub(super) fn without(&mut self, kind: Kind) {
+        self.replace(kind, Listed::default());
+        self.feed(kind).is_away = true;
+    }
+
+    /// Documents are there and may not be read. What was read before stays, and so does everything else.
+    pub(super) fn deny_documents(&mut self, reason: String) {
+        self.denied = Some(reason);
+        *self.feed(Kind::Mesh) = Feed { is_away: true, ..Feed::default() };
     }
 
     /// Takes what is there now; the services it may matter to.
@@ -183,6 +201,12 @@ impl Area {
                 self.pods.insert(key, pod);
                 users
             }
+            Object::Mesh(document) if self.documents.get(&document.name) == Some(&document) => BTreeSet::new(),
+            Object::Mesh(document) => {
+                let name = document.name.clone();
+                self.documents.insert(name.clone(), document);
+                [name].into()
+            }
         }
     }
 
@@ -209,6 +233,10 @@ impl Area {
                     self.users_of(&key)
                 }
             },
+            Object::Mesh(document) => {
+                self.documents.remove(&document.name);
+                [document.name].into()
+            }
         }
     }
 
@@ -244,11 +272,14 @@ impl Area {
     }
 
     fn read(&mut self, reader: &Reader, name: &ServiceName) -> Vec<Change> {
-        let Some(service) = self.services.get(name) else { return Vec::new() };
+        let document = self.documents.get(name);
+        let mut changes: Vec<Change> = document.into_iter().filter_map(|document| reader.document(document)).collect();
+        let Some(service) = self.services.get(name) else { return changes };
         let is_named = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
         let slices = self.slices.get(name).into_iter().flat_map(BTreeMap::values).collect();
-        let known = read::Known { service, slices, pods: &self.pods, is_named };
-        reader.read(&known, self.learned.entry(name.clone()).or_default())
+        let known = read::Known { service, slices, pods: &self.pods, is_named, is_described: document.is_some() };
+        changes.extend(reader.read(&known, self.learned.entry(name.clone()).or_default()));
+        changes
     }
 
     /// What there is of each scope, as of `epoch`.
@@ -257,7 +288,7 @@ impl Area {
             self.told_as.iter().map(|scope| Listing::empty(scope.clone(), epoch.clone())).collect();
         self.told.clear();
         self.learned.retain(|name, _| self.services.contains_key(name));
-        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        let names: BTreeSet<ServiceName> = self.services.keys().chain(self.documents.keys()).cloned().collect();
         for name in names {
             let Some(index) = self.told_as.iter().position(|scope| scope.holds(&name)) else { continue };
             let changes = self.read(reader, &name);
@@ -269,6 +300,10 @@ impl Area {
                     Change::Removed(_) => {}
                 }
             }
+        }
+        for (listing, reason) in listings.iter_mut().zip(self.denied.iter().cycle()) {
+            let key = format!("{}/documents", access_key(&listing.scope)).into();
+            listing.refused.push(Refused { key, problems: vec![reason.clone()] });
         }
         listings
     }
@@ -295,12 +330,8 @@ impl Area {
     /// What we may not read stays as it was, and is told under a key of its own.
     pub(super) fn forbidden(&self, reason: &str) -> impl Iterator<Item = (Scope, Change)> {
         self.told_as.iter().map(move |scope| {
-            let key = match scope {
-                Scope::Everything => "access".to_owned(),
-                Scope::Namespace(namespace) => format!("access/{namespace}"),
-                Scope::Service(service) => format!("access/{}/{}", service.namespace(), service.name()),
-            };
-            (scope.clone(), Change::Refused(Refused { key: key.into(), problems: vec![reason.to_owned()] }))
+            let key = access_key(scope).into();
+            (scope.clone(), Change::Refused(Refused { key, problems: vec![reason.to_owned()] }))
         })
     }
 }
@@ -309,6 +340,15 @@ impl Area {
 pub(super) fn keeper(slice: &Slice) -> Option<Keeper> {
     let holder = slice.notes.get(LEASE_HOLDER).cloned().unwrap_or_default();
     Some((slice.notes.get(LEASE)?.clone(), holder))
+}
+
+/// Of what may not be read.
+fn access_key(scope: &Scope) -> String {
+    match scope {
+        Scope::Everything => "access".to_owned(),
+        Scope::Namespace(namespace) => format!("access/{namespace}"),
+        Scope::Service(service) => format!("access/{}/{}", service.namespace(), service.name()),
+    }
 }
 
 fn change_key(change: &Change) -> &Arc<str> {

@@ -1,4 +1,4 @@
-//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, and the pods behind them.
+//! `kind = "kubernetes"`: Services of a cluster, their EndpointSlices, the pods behind them, and documents of ours.
 //!
 //! ```text
 //!              +-------------------- error: back off, new connection <---------------------+
@@ -9,8 +9,8 @@
 //!              +--- 410 Gone; other selector; every few minutes, or when asked ------------+   |
 //!              +--- forgotten how far it was: another kube-system, or a resourceVersion that went back
 //! ```
-//! What is read together is an area: a service imported by name (three watches, which select at the server), or a
-//! namespace or the cluster for patterns, and for more than 8 services of a namespace (three watches in all). All three
+//! What is read together is an area: a service imported by name (a watch for each kind, which select at the server), or a
+//! namespace or the cluster for patterns, and for more than 8 services of a namespace (a watch for each kind in all). All
 //! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there. A pod that
 //! a slice names and that is not known yet is left out until its own watch tells of it, milliseconds later.
 //!
@@ -32,6 +32,7 @@ mod remote;
 #[cfg(test)]
 mod samples;
 mod settings;
+mod store;
 
 use std::collections::BTreeSet;
 
@@ -47,6 +48,7 @@ use leases::Leases;
 use read::Reader;
 use registrar::KubernetesRegistrar;
 use remote::ApiServer;
+use store::KubernetesStore;
 
 pub struct KubernetesSource {
     name: String,
@@ -76,6 +78,11 @@ impl KubernetesSource {
     /// Registers over connections of its own: a list that takes long must not cost a host its Lease.
     pub(crate) fn registrar(&self) -> KubernetesRegistrar {
         KubernetesRegistrar::new(self.name.clone(), self.settings.clone(), self.namespace.clone())
+    }
+
+    /// Reads and writes documents in the same cluster.
+    pub(crate) fn store(&self) -> KubernetesStore {
+        KubernetesStore::new(&self.name, self.settings.clone())
     }
 }
 

@@ -1,4 +1,5 @@
-//! Of Services, EndpointSlices and Pods, the few fields that say where a service runs. Nothing else is kept.
+//! Of Services, EndpointSlices and Pods, the few fields that say where a service runs, and our own documents. Nothing else is
+//! kept.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -31,6 +32,8 @@ pub(super) enum Kind {
     Pod,
     /// Of a host that registers.
     Lease,
+    /// Ours.
+    Mesh,
 }
 
 /// That somebody is there.
@@ -123,6 +126,13 @@ impl Life {
     }
 }
 
+/// A MeshService, as text: what it means the reader of documents knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Mesh {
+    pub(super) name: ServiceName,
+    pub(super) text: Box<str>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Object {
     Service(Service),
@@ -130,6 +140,7 @@ pub(super) enum Object {
     /// By its key, `shop/payments-7d9f`.
     Pod(String, Pod),
     Lease(Lease),
+    Mesh(Mesh),
 }
 
 /// What a list says.
@@ -161,6 +172,7 @@ pub(super) fn read_list(kind: Kind, text: &[u8]) -> Result<Listed, Error> {
         Kind::Slice => read_list_of::<RawSlice>(text),
         Kind::Pod => read_list_of::<RawPod>(text),
         Kind::Lease => read_list_of::<RawLease>(text),
+        Kind::Mesh => read_list_of::<RawMesh>(text),
     }
 }
 
@@ -178,6 +190,7 @@ pub(super) fn read_event(kind: Kind, line: &[u8]) -> Result<Event, Error> {
         Kind::Slice => parse::<RawEvent<RawSlice>>(line)?.object.reduce(),
         Kind::Pod => parse::<RawEvent<RawPod>>(line)?.object.reduce(),
         Kind::Lease => parse::<RawEvent<RawLease>>(line)?.object.reduce(),
+        Kind::Mesh => parse::<RawEvent<RawMesh>>(line)?.object.reduce(),
     };
     Ok(match (object, head.r#type.as_str()) {
         (Some(object), "ADDED" | "MODIFIED") => Event::Set(object, position),
@@ -470,6 +483,25 @@ impl Reduce for RawPod {
         let (key, life) = (self.metadata.key(), Life::of(&self.metadata.uid));
         let labels = self.metadata.labels.unwrap_or_default();
         Some(Object::Pod(key, Pod { life, account, labels, takes_hbone }))
+    }
+}
+
+#[derive(Deserialize)]
+struct RawMesh {
+    metadata: Meta,
+    #[serde(default)]
+    spec: serde_json::Value,
+}
+
+impl Reduce for RawMesh {
+    fn reduce(self) -> Option<Object> {
+        let Meta { name, namespace, .. } = self.metadata;
+        let document = serde_json::json!({
+            "apiVersion": "meshd.dev/v1alpha1", "kind": "MeshService",
+            "metadata": { "name": name, "namespace": namespace }, "spec": self.spec,
+        });
+        let name = ServiceName::new(&name, &namespace).ok()?;
+        Some(Object::Mesh(Mesh { name, text: document.to_string().into() }))
     }
 }
 

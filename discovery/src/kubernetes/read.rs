@@ -11,8 +11,8 @@ use meshd_identity::{SYSTEM_NAMESPACE, SpiffeId, TrustDomain};
 
 use super::known::keeper;
 use super::leases::Keeper;
-use super::objects::{NOTES, Notes, Pod, Service, Slice, SliceEndpoint, State};
-use crate::documents::{DEFAULT_MESH_PORT, DEFAULT_WEIGHT, is_plain_word};
+use super::objects::{Mesh, NOTES, Notes, Pod, Service, Slice, SliceEndpoint, State};
+use crate::documents::{self, DEFAULT_MESH_PORT, DEFAULT_WEIGHT, is_plain_word};
 use crate::registration::MOST_PORTS;
 use crate::yaml::printable;
 use crate::{
@@ -43,6 +43,8 @@ pub(super) struct Known<'a> {
     pub(super) pods: &'a HashMap<String, Pod>,
     /// Imported by its name, not by a pattern.
     pub(super) is_named: bool,
+    /// There is a MeshService of its name.
+    pub(super) is_described: bool,
 }
 
 /// Annotations that do not mean anything: `annotation: reason`.
@@ -71,18 +73,21 @@ impl Reader {
             learned.identities = identities;
         }
         let defines = self.authority.covers(name.namespace());
-        let plaintext = known.is_named || (defines && allows_plaintext(&known.service.notes) == Ok(true));
+        let plaintext =
+            known.is_named || known.is_described || (defines && allows_plaintext(&known.service.notes) == Ok(true));
         let any_is_ready = known.any_is_ready(|slice| !self.is_dead(slice));
         let places = known.slices.iter().filter_map(|slice| self.slice(slice, known, any_is_ready, plaintext));
         let mut places: Vec<Change> = places.collect();
         learned.takes_mesh |= places.iter().any(has_mesh_place);
         // By `*`, a whole cluster is imported: what does not take part in the mesh stays the cluster's own.
-        let is_of_the_mesh = known.is_named || learned.takes_mesh || !known.service.notes.is_empty();
+        let is_of_the_mesh =
+            known.is_named || known.is_described || learned.takes_mesh || !known.service.notes.is_empty();
         if !is_of_the_mesh {
             return Vec::new();
         }
         // Without authority only an explicit one is told, to be refused by name.
-        if defines || known.service.notes.contains_key("identities") {
+        let says_who = known.service.notes.contains_key("identities");
+        if (defines || says_who) && !(known.is_described && known.service.is_a_place_to_register()) {
             places.push(self.definition(known.service, &learned.identities));
         }
         places
@@ -90,6 +95,23 @@ impl Reader {
 
     fn is_dead(&self, slice: &Slice) -> bool {
         !self.dead.is_empty() && keeper(slice).is_some_and(|keeper| self.dead.contains(&keeper))
+    }
+
+    /// What a MeshService says; its key comes before that of a Service, so it holds where both define one name.
+    pub(super) fn document(&self, document: &Mesh) -> Option<Change> {
+        let name = &document.name;
+        if name.namespace() == SYSTEM_NAMESPACE {
+            return None;
+        }
+        let origin = format!("MeshService {}/{}", name.namespace(), name.name());
+        let key: Arc<str> = format!("meshservice/{}/{}", name.namespace(), name.name()).into();
+        Some(match documents::read_document(&document.text, 1, &self.trust_domain).outcome {
+            Ok(described) => Change::Set(Record { key, ..described.record(origin.into()) }),
+            Err(problems) => {
+                let told = problems.into_iter().map(|problem| format!("{}: {}", problem.field, problem.reason));
+                refused(key, &origin, told.collect())
+            }
+        })
     }
 
     fn definition(&self, service: &Service, accounts: &[SpiffeId]) -> Change {
@@ -242,6 +264,11 @@ impl Known<'_> {
 }
 
 impl Service {
+    /// It says nothing of itself, and is there for others to put slices on.
+    fn is_a_place_to_register(&self) -> bool {
+        self.selector.is_empty() && self.notes.is_empty()
+    }
+
     fn selects(&self, pod: &Pod) -> bool {
         !self.selector.is_empty() && self.selector.iter().all(|(key, value)| pod.labels.get(key) == Some(value))
     }

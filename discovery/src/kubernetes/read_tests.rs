@@ -1,7 +1,8 @@
 use serde_json::{Value, json};
 
 use super::super::objects::{Kind, Object};
-use super::super::samples::{objects, own_slice, pod, service, slice};
+use super::super::samples;
+use super::super::samples::{object, objects, own_slice, pod, service, slice};
 use super::*;
 use crate::fake::trust_domain;
 use crate::{Namespaces, Protocol};
@@ -12,6 +13,7 @@ struct Cluster {
     slices: Vec<Value>,
     pods: Vec<Value>,
     is_named: bool,
+    is_described: bool,
     authority: Namespaces,
 }
 
@@ -23,6 +25,7 @@ impl Cluster {
             slices: vec![slice("payments-x", &["10.0.0.1", "10.0.0.2"])],
             pods: vec![pod("payments-0", "payer", true), pod("payments-1", "payer", true)],
             is_named: true,
+            is_described: false,
             authority: Namespaces::everything(),
         }
     }
@@ -47,6 +50,7 @@ impl Cluster {
             slices: slices.iter().collect(),
             pods: &pods.collect(),
             is_named: self.is_named,
+            is_described: self.is_described,
         };
         Reader { trust_domain: trust_domain(), authority: self.authority.clone(), dead: BTreeSet::new() }
             .read(&known, learned)
@@ -270,4 +274,38 @@ fn what_runs_nowhere_is_told_to_whoever_names_it() {
     let mut udp = Cluster::new();
     udp.service["spec"]["ports"] = json!([{ "port": 53, "protocol": "UDP" }]);
     assert!(udp.problems()[0].contains("it has no TCP port"));
+}
+
+fn described(sample: Value) -> Option<Change> {
+    let Object::Mesh(document) = object(Kind::Mesh, sample) else { panic!("no document") };
+    Reader { trust_domain: trust_domain(), authority: Namespaces::everything(), dead: BTreeSet::new() }
+        .document(&document)
+}
+
+#[test]
+fn a_document_is_what_it_is_in_a_file_and_comes_before_a_service() {
+    let Some(Change::Set(record)) = described(samples::mesh("payments", 80)) else { panic!("refused") };
+    assert_eq!((&*record.key, &*record.origin), ("meshservice/shop/payments", "MeshService shop/payments"));
+    assert!(record.key < service_key(&record.service));
+    assert_eq!(shorts(record.definition.as_ref().unwrap()), ["ns/shop/sa/payments"]);
+    assert_eq!(record.places.len(), 1);
+    let mut bad = samples::mesh("payments", 80);
+    bad["spec"]["ports"][0]["port"] = json!("eighty");
+    let Some(Change::Refused(refused)) = described(bad) else { panic!("taken") };
+    assert!(refused.problems[0].starts_with("MeshService shop/payments: spec.ports[0].port: "), "{refused:?}");
+    let mut reserved = samples::mesh("payments", 80);
+    reserved["metadata"]["namespace"] = json!("meshd-system");
+    assert_eq!(described(reserved), None);
+}
+
+#[test]
+fn of_a_service_beside_a_document_the_places_count_and_it_defines_something_only_if_it_says_something() {
+    let registered = || vec![own_slice("payments-x", "10.0.0.1", &[("transport", "meshd")])];
+    let mut cluster = Cluster { is_described: true, is_named: false, ..Cluster::of_nobody(registered()) };
+    assert!(cluster.definition().is_none());
+    assert_eq!(cluster.places().len(), 1);
+    cluster.service = service("payments", &[("identities", "ns/shop/sa/other")]);
+    assert!(cluster.definition().is_some(), "a collision that nobody is told of");
+    let selecting = Cluster { is_described: true, ..Cluster::new() };
+    assert!(selecting.definition().is_some() && selecting.places().len() == 2);
 }

@@ -50,6 +50,8 @@ pub(super) struct ServerWatch {
 
 const LIFE: &str = "/api/v1/namespaces?fieldSelector=metadata.name%3Dkube-system";
 const READY: &str = "/readyz";
+/// Says whether our kinds are there; everybody who is known may ask.
+const OURS: &str = "/apis/meshd.dev/v1alpha1";
 
 impl Remote for ApiServer {
     type Watch = ServerWatch;
@@ -73,6 +75,35 @@ impl Remote for ApiServer {
     }
 
     async fn list(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
+        match self.list_once_or_in_pages(what, known).await {
+            Err(Error::Refused { status: 404, .. }) if what.kind == Kind::Mesh => Err(Error::NotServed),
+            // Who may not read what is not there has no trouble.
+            Err(Error::Forbidden { verb, resource, reason }) if what.kind == Kind::Mesh => {
+                let asked = Asked { verb: "get", resource: OURS.to_owned() };
+                match self.0.get(OURS, &asked).await {
+                    Err(Error::Refused { status: 404, .. } | Error::Forbidden { .. }) => Err(Error::NotServed),
+                    _ => Err(Error::Forbidden { verb, resource, reason }),
+                }
+            }
+            listed => listed,
+        }
+    }
+
+    async fn watch(&mut self, what: &Collection, from: &str) -> Result<ServerWatch, Error> {
+        let seconds = jittered(WATCH_FOR, fastrand::f64()).as_secs();
+        let options =
+            format!("&watch=1&allowWatchBookmarks=true&timeoutSeconds={seconds}&resourceVersion={}", encode(from));
+        let lines = self.0.lines(&what.path(&options), &what.asked("watch")).await?;
+        Ok(ServerWatch { lines, kind: what.kind })
+    }
+
+    fn leave(&mut self) {
+        self.0.leave();
+    }
+}
+
+impl ApiServer {
+    async fn list_once_or_in_pages(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
         let asked = what.asked("list");
         // Of one service the server's cache answers: cheap, and never older than what is known. Of more, in pages, which
         // read etcd: rare, and little at a time.
@@ -99,18 +130,6 @@ impl Remote for ApiServer {
             }
         }
     }
-
-    async fn watch(&mut self, what: &Collection, from: &str) -> Result<ServerWatch, Error> {
-        let seconds = jittered(WATCH_FOR, fastrand::f64()).as_secs();
-        let options =
-            format!("&watch=1&allowWatchBookmarks=true&timeoutSeconds={seconds}&resourceVersion={}", encode(from));
-        let lines = self.0.lines(&what.path(&options), &what.asked("watch")).await?;
-        Ok(ServerWatch { lines, kind: what.kind })
-    }
-
-    fn leave(&mut self) {
-        self.0.leave();
-    }
 }
 
 impl Watch for ServerWatch {
@@ -129,6 +148,7 @@ impl Collection {
             Kind::Slice => "endpointslices",
             Kind::Pod => "pods",
             Kind::Lease => "leases",
+            Kind::Mesh => "meshservices",
         };
         let place = match &self.area {
             Scope::Everything => "all namespaces".to_owned(),
@@ -145,6 +165,7 @@ impl Collection {
             Kind::Slice => ("/apis/discovery.k8s.io/v1", "endpointslices"),
             Kind::Pod => ("/api/v1", "pods"),
             Kind::Lease => ("/apis/coordination.k8s.io/v1", "leases"),
+            Kind::Mesh => (OURS, "meshservices"),
         };
         let namespace = match &self.area {
             Scope::Everything => String::new(),
@@ -152,7 +173,7 @@ impl Collection {
             Scope::Service(service) => format!("/namespaces/{}", service.namespace()),
         };
         let selector = match (self.kind, &self.area) {
-            (Kind::Service, Scope::Service(service)) => {
+            (Kind::Service | Kind::Mesh, Scope::Service(service)) => {
                 format!("&fieldSelector={}", encode(&format!("metadata.name={}", service.name())))
             }
             (Kind::Slice, Scope::Service(service)) => {
@@ -170,7 +191,7 @@ impl Collection {
 }
 
 /// RFC 3986 2.1, for a value in a query.
-fn encode(text: &str) -> String {
+pub(super) fn encode(text: &str) -> String {
     text.bytes().fold(String::with_capacity(text.len()), |mut encoded, byte| {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => encoded.push(char::from(byte)),

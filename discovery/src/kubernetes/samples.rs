@@ -53,6 +53,14 @@ pub(super) fn pod(name: &str, account: &str, hbone: bool) -> Value {
     })
 }
 
+/// A document of ours with one endpoint.
+pub(super) fn mesh(name: &str, port: u16) -> Value {
+    json!({
+        "metadata": { "name": name, "namespace": "shop", "uid": "u", "generation": 1, "labels": { "team": "pay" } },
+        "spec": { "ports": [{ "port": port }], "endpoints": [{ "address": "10.0.1.1" }] },
+    })
+}
+
 /// Of a Service that selects no pods: one endpoint, and what its annotations say.
 pub(super) fn own_slice(name: &str, address: &str, notes: &[(&str, &str)]) -> Value {
     let mut slice = slice(name, &[address]);

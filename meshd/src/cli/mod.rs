@@ -8,6 +8,7 @@ pub(crate) mod intercept;
 pub(crate) mod join;
 pub(crate) mod ledger;
 pub(crate) mod probe;
+pub(crate) mod resources;
 pub(crate) mod run;
 
 use std::io::ErrorKind;

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use data_encoding::HEXLOWER;
 use meshd_identity::sha256;
@@ -87,27 +88,62 @@ impl Allowance {
 
 pub struct Audit {
     path: PathBuf,
+    /// Taken all at once by whoever gets to write: one sync for everybody who came while another waited for the disk.
+    waiting: Mutex<Vec<Arc<Batch>>>,
+    writing: Mutex<()>,
+}
+
+/// What one caller wants written, as a whole.
+struct Batch {
+    time: String,
+    events: Vec<Event>,
+    outcome: OnceLock<Result<(), (io::ErrorKind, String)>>,
+}
+
+impl Batch {
+    fn outcome(&self) -> Option<io::Result<()>> {
+        let outcome = self.outcome.get()?.clone();
+        Some(outcome.map_err(|(kind, text)| io::Error::new(kind, text)))
+    }
 }
 
 impl Audit {
     pub fn new(path: PathBuf) -> Audit {
-        Audit { path }
+        Audit { path, waiting: Mutex::default(), writing: Mutex::default() }
     }
 
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Appends all events with one sync.
+    /// Returns when all of them are on the disk.
     pub fn append(&self, now: i64, events: &[Event]) -> io::Result<()> {
+        let time = crate::times::rfc3339(now);
+        let batch = Arc::new(Batch { time, events: events.to_vec(), outcome: OnceLock::new() });
+        lock(&self.waiting).push(batch.clone());
+        let _writing = lock(&self.writing);
+        // Whoever wrote meanwhile wrote these, too.
+        if let Some(outcome) = batch.outcome() {
+            return outcome;
+        }
+        let batches = std::mem::take(&mut *lock(&self.waiting));
+        let written = self.write(&batches);
+        for batch in &batches {
+            let outcome = written.as_ref().copied().map_err(|error| (error.kind(), error.to_string()));
+            batch.outcome.set(outcome).expect("each batch is taken once");
+        }
+        batch.outcome().unwrap_or_else(|| Err(io::Error::other("its writer panicked")))
+    }
+
+    /// Appends all events with one sync.
+    fn write(&self, batches: &[Arc<Batch>]) -> io::Result<()> {
         let mut options = OpenOptions::new();
         let mut file = options.read(true).append(true).create(true).mode(0o600).open(&self.path)?;
         file.lock()?;
         let (mut text, mut sequence, mut previous) = continue_from(&mut file)?;
-        let time = crate::times::rfc3339(now);
-        for event in events {
+        for (batch, event) in batches.iter().flat_map(|batch| batch.events.iter().map(move |event| (batch, event))) {
             sequence += 1;
-            let line = Line { sequence, time: &time, previous: &previous, event };
+            let line = Line { sequence, time: &batch.time, previous: &previous, event };
             let body = serde_json::to_string(&line).map_err(io::Error::other)?;
             let hash = HEXLOWER.encode(&sha256(body.as_bytes()));
             text.push_str(&with_hash(&body, &hash));
@@ -141,6 +177,11 @@ impl Audit {
         }
         Ok(sequence)
     }
+}
+
+/// Nothing is half done behind either lock when a thread panics.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn with_hash(body: &str, hash: &str) -> String {
@@ -208,6 +249,45 @@ mod tests {
         assert_eq!(audit.verify(), Ok(3));
         let text = fs::read_to_string(audit.path()).unwrap();
         assert!(text.starts_with("{\"sequence\":1,\"time\":\"2023-11-14T22:13:20Z\""), "{text}");
+    }
+
+    #[test]
+    fn lines_of_many_writers_are_whole_and_chained() {
+        let (_dir, audit) = log();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let audit = &audit;
+                scope.spawn(move || {
+                    for round in 0..10 {
+                        let (first, second) = (format!("{thread}.{round}a"), format!("{thread}.{round}b"));
+                        audit.append(0, &[event(&first), event(&second)]).unwrap();
+                        let text = fs::read_to_string(audit.path()).unwrap();
+                        assert!(text.contains(&format!("\"{second}\"")), "told that it is written, and it is not");
+                    }
+                });
+            }
+        });
+        assert_eq!(audit.verify(), Ok(160));
+    }
+
+    #[test]
+    fn lines_that_wait_together_share_what_becomes_of_them() {
+        let (dir, audit) = log();
+        std::thread::scope(|scope| {
+            let writing = lock(&audit.writing);
+            let appended: Vec<_> = (0..4).map(|_| scope.spawn(|| audit.append(0, &[event("a")]))).collect();
+            while lock(&audit.waiting).len() < 4 {
+                std::thread::yield_now();
+            }
+            fs::create_dir(dir.path().join("audit.jsonl")).unwrap();
+            drop(writing);
+            for appended in appended {
+                assert_eq!(appended.join().unwrap().unwrap_err().kind(), io::ErrorKind::IsADirectory);
+            }
+        });
+        fs::remove_dir(audit.path()).unwrap();
+        audit.append(0, &[event("b")]).unwrap();
+        assert_eq!(audit.verify(), Ok(1), "what failed was told to have failed, and is not written later");
     }
 
     #[test]

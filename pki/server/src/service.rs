@@ -38,8 +38,8 @@ impl Peer {
     }
 }
 
-/// Calls worked on at once. All of them share one database, so more would only wait with a thread each.
-pub(crate) const AT_ONCE: usize = 8;
+/// Calls worked on at once: those that wait for the disk together share one sync of it. Each has a thread.
+pub(crate) const AT_ONCE: usize = 16;
 /// A host that does not read is told nothing more; what it missed is in the answer to its next report.
 const UNREAD_REPLIES: usize = 4;
 

@@ -27,6 +27,7 @@ use crate::register::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError,
 use crate::yaml::printable;
 use crate::{Health, Registration};
 
+const JSON: &str = "application/json";
 const ISTIO: &str = "/apis/networking.istio.io/v1";
 /// How soon Istio's kinds are noticed that were not there.
 const ISTIO_AGAIN: Duration = Duration::from_secs(300);
@@ -148,7 +149,7 @@ impl KubernetesRegistrar {
     async fn call(&self, method: Method, path: &str, body: Option<&Value>, asked: &Asked) -> Result<Value, Error> {
         let caller = self.client.lock().await.caller().await?;
         let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
-        let answer = caller.call(&Call { method, path, body }, asked).await;
+        let answer = caller.call(Call { method, path, content: JSON, body }, asked).await;
         if matches!(answer, Err(Error::Broken(_) | Error::Deadline | Error::Unauthorized { .. })) {
             self.client.lock().await.leave();
         }

@@ -40,7 +40,8 @@ fn read_back(said: &Registration, dead: bool) -> Place {
     let dead = dead.then(|| (KEEPER.lease.to_owned(), KEEPER.holder.to_owned()));
     let reader =
         Reader { trust_domain: trust_domain(), authority: Namespaces::default(), dead: dead.into_iter().collect() };
-    let known = Known { service: &service, slices: vec![&slice], pods: &HashMap::new(), is_named: true };
+    let known =
+        Known { service: &service, slices: vec![&slice], pods: &HashMap::new(), is_named: true, is_described: false };
     match reader.read(&known, &mut Learned::default()).pop() {
         Some(Change::Set(record)) => (*record.places[0]).clone(),
         other => panic!("{other:?}"),

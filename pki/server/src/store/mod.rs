@@ -18,6 +18,7 @@ mod schema2;
 pub(crate) mod servers;
 pub(crate) mod settings;
 mod sqlite;
+mod sqlite_writer;
 pub(crate) mod tainted;
 pub(crate) mod tokens;
 pub(crate) mod trust;
@@ -44,6 +45,9 @@ const ATTEMPTS: u32 = 10;
 pub enum DbError {
     #[error("database: {0}")]
     Sqlite(#[from] rusqlite::Error),
+    /// Several transactions were to be written at once, and another of them met the error.
+    #[error("database: {0}")]
+    Together(String),
     #[error("{} is not initialised; run `meshd-pki init --state {} --trust-domain TD` first", dir.display(), dir.display())]
     Missing { dir: PathBuf },
     #[error("cannot create {}: {source}", path.display())]

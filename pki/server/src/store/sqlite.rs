@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 
+use super::sqlite_writer::{Writer, Writing};
 use super::{Committed, DbError, Engine, Records, SCHEMA, Transaction, View, schema1, schema2};
 
 /// The command line and the server share the file; either waits this long for the other's write.
@@ -24,7 +25,7 @@ const LAST_SCHEMA: i64 = 255;
 pub(super) struct Sqlite {
     path: PathBuf,
     /// Two connections, so that reading never waits for another's sync.
-    writer: Mutex<Connection>,
+    writer: Writer,
     reader: Mutex<Connection>,
 }
 
@@ -69,27 +70,24 @@ impl Sqlite {
             return Ok(None);
         }
         let reader = Mutex::new(connect_to_copy(path)?);
-        Ok(Some(Sqlite { path: path.to_owned(), writer: Mutex::new(connection), reader }))
+        Ok(Some(Sqlite { path: path.to_owned(), writer: Writer::new(connection), reader }))
     }
 
     fn new(path: &Path, writer: Connection) -> Result<Sqlite, DbError> {
         let reader = Mutex::new(connect(path)?);
-        Ok(Sqlite { path: path.to_owned(), writer: Mutex::new(writer), reader })
+        Ok(Sqlite { path: path.to_owned(), writer: Writer::new(writer), reader })
     }
 }
 
 impl Engine for Sqlite {
     fn begin(&self) -> Result<Box<dyn Transaction + '_>, DbError> {
-        let connection = lock(&self.writer);
-        // The write lock from the start: what is read stays true until the commit.
-        connection.execute_batch("BEGIN IMMEDIATE")?;
-        Ok(Box::new(Open { connection, over: false }))
+        Ok(Box::new(self.writer.begin()?))
     }
 
     fn view(&self) -> Result<Box<dyn View + '_>, DbError> {
         let connection = lock(&self.reader);
         connection.execute_batch("BEGIN DEFERRED")?;
-        Ok(Box::new(Open { connection, over: false }))
+        Ok(Box::new(Looking(connection)))
     }
 
     fn check(&self) -> Result<(), DbError> {
@@ -150,58 +148,75 @@ fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
     connection.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Open<'a> {
-    connection: MutexGuard<'a, Connection>,
-    over: bool,
+/// One consistent view, until it is dropped.
+struct Looking<'a>(MutexGuard<'a, Connection>);
+
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        // Fails only when SQLite has ended it already.
+        _ = self.0.execute_batch("ROLLBACK");
+    }
 }
 
-impl View for Open<'_> {
+impl View for Looking<'_> {
     fn get(&mut self, key: &str) -> Result<Option<Vec<u8>>, DbError> {
-        let mut query = self.connection.prepare_cached("SELECT key, value, sum FROM record WHERE key = ?1")?;
-        let row = query.query_row([key], stored).optional()?;
-        row.map(|row| row.whole().map(|(_, value)| value)).transpose()
+        get(&self.0, key)
     }
 
     fn list(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
-        self.list_from(prefix, prefix)
+        list_from(&self.0, prefix, prefix)
     }
 
     fn list_from(&mut self, prefix: &str, first: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
-        // Keys are ASCII, so nothing below the prefix sorts after this.
-        let end = format!("{prefix}\u{7f}");
-        let select = "SELECT key, value, sum FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key";
-        let mut query = self.connection.prepare_cached(select)?;
-        let rows = query.query_map([first, &end], stored)?;
-        rows.map(|row| row?.whole()).collect()
+        list_from(&self.0, prefix, first)
     }
 }
 
-impl Records for Open<'_> {
+impl View for Writing<'_> {
+    fn get(&mut self, key: &str) -> Result<Option<Vec<u8>>, DbError> {
+        get(self.connection(), key)
+    }
+
+    fn list(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+        list_from(self.connection(), prefix, prefix)
+    }
+
+    fn list_from(&mut self, prefix: &str, first: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+        list_from(self.connection(), prefix, first)
+    }
+}
+
+fn get(connection: &Connection, key: &str) -> Result<Option<Vec<u8>>, DbError> {
+    let mut query = connection.prepare_cached("SELECT key, value, sum FROM record WHERE key = ?1")?;
+    let row = query.query_row([key], stored).optional()?;
+    row.map(|row| row.whole().map(|(_, value)| value)).transpose()
+}
+
+fn list_from(connection: &Connection, prefix: &str, first: &str) -> Result<Vec<(String, Vec<u8>)>, DbError> {
+    // Keys are ASCII, so nothing below the prefix sorts after this.
+    let end = format!("{prefix}\u{7f}");
+    let select = "SELECT key, value, sum FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key";
+    let mut query = connection.prepare_cached(select)?;
+    let rows = query.query_map([first, &end], stored)?;
+    rows.map(|row| row?.whole()).collect()
+}
+
+impl Records for Writing<'_> {
     fn put(&mut self, key: &str, value: &[u8]) -> Result<(), DbError> {
         let value = std::str::from_utf8(value)
             .map_err(|error| DbError::Record { key: key.to_owned(), detail: error.to_string() })?;
-        put(&self.connection, key, value)
+        put(self.connection(), key, value)
     }
 
     fn delete(&mut self, key: &str) -> Result<bool, DbError> {
-        Ok(self.connection.prepare_cached("DELETE FROM record WHERE key = ?1")?.execute([key])? == 1)
+        Ok(self.connection().prepare_cached("DELETE FROM record WHERE key = ?1")?.execute([key])? == 1)
     }
 }
 
-impl Transaction for Open<'_> {
-    fn commit(mut self: Box<Self>) -> Result<Committed, DbError> {
-        self.connection.execute_batch("COMMIT")?;
-        self.over = true;
+impl Transaction for Writing<'_> {
+    fn commit(self: Box<Self>) -> Result<Committed, DbError> {
+        Writing::commit(*self)?;
         Ok(Committed::Yes)
-    }
-}
-
-impl Drop for Open<'_> {
-    fn drop(&mut self) {
-        if !self.over {
-            // Fails only when SQLite has rolled back already.
-            _ = self.connection.execute_batch("ROLLBACK");
-        }
     }
 }
 
@@ -222,8 +237,7 @@ pub(super) fn write_copy(path: &Path, records: &[(String, Vec<u8>)]) -> Result<(
     transaction.commit()?;
     // A copy is one file, without a log of changes beside it.
     drop(sqlite.reader);
-    let writer = lock(&sqlite.writer);
-    writer.pragma_update(None, "journal_mode", "DELETE")?;
+    sqlite.writer.into_connection().pragma_update(None, "journal_mode", "DELETE")?;
     Ok(())
 }
 
@@ -322,7 +336,7 @@ mod tests {
     #[test]
     fn a_bit_that_flips_inside_a_record_is_noticed() {
         let (_dir, sqlite) = filled();
-        lock(&sqlite.writer).execute("UPDATE record SET value = '2' WHERE key = 'host/b'", []).unwrap();
+        connect(&sqlite.path).unwrap().execute("UPDATE record SET value = '2' WHERE key = 'host/b'", []).unwrap();
         assert!(matches!(sqlite.check(), Err(DbError::Record { key, .. }) if key == "host/b"));
         assert!(sqlite.view().unwrap().get("host/b").is_err());
         assert_eq!(sqlite.view().unwrap().get("host/a").unwrap().unwrap(), b"1");

@@ -1,0 +1,145 @@
+//! Documents as operators hand them over: each with its name, checked as hosts check it.
+
+use meshd_identity::TrustDomain;
+use serde_json::{Value, json};
+
+use super::{By, Kind, ResourceName};
+use crate::documents;
+use crate::stored::MOST_BYTES;
+
+/// The first line of what `meshd apply` wrote where a backend keeps text.
+const SIGNED: &str = "# meshd apply: ";
+
+/// A document that hosts would take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    pub resource: ResourceName,
+    /// `payments.yaml:3`
+    pub origin: String,
+    /// `metadata.resourceVersion`: which version it was made of.
+    pub based_on: Option<String>,
+    pub document: Value,
+    /// As it was written, comments included, without the version.
+    text: String,
+}
+
+impl Manifest {
+    /// What is stored where a backend keeps text.
+    pub(crate) fn signed(&self, by: &By) -> String {
+        format!("{SIGNED}{by}\n{}", self.text)
+    }
+}
+
+/// All documents of a text, or everything that is wrong with any of them: `origin:line: field: reason`.
+pub fn read(origin: &str, text: &str, trust_domain: &TrustDomain) -> Result<Vec<Manifest>, Vec<String>> {
+    let (mut manifests, mut problems): (Vec<Manifest>, Vec<String>) = (Vec::new(), Vec::new());
+    for (line, chunk) in documents::split(text) {
+        match read_one(origin, line, chunk, trust_domain) {
+            Ok(manifest) => {
+                let first = manifests.iter().find(|earlier| earlier.resource == manifest.resource);
+                if let Some(first) = first {
+                    let twice = format!("{}: {} is also at {}", manifest.origin, manifest.resource, first.origin);
+                    problems.push(twice + "; remove one of them");
+                }
+                manifests.push(manifest);
+            }
+            Err(found) => problems.extend(found),
+        }
+    }
+    if manifests.is_empty() && problems.is_empty() {
+        problems.push(format!("{origin}: there is no document in it"));
+    }
+    if problems.is_empty() { Ok(manifests) } else { Err(problems) }
+}
+
+fn read_one(origin: &str, line: u64, chunk: &str, trust_domain: &TrustDomain) -> Result<Manifest, Vec<String>> {
+    let at = |line: u64, reason: &str| vec![format!("{origin}:{line}: {reason}")];
+    let (bare, based_on) = without_version(chunk);
+    // Syntax is told by the reader of hosts, with its line.
+    let known = value(&bare).ok().map(|document| Kind::of(field(&document, "apiVersion"), field(&document, "kind")));
+    let kind = known.transpose().map_err(|reason| at(line, &reason))?;
+    let found = documents::read_document(&bare, line, trust_domain);
+    let name = found.outcome.map(|described| described.service).map_err(|problems| {
+        let shown = |field: &str| if field.is_empty() { String::new() } else { format!("{field}: ") };
+        let told = problems.iter().map(|one| format!("{origin}:{}: {}{}", one.line, shown(&one.field), one.reason));
+        told.collect::<Vec<_>>()
+    })?;
+    let document = value(&bare).map_err(|reason| at(line, &reason))?;
+    let kind = kind.ok_or_else(|| at(line, "has no kind"))?;
+    let (namespace, name) = (name.namespace().to_owned(), name.name().to_owned());
+    let resource = ResourceName { kind, namespace, name };
+    let text = plain(&bare);
+    if text.len() > MOST_BYTES {
+        return Err(at(line, &format!("{resource} has {} bytes and {MOST_BYTES} are allowed", text.len())));
+    }
+    Ok(Manifest { resource, origin: format!("{origin}:{}", found.line), based_on, document, text })
+}
+
+/// Without the marker of a document's begin, and what an earlier writer signed.
+fn plain(chunk: &str) -> String {
+    let kept = chunk.lines().filter(|line| !line.starts_with("---") && !line.starts_with(SIGNED));
+    let text = kept.collect::<Vec<_>>().join("\n");
+    text.trim_matches('\n').to_owned() + "\n"
+}
+
+/// What `get` adds, taken out: the line it stands on, so that everything else stays as it is.
+fn without_version(chunk: &str) -> (String, Option<String>) {
+    let unversioned = || (chunk.to_owned(), None);
+    let Ok(mut document) = parse(chunk) else { return unversioned() };
+    let removed = document.get_mut("metadata").and_then(Value::as_object_mut);
+    let Some(version) = removed.and_then(|metadata| metadata.remove("resourceVersion")) else { return unversioned() };
+    let version = version.as_str().map_or(version.to_string(), str::to_owned);
+    let is_it = |line: &&str| line.trim_start().starts_with("resourceVersion:");
+    let lines = chunk.lines().map(|line| if is_it(&line) { "" } else { line });
+    let blanked = lines.collect::<Vec<_>>().join("\n") + "\n";
+    let text = if parse(&blanked).as_ref() == Ok(&document) { blanked } else { yaml(&document) };
+    (text, Some(version))
+}
+
+/// Of a document a backend has: who wrote it, and what it says.
+pub(crate) fn stored(text: &str) -> (Option<String>, Result<Value, String>) {
+    let by = text.lines().next().and_then(|line| line.strip_prefix(SIGNED)).map(crate::yaml::printable);
+    (by, value(text))
+}
+
+/// The document in a text, if it names what it is.
+pub(super) fn value(text: &str) -> Result<Value, String> {
+    let document = parse(text)?;
+    if document.is_object() { Ok(document) } else { Err("is no document".to_owned()) }
+}
+
+fn parse(text: &str) -> Result<Value, String> {
+    let node = crate::yaml::parse(text, 1).map_err(|problem| format!("line {}: {}", problem.line, problem.reason))?;
+    Ok(node.to_json())
+}
+
+/// The name of a document, whether it is right or not.
+pub(super) fn name_of(document: &Value) -> Option<ResourceName> {
+    let kind = Kind::of(field(document, "apiVersion"), field(document, "kind")).ok()?;
+    let metadata = document.get("metadata")?;
+    ResourceName::new(kind, field(metadata, "name"), Some(field(metadata, "namespace"))).ok()
+}
+
+fn field<'v>(document: &'v Value, name: &str) -> &'v str {
+    document.get(name).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The same document, saying which version it is, for whoever changes it and applies it again.
+pub fn versioned(document: &Value, version: &str) -> Value {
+    let mut document = document.clone();
+    if let Some(metadata) = document.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.insert("resourceVersion".to_owned(), json!(version));
+    }
+    document
+}
+
+/// As YAML, ending in a line's end.
+pub fn yaml(document: &Value) -> String {
+    // A tree of JSON is YAML in any case.
+    let text = serde_saphyr::to_string(document).unwrap_or_else(|_| document.to_string());
+    text.trim_end().to_owned() + "\n"
+}
+
+#[cfg(test)]
+#[path = "manifest_tests.rs"]
+mod tests;

@@ -1,0 +1,380 @@
+//! `meshd get`, `apply` and `delete` with real backends: what is applied is reachable, nobody's change is lost, what may not be
+//! is named.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use meshd_tests::consul::Consul;
+use meshd_tests::daemon::UID;
+use meshd_tests::etcd::Etcd;
+use meshd_tests::host::Host;
+use meshd_tests::kubernetes::{Cluster, ISSUER};
+use meshd_tests::lab::Lab;
+use meshd_tests::mesh::Mesh;
+use meshd_tests::plan::Plan;
+use meshd_tests::process::Finished;
+use meshd_tests::wait::until;
+use serde_json::{Value, json};
+
+use crate::DEADLINE;
+
+const DEPLOY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes");
+const MESH_SYSTEM: &str = "meshd-system";
+
+/// A backend that the daemon may read, and somebody else may write.
+struct Backend {
+    name: &'static str,
+    /// Its `[[source]]`.
+    source: String,
+    /// What shows the writer on the command line.
+    writer: Vec<String>,
+    server: Server,
+}
+
+/// Runs as long as it is here.
+enum Server {
+    Etcd(#[expect(dead_code, reason = "kept running")] Etcd),
+    Consul(#[expect(dead_code, reason = "kept running")] Consul),
+    Kubernetes(Cluster),
+}
+
+fn etcd(host: &Host) -> Result<Backend> {
+    let etcd = Etcd::start(host, 1)?;
+    let (cert, key) = etcd.add_user("reader", "/meshd-discovery/")?;
+    let only_reads = [
+        ["role", "revoke-permission", "reader", "--prefix=true", "/meshd-discovery/"].as_slice(),
+        ["role", "grant-permission", "reader", "read", "--prefix=true", "/meshd-discovery/"].as_slice(),
+    ];
+    for change in only_reads {
+        etcd.ctl("root", change)?.expect_success("a right to read alone")?;
+    }
+    let (writer, writer_key) = etcd.add_user("writer", "/meshd-discovery/")?;
+    for file in [&cert, &key, &etcd.authority()] {
+        chown(file, Some(UID), Some(UID))?;
+    }
+    let source = format!(
+        "[[source]]\nkind = \"etcd\"\nendpoints = {:?}\nauthority = [\"shop\"]\nca = {:?}\ncert = {cert:?}\nkey = {key:?}\n",
+        etcd.endpoints(),
+        etcd.authority(),
+    );
+    let writer = ["--cert", &shown(&writer), "--key", &shown(&writer_key)].map(str::to_owned).to_vec();
+    Ok(Backend { name: "etcd", source, writer, server: Server::Etcd(etcd) })
+}
+
+fn consul(host: &Host) -> Result<Backend> {
+    let consul = Consul::start(host)?;
+    let rules = |policy: &str| {
+        format!(
+            "service_prefix \"\" {{ policy = \"read\" }} node_prefix \"\" {{ policy = \"read\" }} key_prefix \
+             \"meshd-discovery/v1/\" {{ policy = \"{policy}\" }}"
+        )
+    };
+    let token = |name: &str, policy: &str| -> Result<PathBuf> {
+        let file = host.directory().join(format!("consul.{name}"));
+        fs::write(&file, consul.token(name, &rules(policy))?)?;
+        chown(&file, Some(UID), Some(UID))?;
+        Ok(file)
+    };
+    chown(consul.authority(), Some(UID), Some(UID))?;
+    let source = format!(
+        "[[source]]\nkind = \"consul\"\naddress = {:?}\nca = {:?}\ntoken_file = {:?}\nauthority = [\"shop\"]\n",
+        consul.url(),
+        consul.authority(),
+        token("reader", "read")?,
+    );
+    let writer = vec!["--token-file".to_owned(), shown(&token("writer", "write")?)];
+    Ok(Backend { name: "consul", source, writer, server: Server::Consul(consul) })
+}
+
+fn kubernetes(host: &Host) -> Result<Backend> {
+    let cluster = Cluster::start(host)?;
+    for file in ["reader.yaml", "editor.yaml"] {
+        cluster.apply(&Path::new(DEPLOY).join(file))?;
+    }
+    teach(&cluster)?;
+    cluster.create("/api/v1/namespaces", &json!({ "metadata": { "name": "shop" } }))?;
+    let accounts = format!("/api/v1/namespaces/{MESH_SYSTEM}/serviceaccounts");
+    cluster.create(&accounts, &json!({ "metadata": { "name": "editor" } }))?;
+    let binding = json!({
+        "metadata": { "name": "editor" },
+        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "meshd-editor" },
+        "subjects": [{ "kind": "ServiceAccount", "name": "editor", "namespace": MESH_SYSTEM }],
+    });
+    cluster.create("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", &binding)?;
+    let kubeconfig = |account: &str| -> Result<PathBuf> {
+        let file = host.directory().join(format!("kubeconfig.{account}"));
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "it",
+            "clusters": [{ "name": "it", "cluster": {
+                "server": cluster.url(), "certificate-authority": cluster.authority() } }],
+            "users": [{ "name": "it", "user": { "token": cluster.token((MESH_SYSTEM, account), ISSUER, None)? } }],
+            "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "it" } }],
+        });
+        fs::write(&file, config.to_string())?;
+        chown(&file, Some(UID), Some(UID))?;
+        Ok(file)
+    };
+    chown(cluster.authority(), Some(UID), Some(UID))?;
+    let source = format!(
+        "[[source]]\nkind = \"kubernetes\"\nkubeconfig = {:?}\nauthority = [\"shop\"]\n",
+        kubeconfig("meshd-reader")?
+    );
+    let writer = vec!["--kubeconfig".to_owned(), shown(&kubeconfig("editor")?)];
+    Ok(Backend { name: "kubernetes", source, writer, server: Server::Kubernetes(cluster) })
+}
+
+/// Our kinds, and waits until the server knows them.
+fn teach(cluster: &Cluster) -> Result<()> {
+    let open = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+    let schema = json!({ "type": "object", "properties": { "spec": open } });
+    let definition = json!({
+        "metadata": { "name": "meshservices.meshd.dev" },
+        "spec": {
+            "group": "meshd.dev", "scope": "Namespaced",
+            "names": { "plural": "meshservices", "singular": "meshservice", "kind": "MeshService", "shortNames": ["msvc"] },
+            "versions": [{ "name": "v1alpha1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
+        },
+    });
+    cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition)?;
+    until(DEADLINE, "the kind is served", || cluster.get("/apis/meshd.dev/v1alpha1/meshservices").is_ok())
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A mesh whose web knows services from these backends alone.
+struct Bed {
+    mesh: Mesh,
+    backends: Vec<Backend>,
+}
+
+impl Bed {
+    fn make(backends: &[fn(&Host) -> Result<Backend>]) -> Result<Self> {
+        let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
+        let mut mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
+        let backends = backends.iter().map(|start| start(&lab.host("store"))).collect::<Result<Vec<_>>>()?;
+        let config = mesh.daemon("web").config();
+        let text = fs::read_to_string(&config)?;
+        let (before, _) = text.split_once("[[source]]").context("no source in meshd.toml")?;
+        let sources: String = backends.iter().map(|backend| backend.source.clone()).collect();
+        fs::write(&config, format!("{before}{sources}"))?;
+        mesh.start_pki()?;
+        mesh.join_all()?;
+        mesh.start_all()?;
+        Ok(Self { mesh, backends })
+    }
+
+    /// `payments` at these hosts, with nothing on the lines that a test names.
+    fn payments(&self, hosts: &[&str]) -> String {
+        let mut text = String::from(
+            "apiVersion: meshd.dev/v1alpha1\nkind: MeshService\nmetadata:\n  name: payments\n  namespace: shop\nspec:\n  ports:\n    \
+             - port: 80   # the shop's\n  endpoints:\n",
+        );
+        for host in hosts {
+            text += &format!("    - address: {}\n", self.mesh.host(host).address());
+        }
+        text
+    }
+
+    fn file(&self, name: &str, text: &str) -> Result<String> {
+        let path = self.mesh.host("store").directory().join(name);
+        fs::write(&path, text)?;
+        Ok(shown(&path))
+    }
+
+    /// A verb with what shows the writer of a backend.
+    fn run(&self, backend: &Backend, verb: &[&str]) -> Result<Finished> {
+        let mut words = verb.to_vec();
+        words.extend(["--source", backend.name]);
+        words.extend(backend.writer.iter().map(String::as_str));
+        self.mesh.daemon("web").run(&words)
+    }
+
+    fn says(&self, backend: &Backend, verb: &[&str], expected: &str) -> Result<String> {
+        let said = self.run(backend, verb)?.expect_success(&format!("meshd {}", verb.join(" ")))?;
+        ensure!(said.contains(expected), "no `{expected}` in:\n{said}");
+        Ok(said)
+    }
+
+    fn refuses(&self, backend: &Backend, verb: &[&str], expected: &str) -> Result<()> {
+        refused(&self.run(backend, verb)?, expected)
+    }
+
+    fn applies(&self, backend: &Backend, text: &str, expected: &str) -> Result<String> {
+        self.says(backend, &["apply", "-f", &self.file("payments.yaml", text)?], expected)
+    }
+
+    /// What a backend has, with the rest of what `get` says of it.
+    fn get(&self, backend: &Backend, name: &str) -> Result<Value> {
+        let rows = self.says(backend, &["get", "msvc", name, "-o", "json"], "[")?;
+        Ok(serde_json::from_str::<Value>(&rows)?[0].take())
+    }
+
+    /// Waits until that host answers.
+    fn answers(&self, host: &str) -> Result<()> {
+        let web = self.mesh.daemon("web");
+        let asks = || self.mesh.curl("web", "checkout", &["-sS", "--max-time", "5", "http://payments.shop.mesh/"]);
+        until(DEADLINE, &format!("an answer of {host}"), || asks().is_ok_and(|done| done.stdout.contains(host)))
+            .with_context(|| format!("{:?} {:?}", asks(), web.json("status").map(|status| status["sources"].clone())))
+    }
+
+    fn endpoints(&self, service: &str) -> Result<Vec<Value>> {
+        let rows = self.mesh.daemon("web").json("endpoints")?;
+        let rows = rows.as_array().context("no rows")?.iter();
+        Ok(rows.filter(|row| row["service"] == service).cloned().collect())
+    }
+
+    fn waits_for(&self, what: &str, service: &str, holds: impl Fn(&[Value]) -> bool) -> Result<()> {
+        until(DEADLINE, what, || self.endpoints(service).is_ok_and(|rows| holds(&rows)))
+            .with_context(|| format!("{:?}", self.endpoints(service)))
+    }
+}
+
+fn refused(finished: &Finished, expected: &str) -> Result<()> {
+    ensure!(finished.exit_code() == Some(1), "{finished:?}");
+    ensure!(finished.stderr.contains(expected), "no `{expected}` in:\n{}", finished.stderr);
+    Ok(())
+}
+
+/// Another service with so many places that losing `payments` loses less than half.
+fn stock() -> String {
+    let places: String = (1..=8).map(|n| format!("    - address: 10.99.0.{n}\n")).collect();
+    format!(
+        "apiVersion: meshd.dev/v1alpha1\nkind: MeshService\nmetadata: {{ name: stock, namespace: shop }}\nspec:\n  ports:\n    \
+         - port: 80\n  endpoints:\n{places}"
+    )
+}
+
+/// From nothing to nothing again.
+fn lives_and_dies(bed: &Bed) -> Result<()> {
+    let backend = &bed.backends[0];
+    let payments = bed.payments(&["api-1"]);
+    let file = bed.file("payments.yaml", &payments)?;
+    bed.says(backend, &["apply", "-f", &file, "--dry-run"], "created in")?;
+    bed.refuses(backend, &["get", "msvc", "payments.shop"], "there is no meshservice/payments.shop")?;
+    let wrong = bed.file("wrong.yaml", &payments.replace("port: 80", "port: eighty"))?;
+    bed.refuses(backend, &["apply", "-f", &file, &wrong], "wrong.yaml:8: spec.ports[0].port: ")?;
+    bed.refuses(backend, &["get", "msvc", "payments.shop"], "there is no meshservice/payments.shop")?;
+    // With what the daemon itself has.
+    refused(&bed.mesh.daemon("web").run(&["apply", "-f", &file])?, "denied: ")?;
+
+    bed.applies(backend, &stock(), "meshservice/stock.shop created")?;
+    bed.applies(backend, &payments, "meshservice/payments.shop created")?;
+    bed.answers("api-1")?;
+    bed.applies(backend, &payments, "unchanged")?;
+    let read =
+        bed.says(backend, &["get", "meshservices", "payments", "-n", "shop", "-o", "yaml"], "resourceVersion: ")?;
+    bed.applies(backend, &bed.payments(&["api-2"]), "changed")?;
+    bed.answers("api-2")?;
+    let edited = bed.file("edited.yaml", &read.replace("port: 80", "port: 80\n    protocol: http"))?;
+    bed.refuses(backend, &["apply", "-f", &edited], "conflict: meshservice/payments.shop was changed meanwhile by ")?;
+    bed.refuses(backend, &["delete", "-f", &edited], "conflict: ")?;
+    bed.says(backend, &["apply", "-f", &edited, "--force"], "changed")?;
+    bed.answers("api-1")?;
+
+    bed.says(backend, &["delete", "msvc", "payments.shop"], "meshservice/payments.shop deleted")?;
+    bed.waits_for("it is gone, as more than half is left", "payments.shop", <[Value]>::is_empty)?;
+    bed.refuses(backend, &["delete", "msvc", "payments.shop"], "not there: ")?;
+    // Nothing at all is doubted for a minute, unless somebody says that it is meant.
+    bed.says(backend, &["delete", "msvc", "stock.shop"], "meshservice/stock.shop deleted")?;
+    bed.waits_for("its places are doubted to be gone", "stock.shop", |rows| {
+        rows.len() == 8 && rows.iter().all(|row| row["stale"] == true)
+    })?;
+    bed.mesh.daemon("web").run(&["endpoints", "--accept", backend.name])?.expect_success("the loss is accepted")?;
+    ensure!(bed.endpoints("stock.shop")?.is_empty(), "{:?}", bed.endpoints("stock.shop"));
+    Ok(())
+}
+
+/// Two at a time, each making its change of what it read, and once more of what it reads then where it comes too late.
+fn no_change_is_lost(bed: &Bed) -> Result<()> {
+    const WRITERS: usize = 2;
+    const CHANGES: usize = 4;
+    let backend = &bed.backends[0];
+    bed.applies(backend, &bed.payments(&["api-1"]), "created")?;
+    let change = |writer: usize| -> Result<()> {
+        let mut done = 0;
+        while done < CHANGES {
+            let mut document = bed.get(backend, "payments.shop")?["document"].take();
+            let place = &mut document["spec"]["endpoints"][0];
+            place["weight"] = (place["weight"].as_u64().unwrap_or(100) + 1).into();
+            let file = bed.file(&format!("writer-{writer}.json"), &document.to_string())?;
+            let applied = bed.run(backend, &["apply", "-f", &file])?;
+            match applied.success() {
+                true => done += 1,
+                false => refused(&applied, "conflict: ")?,
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..WRITERS).map(|writer| scope.spawn(move || change(writer))).collect();
+        let join = |writer: std::thread::ScopedJoinHandle<'_, Result<()>>| writer.join().expect("a writer panicked");
+        writers.into_iter().try_for_each(join)
+    })?;
+    let weight = bed.get(backend, "payments.shop")?["document"]["spec"]["endpoints"][0]["weight"].clone();
+    ensure!(weight == 100 + WRITERS * CHANGES, "a change was lost: {weight}");
+    Ok(())
+}
+
+#[test]
+fn a_document_applied_to_etcd_is_reachable_until_it_is_deleted_and_no_change_is_lost() -> Result<()> {
+    let bed = Bed::make(&[etcd])?;
+    lives_and_dies(&bed)?;
+    no_change_is_lost(&bed)
+}
+
+#[test]
+fn a_document_applied_to_consul_is_reachable_until_it_is_deleted_and_no_change_is_lost() -> Result<()> {
+    let bed = Bed::make(&[consul])?;
+    lives_and_dies(&bed)?;
+    no_change_is_lost(&bed)
+}
+
+#[test]
+fn a_document_applied_to_kubernetes_is_reachable_until_it_is_deleted_and_no_change_is_lost() -> Result<()> {
+    let bed = Bed::make(&[kubernetes])?;
+    lives_and_dies(&bed)?;
+    no_change_is_lost(&bed)
+}
+
+#[test]
+fn all_backends_show_the_same_and_whom_a_field_belongs_to_is_said() -> Result<()> {
+    let bed = Bed::make(&[etcd, consul, kubernetes])?;
+    let payments = bed.payments(&["api-1", "api-2"]);
+    let file = bed.file("payments.yaml", &payments)?;
+    let which = bed.mesh.daemon("web").run(&["apply", "-f", &file])?;
+    refused(&which, "say --source with one of `etcd`, `consul`, `kubernetes`")?;
+    for backend in &bed.backends {
+        bed.applies(backend, &payments, "created")?;
+    }
+    let rows = bed.mesh.daemon("web").run(&["get", "msvc", "-n", "shop", "-o", "json"])?;
+    // What may be watched may be listed: the daemon's own credentials are enough.
+    let rows: Vec<Value> = serde_json::from_str(&rows.expect_success("meshd get of all")?)?;
+    let documents: Vec<Value> = rows.iter().map(|row| without_version(&row["document"])).collect();
+    ensure!(rows.len() == 3 && documents.windows(2).all(|two| two[0] == two[1]), "{rows:#?}");
+    ensure!(documents[0]["spec"]["endpoints"].as_array().is_some_and(|places| places.len() == 2), "{documents:?}");
+
+    let Some(Server::Kubernetes(cluster)) = bed.backends.last().map(|backend| &backend.server) else {
+        anyhow::bail!("no cluster")
+    };
+    // Somebody who goes by curl.
+    let path = "/apis/meshd.dev/v1alpha1/namespaces/shop/meshservices/payments";
+    cluster.change("PATCH", path, &json!({ "spec": { "ports": [{ "port": 81 }] } }))?;
+    let backend = &bed.backends[2];
+    let edited = bed.file("edited.yaml", &payments.replace("port: 80", "port: 82"))?;
+    bed.refuses(backend, &["apply", "-f", &edited], "conflict with `curl`")?;
+    bed.says(backend, &["apply", "-f", &edited, "--force"], "changed in kubernetes, over what curl ")?;
+    Ok(())
+}
+
+fn without_version(document: &Value) -> Value {
+    let mut document = document.clone();
+    if let Some(metadata) = document["metadata"].as_object_mut() {
+        metadata.remove("resourceVersion");
+    }
+    document
+}
