@@ -14,6 +14,7 @@ mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
 mod registers_in_kubernetes;
+mod scale;
 
 use std::fs;
 use std::os::unix::fs::chown;

@@ -9,6 +9,8 @@ use crate::stored::MOST_BYTES;
 
 /// The first line of what `meshd apply` wrote where a backend keeps text.
 const SIGNED: &str = "# meshd apply: ";
+/// What `meshd get` adds for the reader.
+pub const NOTED: &str = "# meshd get: ";
 
 /// A document that hosts would take.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,14 +77,15 @@ fn read_one(origin: &str, line: u64, chunk: &str, trust_domain: &TrustDomain) ->
     Ok(Manifest { resource, origin: format!("{origin}:{}", found.line), based_on, document, text })
 }
 
-/// Without the marker of a document's begin, and what an earlier writer signed.
+/// Without the marker of a document's begin, and what meshd added earlier.
 fn plain(chunk: &str) -> String {
-    let kept = chunk.lines().filter(|line| !line.starts_with("---") && !line.starts_with(SIGNED));
+    let added = |line: &&str| ["---", SIGNED, NOTED].iter().any(|start| line.starts_with(start));
+    let kept = chunk.lines().filter(|line| !added(line));
     let text = kept.collect::<Vec<_>>().join("\n");
     text.trim_matches('\n').to_owned() + "\n"
 }
 
-/// What `get` adds, taken out: the line it stands on, so that everything else stays as it is.
+/// What `get` adds, taken out; the line it stands on stays for now, so that problems are told with those of the file.
 fn without_version(chunk: &str) -> (String, Option<String>) {
     let unversioned = || (chunk.to_owned(), None);
     let Ok(mut document) = parse(chunk) else { return unversioned() };
@@ -90,7 +93,7 @@ fn without_version(chunk: &str) -> (String, Option<String>) {
     let Some(version) = removed.and_then(|metadata| metadata.remove("resourceVersion")) else { return unversioned() };
     let version = version.as_str().map_or(version.to_string(), str::to_owned);
     let is_it = |line: &&str| line.trim_start().starts_with("resourceVersion:");
-    let lines = chunk.lines().map(|line| if is_it(&line) { "" } else { line });
+    let lines = chunk.lines().map(|line| if is_it(&line) { NOTED } else { line });
     let blanked = lines.collect::<Vec<_>>().join("\n") + "\n";
     let text = if parse(&blanked).as_ref() == Ok(&document) { blanked } else { yaml(&document) };
     (text, Some(version))

@@ -22,12 +22,12 @@ fn one(text: &str) -> Manifest {
 
 #[test]
 fn what_get_showed_is_taken_with_its_version_and_everything_people_wrote_stays() {
-    let manifest = one(&format!("# meshd apply: root@web\n{PAYMENTS}"));
+    let manifest = one(&format!("# meshd apply: root@web\n# meshd get: etcd\n{PAYMENTS}"));
     assert_eq!(manifest.based_on.as_deref(), Some("17"));
     assert_eq!(manifest.resource.to_string(), "meshservice/payments.shop");
     let signed = manifest.signed(&By::new("root@api\n2026"));
     assert!(signed.starts_with("# meshd apply: root@api\\n2026\napiVersion: "), "{signed}");
-    assert!(signed.contains("# what customers pay with") && !signed.contains("resourceVersion"), "{signed}");
+    assert!(signed.contains("# what customers pay with\n  namespace: shop\nspec:"), "{signed}");
     let (by, document) = stored(&signed);
     assert_eq!((by.as_deref(), document), (Some("root@api\\\\n2026"), Ok(manifest.document)));
 }

@@ -22,7 +22,7 @@ use serde_json::Value;
 pub use apply::{Applying, Outcome, apply, delete};
 pub use error::StoreError;
 pub use kind::{KINDS, Kind, ResourceName};
-pub use manifest::{Manifest, read, versioned, yaml};
+pub use manifest::{Manifest, NOTED, read, versioned, yaml};
 
 pub(crate) use files::FilesStore;
 pub(crate) use kind::Keys;

@@ -28,12 +28,46 @@ pub(crate) enum Shown {
     Json,
 }
 
+const GET_HELP: &str = "\
+Without --source all sources of meshd.toml are asked. `-o yaml` is what `apply` takes, with the version it was read at \
+(metadata.resourceVersion): applied again after somebody else changed the document, it is refused.
+
+Examples:
+  meshd get meshservices -n shop
+  meshd get msvc payments.shop --source etcd -o yaml > payments.yaml
+
+Exit codes: 0; 1 where there is no such document, or a source did not answer; 2 for a wrong command line.";
+
+const APPLY_HELP: &str = "\
+Documents are read as hosts read them; if hosts would refuse one, with its file, line and field, none is written. Each is \
+written by itself, over the version that was there when it was looked at: what somebody else changed meanwhile is a \
+conflict, and says by whom. --source may be left out where one source has authority for the namespace.
+
+Examples:
+  meshd apply -f payments.yaml --dry-run
+  meshd apply -f resources/ --source consul --token-file /root/consul.token
+  meshd get msvc payments.shop -o yaml | sed 's/weight: 100/weight: 50/' | meshd apply -f -
+
+Exit codes: 0 if all are written, or were so already; 1 if any is not; 2 for a wrong command line.";
+
+const DELETE_HELP: &str = "\
+Hosts believe a deletion at once as long as more than half of what the source says stays; otherwise after a minute, or with \
+`meshd endpoints --accept SOURCE` on the host.
+
+Examples:
+  meshd delete msvc payments -n shop
+  meshd delete -f payments.yaml --source kubernetes --kubeconfig ~/.kube/config
+
+Exit codes: 0; 1 where it was not there, or not deleted; 2 for a wrong command line.";
+
 #[derive(clap::Args)]
+#[command(after_help = GET_HELP)]
 pub(crate) struct GetArgs {
     /// As kubectl knows it: MeshService, meshservices, msvc.
     kind: String,
     /// `payments.shop`, or `payments` with --namespace. All of them if left out.
     name: Option<String>,
+    /// Only those of this namespace.
     #[arg(short, long)]
     namespace: Option<String>,
     /// Of all namespaces, which is so without --namespace, too.
@@ -46,6 +80,7 @@ pub(crate) struct GetArgs {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = APPLY_HELP)]
 pub(crate) struct ApplyArgs {
     /// A file of YAML documents, a directory of such, or - for what comes in.
     #[arg(short, long = "filename", value_name = "FILE", required = true, num_args = 1..)]
@@ -60,11 +95,15 @@ pub(crate) struct ApplyArgs {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = DELETE_HELP)]
 pub(crate) struct DeleteArgs {
+    /// As kubectl knows it: MeshService, meshservices, msvc.
     #[arg(required_unless_present = "file")]
     kind: Option<String>,
+    /// `payments.shop`, or `payments` with --namespace.
     #[arg(required_unless_present = "file")]
     name: Option<String>,
+    /// That the name is of.
     #[arg(short, long)]
     namespace: Option<String>,
     /// What these documents name, instead of kind and name.
@@ -101,6 +140,7 @@ struct Access {
     /// A client certificate (etcd, Consul).
     #[arg(long, value_name = "FILE", requires = "key", help_heading = "Credentials")]
     cert: Option<PathBuf>,
+    /// Its private key.
     #[arg(long, value_name = "FILE", requires = "cert", help_heading = "Credentials")]
     key: Option<PathBuf>,
     /// The SecretID of a token, alone in a file (Consul).
@@ -109,6 +149,7 @@ struct Access {
     /// A user of etcd.
     #[arg(long, value_name = "NAME", requires = "password_file", help_heading = "Credentials")]
     username: Option<String>,
+    /// The password of that user, alone in a file.
     #[arg(long, value_name = "FILE", requires = "username", help_heading = "Credentials")]
     password_file: Option<PathBuf>,
     /// Where a cluster is, and who we are there (Kubernetes).
@@ -369,7 +410,9 @@ impl How {
 fn by() -> anyhow::Result<By> {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let user = ["SUDO_USER", "USER", "LOGNAME"].into_iter().find_map(variable);
-    let user = user.unwrap_or_else(|| format!("uid {}", nix::unistd::getuid()));
+    let uid = nix::unistd::getuid();
+    let known = || nix::unistd::User::from_uid(uid).ok().flatten().map(|user| user.name);
+    let user = user.or_else(known).unwrap_or_else(|| format!("uid {uid}"));
     let host = nix::unistd::gethostname()?;
     let now = OffsetDateTime::now_utc().replace_nanosecond(0)?.format(&Rfc3339)?;
     Ok(By::new(&format!("{user}@{} {now}", host.to_string_lossy())))

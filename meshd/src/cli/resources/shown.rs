@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use meshd_discovery::write::{Stored, versioned, yaml};
+use meshd_discovery::write::{NOTED, Stored, versioned, yaml};
 use serde_json::{Value, json};
 
 use super::{Found, Shown};
@@ -19,10 +19,10 @@ pub(super) fn show(found: &[Found], output: Shown) -> anyhow::Result<String> {
 fn document(found: &Found) -> String {
     let Found { source, stored } = found;
     let by = stored.by.as_ref().map_or(String::new(), |by| format!(", by {by}"));
-    let head = format!("# {source}: {}{by}\n", stored.origin);
+    let head = format!("{NOTED}{source}: {}{by}\n", stored.origin);
     match &stored.document {
         Ok(document) => head + &yaml(&versioned(document, &stored.version)),
-        Err(reason) => format!("{head}# not shown: {reason}\n"),
+        Err(reason) => format!("{head}# it cannot be read: {reason}\n"),
     }
 }
 
@@ -100,8 +100,11 @@ mod tests {
         assert!(table.contains("shop       payments  80/http,81 at 1 endpoint"), "{table}");
         assert!(table.contains("cannot be read: line 1: x"), "{table}");
         let text = show(&all, Shown::Yaml).unwrap();
-        assert!(text.starts_with("# files: a.yaml:1, by root@web\napiVersion: "), "{text}");
-        assert!(text.contains("resourceVersion: \"7\"") && text.contains("\n---\n# files: a.yaml:1"), "{text}");
+        assert!(text.starts_with("# meshd get: files: a.yaml:1, by root@web\napiVersion: "), "{text}");
+        assert!(
+            text.contains("resourceVersion: \"7\"") && text.contains("\n---\n# meshd get: files: a.yaml:1"),
+            "{text}"
+        );
         let rows: Value = serde_json::from_str(&show(&all, Shown::Json).unwrap()).unwrap();
         assert_eq!(rows[0]["document"]["metadata"]["resourceVersion"], "7");
         assert_eq!((rows[1]["problem"].as_str(), &rows[1]["document"]), (Some("line 1: x"), &Value::Null));
