@@ -279,7 +279,8 @@ impl Follower {
 
     /// Under a key of its own, wherever a slice is kept by one.
     async fn tell_trouble_with_leases(&mut self, trouble: Option<String>) {
-        if self.leases.trouble == trouble {
+        // A list of the scope takes it away; each attempt says it again.
+        if trouble.is_none() && self.leases.trouble.is_none() {
             return;
         }
         self.leases.trouble.clone_from(&trouble);

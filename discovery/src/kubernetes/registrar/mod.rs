@@ -356,7 +356,16 @@ impl Registrar for KubernetesRegistrar {
                 Over::Version(version) => version,
             };
             let slice = written::slice(key, said, &names, keeper, Some(version).filter(|version| *version > 0));
-            let Some(written) = self.put(&At::slice(key), &slice).await? else { return Ok(None) };
+            let at = At::slice(key);
+            let written = match self.put(&at, &slice).await {
+                // The host has an address of the other family now, and that of a slice cannot change: it is written anew.
+                Err(Error::Refused { status: 422, .. }) if version > 0 => {
+                    self.delete(&at, &version.to_string()).await?;
+                    None
+                }
+                written => written?,
+            };
+            let Some(written) = written else { return Ok(None) };
             if let Some(lease) = self.leases.lock().await.get_mut(&key.instance) {
                 lease.users.insert(key.clone());
             }
