@@ -218,19 +218,19 @@ fn a_program_says_whether_a_host_is_well_and_what_it_said_is_shown() -> Result<(
     let bed = Bed::make()?;
     let daemon = bed.mesh.daemon("api-1");
     let marker = daemon.etc("well");
-    fs::write(&marker, "")?;
     let text = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
     let exec = format!("exec = [\"/bin/ls\", {:?}]", marker.display().to_string());
     daemon.enrol(&text.replace("http = \"/healthz\"", &exec))?;
     daemon.signal(Signal::SIGHUP)?;
+    let says = |what: &str| daemon.run(&["status"]).is_ok_and(|status| status.stdout.contains(what));
+    let failed = "payments.shop is unhealthy here: its check fails: exit status: 2";
+    until(DEADLINE, "the reason in meshd status", || says(failed) && says("No such file or directory"))?;
+    fs::write(&marker, "")?;
     bed.is_registered("api-1")?;
     fs::remove_file(&marker)?;
     until(DEADLINE, "it to be registered as unhealthy", || {
         bed.registered("api-1").is_some_and(|it| it["health"] == "unhealthy")
     })?;
-    let status = daemon.run(&["status"])?.stdout;
-    ensure!(status.contains("payments.shop is unhealthy here: its check fails: exit status: 2"), "{status}");
-    ensure!(status.contains("No such file or directory"), "{status}");
     bed.is_used_by_web("api-1", false)?;
     fs::write(&marker, "")?;
     bed.is_registered("api-1")?;

@@ -15,6 +15,7 @@ use super::leases::{Keeper, Leases};
 use super::objects::{Event, Kind, Object};
 use super::read::Reader;
 use super::remote::{Remote, Watch};
+use super::resources::Life;
 use crate::backoff::Backoff;
 use crate::resync::Resync;
 use crate::{Change, Epoch, Refused, Scope, ServiceName, Sink, SourceEvent, Wanted};
@@ -33,12 +34,14 @@ const INBOX: usize = 256;
 /// In this order: the selector of a Service says which pods, and pods of a slice that are known need not be waited for.
 const KINDS: [Kind; 4] = [Kind::Service, Kind::Slice, Kind::Pod, Kind::Mesh];
 
+/// `told`: where those who follow other kinds hear of the server.
 pub(super) async fn run<R: Remote>(
     mut remote: R,
     reader: Reader,
     leases: Leases,
     mut wanted: watch::Receiver<Wanted>,
     sink: Sink,
+    told: watch::Sender<Life>,
 ) {
     let mut follower = Follower {
         reader,
@@ -49,6 +52,7 @@ pub(super) async fn run<R: Remote>(
         areas_went: false,
         watches: 0,
         resync: Resync::default(),
+        told,
     };
     // What an earlier life of this daemon knew beyond that is wanted no more.
     let begun_with = wanted.borrow().clone();
@@ -61,6 +65,7 @@ pub(super) async fn run<R: Remote>(
         follower.areas.values_mut().for_each(Area::end_watches);
         follower.leases.begin_anew(Instant::now());
         remote.leave();
+        follower.told.send_modify(|life| life.connection += 1);
         sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
     }
 }
@@ -77,6 +82,7 @@ struct Follower {
     /// How many were begun.
     watches: u64,
     resync: Resync,
+    told: watch::Sender<Life>,
 }
 
 /// Which watch says something.
@@ -189,6 +195,11 @@ impl Follower {
             self.areas.values_mut().for_each(Area::forget_positions);
             self.leases.begin_anew(Instant::now());
         }
+        self.told.send_if_modified(|life| {
+            let changed = life.epoch != now;
+            life.epoch.clone_from(&now);
+            changed
+        });
         self.life = now;
     }
 

@@ -160,6 +160,7 @@ fn start(wanted: Wanted, server: Fake) -> Running {
         Leases::new("meshd-system".to_owned()),
         wanted.subscribe(),
         Sink::new(0, send),
+        watch::Sender::default(),
     ));
     Running { started_with, server, wanted, events, _task: task }
 }

@@ -29,6 +29,7 @@ mod objects;
 mod read;
 mod registrar;
 mod remote;
+mod resources;
 #[cfg(test)]
 mod samples;
 mod settings;
@@ -42,12 +43,14 @@ use tokio::sync::watch;
 pub use settings::Settings as KubernetesSettings;
 
 use crate::name::check_label;
+use crate::resources::Kind;
 use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
 use client::Client;
 use leases::Leases;
 use read::Reader;
 use registrar::KubernetesRegistrar;
 use remote::ApiServer;
+use resources::Followed;
 use store::KubernetesStore;
 
 pub struct KubernetesSource {
@@ -56,6 +59,8 @@ pub struct KubernetesSource {
     /// Where hosts that register have their Leases.
     namespace: String,
     authority: Namespaces,
+    /// Kinds of routes and policies that are to be read.
+    kinds: Vec<Kind>,
     trust_domain: TrustDomain,
 }
 
@@ -66,13 +71,14 @@ impl KubernetesSource {
         settings: KubernetesSettings,
         namespace: Option<&str>,
         authority: Namespaces,
+        kinds: Vec<Kind>,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
         let namespace = namespace.unwrap_or(SYSTEM_NAMESPACE);
         check_label("namespace", namespace).map_err(|error| error.to_string())?;
         let (name, namespace) = (name.to_owned(), namespace.to_owned());
-        Ok(KubernetesSource { name, settings, namespace, authority, trust_domain })
+        Ok(KubernetesSource { name, settings, namespace, authority, kinds, trust_domain })
     }
 
     /// Registers over connections of its own: a list that takes long must not cost a host its Lease.
@@ -102,6 +108,23 @@ impl Source for KubernetesSource {
             dead: BTreeSet::new(),
         };
         let remote = ApiServer(Client::new(self.settings.clone()));
-        Box::pin(follow::run(remote, reader, Leases::new(self.namespace.clone()), wanted, sink))
+        let life = watch::Sender::default();
+        let followed = Followed {
+            kinds: self.kinds.clone(),
+            trust_domain: self.trust_domain.clone(),
+            wanted: wanted.clone(),
+            life: life.subscribe(),
+            sink: sink.clone(),
+        };
+        let settings = self.settings.clone();
+        let resources = resources::run(move || Client::new(settings.clone()), followed);
+        let services = follow::run(remote, reader, Leases::new(self.namespace.clone()), wanted, sink, life);
+        // Neither ends, except by a defect; both are then begun anew.
+        Box::pin(async move {
+            tokio::select! {
+                () = services => {}
+                () = resources => {}
+            }
+        })
     }
 }
