@@ -113,7 +113,7 @@ fn listen(reader: &mut PipeReader, said: &mut Vec<u8>) {
         said.extend(buffer[..length].iter().take(MOST_KEPT.saturating_sub(said.len())));
     } else if is_ready {
         // It closed what it prints to, and goes on.
-        std::thread::sleep(LOOK_EVERY);
+        let _ = poll(&mut [], timeout);
     }
 }
 
