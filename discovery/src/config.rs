@@ -315,20 +315,15 @@ impl SourceConfig {
     }
 }
 
-/// `imports` of meshd.toml: which services this host uses. `payments.shop`, `*.shop` for a namespace, `*` for all.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+/// `imports` of meshd.toml: which services this host uses. `payments.shop`, `*.shop` for a namespace, `*` for all; left out:
+/// what is looked up here.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(try_from = "Vec<String>")]
-pub struct Imports(Wanted);
+pub struct Imports(Option<Wanted>);
 
 impl Imports {
-    pub fn wanted(&self) -> &Wanted {
-        &self.0
-    }
-}
-
-impl Default for Imports {
-    fn default() -> Imports {
-        Imports(Wanted { everything: true, ..Wanted::default() })
+    pub fn declared(&self) -> Option<&Wanted> {
+        self.0.as_ref()
     }
 }
 
@@ -350,7 +345,7 @@ impl TryFrom<Vec<String>> for Imports {
                 wanted.services.insert(service);
             }
         }
-        Ok(Imports(wanted))
+        Ok(Imports(Some(wanted)))
     }
 }
 
@@ -467,9 +462,10 @@ mod tests {
         let imports =
             |patterns: &[&str]| Imports::try_from(patterns.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>());
         let some = imports(&["payments.shop", "*.billing"]).unwrap();
-        let covers = |name: &str| some.wanted().covers(&name.parse().unwrap());
+        let covers = |name: &str| some.declared().unwrap().covers(&name.parse().unwrap());
         assert!(covers("payments.shop") && covers("any.billing") && !covers("web.shop"));
-        assert!(imports(&["*"]).unwrap().wanted().everything && Imports::default().wanted().everything);
+        assert!(imports(&["*"]).unwrap().declared().unwrap().everything);
+        assert!(imports(&[]).unwrap().declared().is_some() && Imports::default().declared().is_none());
         for bad in ["shop", "*.Shop", "**"] {
             assert!(imports(&[bad]).unwrap_err().starts_with("imports: "), "{bad}");
         }

@@ -225,6 +225,10 @@ impl Follower {
         for (scope, told_as) in now {
             self.areas.insert(scope.clone(), Area::new(scope, told_as));
         }
+        let looked_up: BTreeSet<ServiceName> = wanted.looked_up.difference(&wanted.services).cloned().collect();
+        for area in self.areas.values_mut() {
+            area.looked_up.clone_from(&looked_up);
+        }
         if narrowed {
             self.sink.send(SourceEvent::Narrowed(wanted.clone())).await;
         }

@@ -62,6 +62,8 @@ pub(super) struct Area {
     pub(super) scope: Scope,
     /// What it is read for.
     pub(super) told_as: Vec<Scope>,
+    /// Of these, what is read as a pattern would read it.
+    pub(super) looked_up: BTreeSet<ServiceName>,
     /// To be listed, for the first time or again.
     pub(super) due: bool,
     /// Since when it may not be read, or not now.
@@ -88,6 +90,7 @@ impl Area {
         Area {
             scope,
             told_as,
+            looked_up: BTreeSet::new(),
             due: true,
             put_off: None,
             listed_at: None,
@@ -275,7 +278,8 @@ impl Area {
         let document = self.documents.get(name);
         let mut changes: Vec<Change> = document.into_iter().filter_map(|document| reader.document(document)).collect();
         let Some(service) = self.services.get(name) else { return changes };
-        let is_named = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
+        let is_alone = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
+        let is_named = is_alone && !self.looked_up.contains(name);
         let slices = self.slices.get(name).into_iter().flat_map(BTreeMap::values).collect();
         let known = read::Known { service, slices, pods: &self.pods, is_named, is_described: document.is_some() };
         changes.extend(reader.read(&known, self.learned.entry(name.clone()).or_default()));
