@@ -14,6 +14,7 @@ mod istio;
 mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
+mod registers_in_kubernetes;
 mod scale;
 mod several;
 
