@@ -262,8 +262,9 @@ fn lives_and_dies(bed: &Bed) -> Result<()> {
     // With what the daemon itself has.
     refused(&bed.mesh.daemon("web").run(&["apply", "-f", &file])?, "denied: ")?;
 
-    bed.applies(backend, &stock(), "meshservice/stock.shop created")?;
-    bed.applies(backend, &payments, "meshservice/payments.shop created")?;
+    let both = bed.file("both.yaml", &format!("{}---\n{payments}", stock()))?;
+    let made = bed.says(backend, &["apply", "-f", &both], "meshservice/stock.shop created")?;
+    ensure!(made.contains("meshservice/payments.shop created"), "{made}");
     bed.answers("api-1")?;
     bed.applies(backend, &payments, "unchanged")?;
     let read =
@@ -352,11 +353,14 @@ fn all_backends_show_the_same_and_whom_a_field_belongs_to_is_said() -> Result<()
         bed.applies(backend, &payments, "created")?;
     }
     let rows = bed.mesh.daemon("web").run(&["get", "msvc", "-n", "shop", "-o", "json"])?;
-    // What may be watched may be listed: the daemon's own credentials are enough.
+    // The daemon's own credentials are enough.
     let rows: Vec<Value> = serde_json::from_str(&rows.expect_success("meshd get of all")?)?;
     let documents: Vec<Value> = rows.iter().map(|row| without_version(&row["document"])).collect();
     ensure!(rows.len() == 3 && documents.windows(2).all(|two| two[0] == two[1]), "{rows:#?}");
     ensure!(documents[0]["spec"]["endpoints"].as_array().is_some_and(|places| places.len() == 2), "{documents:?}");
+
+    let one = bed.mesh.daemon("web").run(&["get", "msvc", "payments.shop"])?.expect_success("meshd get of one")?;
+    ensure!(one.lines().count() == 4 && one.contains("80 at 2 endpoints"), "{one}");
 
     let Some(Server::Kubernetes(cluster)) = bed.backends.last().map(|backend| &backend.server) else {
         anyhow::bail!("no cluster")

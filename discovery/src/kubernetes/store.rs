@@ -72,22 +72,24 @@ impl KubernetesStore {
             )),
             Error::Refused { .. } => StoreError::Refused(format!("source {source}: {what}: {error}")),
             error => {
-                let unknown = if verb == "get" || verb == "list" {
-                    ""
-                } else {
-                    "; whether it was done is not known: do it again"
-                };
+                let unknown = if verb == "list" { "" } else { "; whether it was done is not known: do it again" };
                 StoreError::Unreachable(format!("source {source}: {error}{unknown}"))
             }
         }
     }
 
-    async fn pages(&self, kind: &'static Kind, namespace: Option<&str>) -> Result<Vec<Stored>, StoreError> {
+    /// `selector` is empty, or goes on after other options.
+    async fn pages(
+        &self,
+        kind: &'static Kind,
+        namespace: Option<&str>,
+        selector: &str,
+    ) -> Result<Vec<Stored>, StoreError> {
         let (mut all, mut next) = (Vec::new(), String::new());
         let place = namespace.map_or("all namespaces".to_owned(), |namespace| format!("namespace {namespace}"));
         let what = format!("{} in {place}", kind.plural);
         loop {
-            let path = format!("{}?limit={PAGE}{next}", collection(kind, namespace));
+            let path = format!("{}?limit={PAGE}{selector}{next}", collection(kind, namespace));
             let request = Request {
                 verb: "list",
                 method: Method::GET,
@@ -105,16 +107,10 @@ impl KubernetesStore {
         }
     }
 
+    /// By a list, which hosts have the right to.
     async fn find(&self, resource: &ResourceName) -> Result<Option<Stored>, StoreError> {
-        let (path, what) = (path_of(resource), resource.to_string());
-        let request =
-            Request { verb: "get", method: Method::GET, path: &path, content: "", body: String::new(), what: &what };
-        match self.call(request).await {
-            Ok(object) => Ok(read_object(resource.kind, &object)),
-            // Or the kind is not there, which the server says differently.
-            Err(StoreError::Absent(reason)) if names(&reason, resource) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let selector = format!("&fieldSelector={}", encode(&format!("metadata.name={}", resource.name)));
+        Ok(self.pages(resource.kind, Some(&resource.namespace), &selector).await?.pop())
     }
 
     async fn send(&self, write: Write<'_>) -> Result<bool, StoreError> {
@@ -142,13 +138,6 @@ impl KubernetesStore {
         let request = Request { verb: "delete", method: Method::DELETE, path: &path, content: JSON, body, what: &what };
         self.call(request).await.map(drop)
     }
-}
-
-/// `meshservices.meshd.dev "payments" not found`, and not that there are no such things.
-fn names(reason: &str, resource: &ResourceName) -> bool {
-    let ResourceName { kind, name, .. } = resource;
-    // The client shows quotation marks as these.
-    reason.contains(&format!("{}.{} `{name}` not found", kind.plural, kind.group))
 }
 
 fn collection(kind: &Kind, namespace: Option<&str>) -> String {
@@ -196,7 +185,7 @@ impl Store for KubernetesStore {
     }
 
     fn list<'a>(&'a self, kind: &'static Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
-        Box::pin(self.pages(kind, namespace))
+        Box::pin(self.pages(kind, namespace, ""))
     }
 
     fn get<'a>(&'a self, resource: &'a ResourceName) -> Answer<'a, Option<Stored>> {

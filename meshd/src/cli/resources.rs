@@ -13,7 +13,7 @@ use clap::ValueEnum;
 use meshd::config::Config;
 use meshd::durable;
 use meshd_discovery::SourceConfig;
-use meshd_discovery::write::{self, Applying, By, Kind, Manifest, Outcome, ResourceName, Store, Stored};
+use meshd_discovery::write::{self, Applying, By, Kind, Manifest, Outcome, ResourceName, Store, StoreError, Stored};
 use meshd_identity::TrustDomain;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -273,17 +273,30 @@ struct Found {
 }
 
 pub(crate) fn get(config: &Config, args: &GetArgs) -> anyhow::Result<ExitCode> {
+    on_runtime(get_now(config, args))
+}
+
+async fn get_now(config: &Config, args: &GetArgs) -> anyhow::Result<ExitCode> {
     let kind = Kind::find(&args.kind).map_err(anyhow::Error::msg)?;
     let one = args.name.as_deref().map(|name| ResourceName::new(kind, name, args.namespace.as_deref()));
     let one = one.transpose().map_err(anyhow::Error::msg)?;
     let mut backends = Backends::of(config, &args.access);
     let (mut found, mut complete) = (Vec::new(), true);
-    for source in backends.readable()? {
-        match read(&mut backends, source, kind, one.as_ref(), args.namespace.as_deref()) {
+    let sources = backends.readable()?;
+    let several = sources.len() > 1;
+    for source in sources {
+        let store = backends.open(source)?;
+        let read = match &one {
+            Some(one) => store.get(one).await.map(|stored| stored.into_iter().collect()),
+            None => store.list(kind, args.namespace.as_deref()).await,
+        };
+        match read {
             Ok(all) => found.extend(all.into_iter().map(|stored| Found { source: source.name().to_owned(), stored })),
+            // What does not know the kind has none.
+            Err(StoreError::Absent(_)) if several => {}
             Err(error) => {
                 complete = false;
-                eprintln!("meshd: {error:#}");
+                eprintln!("meshd: {error}");
             }
         }
     }
@@ -297,23 +310,11 @@ pub(crate) fn get(config: &Config, args: &GetArgs) -> anyhow::Result<ExitCode> {
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn read(
-    backends: &mut Backends<'_>,
-    source: &SourceConfig,
-    kind: &'static Kind,
-    one: Option<&ResourceName>,
-    namespace: Option<&str>,
-) -> anyhow::Result<Vec<Stored>> {
-    let store = backends.open(source)?;
-    on_runtime(async {
-        Ok(match one {
-            Some(one) => store.get(one).await?.into_iter().collect(),
-            None => store.list(kind, namespace).await?,
-        })
-    })
+pub(crate) fn apply(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode> {
+    on_runtime(apply_now(config, args))
 }
 
-pub(crate) fn apply(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode> {
+async fn apply_now(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode> {
     let manifests = manifests(config, &args.file, args.trust_domain.as_ref())?;
     let mut backends = Backends::of(config, &args.access);
     // Nothing is written before it is known where everything goes.
@@ -323,11 +324,11 @@ pub(crate) fn apply(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCod
     let mut all_well = true;
     for (manifest, source) in planned {
         let store = backends.open(source)?;
-        match on_runtime(async { Ok(write::apply(store, manifest, &how).await?) }) {
+        match write::apply(store, manifest, &how).await {
             Ok(outcome) => println!("{}", told(manifest, &outcome, source.name(), how.dry_run)),
             Err(error) => {
                 all_well = false;
-                eprintln!("meshd: {}: {error:#}", manifest.origin);
+                eprintln!("meshd: {}: {error}", manifest.origin);
             }
         }
     }
@@ -349,6 +350,10 @@ fn told(manifest: &Manifest, outcome: &Outcome, source: &str, dry_run: bool) -> 
 }
 
 pub(crate) fn delete(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitCode> {
+    on_runtime(delete_now(config, args))
+}
+
+async fn delete_now(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitCode> {
     let doomed: Vec<(ResourceName, Option<String>)> = match (&args.kind, &args.name) {
         (Some(kind), Some(name)) => {
             let kind = Kind::find(kind).map_err(anyhow::Error::msg)?;
@@ -367,12 +372,12 @@ pub(crate) fn delete(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitC
     let mut all_well = true;
     for (resource, version, source) in planned {
         let store = backends.open(source)?;
-        match on_runtime(async { Ok(write::delete(store, resource, version.as_deref(), &how).await?) }) {
+        match write::delete(store, resource, version.as_deref(), &how).await {
             Ok(was) if how.dry_run => println!("{resource} would be deleted from {} ({})", source.name(), was.origin),
             Ok(was) => println!("{resource} deleted from {} ({})", source.name(), was.origin),
             Err(error) => {
                 all_well = false;
-                eprintln!("meshd: {error:#}");
+                eprintln!("meshd: {error}");
             }
         }
     }
