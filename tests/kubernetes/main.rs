@@ -13,6 +13,7 @@ mod istio;
 mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
+mod scale;
 
 use std::fs;
 use std::os::unix::fs::chown;

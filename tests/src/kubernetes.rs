@@ -114,6 +114,11 @@ impl Cluster {
         format!("https://{}:{PORT}", self.host.address())
     }
 
+    /// Certificate and key of who may do everything.
+    pub fn administrator(&self) -> (PathBuf, PathBuf) {
+        (self.authority.file("admin.pem"), self.authority.file("admin.key"))
+    }
+
     /// Its authority, PEM.
     pub fn authority(&self) -> PathBuf {
         self.authority.certificate()

@@ -1,11 +1,11 @@
 //! `cargo xtask soak`: the long form of what `cargo xtask test` shows in a short one. Hours; docs/reliability.md.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use meshd_tests::packages;
 
-use crate::built::cargo_command;
+use crate::built::{cargo, cargo_command};
 use crate::summary::Summary;
-use crate::test::{RELIABILITY, SOAK, as_root, build, run_tests};
+use crate::test::{KUBERNETES, RELIABILITY, SOAK, as_root, build, run_tests};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -29,5 +29,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     build()?;
     summary.add(RELIABILITY.name, as_root(&RELIABILITY, args.only.as_deref(), true)?);
+    // What is measured there is what is shipped.
+    ensure!(cargo(&["build", "--release", "-p", "meshd-scale"])?, "the build failed");
+    let followed = args.only.as_deref().unwrap_or("scale::");
+    summary.add("many hosts that follow one backend", as_root(&KUBERNETES, Some(followed), true)?);
     Ok(summary.print())
 }

@@ -85,7 +85,7 @@ const CLIENTS: Tier = Tier {
     required: true,
 };
 
-const KUBERNETES: Tier = Tier {
+pub(crate) const KUBERNETES: Tier = Tier {
     test: "kubernetes",
     name: "tests with Kubernetes' API server, etcd and Consul",
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
@@ -195,7 +195,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 
 /// The programs of a lab.
 pub(crate) fn build() -> Result<()> {
-    let wanted = ["build", "-p", "meshd", "-p", "meshd-pki", "-p", "meshd-tests", "-p", "meshd-workload-client"];
+    let wanted = ["meshd", "meshd-pki", "meshd-tests", "meshd-workload-client", "meshd-scale"];
+    let wanted: Vec<&str> = std::iter::once("build").chain(wanted.iter().flat_map(|package| ["-p", package])).collect();
     ensure!(cargo(&wanted)?, "the build failed");
     Ok(())
 }

@@ -1,0 +1,148 @@
+//! Fills a discovery backend with services, follows it as many hosts at once, and changes it at a steady rate: how long
+//! each host takes until its next connection would use a change, and what following costs. Ends with an error when a
+//! host does not end up with what was written.
+
+mod http;
+mod measure;
+mod watchers;
+mod write;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use meshd_discovery::SourceConfig;
+use meshd_identity::TrustDomain;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::runtime;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+use crate::measure::{Usage, resident_kib};
+use crate::watchers::Watchers;
+use crate::write::{Writer, WriterConfig};
+
+#[derive(Debug, Parser)]
+pub(crate) struct Args {
+    /// TOML with the `[source]` of each host and the `[writer]` of the backend
+    config: PathBuf,
+    #[arg(long, default_value_t = 1000)]
+    services: usize,
+    /// Of each service
+    #[arg(long, default_value_t = 10)]
+    endpoints: usize,
+    #[arg(long, default_value_t = 200)]
+    hosts: usize,
+    /// Services that each host imports; 0: all of them by `*`
+    #[arg(long, default_value_t = 50)]
+    imports: usize,
+    /// Changes a second
+    #[arg(long, default_value_t = 100)]
+    rate: u32,
+    #[arg(long, default_value_t = 30)]
+    seconds: u32,
+    /// An earlier run left the services there: they are followed, and not changed
+    #[arg(long)]
+    filled: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Config {
+    source: SourceConfig,
+    writer: WriterConfig,
+}
+
+fn main() -> Result<()> {
+    tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::ERROR).init();
+    let args = Args::parse();
+    let text = std::fs::read_to_string(&args.config).with_context(|| args.config.display().to_string())?;
+    let config: Config = toml::from_str(&text).with_context(|| args.config.display().to_string())?;
+    // A thread of its own: what writing costs is not what following costs.
+    let writing =
+        runtime::Builder::new_multi_thread().worker_threads(1).thread_name(measure::WRITER).enable_all().build()?;
+    let following = runtime::Builder::new_multi_thread().enable_all().build()?;
+    let report = following.block_on(run(&args, config, writing.handle().clone()))?;
+    println!("{report}");
+    // Nobody waits for the blocking queries under way.
+    writing.shutdown_background();
+    following.shutdown_background();
+    Ok(())
+}
+
+async fn run(args: &Args, config: Config, writing: runtime::Handle) -> Result<serde_json::Value> {
+    let mut writer = Writer::open(config.writer)?;
+    if !args.filled {
+        let (services, endpoints) = (args.services, args.endpoints);
+        let filled = writing.spawn(async move {
+            writer.fill(services, endpoints).await?;
+            anyhow::Ok(writer)
+        });
+        writer = filled.await??;
+    }
+
+    let empty = resident_kib()?;
+    let trust_domain: TrustDomain = "scale.example".parse()?;
+    let watchers = Watchers::start(args, &config.source, &trust_domain, writer.board())?;
+    let first = watchers.wait_until_full().await?;
+    // What only reading all at once needed is given back.
+    sleep(Duration::from_secs(2)).await;
+    let full = resident_kib()?;
+    let mut report = json!({
+        "backend": config.source.name(),
+        "services": args.services, "endpoints": args.endpoints, "hosts": args.hosts, "imports": args.imports,
+        "first_s": round(first.as_secs_f64()),
+        "resident_mib": full / 1024,
+        "bytes_per_endpoint": full.saturating_sub(empty) * 1024 / watchers.endpoints_held() as u64,
+    });
+    if !args.filled {
+        let changed = change(args, writer, &watchers, &writing).await?;
+        report.as_object_mut().context("no object")?.extend(changed);
+    }
+    Ok(report)
+}
+
+/// Changes the backend at the rate asked for, and waits until every host knows.
+async fn change(
+    args: &Args,
+    mut writer: Writer,
+    watchers: &Watchers,
+    writing: &runtime::Handle,
+) -> Result<serde_json::Map<String, serde_json::Value>> {
+    let (rate, changes) = (args.rate, args.rate * args.seconds);
+    let before = Usage::now()?;
+    let changed = writing.spawn(async move {
+        let mut pace = interval(Duration::from_secs(1) / rate);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for _ in 0..changes {
+            pace.tick().await;
+            writer.change().await?;
+        }
+        anyhow::Ok(())
+    });
+    let began = std::time::Instant::now();
+    changed.await??;
+    let took = began.elapsed();
+    let usage = Usage::now()?.since(&before);
+    watchers.wait_until_right().await?;
+    let delays = watchers.delays();
+    let report = json!({
+        "changes_per_s": round(f64::from(changes) / took.as_secs_f64()),
+        "seen": delays.len(),
+        "p50_ms": round(quantile(&delays, 0.50)), "p99_ms": round(quantile(&delays, 0.99)),
+        "last_ms": round(quantile(&delays, 1.0)),
+        "following_cpu_percent": round(usage.follower_seconds / took.as_secs_f64() * 100.0),
+    });
+    Ok(report.as_object().context("no object")?.clone())
+}
+
+fn round(number: f64) -> f64 {
+    (number * 100.0).round() / 100.0
+}
+
+/// In milliseconds; of delays in order.
+fn quantile(delays: &[Duration], share: f64) -> f64 {
+    let index = ((delays.len() as f64 - 1.0) * share).max(0.0).round() as usize;
+    delays.get(index).map_or(f64::NAN, |delay| delay.as_secs_f64() * 1000.0)
+}

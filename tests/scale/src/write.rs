@@ -1,0 +1,215 @@
+//! What is in the backend: `s0.scale`, `s1.scale`, ..., each with endpoints that are replaced by new addresses.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use http::Method;
+use meshd_discovery::SourceKind;
+use meshd_etcd::api::TxnRequest;
+use meshd_etcd::{Client as Etcd, Settings, put};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::http::{Access, Client as Http};
+
+const JSON: &str = "application/json";
+const JSON_PATCH: &str = "application/json-patch+json";
+const SERVICES: &str = "/api/v1/namespaces/scale/services";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/scale/endpointslices";
+
+/// Who may write, which the source is not.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WriterConfig {
+    kind: SourceKind,
+    url: String,
+    ca: PathBuf,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    /// Of Consul.
+    token: Option<String>,
+}
+
+/// What was written, and when.
+#[derive(Debug, Default)]
+pub(crate) struct Board(Mutex<Written>);
+
+#[derive(Debug, Default)]
+struct Written {
+    current: Vec<Vec<IpAddr>>,
+    changed_at: HashMap<IpAddr, Instant>,
+}
+
+impl Board {
+    fn lock(&self) -> MutexGuard<'_, Written> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` of what was there from the start.
+    pub(crate) fn changed_at(&self, address: IpAddr) -> Option<Instant> {
+        self.lock().changed_at.get(&address).copied()
+    }
+
+    pub(crate) fn addresses(&self, service: usize) -> Vec<IpAddr> {
+        self.lock().current[service].clone()
+    }
+}
+
+pub(crate) fn service_name(service: usize) -> String {
+    format!("s{service}")
+}
+
+enum Backend {
+    Etcd(Etcd),
+    Consul(Http),
+    Kubernetes(Http),
+}
+
+pub(crate) struct Writer {
+    backend: Backend,
+    board: Arc<Board>,
+    random: fastrand::Rng,
+    /// How many addresses were given away.
+    addresses: u32,
+}
+
+impl Writer {
+    pub(crate) fn open(config: WriterConfig) -> Result<Self> {
+        let WriterConfig { kind, url, ca, cert, key, token } = config;
+        let backend = match kind {
+            SourceKind::Etcd => {
+                let settings = Settings { endpoints: vec![url], ca: Some(ca), cert, key, ..Settings::default() };
+                Backend::Etcd(Etcd::new(settings)?)
+            }
+            SourceKind::Consul => Backend::Consul(Http::new(Access { url, ca, cert, key, token })),
+            SourceKind::Kubernetes => Backend::Kubernetes(Http::new(Access { url, ca, cert, key, token })),
+            SourceKind::Files => anyhow::bail!("files change by themselves; name a backend"),
+        };
+        Ok(Self { backend, board: Arc::default(), random: fastrand::Rng::with_seed(7), addresses: 0 })
+    }
+
+    pub(crate) fn board(&self) -> Arc<Board> {
+        self.board.clone()
+    }
+
+    pub(crate) async fn fill(&mut self, services: usize, endpoints: usize) -> Result<()> {
+        for service in 0..services {
+            let addresses: Vec<IpAddr> = (0..endpoints).map(|_| self.next_address()).collect();
+            self.backend.create(service, &addresses).await?;
+            self.board.lock().current.push(addresses);
+        }
+        Ok(())
+    }
+
+    /// Replaces an endpoint of some service by a new one.
+    pub(crate) async fn change(&mut self) -> Result<()> {
+        let address = self.next_address();
+        let (service, endpoint) = {
+            let mut written = self.board.lock();
+            let service = self.random.usize(..written.current.len());
+            let endpoint = self.random.usize(..written.current[service].len());
+            written.current[service][endpoint] = address;
+            // Before it is sent: what the backend itself takes is part of it.
+            written.changed_at.insert(address, Instant::now());
+            (service, endpoint)
+        };
+        self.backend.replace(service, endpoint, address).await
+    }
+
+    fn next_address(&mut self) -> IpAddr {
+        self.addresses += 1;
+        IpAddr::V4(Ipv4Addr::from_bits(Ipv4Addr::new(10, 0, 0, 0).to_bits() + self.addresses))
+    }
+}
+
+impl Backend {
+    async fn create(&mut self, service: usize, addresses: &[IpAddr]) -> Result<()> {
+        let name = service_name(service);
+        match self {
+            Self::Etcd(etcd) => {
+                let document = put(format!("/meshd-discovery/v1/scale/{name}/service"), document(&name), 0);
+                let endpoints = addresses.iter().enumerate();
+                let endpoints = endpoints.map(|(endpoint, address)| registration(&name, endpoint, *address));
+                let success = std::iter::once(document).chain(endpoints).collect();
+                etcd.txn(TxnRequest { success, ..TxnRequest::default() }).await?;
+            }
+            Self::Consul(consul) => {
+                let path = format!("/v1/kv/meshd-discovery/v1/scale/{name}/service");
+                consul.must(Method::PUT, &path, JSON, document(&name)).await?;
+                for (endpoint, address) in addresses.iter().enumerate() {
+                    register(consul, &name, endpoint, *address).await?;
+                }
+            }
+            Self::Kubernetes(kubernetes) => {
+                if service == 0 {
+                    let namespace = json!({ "metadata": { "name": "scale" } });
+                    kubernetes.must(Method::POST, "/api/v1/namespaces", JSON, namespace.to_string()).await?;
+                }
+                let document = json!({
+                    "metadata": { "name": name, "annotations": { "meshd.dev/identities": identity(&name) } },
+                    "spec": { "ports": [{ "port": 80 }] },
+                });
+                kubernetes.must(Method::POST, SERVICES, JSON, document.to_string()).await?;
+                kubernetes.must(Method::POST, SLICES, JSON, slice(&name, addresses).to_string()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn replace(&mut self, service: usize, endpoint: usize, address: IpAddr) -> Result<()> {
+        let name = service_name(service);
+        match self {
+            Self::Etcd(etcd) => {
+                let success = vec![registration(&name, endpoint, address)];
+                let done = etcd.txn(TxnRequest { success, ..TxnRequest::default() }).await?;
+                ensure!(done.succeeded, "etcd did not write");
+                Ok(())
+            }
+            Self::Consul(consul) => register(consul, &name, endpoint, address).await,
+            Self::Kubernetes(kubernetes) => {
+                let path = format!("/endpoints/{endpoint}/addresses/0");
+                let patch = json!([{ "op": "replace", "path": path, "value": address }]);
+                kubernetes.must(Method::PATCH, &format!("{SLICES}/{name}"), JSON_PATCH, patch.to_string()).await
+            }
+        }
+    }
+}
+
+fn identity(name: &str) -> String {
+    format!("ns/scale/sa/{name}")
+}
+
+fn document(name: &str) -> String {
+    let document = json!({
+        "apiVersion": "meshd.dev/v1alpha1", "kind": "MeshService",
+        "metadata": { "name": name, "namespace": "scale" }, "spec": { "ports": [{ "port": 80 }] },
+    });
+    document.to_string()
+}
+
+fn registration(name: &str, endpoint: usize, address: IpAddr) -> meshd_etcd::api::RequestOp {
+    let registration = json!({ "address": address, "ports": [{ "port": 80, "target": 80 }] });
+    put(format!("/meshd-discovery/v1/scale/{name}/endpoints/h{endpoint}"), registration.to_string(), 0)
+}
+
+async fn register(consul: &mut Http, name: &str, endpoint: usize, address: IpAddr) -> Result<()> {
+    let node = json!({
+        "Node": format!("n{endpoint}"), "Address": "10.0.0.1", "SkipNodeUpdate": name != "s0",
+        "Service": { "Service": name, "Address": address, "Port": 80,
+            "Meta": { "meshd-namespace": "scale", "meshd-transport": "meshd" } },
+    });
+    consul.must(Method::PUT, "/v1/catalog/register", JSON, node.to_string()).await
+}
+
+fn slice(name: &str, addresses: &[IpAddr]) -> Value {
+    let endpoints: Vec<Value> = addresses.iter().map(|address| json!({ "addresses": [address] })).collect();
+    json!({
+        "metadata": { "name": name, "labels": { "kubernetes.io/service-name": name },
+            "annotations": { "meshd.dev/transport": "meshd", "meshd.dev/identity": identity(name) } },
+        "addressType": "IPv4", "ports": [{ "port": 80 }], "endpoints": endpoints,
+    })
+}
