@@ -10,6 +10,7 @@ use serde::Deserialize;
 use crate::consul;
 use crate::name::{NameError, check_label};
 use crate::register::Registrar;
+use crate::resources::Kind;
 use crate::write::{FilesStore, Replace, Store};
 use crate::{
     Belief, ConsulSource, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted,
@@ -61,18 +62,44 @@ pub struct Provides {
     /// Namespaces for whose services it may say where they run. All by default: who may serve is not up to it.
     #[serde(default = "Namespaces::everything")]
     pub endpoints: Namespaces,
+    /// Namespaces whose routes are believed. None by default: who routes a service sees what is sent to it.
+    #[serde(default)]
+    pub routes: Namespaces,
+    /// Namespaces whose policies are believed. None by default. Policies for everybody are of namespace meshd-system.
+    #[serde(default)]
+    pub policies: Namespaces,
+}
+
+impl Provides {
+    /// Whether it is worth reading them there.
+    pub(crate) fn has_resources(&self) -> bool {
+        self.routes != Namespaces::default() || self.policies != Namespaces::default()
+    }
+
+    /// Those that may be believed of somebody.
+    fn kinds(&self) -> Vec<Kind> {
+        let grants = |kind: &Kind| if kind.is_route() { &self.routes } else { &self.policies };
+        let is_ours = |kind: &Kind| *kind != Kind::MeshService && *grants(kind) != Namespaces::default();
+        Kind::ALL.into_iter().filter(is_ours).collect()
+    }
+
+    pub fn everything() -> Provides {
+        let all = Namespaces::everything;
+        Provides { endpoints: all(), routes: all(), policies: all() }
+    }
 }
 
 impl Default for Provides {
     fn default() -> Provides {
-        Provides { endpoints: Namespaces::everything() }
+        Provides { endpoints: Namespaces::everything(), routes: Namespaces::default(), policies: Namespaces::default() }
     }
 }
 
 /// The source of a meshd.toml that names none: root's own files, which may say everything.
 impl Default for SourceConfig {
     fn default() -> SourceConfig {
-        SourceConfig { authority: Namespaces::everything(), ..SourceConfig::of(SourceKind::Files) }
+        let (authority, provides) = (Namespaces::everything(), Provides::everything());
+        SourceConfig { authority, provides, ..SourceConfig::of(SourceKind::Files) }
     }
 }
 
@@ -220,19 +247,22 @@ impl SourceConfig {
     }
 
     fn etcd_source(&self, trust_domain: &TrustDomain) -> Result<EtcdSource, ConfigError> {
-        let source = EtcdSource::new(self.name(), self.etcd(), self.prefix.as_deref(), trust_domain.clone());
+        let (prefix, resources) = (self.prefix.as_deref(), self.provides.has_resources());
+        let source = EtcdSource::new(self.name(), self.etcd(), prefix, resources, trust_domain.clone());
         source.map_err(|error| ConfigError::Etcd { name: self.name().to_owned(), reason: error.to_string() })
     }
 
     fn consul_source(&self, trust_domain: &TrustDomain) -> Result<ConsulSource, ConfigError> {
         let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
-        let source = ConsulSource::new(self.name(), self.consul(), namespace, prefix, trust_domain.clone());
+        let resources = self.provides.has_resources();
+        let source = ConsulSource::new(self.name(), self.consul(), namespace, prefix, resources, trust_domain.clone());
         source.map_err(|error| ConfigError::Consul { name: self.name().to_owned(), reason: error.to_string() })
     }
 
     fn kubernetes_source(&self, trust_domain: &TrustDomain) -> Result<KubernetesSource, ConfigError> {
         let settings = KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
-        let source = KubernetesSource::new(self.name(), settings, self.authority.clone(), trust_domain.clone());
+        let (authority, kinds) = (self.authority.clone(), self.provides.kinds());
+        let source = KubernetesSource::new(self.name(), settings, authority, kinds, trust_domain.clone());
         source.map_err(|reason| ConfigError::Kubernetes { name: self.name().to_owned(), reason })
     }
 

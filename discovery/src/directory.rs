@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 
+use crate::resources::Attachments;
 use crate::{Service, ServiceName};
 
 /// An immutable picture of all services. A changed one is made of the old one without copying what did not change:
@@ -9,11 +10,13 @@ use crate::{Service, ServiceName};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Directory {
     services: RedBlackTreeMapSync<ServiceName, Arc<Service>>,
+    resources: Attachments,
 }
 
 impl Directory {
     pub fn from_services(services: impl IntoIterator<Item = Arc<Service>>) -> Directory {
-        Directory { services: services.into_iter().map(|service| (service.name.clone(), service)).collect() }
+        let services = services.into_iter().map(|service| (service.name.clone(), service)).collect();
+        Directory { services, resources: Attachments::default() }
     }
 
     pub fn get(&self, name: &ServiceName) -> Option<&Arc<Service>> {
@@ -48,6 +51,15 @@ impl Directory {
             Some(service) => self.services.insert(name.clone(), service),
             None => self.services.remove(name),
         };
-        Directory { services }
+        Directory { services, resources: self.resources.clone() }
+    }
+
+    /// Routes and policies, also of services that are not in it.
+    pub fn resources(&self) -> &Attachments {
+        &self.resources
+    }
+
+    pub(crate) fn with_resources(&self, resources: Attachments) -> Directory {
+        Directory { services: self.services.clone(), resources }
     }
 }

@@ -72,12 +72,15 @@ pub(crate) fn split(text: &str) -> Vec<(u64, &str)> {
 }
 
 pub(crate) fn read_document(text: &str, first_line: u64, trust_domain: &TrustDomain) -> Document {
-    let node = match yaml::parse(text, first_line) {
-        Ok(node) => node,
-        Err(problem) => return Document { line: problem.line, name: None, outcome: Err(vec![problem]) },
-    };
+    match yaml::parse(text, first_line) {
+        Ok(node) => read_node(&node, trust_domain),
+        Err(problem) => Document { line: problem.line, name: None, outcome: Err(vec![problem]) },
+    }
+}
+
+pub(crate) fn read_node(node: &yaml::Node, trust_domain: &TrustDomain) -> Document {
     let mut problems = Vec::new();
-    let root = Field::root(&node);
+    let root = Field::root(node);
     let known = ["apiVersion", "kind", "metadata", "spec"];
     let Some(fields) = root.mapping(&known, &mut problems) else {
         return Document { line: node.line, name: None, outcome: Err(problems) };

@@ -30,7 +30,7 @@ pub fn source(name: &str) -> (Script, Configured) {
     let authority = Namespaces::everything();
     (
         Script { events, wanted: Mutex::new(Some(wanted)) },
-        Configured { source, authority, provides: Provides::default(), belief: Belief::Always, registrar: None },
+        Configured { source, authority, provides: Provides::everything(), belief: Belief::Always, registrar: None },
     )
 }
 
@@ -161,4 +161,25 @@ pub fn place(address: &str) -> Place {
         health: Health::Healthy,
         epoch: 0,
     }
+}
+
+/// What a source says under a key, out of documents.
+pub fn resources(key: &str, text: &str) -> crate::resources::ResourceRecord {
+    let mut resources = Vec::new();
+    for document in crate::resources::read(text, &trust_domain()) {
+        if let Ok(crate::resources::Said::Resources(said)) = document.outcome {
+            resources.extend(said);
+        }
+    }
+    crate::resources::ResourceRecord { key: key.into(), origin: key.into(), resources }
+}
+
+/// A policy that allows a workload a service: the same name for both.
+pub fn allowing(service: &str, policy: &str) -> String {
+    let name: ServiceName = service.parse().expect("a service of a test");
+    let (name, namespace) = (name.name(), name.namespace());
+    format!(
+        "apiVersion: meshd.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{ name: {policy}, namespace: {namespace} \
+         }}\nspec: {{ targetRef: {{ kind: Service, name: {name} }}, rules: [ {{ from: [ {{ namespaces: [ {policy} ] }} ] }} ] }}\n"
+    )
 }

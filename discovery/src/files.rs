@@ -19,10 +19,10 @@ use meshd_identity::TrustDomain;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use crate::documents::{self, Described, Document};
 use crate::merge::duplicate;
+use crate::resources::{self, Document, Id, ResourceNews, ResourceRecord, Said};
 use crate::yaml::Problem;
-use crate::{Epoch, Listing, Record, Refused, Scope, ServiceName, Sink, Source, SourceEvent, SourceFuture, Wanted};
+use crate::{Epoch, Listing, Record, Refused, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};
 
 const POLL: Duration = Duration::from_millis(500);
 /// How often an unchanged directory is reported as such.
@@ -76,7 +76,11 @@ async fn poll(mut files: Files, sink: Sink) {
         let Ok((same, seen)) = look.await else { return };
         files = same;
         let event = match seen {
-            Look::Changed(records, refused) => {
+            Look::Changed(seen) => {
+                let Seen { records, refused, resources, refused_resources } = seen;
+                let (prefix, epoch) = ("".into(), Epoch::default());
+                let news = ResourceNews::Listed { prefix, epoch, records: resources, refused: refused_resources };
+                sink.send(SourceEvent::Resources(news)).await;
                 SourceEvent::Listed(Listing { scope: Scope::Everything, epoch: Epoch::default(), records, refused })
             }
             Look::Unreadable(error) if unreadable.as_ref() == Some(&error) => continue,
@@ -93,9 +97,19 @@ async fn poll(mut files: Files, sink: Sink) {
 /// What one look at the directory showed.
 #[derive(Debug, PartialEq)]
 enum Look {
-    Changed(Vec<Record>, Vec<Refused>),
+    Changed(Seen),
     Unchanged,
     Unreadable(String),
+}
+
+/// What all files say together.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Seen {
+    records: Vec<Record>,
+    refused: Vec<Refused>,
+    resources: Vec<ResourceRecord>,
+    /// What is wrong with them is told with the files.
+    refused_resources: Vec<Refused>,
 }
 
 /// The directory as last believed.
@@ -103,7 +117,7 @@ struct Files {
     dir: PathBuf,
     trust_domain: TrustDomain,
     files: BTreeMap<OsString, File>,
-    said: Option<(Vec<Record>, Vec<Refused>)>,
+    said: Option<Seen>,
 }
 
 impl Files {
@@ -133,7 +147,7 @@ impl Files {
             return Look::Unchanged;
         }
         self.said = Some(now.clone());
-        Look::Changed(now.0, now.1)
+        Look::Changed(now)
     }
 
     fn forget_missing(&mut self, listing: &BTreeSet<OsString>) -> bool {
@@ -142,30 +156,41 @@ impl Files {
         self.files.len() != before
     }
 
-    /// All good documents in the order of file names and lines; of a service defined twice, the first holds.
-    fn records(&self) -> (Vec<Record>, Vec<Refused>) {
-        let (mut records, mut refused) = (Vec::new(), Vec::new());
-        let mut defined: BTreeMap<&ServiceName, Arc<str>> = BTreeMap::new();
+    /// All good documents in the order of file names and lines; of those of one name, the first holds.
+    fn records(&self) -> Seen {
+        let mut seen = Seen::default();
+        let mut defined: BTreeMap<&Id, Arc<str>> = BTreeMap::new();
         for (name, file) in &self.files {
             let path = self.dir.join(name);
             let mut problems = file.problems.clone();
             for good in &file.good {
                 let origin: Arc<str> = format!("{}:{}", path.display(), good.line).into();
-                match defined.entry(&good.described.service) {
-                    Entry::Occupied(first) => problems.push(duplicate(&origin, &good.described.service, first.get())),
+                match defined.entry(&good.id) {
+                    Entry::Occupied(first) => problems.push(good.duplicate(&origin, first.get())),
                     Entry::Vacant(free) => {
                         free.insert(origin.clone());
-                        records.push(good.described.record(origin));
+                        good.say(origin, &mut seen);
                     }
                 }
             }
             if !problems.is_empty() {
-                refused.push(Refused { key: path.display().to_string().into(), problems });
+                seen.refused.push(Refused { key: path.display().to_string().into(), problems });
             }
-            let failed = file.failed.iter().filter(|service| !file.holds(service));
-            refused.extend(failed.map(|service| Refused { key: service.as_str().into(), problems: Vec::new() }));
+            for id in file.failed.iter().filter(|id| !file.holds(id)) {
+                let refused = Refused { key: key_of(id), problems: Vec::new() };
+                let resource = id.kind != resources::Kind::MeshService;
+                if resource { &mut seen.refused_resources } else { &mut seen.refused }.push(refused);
+            }
         }
-        (records, refused)
+        seen
+    }
+}
+
+/// Of a service, what it is called; of anything else, what it is, too.
+fn key_of(id: &Id) -> Arc<str> {
+    match id.kind {
+        resources::Kind::MeshService => format!("{}.{}", id.name, id.namespace).into(),
+        kind => format!("{}/{}/{}", kind.lower(), id.namespace, id.name).into(),
     }
 }
 
@@ -199,13 +224,34 @@ struct File {
     missing: bool,
     good: Vec<Good>,
     /// Documents of which only the name is good: what is known of them stays, also what an earlier life knew.
-    failed: BTreeSet<ServiceName>,
+    failed: BTreeSet<Id>,
     problems: Vec<String>,
 }
 
 struct Good {
     line: u64,
-    described: Described,
+    id: Id,
+    said: Said,
+}
+
+impl Good {
+    fn say(&self, origin: Arc<str>, seen: &mut Seen) {
+        match &self.said {
+            Said::Service(described) => seen.records.push(described.record(origin)),
+            Said::Resources(said) => {
+                seen.resources.push(ResourceRecord { key: key_of(&self.id), origin, resources: said.clone() });
+            }
+        }
+    }
+
+    fn duplicate(&self, origin: &str, first: &str) -> String {
+        match &self.said {
+            Said::Service(described) => duplicate(origin, &described.service, first),
+            Said::Resources(_) => {
+                format!("{origin}: {} is already said by {first}, which holds; remove one of them", self.id)
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -241,7 +287,7 @@ impl File {
             return false;
         }
         match read(path) {
-            Ok(text) => self.apply(path, documents::parse(&text, trust_domain)),
+            Ok(text) => self.apply(path, resources::read(&text, trust_domain)),
             Err(reason) => return self.fail(unreadable_file(path, &reason)),
         }
         // Taken at first sight: it may still be being written, so the next look reads it again.
@@ -258,32 +304,32 @@ impl File {
     }
 
     fn apply(&mut self, path: &Path, documents: Vec<Document>) {
-        let named: BTreeSet<ServiceName> = documents.iter().filter_map(|document| document.name.clone()).collect();
+        let named: BTreeSet<Id> = documents.iter().filter_map(|document| document.id.clone()).collect();
         // A document whose name cannot be read might be any of those that are missing now.
-        let nameless = documents.iter().any(|document| document.name.is_none());
+        let nameless = documents.iter().any(|document| document.id.is_none());
         let (mut good, mut failed, mut problems) = (Vec::new(), BTreeSet::new(), Vec::new());
-        for document in documents {
-            match document.outcome {
-                Ok(described) => good.push(Good { line: document.line, described }),
-                Err(found) => {
-                    let kept = document.name.as_ref().map_or(!self.good.is_empty(), |name| self.holds(name));
+        for Document { line, id, outcome } in documents {
+            match (outcome, id) {
+                (Ok(said), Some(id)) => good.push(Good { line, id, said }),
+                // What is good has a name.
+                (Ok(_), None) => {}
+                (Err(found), id) => {
+                    let kept = id.as_ref().map_or(!self.good.is_empty(), |id| self.holds(id));
                     problems.extend(found.iter().map(|problem| message(path, problem, kept)));
-                    failed.extend(document.name);
+                    failed.extend(id);
                 }
             }
         }
-        let replaced: BTreeSet<ServiceName> = good.iter().map(|good| good.described.service.clone()).collect();
-        let stays = |name: &ServiceName| {
-            !replaced.contains(name) && (failed.contains(name) || (nameless && !named.contains(name)))
-        };
-        good.extend(std::mem::take(&mut self.good).into_iter().filter(|old| stays(&old.described.service)));
+        let replaced: BTreeSet<Id> = good.iter().map(|good| good.id.clone()).collect();
+        let stays = |id: &Id| !replaced.contains(id) && (failed.contains(id) || (nameless && !named.contains(id)));
+        good.extend(std::mem::take(&mut self.good).into_iter().filter(|old| stays(&old.id)));
         self.good = good;
         self.failed = failed;
         self.problems = capped(path, problems);
     }
 
-    fn holds(&self, name: &ServiceName) -> bool {
-        self.good.iter().any(|good| good.described.service == *name)
+    fn holds(&self, id: &Id) -> bool {
+        self.good.iter().any(|good| good.id == *id)
     }
 }
 

@@ -45,7 +45,7 @@ impl Fixture {
     }
 
     fn said(&self) -> (Vec<String>, Vec<String>) {
-        let (records, refused) = self.files.said.clone().unwrap();
+        let Seen { records, refused, .. } = self.files.said.clone().unwrap();
         let shown =
             |record: &Record| format!("{}:{}", record.service, record.definition.as_ref().unwrap().ports[0].port);
         let problems = refused.iter().flat_map(|refused| &refused.problems);
@@ -65,7 +65,7 @@ fn yaml_files_are_read_at_once_at_start_and_other_files_never() {
     ]);
     assert!(matches!(fixture.files.look(), Look::Changed(..)));
     assert_eq!(fixture.said(), (vec!["a.shop:80".into(), "b.shop:80".into()], vec![]));
-    let origin = fixture.files.said.as_ref().unwrap().0[0].origin.clone();
+    let origin = fixture.files.said.as_ref().unwrap().records[0].origin.clone();
     assert!(origin.ends_with("/a.yaml:2"), "{origin}");
 }
 
@@ -216,7 +216,12 @@ fn watch(dir: &Path) -> mpsc::Receiver<(usize, SourceEvent)> {
 }
 
 async fn next(inbox: &mut mpsc::Receiver<(usize, SourceEvent)>) -> SourceEvent {
-    inbox.recv().await.unwrap().1
+    loop {
+        match inbox.recv().await.unwrap().1 {
+            SourceEvent::Resources(_) => {}
+            event => return event,
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -261,7 +266,30 @@ async fn an_unchanged_directory_is_confirmed_every_ten_seconds() {
 fn of_a_document_that_is_bad_at_start_what_an_earlier_life_knew_is_kept() {
     let mut fixture = Fixture::new(&[("a.yaml", &document("a", "0"))]);
     fixture.settle();
-    let (records, refused) = fixture.files.said.clone().unwrap();
+    let Seen { records, refused, .. } = fixture.files.said.clone().unwrap();
     assert!(records.is_empty());
     assert!(refused.iter().any(|refused| &*refused.key == "a.shop"), "{refused:?}");
+}
+
+const POLICY: &str = "apiVersion: meshd.dev/v1alpha1\nkind: ServicePolicy\nmetadata: { name: a, namespace: shop }\nspec: { \
+                      targetRef: { kind: Service, name: a } }\n";
+
+#[test]
+fn routes_and_policies_lie_beside_services_and_a_bad_version_leaves_the_good_one_in_force() {
+    let mut fixture = Fixture::new(&[("a.yaml", &format!("{}---\n{POLICY}", document("a", "80")))]);
+    assert_eq!(fixture.settle(), (vec!["a.shop:80".into()], vec![]));
+    let good = fixture.files.said.clone().unwrap().resources;
+    assert_eq!(good.iter().map(|record| &*record.key).collect::<Vec<_>>(), ["servicepolicy/shop/a"]);
+    fixture.write("a.yaml", &format!("{}---\n{}", document("a", "81"), POLICY.replace("targetRef", "target")));
+    let (services, problems) = fixture.settle();
+    assert_eq!(services, ["a.shop:81"]);
+    assert!(
+        problems[0].contains("spec.target: unknown field") && problems[0].contains("stays in force"),
+        "{problems:?}"
+    );
+    let kept = fixture.files.said.clone().unwrap().resources;
+    assert_eq!(kept[0].resources, good[0].resources);
+    fixture.write("b.yaml", POLICY);
+    let (_, problems) = fixture.settle();
+    assert!(problems.iter().any(|problem| problem.contains("ServicePolicy shop/a is already said by")), "{problems:?}");
 }

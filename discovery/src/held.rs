@@ -89,7 +89,8 @@ impl Held {
             SourceEvent::Listed(listing) => self.list(listing, now),
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
             SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
-            SourceEvent::InSync | SourceEvent::Unavailable { .. } => Touched::new(),
+            // `resources/held.rs`
+            SourceEvent::Resources(_) | SourceEvent::InSync | SourceEvent::Unavailable { .. } => Touched::new(),
         };
         if doubted && self.stale == 0 {
             self.settled.clone_from(&self.epochs);

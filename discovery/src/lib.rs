@@ -25,6 +25,7 @@ mod name;
 mod record;
 mod register;
 mod registration;
+pub mod resources;
 mod resync;
 mod saved;
 mod source;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
+use crate::resources::ResourceNews;
 use crate::{Record, ServiceName};
 
 /// What a source's `watch` returns; a box so that sources can be mixed.
@@ -144,6 +145,8 @@ pub enum SourceEvent {
     Listed(Listing),
     /// What happened since the list of this scope, up to a position.
     Changed { scope: Scope, position: u64, changes: Vec<Change> },
+    /// The same of routes and policies.
+    Resources(ResourceNews),
     /// Nothing else is followed from now on: what was said of other services is forgotten.
     Narrowed(Wanted),
     /// Reached and unchanged.

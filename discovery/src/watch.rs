@@ -15,6 +15,7 @@ use crate::belief::REPEATED_FOR;
 use crate::config::Configured;
 use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part, merge};
+use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
 use crate::saved::{self, Keep, SAVE_EVERY};
 use crate::suspicion::Suspicion;
 use crate::{Belief, Directory, FilesSource, Namespaces, Scope, ServiceName, Sink, Source, SourceEvent, Wanted};
@@ -33,6 +34,10 @@ pub struct SourceHealth {
     pub services: usize,
     /// Endpoints in the directory that come from it.
     pub endpoints: usize,
+    /// Routes and policies of this host's concern that it has, also those it is not granted.
+    pub resources: usize,
+    /// Documents of them that cannot be understood now; the last good version stays in force.
+    pub refused_resources: usize,
     /// Endpoints and documents it no longer names, which is not believed yet.
     pub stale: usize,
     /// It was not read since meshd started: what is known of it was on disk.
@@ -120,6 +125,13 @@ struct State {
     authority: Namespaces,
     endpoints: Namespaces,
     held: Held,
+    routes: Namespaces,
+    policies: Namespaces,
+    resources: HeldResources,
+    /// Resources that changed and are not published yet.
+    changed: TouchedResources,
+    /// What is wrong with its resources.
+    resource_errors: Vec<String>,
     /// What became of its say on each service, where there is something to tell.
     parts: BTreeMap<ServiceName, Part>,
     unavailable: Option<String>,
@@ -160,10 +172,11 @@ impl Watcher {
     pub fn keeping(mut self, keep: Arc<dyn Keep>) -> Watcher {
         let mut touched = Touched::new();
         for layer in &mut self.layers {
-            match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held) {
-                Ok(known) => {
-                    layer.from_disk = !known.is_empty();
+            match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held, &mut layer.resources) {
+                Ok((known, resources)) => {
+                    layer.from_disk = !(known.is_empty() && resources.is_empty());
                     touched.extend(known);
+                    layer.changed.extend(resources);
                 }
                 Err(problem) => tracing::warn!("{problem}"),
             }
@@ -273,6 +286,8 @@ impl Watcher {
             return (Touched::new(), Err(format!("there is no source `{source}`; there are: {}", names.join(", "))));
         };
         layer.unsaved = true;
+        let resources = layer.resources.accept_losses();
+        layer.changed.extend(resources);
         (layer.held.accept_losses(), Ok(()))
     }
 
@@ -281,7 +296,7 @@ impl Watcher {
         let Some(keep) = self.keep.clone() else { return };
         let due = self.layers.iter_mut().enumerate().filter_map(|(index, layer)| {
             let due = std::mem::take(&mut layer.unsaved);
-            due.then(|| (index, layer.name.clone(), saved::take(layer.kind, &layer.held)))
+            due.then(|| (index, layer.name.clone(), saved::take(layer.kind, &layer.held, &layer.resources)))
         });
         let due: Vec<_> = due.collect();
         saving.spawn_blocking(move || {
@@ -296,11 +311,32 @@ impl Watcher {
         for name in touched {
             changed |= self.merge_one(name, &mut directory);
         }
+        changed |= self.attach(&mut directory);
         if changed {
             tracing::debug!(services = directory.len(), "directory changed");
             self.directory.send_replace(Arc::new(directory));
         }
         self.tell_health();
+    }
+
+    /// Puts together anew what resources that changed are attached to. True when any did.
+    fn attach(&mut self, directory: &mut Directory) -> bool {
+        let mut changed = TouchedResources::default();
+        for layer in self.layers.iter_mut().filter(|layer| !layer.changed.is_empty()) {
+            changed.extend(std::mem::take(&mut layer.changed));
+            layer.resource_errors = layer.wrong_resources();
+        }
+        // Of sources of lower precedence another one of that name may come to the fore.
+        let others = self.layers.iter().flat_map(|layer| changed.ids.iter().filter_map(|id| layer.resources.get(id)));
+        let others: Vec<_> = others.flat_map(|(resource, _)| resource.targets()).collect();
+        changed.targets.extend(others);
+        let layers: Vec<ResourceLayer<'_>> = self.layers.iter().map(State::resource_layer).collect();
+        let before = directory.resources().clone();
+        let after = changed.targets.iter().fold(before, |resources, target| resources.with(target, &layers));
+        if !changed.is_empty() {
+            *directory = directory.with_resources(after);
+        }
+        !changed.is_empty()
     }
 
     /// True when the service is another one now.
@@ -348,6 +384,11 @@ impl State {
             authority: configured.authority.clone(),
             endpoints: configured.provides.endpoints.clone(),
             held: Held::new(configured.belief),
+            routes: configured.provides.routes.clone(),
+            policies: configured.provides.policies.clone(),
+            resources: HeldResources::new(configured.belief),
+            changed: TouchedResources::default(),
+            resource_errors: Vec::new(),
             parts: BTreeMap::new(),
             unavailable: None,
             from_disk: false,
@@ -361,7 +402,31 @@ impl State {
         Layer { source: &self.name, authority: &self.authority, endpoints: &self.endpoints, held: &self.held }
     }
 
-    fn note(&mut self, event: SourceEvent) -> Touched {
+    fn resource_layer(&self) -> ResourceLayer<'_> {
+        ResourceLayer { source: &self.name, routes: &self.routes, policies: &self.policies, held: &self.resources }
+    }
+
+    fn wrong_resources(&self) -> Vec<String> {
+        let not_granted = self.resource_layer().not_granted().take(MOST_ERRORS).collect::<Vec<_>>();
+        self.resources.refused().cloned().chain(self.resources.duplicates()).chain(not_granted).collect()
+    }
+
+    fn note_resources(&mut self, event: &mut SourceEvent) {
+        let touched = match event {
+            SourceEvent::Resources(news) => self.resources.apply(std::mem::take(news), Instant::now()),
+            SourceEvent::Narrowed(wanted) => self.resources.narrow(wanted),
+            _ => return,
+        };
+        // What is refused is to be told also where nothing else changed.
+        self.resource_errors = self.wrong_resources();
+        if !touched.is_empty() {
+            (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
+        }
+        self.changed.extend(touched);
+    }
+
+    fn note(&mut self, mut event: SourceEvent) -> Touched {
+        self.note_resources(&mut event);
         match &event {
             SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
             // Said without having asked.
@@ -406,7 +471,7 @@ impl State {
 
     /// Another list could settle what is doubted.
     fn may_settle_a_doubt(&self) -> bool {
-        self.held.stale() > 0 && self.unavailable.is_none()
+        self.held.stale() + self.resources.stale() > 0 && self.unavailable.is_none()
     }
 
     fn take_part(&mut self, name: &ServiceName, part: Part) {
@@ -420,8 +485,13 @@ impl State {
     fn health(&self) -> SourceHealth {
         let own = self.unavailable.iter();
         let refused = self.parts.values().flat_map(|part| &part.refused);
-        let mut errors: Vec<String> =
-            own.chain(self.held.problems()).chain(refused).take(MOST_ERRORS + 1).cloned().collect();
+        let mut errors: Vec<String> = own
+            .chain(self.held.problems())
+            .chain(refused)
+            .chain(&self.resource_errors)
+            .take(MOST_ERRORS + 1)
+            .cloned()
+            .collect();
         if errors.len() > MOST_ERRORS {
             errors[MOST_ERRORS] = format!("and more than these {MOST_ERRORS}: mend them to see the rest");
         }
@@ -430,7 +500,9 @@ impl State {
             kind: self.kind,
             services: self.parts.values().filter(|part| part.defines).count(),
             endpoints: self.parts.values().map(|part| part.endpoints).sum(),
-            stale: self.held.stale(),
+            resources: self.resources.len(),
+            refused_resources: self.resources.count_refused(),
+            stale: self.held.stale() + self.resources.stale(),
             from_disk: self.from_disk,
             shadowed: self.shadowed(),
             last_change: self.last_change,

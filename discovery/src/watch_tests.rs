@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use super::*;
+use crate::resources::ResourceNews;
 use crate::{Belief, Epoch, Listing, Namespaces, fake};
 
 struct Running {
@@ -10,7 +11,14 @@ struct Running {
 }
 
 fn start(sources: Vec<Configured>) -> Running {
-    let watcher = Watcher::new(sources, fake::trust_domain());
+    started(Watcher::new(sources, fake::trust_domain()))
+}
+
+fn start_keeping(sources: Vec<Configured>, keep: Arc<dyn Keep>) -> Running {
+    started(Watcher::new(sources, fake::trust_domain()).keeping(keep))
+}
+
+fn started(watcher: Watcher) -> Running {
     let (directory, health) = (watcher.directory(), watcher.health());
     let mut task = JoinSet::new();
     task.spawn(watcher.run());
@@ -170,6 +178,8 @@ async fn settled_waits_for_every_source_to_speak_be_it_bad_news() {
 #[test]
 fn health_is_shown_with_times_in_unix_seconds() {
     let health = SourceHealth {
+        resources: 0,
+        refused_resources: 0,
         name: "files".into(),
         kind: "files",
         services: 1,
@@ -183,7 +193,7 @@ fn health_is_shown_with_times_in_unix_seconds() {
         suspected: 3,
         errors: vec!["x".into()],
     };
-    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"last_listed":null,"suspected":3,"errors":["x"]}"#;
+    let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"resources":0,"refused_resources":0,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"last_listed":null,"suspected":3,"errors":["x"]}"#;
     assert_eq!(serde_json::to_string(&health).unwrap(), expected);
 }
 
@@ -359,4 +369,30 @@ async fn the_oldest_complete_list_of_a_source_is_told() {
     let services = ["b.shop".parse().unwrap()].into();
     script.send(SourceEvent::Narrowed(Wanted { services, ..Wanted::default() })).await;
     running.health_with(|health| health[0].last_listed > first).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn policies_reach_the_directory_and_are_there_after_a_restart_with_every_source_away() {
+    let keep = Arc::new(Memory::default());
+    let service = "payments.shop".parse().unwrap();
+    let policies = |directory: &Directory| directory.resources().authorization(&service).count();
+    let (script, source) = fake::source("etcd");
+    let mut running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep.clone());
+    let records = vec![fake::resources("a", &fake::allowing("payments.shop", "web"))];
+    let epoch = Epoch { store: "one".into(), position: 1 };
+    let listed = |records, epoch| {
+        SourceEvent::Resources(ResourceNews::Listed { prefix: "".into(), epoch, records, refused: vec![] })
+    };
+    script.send(listed(records, epoch.clone())).await;
+    running.directory.wait_for(|directory| policies(directory) == 1).await.unwrap();
+    running.health.wait_for(|health| health[0].resources == 1).await.unwrap();
+    // An empty answer of the store takes nothing away.
+    script.send(listed(vec![], Epoch { position: 2, ..epoch })).await;
+    running.health.wait_for(|health| health[0].stale == 1).await.unwrap();
+    assert_eq!(policies(&running.directory.borrow()), 1);
+    sleep(SAVE_EVERY * 2).await;
+    drop((running, script));
+    let (_away, source) = fake::source("etcd");
+    let running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep);
+    assert_eq!(policies(&running.directory.borrow()), 1);
 }

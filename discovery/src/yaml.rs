@@ -57,6 +57,28 @@ pub(crate) fn parse(text: &str, first_line: u64) -> Result<Node, Problem> {
     Ok(node)
 }
 
+/// What came as JSON already, such as an object of Kubernetes: it has no lines.
+impl From<&serde_json::Value> for Node {
+    fn from(json: &serde_json::Value) -> Node {
+        use serde_json::Value as Json;
+        let integer = |number: &serde_json::Number| number.as_i128().map(Value::Integer);
+        let value = match json {
+            Json::Null => Value::Null,
+            Json::Bool(value) => Value::Boolean(*value),
+            Json::Number(number) => {
+                integer(number).unwrap_or_else(|| Value::Float(number.as_f64().unwrap_or(f64::NAN)))
+            }
+            Json::String(text) => Value::Text(text.clone()),
+            Json::Array(items) => Value::List(items.iter().map(Node::from).collect()),
+            Json::Object(map) => {
+                let entry = |(key, json): (&String, _)| Entry { key: key.clone(), key_line: 0, node: Node::from(json) };
+                Value::Map(map.iter().map(entry).collect())
+            }
+        };
+        Node { line: 0, value }
+    }
+}
+
 /// The parser's words without its own "at line .., column .." (which counts from the document, not the file).
 fn syntax_reason(error: &serde_saphyr::Error) -> String {
     let message = error.to_string();
@@ -82,6 +104,13 @@ impl Node {
                 given.map(|entry| (entry.key.clone(), entry.node.to_json())).collect()
             }
         }
+    }
+
+    /// Takes out what is below a key of a mapping.
+    pub(crate) fn take(&mut self, key: &str) -> Option<Node> {
+        let Value::Map(entries) = &mut self.value else { return None };
+        let at = entries.iter().position(|entry| entry.key == key)?;
+        Some(entries.remove(at).node)
     }
 
     fn shift(&mut self, lines: u64) {
@@ -213,6 +242,22 @@ impl<'n> Field<'n> {
             problems.push(Problem { line: entry.key_line, field, reason: unknown("field", &entry.key, known) });
         }
         Some(Fields { path: self.path.clone(), line: self.node.line, entries })
+    }
+
+    /// Its entries if it is a mapping: the name, the line it is on, and what is there.
+    pub(crate) fn entries(&self) -> Option<impl Iterator<Item = (&'n str, u64, Field<'n>)>> {
+        let Value::Map(entries) = &self.node.value else { return None };
+        let path = self.path.clone();
+        let given = entries.iter().filter(|entry| !matches!(entry.node.value, Value::Null));
+        Some(given.map(move |entry| {
+            let field = Field { path: join(&path, &printable(&entry.key)), node: &entry.node };
+            (entry.key.as_str(), entry.key_line, field)
+        }))
+    }
+
+    /// The entry of that name of a mapping.
+    pub(crate) fn entry(&self, name: &str) -> Option<Field<'n>> {
+        self.entries()?.find(|(key, ..)| *key == name).map(|(.., field)| field)
     }
 
     pub(crate) fn list(&self, problems: &mut Vec<Problem>) -> Option<Vec<Field<'n>>> {

@@ -76,6 +76,11 @@ impl Error {
         Error::Refused(Status::unavailable(why))
     }
 
+    /// A right is missing.
+    pub fn forbidden(why: &str) -> Error {
+        Error::Refused(Status::permission_denied(why))
+    }
+
     /// The revision asked for is not kept any more.
     pub fn compacted() -> Error {
         Error::Refused(Status::out_of_range("compacted"))

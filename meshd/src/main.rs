@@ -13,7 +13,7 @@ use crate::cli::enrol::{EnrolArgs, UnenrolArgs};
 use crate::cli::intercept::Intercept;
 use crate::cli::join::JoinArgs;
 use crate::cli::probe::{ConnectArgs, ProbeArgs};
-use crate::cli::{Output, endpoints, enrol, inspect, intercept, join, ledger, probe, resources, run};
+use crate::cli::{Output, endpoints, enrol, inspect, intercept, join, ledger, probe, resources, run, validate};
 
 /// A service mesh for VMs and bare metal: the daemon of one host, and its command line.
 #[derive(Parser)]
@@ -44,6 +44,8 @@ enum Command {
     },
     /// Where services run, and which source says so.
     Endpoints(endpoints::Endpoints),
+    /// Look at documents without a daemon: all that is wrong, and where they contradict each other. Exit code 1 with errors.
+    Validate(validate::Validate),
     /// Documents in the backends of meshd.toml: MeshService and other kinds, all of a kind or one by its name.
     Get(resources::GetArgs),
     /// Write documents to the backend that meshd.toml names, once all of them are found to be right. What somebody else changed
@@ -102,6 +104,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Run => run::run(&load(&cli.config)?, &cli.config),
         Command::Status { output } => inspect::status(&load(&cli.config)?, *output),
         Command::Endpoints(args) => endpoints::run(&load(&cli.config)?, args),
+        Command::Validate(args) => validate::run(args),
         Command::Edges { output } => inspect::edges(&load(&cli.config)?, *output),
         Command::Ledger(args) => ledger::run(&load(&cli.config)?, args),
         Command::Get(args) => resources::get(&load(&cli.config)?, args),

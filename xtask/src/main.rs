@@ -5,6 +5,7 @@ mod built;
 mod demo;
 mod interrupt;
 mod lint;
+mod schema;
 mod soak;
 mod summary;
 mod test;
@@ -26,6 +27,8 @@ enum Verb {
     Bench(bench::Args),
     /// Format, clippy and dependency checks only
     Lint,
+    /// Writes deploy/schema and deploy/kubernetes/crds.yaml anew, after a change of what documents may say
+    Schema,
 }
 
 fn main() -> ExitCode {
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Lint => lint::run(),
+        Verb::Schema => schema::run(),
     };
     if let Err(error) = &outcome {
         eprintln!("error: {error:#}");

@@ -183,7 +183,7 @@ fn start_with(consul: Fake, wanted: Wanted) -> Running {
     let wanted = channel::Sender::new(wanted);
     let (send, events) = mpsc::channel(64);
     let trust_domain: TrustDomain = fake::trust_domain();
-    let reading = Reading { trust_domain, namespace: "shop".into(), base: BASE.into() };
+    let reading = Reading { trust_domain, namespace: "shop".into(), base: BASE.into(), resources: None };
     let mut task = JoinSet::new();
     task.spawn(run(consul.another(), reading, wanted.subscribe(), Sink::new(0, send)));
     Running { started_with, consul, wanted, events, _task: task }

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::read::{Document, Entry, Instance, Reading};
 use super::remote::{Answer, Content, Pair, Query};
+use super::resources::Resources;
 use crate::{Change, Epoch, Listing, Scope, ServiceName, SourceEvent, Wanted};
 
 #[derive(Debug)]
@@ -22,6 +23,7 @@ pub(super) struct Known {
     /// By the name of the service, then by key: those of services that are wanted.
     documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
     instances: BTreeMap<Arc<str>, Vec<Instance>>,
+    resources: Option<Resources>,
 }
 
 /// How a scope is told.
@@ -49,7 +51,9 @@ type Said = BTreeMap<(Scope, Arc<str>), Change>;
 
 impl Known {
     pub(super) fn new(reading: Reading) -> Known {
+        let resources = reading.resources.clone().map(|base| Resources::new(base, reading.trust_domain.clone()));
         Known {
+            resources,
             reading,
             cluster: None,
             scopes: BTreeMap::new(),
@@ -84,6 +88,7 @@ impl Known {
     /// The store was put back. Some of its indexes may be beyond what they were nonetheless.
     pub(super) fn went_back(&mut self, now: Instant) {
         self.begin_anew(now);
+        self.resources.iter_mut().for_each(Resources::went_back);
         self.scopes.values_mut().for_each(|state| state.went_back = true);
     }
 
@@ -103,6 +108,7 @@ impl Known {
         for scope in scopes {
             self.scopes.entry(scope).or_insert_with(|| State::begun(now));
         }
+        self.resources.iter_mut().for_each(|resources| resources.adjust(wanted));
         let queries = self.queries();
         self.parts.retain(|query, _| queries.contains(query));
         self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
@@ -116,6 +122,7 @@ impl Known {
 
     /// All that is wanted is to be listed again, as it is from now on.
     pub(super) fn resync(&mut self, now: Instant) {
+        self.resources.iter_mut().for_each(Resources::resync);
         for state in self.scopes.values_mut() {
             state.list_from = Some(now);
         }
@@ -125,6 +132,7 @@ impl Known {
     pub(super) fn queries(&self) -> BTreeSet<Query> {
         let mut queries: BTreeSet<Query> = self.scopes.keys().flat_map(|scope| self.needed(scope)).collect();
         queries.extend((!self.scopes.is_empty()).then_some(Query::Documents));
+        queries.extend(self.resources.as_ref().map(Resources::query));
         queries
     }
 
@@ -132,7 +140,8 @@ impl Known {
     pub(super) fn overdue(&self) -> BTreeSet<Query> {
         let due = self.scopes.iter().filter_map(|(scope, state)| Some((scope, state.list_from?)));
         let late = |from: Instant| move |query: &Query| self.parts.get(query).is_some_and(|part| part.as_of < from);
-        due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from))).collect()
+        let resources = self.resources.iter().filter(|resources| resources.is_due()).map(Resources::query);
+        due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from))).chain(resources).collect()
     }
 
     /// How far a query was read.
@@ -151,6 +160,13 @@ impl Known {
         }
         let part = self.parts.entry(query.clone()).or_insert(Part { index: 0, as_of: now });
         part.as_of = now;
+        if let (Content::Resources(pairs), Some(resources)) = (&answer.content, &mut self.resources) {
+            // Of two questions under way together the earlier answer may come last.
+            let is_newer = answer.index >= part.index;
+            part.index = part.index.max(answer.index);
+            let pairs = is_newer.then_some(pairs);
+            return pairs.map_or_else(Vec::new, |pairs| resources.take(pairs, answer.index, self.cluster.as_ref()));
+        }
         let mut changes: BTreeMap<Scope, Vec<Change>> = BTreeMap::new();
         // Of two questions under way together the earlier answer may come last.
         if answer.index >= part.index {
@@ -232,9 +248,12 @@ impl Known {
     }
 
     fn follows(&self, query: &Query) -> bool {
+        if let Query::Resources(_) = query {
+            return self.resources.is_some();
+        }
         let named = match query {
             Query::Instances(name) => self.names.contains(name),
-            Query::Documents | Query::Names => true,
+            _ => true,
         };
         self.scopes.keys().any(|scope| needs(scope, query) && (named || matches!(scope, Scope::Service(_))))
     }
@@ -366,6 +385,7 @@ impl Known {
 fn needs(scope: &Scope, query: &Query) -> bool {
     match (scope, query) {
         (_, Query::Documents) => true,
+        (_, Query::Resources(_)) => false,
         (Scope::Service(service), Query::Instances(name)) => service.name() == &**name,
         (scope, Query::Names | Query::Instances(_)) => !matches!(scope, Scope::Service(_)),
     }

@@ -49,7 +49,8 @@ impl Bed {
     }
 
     fn begun(wanted: &Wanted) -> Bed {
-        let reading = Reading { trust_domain: trust_domain(), namespace: "shop".into(), base: BASE.into() };
+        let reading =
+            Reading { trust_domain: trust_domain(), namespace: "shop".into(), base: BASE.into(), resources: None };
         let mut bed = Bed { known: Known::new(reading), now: Instant::now(), index: 10 };
         bed.known.meets(&"one".into(), bed.now);
         bed.known.adjust(wanted, bed.now);

@@ -24,6 +24,7 @@ mod known;
 mod read;
 mod registrar;
 mod remote;
+mod resources;
 mod settings;
 mod store;
 mod watch;
@@ -40,6 +41,7 @@ use self::registrar::ConsulRegistrar;
 use self::store::ConsulStore;
 use crate::documents::is_plain_word;
 use crate::name::check_label;
+use crate::resources::base_for;
 use crate::{Sink, Source, SourceFuture, Wanted};
 
 const DEFAULT_NAMESPACE: &str = "default";
@@ -57,6 +59,7 @@ impl ConsulSource {
         settings: Settings,
         namespace: Option<&str>,
         base: Option<&str>,
+        with_resources: bool,
         trust_domain: TrustDomain,
     ) -> Result<ConsulSource, SettingsError> {
         settings.check()?;
@@ -65,11 +68,12 @@ impl ConsulSource {
         if namespace == SYSTEM_NAMESPACE {
             return Err(SettingsError::Namespace(format!("`{namespace}` is reserved for hosts; choose another")));
         }
+        let resources = with_resources.then(|| base_for(base).trim_matches('/').into());
         let base = base.unwrap_or(BASE).trim_matches('/');
         if !base.split('/').all(|word| !word.is_empty() && is_plain_word(word)) {
             return Err(SettingsError::Prefix(base.to_owned()));
         }
-        let reading = Reading { trust_domain, namespace: namespace.into(), base: base.into() };
+        let reading = Reading { trust_domain, namespace: namespace.into(), base: base.into(), resources };
         Ok(ConsulSource { name: name.to_owned(), settings: Arc::new(settings), reading })
     }
 }

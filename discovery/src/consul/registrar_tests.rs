@@ -42,7 +42,8 @@ fn shown(body: &Value, statuses: [&str; 2]) -> Value {
 fn what_is_registered_is_read_as_the_same_place() {
     let key = offer().key;
     let shown = shown(&body(&key, &said()), ["passing", "passing"]);
-    let reading = Reading { trust_domain: trust_domain(), namespace: "default".into(), base: BASE.into() };
+    let reading =
+        Reading { trust_domain: trust_domain(), namespace: "default".into(), base: BASE.into(), resources: None };
     let instance = reading.instance(serde_json::from_value(shown).unwrap());
     let Change::Set(record) = instance.said else { panic!("{:?}", instance.said) };
     assert_eq!(record.service, key.service);

@@ -27,6 +27,8 @@ const MOST_SAID: usize = 200;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Query {
     Documents,
+    /// Routes and policies, below this key.
+    Resources(Arc<str>),
     /// Of all services.
     Names,
     /// Of the service of that name, in whatever namespace of the mesh.
@@ -42,6 +44,7 @@ pub(super) struct Answer {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Content {
     Documents(Vec<Pair>),
+    Resources(Vec<Pair>),
     Names(Vec<Arc<str>>),
     Instances(Vec<Entry>),
 }
@@ -99,6 +102,7 @@ impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Query::Documents => f.write_str("the documents in its store"),
+            Query::Resources(_) => f.write_str("the routes and policies in its store"),
             Query::Names => f.write_str("the names of services"),
             Query::Instances(name) => write!(f, "service `{name}`"),
         }
@@ -109,6 +113,7 @@ impl Query {
     fn path(&self, base: &str) -> String {
         match self {
             Query::Documents => format!("/v1/kv/{base}/?recurse=true"),
+            Query::Resources(base) => format!("/v1/kv/{base}/?recurse=true"),
             Query::Names => "/v1/catalog/services?".to_owned(),
             // `near` keeps agents from answering by their streaming backend, which says nothing of what is hidden from
             // the token, nor that it has lost its servers: it answers either with an empty list.
@@ -124,6 +129,11 @@ impl Query {
                 what: "documents in its store",
                 rule: format!("key_prefix \"{base}/\" {{ policy = \"read\" }}"),
                 instead: "",
+            },
+            Query::Resources(base) => Error::Hidden {
+                what: "routes and policies in its store",
+                rule: format!("key_prefix \"{base}/\" {{ policy = \"read\" }}"),
+                instead: "; or take `routes` and `policies` out of `provides`",
             },
             Query::Names => Error::Hidden { what: "services", rule: services.to_owned(), instead: by_name },
             Query::Instances(_) => Error::Hidden { what: "instances", rule: services.to_owned(), instead: "" },
@@ -201,7 +211,8 @@ impl Remote for Consul {
 
 /// What a reply says, if it says all there is.
 fn answer(query: &Query, reply: &Reply, base: &str) -> Result<Answer, Error> {
-    let is_empty_store = *query == Query::Documents && reply.status == StatusCode::NOT_FOUND;
+    let is_empty_store =
+        matches!(query, Query::Documents | Query::Resources(_)) && reply.status == StatusCode::NOT_FOUND;
     if reply.status != StatusCode::OK && !is_empty_store {
         return Err(refused(reply, query, base));
     }
@@ -215,12 +226,8 @@ fn answer(query: &Query, reply: &Reply, base: &str) -> Result<Answer, Error> {
     let index = text(&reply.headers, "x-consul-index").and_then(|index| index.parse().ok());
     let index = index.ok_or_else(|| garbage("it has no index"))?;
     let content = match query {
-        Query::Documents if is_empty_store => Content::Documents(Vec::new()),
-        Query::Documents => {
-            let pairs: Vec<StoredPair> = json(reply, query)?;
-            let pairs = pairs.into_iter().map(StoredPair::decode).collect::<Option<_>>();
-            Content::Documents(pairs.ok_or_else(|| garbage("a value is no base64"))?)
-        }
+        Query::Documents => Content::Documents(if is_empty_store { Vec::new() } else { pairs(reply, query)? }),
+        Query::Resources(_) => Content::Resources(if is_empty_store { Vec::new() } else { pairs(reply, query)? }),
         Query::Names => {
             let names: BTreeMap<String, serde::de::IgnoredAny> = json(reply, query)?;
             // Others cannot be names of the mesh.
@@ -231,6 +238,12 @@ fn answer(query: &Query, reply: &Reply, base: &str) -> Result<Answer, Error> {
     };
     // An index of 0 would make the next query return at once, and the one after it.
     Ok(Answer { index: u64::max(index, 1), content })
+}
+
+fn pairs(reply: &Reply, query: &Query) -> Result<Vec<Pair>, Error> {
+    let pairs: Vec<StoredPair> = json(reply, query)?;
+    let pairs = pairs.into_iter().map(StoredPair::decode).collect::<Option<_>>();
+    pairs.ok_or_else(|| Error::Garbage { what: query.clone(), reason: "a value is no base64".to_owned() })
 }
 
 fn refused(reply: &Reply, query: &Query, base: &str) -> Error {

@@ -80,8 +80,8 @@ impl News {
     /// `known`: the index that was known when it was asked.
     fn new(query: Query, answer: Result<Answer, Error>, known: u64) -> News {
         let fell = answer.as_ref().is_ok_and(|answer| answer.index < known);
-        // That of the documents falls by itself: a quarter of an hour after a delete, Consul forgets the delete.
-        let went_back = fell && query != Query::Documents;
+        // That of the store falls by itself: a quarter of an hour after a delete, Consul forgets the delete.
+        let went_back = fell && !matches!(query, Query::Documents | Query::Resources(_));
         News { query, answer, went_back, fell_from: fell.then_some(known) }
     }
 }

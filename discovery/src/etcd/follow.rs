@@ -8,10 +8,11 @@ use meshd_etcd::Error;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-use super::remote::{News, Remote, Stream};
+use super::remote::{News, Part, Remote, Stream, Told};
 use crate::backoff::Backoff;
+use crate::resources::{ResourceChange, ResourceNews};
 use crate::resync::Resync;
-use crate::{Scope, Sink, SourceEvent, Wanted};
+use crate::{Refused, Sink, SourceEvent, Wanted};
 
 /// How soon a member that stands still, or lost sight of the majority, is noticed: this and a call's deadline (4 s).
 const PROBE_EVERY: Duration = Duration::from_secs(2);
@@ -20,7 +21,10 @@ const PROBE_EVERY: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 struct Known {
     store: Arc<str>,
-    scopes: BTreeMap<Scope, Followed>,
+    parts: BTreeMap<Part, Followed>,
+    /// Where resources lie, if they are read.
+    resources: Option<Arc<str>>,
+    wanted: Wanted,
     last_id: i64,
     resync: Resync,
 }
@@ -34,7 +38,7 @@ struct Followed {
 }
 
 pub(super) async fn run<R: Remote>(mut remote: R, mut wanted: watch::Receiver<Wanted>, sink: Sink) {
-    let mut known = Known::default();
+    let mut known = Known { resources: remote.resources(), ..Known::default() };
     // What an earlier life of this daemon knew beyond that is wanted no more.
     let begun_with = wanted.borrow().clone();
     sink.send(SourceEvent::Narrowed(begun_with)).await;
@@ -94,7 +98,10 @@ async fn follow<R: Remote>(
                 known.watch_missing(remote, &mut watches).await?;
             }
             () = tokio::time::sleep_until(resync_at) => {
+                let asked = known.wanted.clone();
+                known.adjust(&asked, sink).await;
                 known.list_again(remote, sink).await?;
+                known.watch_missing(remote, &mut watches).await?;
                 known.resync.begins();
             }
         }
@@ -121,51 +128,99 @@ enum Outcome {
 impl Known {
     /// Forgets how far it was read when the store is not the one it was read from.
     fn compare(&mut self, store: &Arc<str>, position: u64) -> Outcome {
-        let furthest = self.scopes.values().filter_map(|followed| followed.position).max().unwrap_or(0);
+        let furthest = self.parts.values().filter_map(|followed| followed.position).max().unwrap_or(0);
         if self.store == *store && position >= furthest {
             return Outcome::GoesOn;
         }
         self.store = store.clone();
-        self.scopes.values_mut().for_each(|followed| followed.position = None);
+        self.parts.values_mut().for_each(|followed| followed.position = None);
         Outcome::AnotherLife
     }
 
     /// Follows what is wanted and nothing else. Returns the watches that are over.
     async fn adjust(&mut self, wanted: &Wanted, sink: &Sink) -> Vec<i64> {
-        let scopes = wanted.scopes();
+        let services = wanted.scopes().into_iter().map(Part::Services);
+        let parts: Vec<Part> = self.resources.iter().map(|_| Part::Resources).chain(services).collect();
         let mut over = Vec::new();
-        self.scopes.retain(|scope, followed| {
-            let stays = scopes.contains(scope);
+        // Routes that were passed over may be of a service that is new.
+        if parts.iter().any(|part| *part != Part::Resources && !self.parts.contains_key(part)) {
+            over.extend(self.parts.remove(&Part::Resources).map(|followed| followed.id));
+        }
+        let others = over.len();
+        self.parts.retain(|part, followed| {
+            let stays = parts.contains(part);
             over.extend((!stays).then_some(followed.id));
             stays
         });
-        for scope in scopes {
-            self.scopes.entry(scope).or_default();
+        for part in parts {
+            self.parts.entry(part).or_default();
         }
-        if !over.is_empty() {
+        self.wanted = wanted.clone();
+        if over.len() > others {
             sink.send(SourceEvent::Narrowed(wanted.clone())).await;
         }
         over
     }
 
     async fn list_missing<R: Remote>(&mut self, remote: &mut R, sink: &Sink) -> Result<(), Error> {
-        for (scope, followed) in self.scopes.iter_mut().filter(|(_, followed)| followed.position.is_none()) {
-            followed.position = Some(list(remote, scope, sink).await?);
-            followed.id = 0;
+        let missing = self.parts.iter().filter(|(_, followed)| followed.position.is_none());
+        for part in missing.map(|(part, _)| part.clone()).collect::<Vec<_>>() {
+            let position = self.list(&part, remote, sink).await?;
+            self.listed(part, position, |_| 0);
         }
         Ok(())
     }
 
     /// Beside the watches, which go on: what they still tell of the time before is old news.
     async fn list_again<R: Remote>(&mut self, remote: &mut R, sink: &Sink) -> Result<(), Error> {
-        for (scope, followed) in &mut self.scopes {
-            followed.position = Some(list(remote, scope, sink).await?);
+        for part in self.parts.keys().cloned().collect::<Vec<_>>() {
+            let position = self.list(&part, remote, sink).await?;
+            self.listed(part, position, |id| id);
         }
         Ok(())
     }
 
+    /// What may not be read is not followed, until it is tried again.
+    fn listed(&mut self, part: Part, position: Option<u64>, id: impl FnOnce(i64) -> i64) {
+        match (self.parts.get_mut(&part), position) {
+            (Some(followed), Some(_)) => (followed.position, followed.id) = (position, id(followed.id)),
+            _ => drop(self.parts.remove(&part)),
+        }
+    }
+
+    async fn list<R: Remote>(&self, part: &Part, remote: &mut R, sink: &Sink) -> Result<Option<u64>, Error> {
+        let (event, position) = match remote.list(part).await {
+            Ok(listed) => listed,
+            // Services are worth having without.
+            Err(error) if *part == Part::Resources && error.is_denied() => {
+                sink.send(self.may_not_read(&error)).await;
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        sink.send(self.of_concern(event)).await;
+        Ok(Some(position))
+    }
+
+    fn may_not_read(&self, error: &Error) -> SourceEvent {
+        let prefix = self.resources.clone().unwrap_or_default();
+        let reason = format!(
+            "routes and policies cannot be read: {error}; grant the user of this host to read keys below {prefix}/, or \
+             take `routes` and `policies` out of `provides`"
+        );
+        let refused = ResourceChange::Refused(Refused { key: prefix.clone(), problems: vec![reason] });
+        SourceEvent::Resources(ResourceNews::Changed { prefix, position: 0, changes: vec![refused] })
+    }
+
+    fn of_concern(&self, event: SourceEvent) -> SourceEvent {
+        match event {
+            SourceEvent::Resources(news) => SourceEvent::Resources(news.wanted(&self.wanted)),
+            event => event,
+        }
+    }
+
     async fn watch_all<R: Remote>(&mut self, remote: &mut R) -> Result<Option<R::Watches>, Error> {
-        self.scopes.values_mut().for_each(|followed| followed.id = 0);
+        self.parts.values_mut().for_each(|followed| followed.id = 0);
         let mut watches = None;
         self.watch_missing(remote, &mut watches).await?;
         Ok(watches)
@@ -176,12 +231,12 @@ impl Known {
         remote: &mut R,
         watches: &mut Option<R::Watches>,
     ) -> Result<(), Error> {
-        for (scope, followed) in self.scopes.iter_mut().filter(|(_, followed)| followed.id == 0) {
+        for (part, followed) in self.parts.iter_mut().filter(|(_, followed)| followed.id == 0) {
             self.last_id += 1;
             let (id, from) = (self.last_id, followed.position.unwrap_or(0) + 1);
             match watches {
-                Some(watches) => remote.add(watches, id, scope, from).await?,
-                None => *watches = Some(remote.watch(id, scope, from).await?),
+                Some(watches) => remote.add(watches, id, part, from).await?,
+                None => *watches = Some(remote.watch(id, part, from).await?),
             }
             followed.id = id;
         }
@@ -194,7 +249,7 @@ impl Known {
             return Err(Error::gone(&format!("a watch was refused: {reason}")));
         }
         // A watch that was given up may still say something, or that it is over.
-        let Some((scope, followed)) = self.scopes.iter_mut().find(|(_, followed)| followed.id == news.id) else {
+        let Some((part, followed)) = self.parts.iter_mut().find(|(_, followed)| followed.id == news.id) else {
             return Ok(Outcome::GoesOn);
         };
         if news.compacted {
@@ -208,18 +263,21 @@ impl Known {
         let new: Vec<_> = news.changes.into_iter().filter(|(revision, _)| *revision > known).collect();
         if let Some(position) = new.iter().map(|(revision, _)| *revision).max() {
             followed.position = Some(position);
-            let changes = new.into_iter().map(|(_, change)| change).collect();
-            sink.send(SourceEvent::Changed { scope: scope.clone(), position, changes }).await;
+            let told = new.into_iter().map(|(_, told)| told);
+            let event = match part.clone() {
+                Part::Services(scope) => {
+                    SourceEvent::Changed { scope, position, changes: told.filter_map(Told::service).collect() }
+                }
+                Part::Resources => {
+                    let prefix = self.resources.clone().unwrap_or_default();
+                    let changes = told.filter_map(Told::resource).collect();
+                    SourceEvent::Resources(ResourceNews::Changed { prefix, position, changes })
+                }
+            };
+            sink.send(self.of_concern(event)).await;
         }
         Ok(Outcome::GoesOn)
     }
-}
-
-async fn list<R: Remote>(remote: &mut R, scope: &Scope, sink: &Sink) -> Result<u64, Error> {
-    let listing = remote.list(scope).await?;
-    let position = listing.epoch.position;
-    sink.send(SourceEvent::Listed(listing)).await;
-    Ok(position)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::resync::RESYNC_EVERY;
-use crate::{Change, Epoch, Listing, Record, fake};
+use crate::{Change, Epoch, Listing, Record, Scope, fake};
 
 /// An etcd in words: what it holds, how it fails, and what it was asked.
 #[derive(Default)]
@@ -14,6 +14,9 @@ struct Script {
     revision: u64,
     records: Vec<Record>,
     down: bool,
+    with_resources: bool,
+    forbidden: bool,
+    documents: Vec<ResourceChange>,
     asked: Vec<String>,
     watches: Vec<mpsc::Sender<Result<News, Error>>>,
 }
@@ -61,12 +64,20 @@ impl Fake {
 impl Remote for Fake {
     type Watches = FakeWatches;
 
-    async fn list(&mut self, scope: &Scope) -> Result<Listing, Error> {
-        self.up(format!("list {scope:?}"))?;
+    async fn list(&mut self, part: &Part) -> Result<(SourceEvent, u64), Error> {
+        self.up(format!("list {part:?}"))?;
         let script = self.0.lock().unwrap();
         let epoch = Epoch { store: script.store.into(), position: script.revision };
+        let Part::Services(scope) = part else {
+            if script.forbidden {
+                return Err(Error::forbidden("scripted"));
+            }
+            let news = ResourceNews::listed("resources".into(), epoch, script.documents.clone().into_iter());
+            return Ok((SourceEvent::Resources(news), script.revision));
+        };
         let records = script.records.iter().filter(|record| scope.holds(&record.service)).cloned().collect();
-        Ok(Listing { scope: scope.clone(), epoch, records, refused: vec![] })
+        let listing = Listing { scope: scope.clone(), epoch, records, refused: vec![] };
+        Ok((SourceEvent::Listed(listing), script.revision))
     }
 
     async fn probe(&mut self) -> Result<Epoch, Error> {
@@ -75,15 +86,19 @@ impl Remote for Fake {
         Ok(Epoch { store: script.store.into(), position: script.revision })
     }
 
-    async fn watch(&mut self, id: i64, scope: &Scope, from: u64) -> Result<FakeWatches, Error> {
-        self.up(format!("watch {id} {scope:?} from {from}"))?;
+    fn resources(&self) -> Option<Arc<str>> {
+        self.0.lock().unwrap().with_resources.then(|| "resources".into())
+    }
+
+    async fn watch(&mut self, id: i64, part: &Part, from: u64) -> Result<FakeWatches, Error> {
+        self.up(format!("watch {id} {part:?} from {from}"))?;
         let (send, news) = mpsc::channel(8);
         self.0.lock().unwrap().watches.push(send);
         Ok(FakeWatches { news, script: self.0.clone() })
     }
 
-    async fn add(&mut self, _: &mut FakeWatches, id: i64, scope: &Scope, from: u64) -> Result<(), Error> {
-        self.up(format!("add {id} {scope:?} from {from}"))
+    async fn add(&mut self, _: &mut FakeWatches, id: i64, part: &Part, from: u64) -> Result<(), Error> {
+        self.up(format!("add {id} {part:?} from {from}"))
     }
 
     fn leave_member(&mut self) {
@@ -115,8 +130,12 @@ fn wanting(services: &[&str]) -> Wanted {
 }
 
 fn start(wanted: Wanted) -> Running {
+    start_with(Fake::new(), wanted)
+}
+
+fn start_with(etcd: Fake, wanted: Wanted) -> Running {
     let started_with = wanted.clone();
-    let (etcd, wanted) = (Fake::new(), watch::Sender::new(wanted));
+    let wanted = watch::Sender::new(wanted);
     let (send, events) = mpsc::channel(64);
     let mut task = JoinSet::new();
     task.spawn(run(etcd.clone(), wanted.subscribe(), Sink::new(0, send)));
@@ -148,7 +167,7 @@ fn shop(name: &str) -> Scope {
 }
 
 fn news(id: i64, revisions: &[u64]) -> News {
-    let change = |revision: &u64| (*revision, Change::Set(fake::record("a.shop", &["10.0.0.9"])));
+    let change = |revision: &u64| (*revision, Told::Service(Change::Set(fake::record("a.shop", &["10.0.0.9"]))));
     News { id, changes: revisions.iter().map(change).collect(), ..News::default() }
 }
 
@@ -286,4 +305,60 @@ async fn a_host_that_wants_nothing_asks_for_nothing_but_a_sign_of_life() {
     assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
     assert_eq!(running.events.recv().await.unwrap().1, SourceEvent::InSync);
     assert!(running.etcd.asked().iter().all(|call| call == "probe"));
+}
+
+const ROUTE: &str = "apiVersion: gateway.networking.k8s.io/v1alpha2\nkind: TCPRoute\nmetadata: { name: split, namespace: \
+                     shop }\nspec: { parentRefs: [ { group: \"\", kind: Service, name: c } ], rules: [ { backendRefs: [ { \
+                     name: d } ] } ] }\n";
+
+/// A route of c.shop.
+fn with_a_route() -> Fake {
+    let etcd = Fake::new();
+    let key = "resources/shop/tcproute/split";
+    let stored = crate::resources::StoredKey::read("resources", key).unwrap();
+    let route = stored.document(key, ROUTE.as_bytes(), &fake::trust_domain());
+    etcd.change(|script| (script.with_resources, script.documents) = (true, vec![route]));
+    etcd
+}
+
+fn records(event: SourceEvent) -> usize {
+    match event {
+        SourceEvent::Resources(ResourceNews::Listed { records, .. }) => records.len(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn routes_are_read_before_services_and_again_when_a_service_is_new() {
+    let mut running = start_with(with_a_route(), wanting(&["a.shop"]));
+    assert_eq!(records(running.next().await), 0, "of a service nobody wants");
+    assert_eq!(running.listed().await, (shop("a"), 10, 1));
+    let asked = running.etcd.asked();
+    assert!(asked.contains(&"watch 1 Resources from 11".to_owned()), "{asked:?}");
+    running.wanted.send_replace(wanting(&["a.shop", "c.shop"]));
+    assert_eq!(records(running.next().await), 1);
+    assert_eq!(running.listed().await, (shop("c"), 10, 0));
+    tokio::task::yield_now().await;
+    assert!(running.etcd.asked().contains(&"cancel 1".to_owned()));
+    let id = 3;
+    let removed = Told::Resource(ResourceChange::Removed("resources/shop/tcproute/split".into()));
+    running.etcd.tell(News { id, changes: vec![(12, removed)], ..News::default() }).await;
+    let SourceEvent::Resources(ResourceNews::Changed { position, changes, .. }) = running.next().await else {
+        panic!("no change")
+    };
+    assert_eq!((position, changes.len()), (12, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn routes_that_may_not_be_read_are_told_and_cost_no_service() {
+    let etcd = with_a_route();
+    etcd.change(|script| script.forbidden = true);
+    let mut running = start_with(etcd, wanting(&["a.shop"]));
+    let SourceEvent::Resources(ResourceNews::Changed { changes, .. }) = running.next().await else { panic!("silent") };
+    assert!(
+        matches!(&changes[..], [ResourceChange::Refused(refused)] if refused.problems[0].contains("grant the user"))
+    );
+    assert_eq!(running.listed().await, (shop("a"), 10, 1));
+    running.etcd.change(|script| script.forbidden = false);
+    assert_eq!(records(running.next().await), 0, "at the next time all is read");
 }

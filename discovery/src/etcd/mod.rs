@@ -23,11 +23,14 @@ use tokio::sync::watch;
 
 pub(crate) use self::store::EtcdStore;
 use crate::register::etcd::EtcdRegistrar;
+use crate::resources::base_for;
 use crate::{Sink, Source, SourceFuture, Wanted};
 
 pub struct EtcdSource {
     name: String,
     base: String,
+    /// Where routes and policies lie, if they are to be read.
+    resources: Option<Arc<str>>,
     client: Arc<Client>,
     /// `HOST:PORT` of each.
     members: Vec<String>,
@@ -40,12 +43,14 @@ impl EtcdSource {
         name: &str,
         settings: Settings,
         base: Option<&str>,
+        with_resources: bool,
         trust_domain: TrustDomain,
     ) -> Result<EtcdSource, Error> {
+        let resources = with_resources.then(|| base_for(base).into());
         let base = base.unwrap_or(keys::BASE).trim_end_matches('/').to_owned();
         let members = settings.addresses()?;
         let client = Arc::new(Client::new(settings)?);
-        Ok(EtcdSource { name: name.to_owned(), base, client, members, trust_domain })
+        Ok(EtcdSource { name: name.to_owned(), base, resources, client, members, trust_domain })
     }
 
     /// Registers over the source's own connection.
@@ -70,8 +75,9 @@ impl Source for EtcdSource {
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        let (client, base, trust_domain) = (self.client.clone(), self.base.clone(), self.trust_domain.clone());
-        let remote = remote::Etcd { client, base, trust_domain };
+        let EtcdSource { client, base, resources, trust_domain, .. } = self;
+        let (base, resources, trust_domain) = (base.clone(), resources.clone(), trust_domain.clone());
+        let remote = remote::Etcd { client: client.clone(), keys: remote::Keys { base, resources, trust_domain } };
         Box::pin(follow::run(remote, wanted, sink))
     }
 }

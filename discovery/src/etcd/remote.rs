@@ -2,27 +2,54 @@
 
 use std::sync::Arc;
 
+use meshd_etcd::api::KeyValue;
 use meshd_etcd::api::event::EventType;
-use meshd_etcd::{Client, Error, Watches};
+use meshd_etcd::{Client, Error, Prefix, Watches};
 use meshd_identity::TrustDomain;
 
 use super::keys;
-use crate::{Change, Epoch, Listing, Scope};
+use crate::resources::{self, ResourceChange, ResourceNews, StoredKey};
+use crate::{Change, Epoch, Listing, Scope, SourceEvent};
+
+/// What is followed by a watch of its own. Policies come before what they are about.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    Resources,
+    Services(Scope),
+}
+
+impl std::fmt::Debug for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Part::Resources => f.write_str("Resources"),
+            Part::Services(scope) => scope.fmt(f),
+        }
+    }
+}
+
+/// Something that was written.
+#[derive(Debug, PartialEq)]
+pub(super) enum Told {
+    Service(Change),
+    Resource(ResourceChange),
+}
 
 /// What `follow` needs; scripted in its tests.
 pub(super) trait Remote: Send {
     type Watches: Stream + Send;
 
-    fn list(&mut self, scope: &Scope) -> impl Future<Output = Result<Listing, Error>> + Send;
+    /// All there is, and as of which revision.
+    fn list(&mut self, part: &Part) -> impl Future<Output = Result<(SourceEvent, u64), Error>> + Send;
+    /// Below which key resources lie, if they are to be read.
+    fn resources(&self) -> Option<Arc<str>>;
     /// Which cluster it is and how far, as the majority knows it.
     fn probe(&mut self) -> impl Future<Output = Result<Epoch, Error>> + Send;
-    fn watch(&mut self, id: i64, scope: &Scope, from: u64)
-    -> impl Future<Output = Result<Self::Watches, Error>> + Send;
+    fn watch(&mut self, id: i64, part: &Part, from: u64) -> impl Future<Output = Result<Self::Watches, Error>> + Send;
     fn add(
         &mut self,
         watches: &mut Self::Watches,
         id: i64,
-        scope: &Scope,
+        part: &Part,
         from: u64,
     ) -> impl Future<Output = Result<(), Error>> + Send;
     /// The next call goes to another member.
@@ -39,7 +66,7 @@ pub(super) trait Stream {
 pub(super) struct News {
     pub(super) id: i64,
     /// Each with the revision it was written in, in their order.
-    pub(super) changes: Vec<(u64, Change)>,
+    pub(super) changes: Vec<(u64, Told)>,
     /// Etcd no longer has what the watch asked for.
     pub(super) compacted: bool,
     /// The watch was refused or ended; why.
@@ -48,14 +75,51 @@ pub(super) struct News {
 
 pub(super) struct Etcd {
     pub(super) client: Arc<Client>,
-    pub(super) base: String,
-    pub(super) trust_domain: TrustDomain,
+    pub(super) keys: Keys,
 }
 
 pub(super) struct EtcdWatches {
     watches: Watches,
-    base: String,
-    trust_domain: TrustDomain,
+    keys: Keys,
+}
+
+/// Where keys lie, and what they mean.
+#[derive(Clone)]
+pub(super) struct Keys {
+    pub(super) base: String,
+    /// `None`: they are not read.
+    pub(super) resources: Option<Arc<str>>,
+    pub(super) trust_domain: TrustDomain,
+}
+
+impl Keys {
+    fn prefix(&self, part: &Part) -> Prefix {
+        match part {
+            Part::Resources => Prefix::new(format!("{}/", self.resources.as_deref().unwrap_or(resources::BASE))),
+            Part::Services(scope) => keys::prefix(&self.base, scope),
+        }
+    }
+
+    fn stored(&self, key: &str) -> Option<StoredKey> {
+        StoredKey::read(self.resources.as_deref()?, key)
+    }
+
+    /// A key of unknown form is passed over.
+    fn read(&self, pair: &KeyValue) -> Option<Told> {
+        let key = std::str::from_utf8(&pair.key).ok()?;
+        match self.stored(key) {
+            Some(stored) => Some(Told::Resource(stored.document(key, &pair.value, &self.trust_domain))),
+            None => keys::read(&self.base, pair, &self.trust_domain).map(Told::Service),
+        }
+    }
+
+    fn deleted(&self, key: &[u8]) -> Option<Told> {
+        let key = std::str::from_utf8(key).ok()?;
+        Some(match self.stored(key) {
+            Some(_) => Told::Resource(ResourceChange::Removed(key.into())),
+            None => Told::Service(Change::Removed(key.into())),
+        })
+    }
 }
 
 fn epoch(header: &meshd_etcd::api::ResponseHeader) -> Epoch {
@@ -67,37 +131,71 @@ fn revision(position: u64) -> i64 {
     i64::try_from(position).unwrap_or(i64::MAX)
 }
 
+impl Told {
+    pub(super) fn service(self) -> Option<Change> {
+        match self {
+            Told::Service(change) => Some(change),
+            Told::Resource(_) => None,
+        }
+    }
+
+    pub(super) fn resource(self) -> Option<ResourceChange> {
+        match self {
+            Told::Resource(change) => Some(change),
+            Told::Service(_) => None,
+        }
+    }
+}
+
+fn listing(scope: Scope, epoch: Epoch, told: impl Iterator<Item = Told>) -> Listing {
+    let mut listing = Listing::empty(scope, epoch);
+    for change in told.filter_map(Told::service) {
+        match change {
+            Change::Set(record) => listing.records.push(record),
+            Change::Refused(refused) => listing.refused.push(refused),
+            Change::Removed(_) => {}
+        }
+    }
+    listing
+}
+
 impl Remote for Etcd {
     type Watches = EtcdWatches;
 
-    async fn list(&mut self, scope: &Scope) -> Result<Listing, Error> {
-        let listed = self.client.list(&keys::prefix(&self.base, scope)).await?;
+    async fn list(&mut self, part: &Part) -> Result<(SourceEvent, u64), Error> {
+        let listed = self.client.list(&self.keys.prefix(part)).await?;
         if listed.header.cluster_id == 0 {
             return Err(Error::gone("an answer did not say of which cluster it is"));
         }
-        let mut listing = Listing::empty(scope.clone(), epoch(&listed.header));
-        for pair in &listed.keys {
-            match keys::read(&self.base, pair, &self.trust_domain) {
-                Some(Change::Set(record)) => listing.records.push(record),
-                Some(Change::Refused(refused)) => listing.refused.push(refused),
-                Some(Change::Removed(_)) | None => {}
+        let epoch = epoch(&listed.header);
+        let position = epoch.position;
+        let told = listed.keys.iter().filter_map(|pair| self.keys.read(pair));
+        let event = match part {
+            Part::Services(scope) => SourceEvent::Listed(listing(scope.clone(), epoch, told)),
+            Part::Resources => {
+                let prefix = self.keys.resources.clone().unwrap_or_default();
+                SourceEvent::Resources(ResourceNews::listed(prefix, epoch, told.filter_map(Told::resource)))
             }
-        }
-        Ok(listing)
+        };
+        Ok((event, position))
+    }
+
+    fn resources(&self) -> Option<Arc<str>> {
+        self.keys.resources.clone()
     }
 
     async fn probe(&mut self) -> Result<Epoch, Error> {
-        let (header, _) = self.client.modified(&format!("{}/", self.base)).await?;
+        let (header, _) = self.client.modified(&format!("{}/", self.keys.base)).await?;
         Ok(epoch(&header))
     }
 
-    async fn watch(&mut self, id: i64, scope: &Scope, from: u64) -> Result<EtcdWatches, Error> {
-        let watches = self.client.watches(id, &keys::prefix(&self.base, scope), revision(from)).await?;
-        Ok(EtcdWatches { watches, base: self.base.clone(), trust_domain: self.trust_domain.clone() })
+    async fn watch(&mut self, id: i64, part: &Part, from: u64) -> Result<EtcdWatches, Error> {
+        let watches = self.client.watches(id, &self.keys.prefix(part), revision(from)).await?;
+        Ok(EtcdWatches { watches, keys: self.keys.clone() })
     }
 
-    async fn add(&mut self, watches: &mut EtcdWatches, id: i64, scope: &Scope, from: u64) -> Result<(), Error> {
-        watches.watches.add(id, &keys::prefix(&self.base, scope), revision(from)).await
+    async fn add(&mut self, watches: &mut EtcdWatches, id: i64, part: &Part, from: u64) -> Result<(), Error> {
+        watches.watches.add(id, &self.keys.prefix(part), revision(from)).await
     }
 
     fn leave_member(&mut self) {
@@ -113,12 +211,8 @@ impl Stream for EtcdWatches {
         for event in message.events {
             let deleted = event.r#type() == EventType::Delete;
             let Some(pair) = event.kv else { continue };
-            let change = if deleted {
-                std::str::from_utf8(&pair.key).ok().map(|key| Change::Removed(key.into()))
-            } else {
-                keys::read(&self.base, &pair, &self.trust_domain)
-            };
-            news.changes.extend(change.map(|change| (pair.mod_revision.unsigned_abs(), change)));
+            let told = if deleted { self.keys.deleted(&pair.key) } else { self.keys.read(&pair) };
+            news.changes.extend(told.map(|told| (pair.mod_revision.unsigned_abs(), told)));
         }
         Ok(news)
     }

@@ -14,6 +14,7 @@ use super::known::{Area, Watching, areas};
 use super::objects::{Event, Kind};
 use super::read::Reader;
 use super::remote::{Remote, Watch};
+use super::resources::Life;
 use crate::backoff::Backoff;
 use crate::resync::Resync;
 use crate::{Epoch, Scope, ServiceName, Sink, SourceEvent, Wanted};
@@ -30,7 +31,14 @@ const INBOX: usize = 256;
 /// In this order: the selector of a Service says which pods, and pods of a slice that are known need not be waited for.
 const KINDS: [Kind; 4] = [Kind::Service, Kind::Slice, Kind::Pod, Kind::Mesh];
 
-pub(super) async fn run<R: Remote>(mut remote: R, reader: Reader, mut wanted: watch::Receiver<Wanted>, sink: Sink) {
+/// `told`: where those who follow other kinds hear of the server.
+pub(super) async fn run<R: Remote>(
+    mut remote: R,
+    reader: Reader,
+    mut wanted: watch::Receiver<Wanted>,
+    sink: Sink,
+    told: watch::Sender<Life>,
+) {
     let mut follower = Follower {
         reader,
         sink,
@@ -38,6 +46,7 @@ pub(super) async fn run<R: Remote>(mut remote: R, reader: Reader, mut wanted: wa
         areas: BTreeMap::new(),
         watches: 0,
         resync: Resync::default(),
+        told,
     };
     // What an earlier life of this daemon knew beyond that is wanted no more.
     let begun_with = wanted.borrow().clone();
@@ -49,6 +58,7 @@ pub(super) async fn run<R: Remote>(mut remote: R, reader: Reader, mut wanted: wa
         follower.sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
         follower.areas.values_mut().for_each(Area::end_watches);
         remote.leave();
+        follower.told.send_modify(|life| life.connection += 1);
         sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
     }
 }
@@ -62,6 +72,7 @@ struct Follower {
     /// How many were begun.
     watches: u64,
     resync: Resync,
+    told: watch::Sender<Life>,
 }
 
 /// Which watch says something.
@@ -171,6 +182,11 @@ impl Follower {
         if self.life.store != now.store || now.position < self.life.position {
             self.areas.values_mut().for_each(Area::forget_positions);
         }
+        self.told.send_if_modified(|life| {
+            let changed = life.epoch != now;
+            life.epoch.clone_from(&now);
+            changed
+        });
         self.life = now;
     }
 

@@ -153,7 +153,7 @@ fn start(wanted: Wanted, server: Fake) -> Running {
     let (send, events) = mpsc::channel(64);
     let mut task = JoinSet::new();
     let reader = Reader { trust_domain: fake::trust_domain(), authority: Namespaces::everything() };
-    task.spawn(run(server.clone(), reader, wanted.subscribe(), Sink::new(0, send)));
+    task.spawn(run(server.clone(), reader, wanted.subscribe(), Sink::new(0, send), watch::Sender::default()));
     Running { started_with, server, wanted, events, _task: task }
 }
 

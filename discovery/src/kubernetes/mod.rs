@@ -27,6 +27,7 @@ mod known;
 mod objects;
 mod read;
 mod remote;
+mod resources;
 #[cfg(test)]
 mod samples;
 mod settings;
@@ -37,16 +38,20 @@ use tokio::sync::watch;
 
 pub use settings::Settings as KubernetesSettings;
 
+use crate::resources::Kind;
 use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
 use client::Client;
 use read::Reader;
 use remote::ApiServer;
+use resources::Followed;
 use store::KubernetesStore;
 
 pub struct KubernetesSource {
     name: String,
     settings: KubernetesSettings,
     authority: Namespaces,
+    /// Kinds of routes and policies that are to be read.
+    kinds: Vec<Kind>,
     trust_domain: TrustDomain,
 }
 
@@ -56,10 +61,11 @@ impl KubernetesSource {
         name: &str,
         settings: KubernetesSettings,
         authority: Namespaces,
+        kinds: Vec<Kind>,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
-        Ok(KubernetesSource { name: name.to_owned(), settings, authority, trust_domain })
+        Ok(KubernetesSource { name: name.to_owned(), settings, authority, kinds, trust_domain })
     }
 
     /// Reads and writes documents in the same cluster.
@@ -80,6 +86,23 @@ impl Source for KubernetesSource {
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
         let reader = Reader { trust_domain: self.trust_domain.clone(), authority: self.authority.clone() };
         let remote = ApiServer(Client::new(self.settings.clone()));
-        Box::pin(follow::run(remote, reader, wanted, sink))
+        let life = watch::Sender::default();
+        let followed = Followed {
+            kinds: self.kinds.clone(),
+            trust_domain: self.trust_domain.clone(),
+            wanted: wanted.clone(),
+            life: life.subscribe(),
+            sink: sink.clone(),
+        };
+        let settings = self.settings.clone();
+        let resources = resources::run(move || Client::new(settings.clone()), followed);
+        let services = follow::run(remote, reader, wanted, sink, life);
+        // Neither ends, except by a defect; both are then begun anew.
+        Box::pin(async move {
+            tokio::select! {
+                () = services => {}
+                () = resources => {}
+            }
+        })
     }
 }

@@ -21,9 +21,15 @@ pub(super) fn show(sources: &[Value]) -> String {
             None => "never".to_owned(),
         };
         let [services, endpoints, stale] = ["services", "endpoints", "stale"].map(count);
-        vec![text("name"), text("kind"), services, endpoints, stale, since("last_ok"), since("last_listed")]
+        let resources = match source["refused_resources"].as_u64() {
+            Some(refused) if refused > 0 => format!("{} ({refused} refused)", count("resources")),
+            _ => count("resources"),
+        };
+        let times = [since("last_ok"), since("last_listed")];
+        let row = [text("name"), text("kind"), services, endpoints, stale].into_iter().chain(times);
+        row.chain([resources]).collect()
     });
-    let columns = ["SOURCE", "KIND", "SERVICES", "ENDPOINTS", "STALE", "HEARD", "LISTED"];
+    let columns = ["SOURCE", "KIND", "SERVICES", "ENDPOINTS", "STALE", "HEARD", "LISTED", "ROUTES+POLICIES"];
     let mut page = section("sources", &columns, rows.collect());
     for source in sources {
         for error in source["errors"].as_array().into_iter().flatten() {
@@ -48,6 +54,16 @@ pub(super) fn metrics(sources: &[SourceHealth]) -> Vec<Exposition> {
             "meshd_source_endpoints",
             "Endpoints by source",
             each(&|health| Some(health.endpoints as f64)),
+        ),
+        Exposition::gauge(
+            "meshd_source_resources",
+            "Routes and policies by source",
+            each(&|health| Some(health.resources as f64)),
+        ),
+        Exposition::gauge(
+            "meshd_source_refused_resources",
+            "Documents of routes and policies that cannot be understood; the last good version stays in force",
+            each(&|health| Some(health.refused_resources as f64)),
         ),
         Exposition::gauge(
             "meshd_source_stale_records",
@@ -92,14 +108,15 @@ mod tests {
     fn a_source_shows_when_it_was_heard_of_and_what_is_wrong_with_it() {
         let now = unix_now();
         let etcd = json!({"name": "store", "kind": "etcd", "services": 3, "endpoints": 7, "stale": 1,
-            "last_ok": now - 61, "last_listed": now - 3700, "errors": ["cannot be reached"]});
+            "resources": 5, "refused_resources": 2, "last_ok": now - 61, "last_listed": now - 3700, "errors": ["cannot be reached"]});
         let files = json!({"name": "files", "kind": "files", "services": 0, "endpoints": 0, "stale": 0,
             "last_ok": null, "last_listed": null, "errors": []});
         let page = show(&[etcd, files]);
         let lines: Vec<Vec<&str>> = page.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[2][..5], ["store", "etcd", "3", "7", "1"]);
         assert!(lines[2][5].starts_with("1m") && lines[2][6].starts_with("1h1m"), "{page}");
-        assert_eq!(lines[3][5..], ["never", "never"]);
+        assert_eq!(lines[2][7..], ["5", "(2", "refused)"]);
+        assert_eq!(lines[3][5..], ["never", "never", "0"]);
         assert!(page.ends_with("‼ source store: cannot be reached\n"), "{page}");
     }
 }

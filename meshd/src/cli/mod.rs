@@ -10,6 +10,7 @@ pub(crate) mod ledger;
 pub(crate) mod probe;
 pub(crate) mod resources;
 pub(crate) mod run;
+pub(crate) mod validate;
 
 use std::io::ErrorKind;
 use std::time::Duration;

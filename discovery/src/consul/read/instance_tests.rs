@@ -5,7 +5,7 @@ use super::*;
 use crate::fake::trust_domain;
 
 fn reading() -> Reading {
-    Reading { trust_domain: trust_domain(), namespace: "shop".into(), base: BASE.into() }
+    Reading { trust_domain: trust_domain(), namespace: "shop".into(), base: BASE.into(), resources: None }
 }
 
 /// As Consul 1.20 writes it, with more fields than are read.

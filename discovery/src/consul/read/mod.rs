@@ -22,6 +22,8 @@ pub(super) struct Reading {
     /// Of instances that do not say theirs.
     pub(super) namespace: Arc<str>,
     pub(super) base: Arc<str>,
+    /// Where routes and policies lie, if they are to be read.
+    pub(super) resources: Option<Arc<str>>,
 }
 
 /// What lies under a key of the store.

@@ -1,0 +1,310 @@
+//! Routes and policies of a cluster: a follower for each kind, beside that of services, which tells them how the server is.
+//!
+//! ```text
+//!   server known ---> list, in pages ---> watch from there ---> events
+//!        ^                 |                    |
+//!        |                 |                    +--- its end (5 min), 410, something new wanted, asked to, another life
+//!        |                 |                         of the store, or the connection of services was given up: list again
+//!        |                 +--- 404: the cluster has no such kind; nothing until the next time all is read
+//!        +--- any other error: told, back off
+//! ```
+//! A kind is read in all namespaces: who routes a service for its own clients does so in the namespace of the clients.
+
+use std::sync::Arc;
+
+use meshd_identity::TrustDomain;
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::client::{Asked, Client, Lines};
+use super::error::Error;
+use super::remote::encode;
+use crate::backoff::{Backoff, jittered};
+use crate::resources::{self, Document, Kind, ResourceChange, ResourceNews, ResourceRecord, Said};
+use crate::resync::RESYNC_EVERY;
+use crate::{Epoch, Refused, Sink, SourceEvent, Wanted};
+
+/// Objects per page of a list.
+const PAGE: usize = 500;
+/// A watch that ends sooner ends for another reason than its age.
+const SHORTEST_WATCH: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// What the follower of services knows of the server.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Life {
+    pub(super) epoch: Epoch,
+    /// Grows with each connection that was given up.
+    pub(super) connection: u64,
+}
+
+impl Life {
+    fn is_known(&self) -> bool {
+        !self.epoch.store.is_empty()
+    }
+
+    /// Nothing says that a watch begun in the other one tells no more.
+    fn goes_on(&self, before: &Life) -> bool {
+        let same = self.connection == before.connection && self.epoch.store == before.epoch.store;
+        same && self.epoch.position >= before.epoch.position
+    }
+}
+
+/// What is asked of the server; scripted in tests.
+pub(super) trait Server: Send + 'static {
+    type Watch: Watch + Send;
+
+    /// All objects of a kind, and as of where; `NotServed`: the cluster has no such kind.
+    fn list(&mut self, kind: Kind) -> impl Future<Output = Result<(Vec<Value>, String), Error>> + Send;
+    fn watch(&mut self, kind: Kind, from: &str) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
+    fn leave(&mut self);
+}
+
+pub(super) trait Watch {
+    /// `None`: its end.
+    fn next(&mut self) -> impl Future<Output = Result<Option<Value>, Error>> + Send;
+}
+
+pub(super) struct Followed {
+    pub(super) kinds: Vec<Kind>,
+    pub(super) trust_domain: TrustDomain,
+    pub(super) wanted: watch::Receiver<Wanted>,
+    pub(super) life: watch::Receiver<Life>,
+    pub(super) sink: Sink,
+}
+
+/// Never returns, except by a defect of ours, which ends all of it.
+pub(super) async fn run<S: Server>(server: impl Fn() -> S, followed: Followed) {
+    let Followed { kinds, trust_domain, wanted, life, sink } = followed;
+    let mut tasks = JoinSet::new();
+    for kind in kinds {
+        let (trust_domain, wanted, life, sink) = (trust_domain.clone(), wanted.clone(), life.clone(), sink.clone());
+        tasks.spawn(Follower { kind, trust_domain, wanted, life, sink, version: None }.run(server()));
+    }
+    if tasks.is_empty() {
+        std::future::pending::<()>().await;
+    }
+    tasks.join_next().await;
+}
+
+struct Follower {
+    kind: Kind,
+    trust_domain: TrustDomain,
+    wanted: watch::Receiver<Wanted>,
+    life: watch::Receiver<Life>,
+    sink: Sink,
+    /// As of where it is known.
+    version: Option<String>,
+}
+
+impl Follower {
+    async fn run<S: Server>(mut self, mut server: S) {
+        let mut backoff = Backoff::default();
+        // Nobody tells any more only when all of this ends.
+        while self.life.wait_for(Life::is_known).await.is_ok() {
+            let started = Instant::now();
+            match self.follow(&mut server).await {
+                Ok(()) => continue,
+                Err(Error::NotServed) => {
+                    // What was there is doubted like any other loss.
+                    self.tell_list(Vec::new()).await;
+                    self.rest().await;
+                    continue;
+                }
+                Err(error) => self.tell_trouble(&error).await,
+            }
+            server.leave();
+            sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+        }
+    }
+
+    /// Until all is to be read again.
+    async fn follow<S: Server>(&mut self, server: &mut S) -> Result<(), Error> {
+        let life = self.life.borrow_and_update().clone();
+        self.wanted.borrow_and_update();
+        let (objects, version) = server.list(self.kind).await?;
+        self.version = Some(version);
+        self.tell_list(objects).await;
+        let started = Instant::now();
+        let mut watch = server.watch(self.kind, self.version.as_deref().unwrap_or_default()).await?;
+        let again_at = started + jittered(RESYNC_EVERY, fastrand::f64());
+        loop {
+            tokio::select! {
+                event = watch.next() => match event? {
+                    Some(event) => {
+                        if !self.take(&event).await? {
+                            return Ok(());
+                        }
+                    }
+                    None if started.elapsed() < SHORTEST_WATCH => {
+                        return Err(Error::Broken("a watch ended as soon as it began".to_owned()));
+                    }
+                    None => return Ok(()),
+                },
+                changed = self.life.changed() => {
+                    if changed.is_err() || !self.life.borrow_and_update().goes_on(&life) {
+                        return Ok(());
+                    }
+                }
+                // Also where all is to be read again.
+                Ok(()) = self.wanted.changed() => return Ok(()),
+                () = sleep_until(again_at) => return Ok(()),
+            }
+        }
+    }
+
+    /// Until all is read again, or somebody asks for it.
+    async fn rest(&mut self) {
+        tokio::select! {
+            Ok(()) = self.wanted.changed() => {}
+            () = sleep(jittered(RESYNC_EVERY, fastrand::f64())) => {}
+        }
+    }
+
+    fn prefix(&self) -> Arc<str> {
+        format!("{}/", self.kind.plural()).into()
+    }
+
+    /// False where the history that the watch needs is gone.
+    async fn take(&mut self, event: &Value) -> Result<bool, Error> {
+        let object = &event["object"];
+        let change = match event["type"].as_str() {
+            Some("ADDED" | "MODIFIED") => self.read(object),
+            Some("DELETED") => ResourceChange::Removed(self.key(object)),
+            Some("ERROR") if object["code"] == 410 => return Ok(false),
+            Some("ERROR") => return Err(Error::Broken(format!("a watch failed: {}", object["message"]))),
+            // A bookmark.
+            _ => return Ok(true),
+        };
+        let position = self.life.borrow().epoch.position;
+        self.tell(ResourceNews::Changed { prefix: self.prefix(), position, changes: vec![change] }).await;
+        Ok(true)
+    }
+
+    async fn tell_list(&self, objects: Vec<Value>) {
+        let epoch = self.life.borrow().epoch.clone();
+        let read = objects.iter().map(|object| self.read(object));
+        self.tell(ResourceNews::listed(self.prefix(), epoch, read)).await;
+    }
+
+    async fn tell_trouble(&self, error: &Error) {
+        let problems = vec![format!("{}: {error} (what was said last stays in force)", self.kind)];
+        let refused = ResourceChange::Refused(Refused { key: format!("{}access", self.prefix()).into(), problems });
+        self.tell(ResourceNews::Changed { prefix: self.prefix(), position: 0, changes: vec![refused] }).await;
+    }
+
+    async fn tell(&self, news: ResourceNews) {
+        let news = news.wanted(&self.wanted.borrow());
+        self.sink.send(SourceEvent::Resources(news)).await;
+    }
+
+    fn key(&self, object: &Value) -> Arc<str> {
+        let text = |name: &str| object["metadata"][name].as_str().unwrap_or_default();
+        format!("{}{}/{}", self.prefix(), text("namespace"), text("name")).into()
+    }
+
+    /// Most routes of a cluster are of Gateways, and no concern of ours.
+    fn read(&self, object: &Value) -> ResourceChange {
+        let key = self.key(object);
+        let is_route = matches!(self.kind, Kind::HTTPRoute | Kind::GRPCRoute | Kind::TCPRoute);
+        if is_route && !resources::is_between_services(object) {
+            return ResourceChange::Removed(key);
+        }
+        let origin: Arc<str> = format!("{} {}", self.kind, &key[self.prefix().len()..]).into();
+        let Document { outcome, .. } = resources::read_json(object, &self.trust_domain);
+        match outcome {
+            Ok(Said::Resources(resources)) => ResourceChange::Set(ResourceRecord { key, origin, resources }),
+            // A kind that is not asked for.
+            Ok(Said::Service(_)) => ResourceChange::Removed(key),
+            Err(problems) => {
+                let problems = problems.iter().map(|problem| format!("{}: {}", problem.field, problem.reason));
+                ResourceChange::Refused(crate::stored::refused(&key, &origin, &problems.collect::<Vec<_>>()))
+            }
+        }
+    }
+}
+
+impl Server for Client {
+    type Watch = Lines;
+
+    async fn list(&mut self, kind: Kind) -> Result<(Vec<Value>, String), Error> {
+        for version in kind.versions() {
+            match list_version(self, kind, version).await {
+                Err(Error::Refused { status: 404, .. }) => {}
+                listed => return listed,
+            }
+        }
+        Err(Error::NotServed)
+    }
+
+    async fn watch(&mut self, kind: Kind, from: &str) -> Result<Lines, Error> {
+        // The version is that of the list, if there is only one that answered; else the newest that does.
+        let seconds = jittered(RESYNC_EVERY, fastrand::f64()).as_secs();
+        let options = format!("watch=1&timeoutSeconds={seconds}&resourceVersion={}", encode(from));
+        let mut refused = Error::NotServed;
+        for version in kind.versions() {
+            match self.lines(&path(kind, version, &options), &asked("watch", kind)).await {
+                Err(error @ Error::Refused { status: 404, .. }) => refused = error,
+                answer => return answer,
+            }
+        }
+        Err(refused)
+    }
+
+    fn leave(&mut self) {
+        Client::leave(self);
+    }
+}
+
+impl Watch for Lines {
+    async fn next(&mut self) -> Result<Option<Value>, Error> {
+        let line = Lines::next(self).await?;
+        line.map(|line| serde_json::from_slice(&line).map_err(|error| Error::Garbled(error.to_string()))).transpose()
+    }
+}
+
+fn asked(verb: &'static str, kind: Kind) -> Asked {
+    Asked { verb, resource: format!("{} in all namespaces", kind.plural()) }
+}
+
+fn path(kind: Kind, version: &str, options: &str) -> String {
+    format!("/apis/{}/{version}/{}?{options}", kind.group(), kind.plural())
+}
+
+async fn list_version(client: &mut Client, kind: Kind, version: &str) -> Result<(Vec<Value>, String), Error> {
+    let (mut objects, mut next) = (Vec::new(), String::new());
+    loop {
+        let page = client.get(&path(kind, version, &format!("limit={PAGE}{next}")), &asked("list", kind)).await;
+        let page = match page {
+            // Who may not read what is not there has no trouble.
+            Err(Error::Forbidden { verb, resource, reason }) if !is_served(client, kind, version).await => {
+                tracing::debug!(verb, resource, reason, "a kind that the cluster does not have");
+                return Err(Error::Refused { status: 404, reason });
+            }
+            page => page?,
+        };
+        let mut page: Value = serde_json::from_slice(&page).map_err(|error| Error::Garbled(error.to_string()))?;
+        if let Value::Array(items) = page["items"].take() {
+            objects.extend(items);
+        }
+        let text = |name: &str| page["metadata"][name].as_str().unwrap_or_default().to_owned();
+        match text("continue") {
+            token if token.is_empty() => return Ok((objects, text("resourceVersion"))),
+            token => next = format!("&continue={}", encode(&token)),
+        }
+    }
+}
+
+/// Everybody who is known may ask which kinds there are.
+async fn is_served(client: &mut Client, kind: Kind, version: &str) -> bool {
+    let what = Asked { verb: "get", resource: kind.group().to_owned() };
+    let Ok(answer) = client.get(&format!("/apis/{}/{version}", kind.group()), &what).await else { return false };
+    let served: Value = serde_json::from_slice(&answer).unwrap_or_default();
+    let mut kinds = served["resources"].as_array().into_iter().flatten();
+    kinds.any(|resource| resource["name"] == kind.plural())
+}
+
+#[cfg(test)]
+#[path = "resources_tests.rs"]
+mod tests;

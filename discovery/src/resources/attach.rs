@@ -1,0 +1,185 @@
+//! What all sources say of a target becomes one picture, for those who decide about requests. Pure.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rpds::RedBlackTreeMapSync;
+
+use super::{AuthorizationPolicy, GrpcRoute, HeldResources, HttpRoute, Id, Resource, ServicePolicy, Target, TcpRoute};
+use crate::{Namespaces, ServiceName};
+
+/// All there is of one service. Each list is in the order of precedence, the first before the others.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Attached {
+    /// For clients everywhere.
+    pub producers: Routes,
+    /// For clients of that namespace, instead of the others.
+    pub consumers: BTreeMap<Arc<str>, Routes>,
+    pub policy: Option<Arc<ServicePolicy>>,
+    pub authorization: Vec<Arc<AuthorizationPolicy>>,
+}
+
+/// On one port of a service the first kind of which there is a route counts: gRPC, HTTP, TCP. A port that is carried as
+/// bytes has TCP routes only.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Routes {
+    pub grpc: Vec<Arc<GrpcRoute>>,
+    pub http: Vec<Arc<HttpRoute>>,
+    pub tcp: Vec<Arc<TcpRoute>>,
+}
+
+impl Attached {
+    /// The routes for a client of a namespace: its consumer routes where there are any, else the producer's.
+    pub fn routes_for(&self, namespace: &str) -> &Routes {
+        self.consumers.get(namespace).unwrap_or(&self.producers)
+    }
+
+    pub fn routes(&self) -> usize {
+        let count = |routes: &Routes| routes.grpc.len() + routes.http.len() + routes.tcp.len();
+        count(&self.producers) + self.consumers.values().map(count).sum::<usize>()
+    }
+
+    fn routes_of(&mut self, service: &ServiceName, namespace: &Arc<str>) -> &mut Routes {
+        match service.namespace() == &**namespace {
+            true => &mut self.producers,
+            false => self.consumers.entry(namespace.clone()).or_default(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        *self == Attached::default()
+    }
+}
+
+/// The resources of a directory. Versions share what did not change.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Attachments {
+    services: RedBlackTreeMapSync<ServiceName, Arc<Attached>>,
+    namespaces: RedBlackTreeMapSync<Arc<str>, Arc<[Arc<AuthorizationPolicy>]>>,
+    everywhere: Arc<[Arc<AuthorizationPolicy>]>,
+}
+
+impl Attachments {
+    pub fn of(&self, service: &ServiceName) -> Option<&Arc<Attached>> {
+        self.services.get(service)
+    }
+
+    /// In the order of their names.
+    pub fn services(&self) -> impl ExactSizeIterator<Item = (&ServiceName, &Arc<Attached>)> {
+        self.services.iter()
+    }
+
+    /// The policies that decide about a service: its own, those of its namespace, those for everybody.
+    pub fn authorization<'a>(
+        &'a self,
+        service: &ServiceName,
+    ) -> impl Iterator<Item = &'a Arc<AuthorizationPolicy>> + use<'a> {
+        let own = self.of(service).map(|attached| attached.authorization.as_slice()).unwrap_or_default();
+        let namespace = self.namespaces.get(service.namespace()).map(|policies| &**policies).unwrap_or_default();
+        own.iter().chain(namespace).chain(&*self.everywhere)
+    }
+
+    /// The same with what is attached to a target put together anew.
+    pub(crate) fn with(&self, target: &Target, layers: &[Layer<'_>]) -> Attachments {
+        let resources = believed(target, layers);
+        let mut now = self.clone();
+        match target {
+            Target::Service(service) => {
+                let attached = attach(service, resources);
+                let same = self.of(service).is_some_and(|before| **before == attached);
+                match (attached.is_empty(), same) {
+                    (true, _) => now.services.remove_mut(service),
+                    (false, true) => true,
+                    (false, false) => {
+                        now.services.insert_mut(service.clone(), Arc::new(attached));
+                        true
+                    }
+                };
+            }
+            Target::Namespace(namespace) => {
+                let policies = policies(resources);
+                if policies.is_empty() {
+                    now.namespaces.remove_mut(namespace);
+                } else {
+                    now.namespaces.insert_mut(namespace.clone(), policies.into());
+                }
+            }
+            Target::TrustDomain => now.everywhere = policies(resources).into(),
+        }
+        now
+    }
+}
+
+/// One source; in the order of precedence, first wins.
+pub(crate) struct Layer<'a> {
+    pub(crate) source: &'a Arc<str>,
+    pub(crate) routes: &'a Namespaces,
+    pub(crate) policies: &'a Namespaces,
+    pub(crate) held: &'a HeldResources,
+}
+
+impl Layer<'_> {
+    fn may_say(&self, id: &Id) -> bool {
+        let granted = if id.kind.is_route() { self.routes } else { self.policies };
+        granted.covers(&id.namespace)
+    }
+
+    /// What the source says without being granted it. Full messages.
+    pub(crate) fn not_granted(&self) -> impl Iterator<Item = String> {
+        let resources =
+            self.held.records().flat_map(|record| record.resources.iter().map(move |resource| (record, resource)));
+        resources.filter(|(_, resource)| !self.may_say(&resource.id())).map(|(record, resource)| {
+            let id = resource.id();
+            let what = if id.kind.is_route() { "routes" } else { "policies" };
+            let Id { namespace, .. } = &id;
+            format!(
+                "{}: {id} is passed over: source `{}` is not granted {what} of namespace {namespace}; add `provides = {{ {what} = \
+                 [\"{namespace}\"] }}` to its [[source]] in meshd.toml, or remove it there",
+                record.origin, self.source
+            )
+        })
+    }
+}
+
+/// Of each name, what the first source says that may.
+fn believed<'a>(target: &Target, layers: &[Layer<'a>]) -> Vec<&'a Resource> {
+    let mut resources = Vec::new();
+    for (n, layer) in layers.iter().enumerate() {
+        for id in layer.held.at(target).filter(|id| layer.may_say(id)) {
+            let shadowed = layers[..n].iter().any(|earlier| earlier.may_say(id) && earlier.held.get(id).is_some());
+            let found = layer.held.get(id).map(|(resource, _)| resource).filter(|_| !shadowed);
+            // The name may be said by two keys, and only one of them holds.
+            resources.extend(found.filter(|resource| resource.targets().contains(target)));
+        }
+    }
+    resources.sort_by(|one, other| one.meta().precedence().cmp(&other.meta().precedence()));
+    resources
+}
+
+fn policies(resources: Vec<&Resource>) -> Vec<Arc<AuthorizationPolicy>> {
+    let policy = |resource: &Resource| match resource {
+        Resource::Authorization(policy) => Some(policy.clone()),
+        _ => None,
+    };
+    resources.into_iter().filter_map(policy).collect()
+}
+
+fn attach(service: &ServiceName, resources: Vec<&Resource>) -> Attached {
+    let mut attached = Attached::default();
+    for resource in resources {
+        let namespace = &resource.meta().namespace;
+        match resource {
+            Resource::Grpc(route) => attached.routes_of(service, namespace).grpc.push(route.clone()),
+            Resource::Http(route) => attached.routes_of(service, namespace).http.push(route.clone()),
+            Resource::Tcp(route) => attached.routes_of(service, namespace).tcp.push(route.clone()),
+            // The first of them holds.
+            Resource::Service(policy) => drop(attached.policy.get_or_insert_with(|| policy.clone())),
+            Resource::Authorization(policy) => attached.authorization.push(policy.clone()),
+        }
+    }
+    attached
+}
+
+#[cfg(test)]
+#[path = "attach_tests.rs"]
+mod tests;

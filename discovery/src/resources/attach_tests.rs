@@ -1,0 +1,111 @@
+use tokio::time::Instant;
+
+use super::super::ResourceNews;
+use super::*;
+use crate::{Belief, Epoch, fake};
+
+fn held(texts: &[&str]) -> HeldResources {
+    let mut held = HeldResources::new(Belief::Always);
+    let records = texts.iter().enumerate().map(|(n, text)| fake::resources(&n.to_string(), text)).collect();
+    let (prefix, epoch) = ("".into(), Epoch::default());
+    held.apply(ResourceNews::Listed { prefix, epoch, records, refused: vec![] }, Instant::now());
+    held
+}
+
+fn service(name: &str) -> Target {
+    Target::Service(name.parse().unwrap())
+}
+
+struct Granted {
+    source: Arc<str>,
+    routes: Namespaces,
+    policies: Namespaces,
+    held: HeldResources,
+}
+
+impl Granted {
+    fn everything(source: &str, texts: &[&str]) -> Granted {
+        let (routes, policies) = (Namespaces::everything(), Namespaces::everything());
+        Granted { source: source.into(), routes, policies, held: held(texts) }
+    }
+
+    fn layer(&self) -> Layer<'_> {
+        Layer { source: &self.source, routes: &self.routes, policies: &self.policies, held: &self.held }
+    }
+}
+
+fn route(name: &str, namespace: &str, more: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{ name: {name}, namespace: {namespace} }}\nspec: \
+         {{ parentRefs: [ {{ group: \"\", kind: Service, name: payments, namespace: shop }} ]{more} }}\n"
+    )
+}
+
+const EVERYBODY: &str = "apiVersion: meshd.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: { name: all, namespace: \
+                         meshd-system }\nspec: { targetRef: { group: meshd.dev, kind: TrustDomain }, action: deny }\n";
+const NAMESPACE: &str = "apiVersion: meshd.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: { name: closed, namespace: \
+                         shop }\nspec: { targetRef: { kind: Namespace } }\n";
+
+fn all(layers: &[Layer<'_>]) -> Attachments {
+    let targets: std::collections::BTreeSet<Target> = layers
+        .iter()
+        .flat_map(|layer| layer.held.records().flat_map(|record| record.resources.iter().flat_map(Resource::targets)))
+        .collect();
+    targets.iter().fold(Attachments::default(), |attached, target| attached.with(target, layers))
+}
+
+#[test]
+fn clients_of_a_namespace_with_routes_of_its_own_have_those_and_nobody_else_has() {
+    let texts = [route("producer", "shop", ""), route("consumer", "web", "")];
+    let source = Granted::everything("files", &texts.each_ref().map(String::as_str));
+    let attached = all(&[source.layer()]);
+    let payments = attached.of(&"payments.shop".parse().unwrap()).unwrap();
+    let names =
+        |namespace| payments.routes_for(namespace).http.iter().map(|route| &*route.metadata.name).collect::<Vec<_>>();
+    assert_eq!((names("web"), names("shop"), names("other")), (vec!["consumer"], vec!["producer"], vec!["producer"]));
+    assert_eq!(payments.routes(), 2);
+}
+
+#[test]
+fn a_service_obeys_its_own_policies_those_of_its_namespace_and_those_for_everybody() {
+    let own = fake::allowing("payments.shop", "web");
+    let source = Granted::everything("files", &[&own, EVERYBODY, NAMESPACE]);
+    let attached = all(&[source.layer()]);
+    let names = |service: &str| {
+        let service = service.parse().unwrap();
+        attached.authorization(&service).map(|policy| policy.metadata.name.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("payments.shop"), ["web", "closed", "all"]);
+    assert_eq!(names("other.shop"), ["closed", "all"]);
+    assert_eq!(names("other.bank"), ["all"]);
+}
+
+#[test]
+fn of_one_name_the_first_source_that_may_say_it_holds_wherever_the_other_is_attached() {
+    let (own, elsewhere) = (fake::allowing("payments.shop", "web"), fake::allowing("ledger.shop", "web"));
+    let (mut first, second) = (Granted::everything("first", &[&own]), Granted::everything("second", &[&elsewhere]));
+    let count = |layers: &[Layer<'_>], service: &str| {
+        all(layers).of(&service.parse().unwrap()).map_or(0, |attached| attached.authorization.len())
+    };
+    let layers = [first.layer(), second.layer()];
+    assert_eq!((count(&layers, "payments.shop"), count(&layers, "ledger.shop")), (1, 0));
+    first.policies = Namespaces::new(["bank"]).unwrap();
+    let layers = [first.layer(), second.layer()];
+    assert_eq!((count(&layers, "payments.shop"), count(&layers, "ledger.shop")), (0, 1));
+    let said: Vec<String> = layers[0].not_granted().collect();
+    assert!(said[0].contains("`first` is not granted policies of namespace shop; add `provides"), "{said:?}");
+}
+
+#[test]
+fn what_did_not_change_is_the_same_allocation() {
+    let texts = [route("producer", "shop", ""), fake::allowing("ledger.shop", "web")];
+    let source = Granted::everything("files", &texts.each_ref().map(String::as_str));
+    let before = all(&[source.layer()]);
+    let name = "payments.shop".parse().unwrap();
+    for target in [service("ledger.shop"), service("payments.shop")] {
+        let after = before.with(&target, &[source.layer()]);
+        assert!(Arc::ptr_eq(before.of(&name).unwrap(), after.of(&name).unwrap()));
+    }
+    let empty = Granted::everything("files", &[]);
+    assert!(before.with(&service("payments.shop"), &[empty.layer()]).of(&name).is_none());
+}

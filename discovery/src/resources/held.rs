@@ -1,0 +1,413 @@
+//! What one source says of resources, as far as it is believed: the last good state of each of its keys. The same promise
+//! as for services (`belief.rs`), with one thing more: a single document that is removed by name, by somebody who meant it,
+//! is gone at once, also if it was the last.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use super::{Id, Resource, Target};
+use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
+use crate::{Epoch, Refused, Wanted};
+
+/// Something a source says under a key of its own. An import is several resources.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub key: Arc<str>,
+    /// Where to look for it, in messages.
+    pub origin: Arc<str>,
+    pub resources: Vec<Resource>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    Set(Record),
+    /// By its key.
+    Removed(Arc<str>),
+    Refused(Refused),
+}
+
+/// What a source tells of resources.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// All there is below a prefix of keys. What was said before of it, and is not in it, is gone.
+    Listed { prefix: Arc<str>, epoch: Epoch, records: Vec<Record>, refused: Vec<Refused> },
+    /// What happened since the list of that prefix, up to a position.
+    Changed { prefix: Arc<str>, position: u64, changes: Vec<Change> },
+}
+
+impl Change {
+    /// Whether it is this host's concern. What cannot be understood may be.
+    pub(crate) fn is_wanted(&self, wanted: &Wanted) -> bool {
+        match self {
+            Change::Set(record) => is_wanted(&record.resources, wanted),
+            Change::Removed(_) | Change::Refused(_) => true,
+        }
+    }
+}
+
+impl News {
+    /// All there is, out of what was read of each key.
+    pub(crate) fn listed(prefix: Arc<str>, epoch: Epoch, read: impl Iterator<Item = Change>) -> News {
+        let (mut records, mut refused) = (Vec::new(), Vec::new());
+        for change in read {
+            match change {
+                Change::Set(record) => records.push(record),
+                Change::Refused(key) => refused.push(key),
+                Change::Removed(_) => {}
+            }
+        }
+        News::Listed { prefix, epoch, records, refused }
+    }
+
+    /// Without what is no concern of this host.
+    pub(crate) fn wanted(self, wanted: &Wanted) -> News {
+        match self {
+            News::Listed { prefix, epoch, mut records, refused } => {
+                records.retain(|record| is_wanted(&record.resources, wanted));
+                News::Listed { prefix, epoch, records, refused }
+            }
+            News::Changed { prefix, position, changes } => {
+                let left_out = |change| match change {
+                    // It may have been before.
+                    Change::Set(record) if !is_wanted(&record.resources, wanted) => Change::Removed(record.key),
+                    change => change,
+                };
+                News::Changed { prefix, position, changes: changes.into_iter().map(left_out).collect() }
+            }
+        }
+    }
+}
+
+impl Default for News {
+    fn default() -> News {
+        News::Changed { prefix: "".into(), position: 0, changes: Vec::new() }
+    }
+}
+
+/// Policies decide here, too, about what is served here and imported nowhere; routes are for those who import.
+fn is_wanted(resources: &[Resource], wanted: &Wanted) -> bool {
+    resources.iter().any(|resource| {
+        let targets = || resource.targets().into_iter();
+        !resource.kind().is_route()
+            || targets().any(|target| matches!(target, Target::Service(service) if wanted.covers(&service)))
+    })
+}
+
+#[derive(Debug)]
+pub(crate) struct HeldResources {
+    belief: Belief,
+    records: BTreeMap<Arc<str>, Entry>,
+    by_id: HashMap<Id, BTreeSet<Arc<str>>>,
+    by_target: HashMap<Target, BTreeSet<Id>>,
+    refused: BTreeMap<Arc<str>, Vec<String>>,
+    epochs: BTreeMap<Arc<str>, Epoch>,
+    /// The same when nothing was doubted: what a restart goes by.
+    settled: BTreeMap<Arc<str>, Epoch>,
+    stale: usize,
+    peak: Peak,
+}
+
+#[derive(Debug)]
+struct Entry {
+    record: Record,
+    /// No longer there, which is doubted since then.
+    gone: Option<Instant>,
+}
+
+/// What may be another one now, and what that is attached to, before or after.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Touched {
+    pub(crate) ids: BTreeSet<Id>,
+    pub(crate) targets: BTreeSet<Target>,
+}
+
+impl Touched {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    fn add(&mut self, record: &Record) {
+        self.ids.extend(record.resources.iter().map(Resource::id));
+        self.targets.extend(record.resources.iter().flat_map(Resource::targets));
+    }
+
+    pub(crate) fn extend(&mut self, other: Touched) {
+        self.ids.extend(other.ids);
+        self.targets.extend(other.targets);
+    }
+}
+
+impl HeldResources {
+    pub(crate) fn new(belief: Belief) -> HeldResources {
+        HeldResources {
+            belief,
+            records: BTreeMap::new(),
+            by_id: HashMap::new(),
+            by_target: HashMap::new(),
+            refused: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+            settled: BTreeMap::new(),
+            stale: 0,
+            peak: Peak::default(),
+        }
+    }
+
+    pub(crate) fn apply(&mut self, news: News, now: Instant) -> Touched {
+        let doubted = self.stale > 0;
+        let touched = match news {
+            News::Listed { prefix, epoch, records, refused } => self.list(&prefix, epoch, records, refused, now),
+            News::Changed { prefix, position, changes } => self.change(&prefix, position, changes, now),
+        };
+        if self.stale == 0 && (doubted || self.settled != self.epochs) {
+            self.settled.clone_from(&self.epochs);
+        }
+        touched
+    }
+
+    /// What is no concern of this host is forgotten, and nobody doubts that.
+    pub(crate) fn narrow(&mut self, wanted: &Wanted) -> Touched {
+        let strange = |entry: &&Entry| !is_wanted(&entry.record.resources, wanted);
+        let keys: Vec<_> = self.records.values().filter(strange).map(|entry| entry.record.key.clone()).collect();
+        self.remove_all(&keys)
+    }
+
+    /// What an earlier life knew.
+    pub(crate) fn restore(&mut self, epochs: Vec<(Arc<str>, Epoch)>, records: Vec<Record>) -> Touched {
+        self.epochs = epochs.into_iter().collect();
+        self.settled.clone_from(&self.epochs);
+        let mut touched = Touched::default();
+        records.into_iter().for_each(|record| self.set(record, &mut touched));
+        touched
+    }
+
+    pub(crate) fn accept_losses(&mut self) -> Touched {
+        let gone = |entry: &&Entry| entry.gone.is_some();
+        let keys: Vec<_> = self.records.values().filter(gone).map(|entry| entry.record.key.clone()).collect();
+        self.settled.clone_from(&self.epochs);
+        self.remove_all(&keys)
+    }
+
+    pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
+        self.records.values().map(|entry| &entry.record)
+    }
+
+    pub(crate) fn settled(&self) -> impl Iterator<Item = (&Arc<str>, &Epoch)> {
+        self.settled.iter()
+    }
+
+    pub(crate) fn stale(&self) -> usize {
+        self.stale
+    }
+
+    pub(crate) fn refused(&self) -> impl Iterator<Item = &String> {
+        self.refused.values().flatten()
+    }
+
+    pub(crate) fn count_refused(&self) -> usize {
+        self.refused.len()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// The resource of that name and where it was read. Of two keys that say the same name, the first holds.
+    pub(crate) fn get(&self, id: &Id) -> Option<(&Resource, &Record)> {
+        let record = &self.records.get(self.by_id.get(id)?.first()?)?.record;
+        let resource = record.resources.iter().find(|resource| resource.id() == *id)?;
+        Some((resource, record))
+    }
+
+    pub(crate) fn at<'h>(&'h self, target: &Target) -> impl Iterator<Item = &'h Id> + use<'h> {
+        self.by_target.get(target).into_iter().flatten()
+    }
+
+    /// Names that two keys say, each with the keys that do not hold.
+    pub(crate) fn duplicates(&self) -> impl Iterator<Item = String> {
+        let twice = self.by_id.iter().filter(|(_, keys)| keys.len() > 1);
+        twice.flat_map(|(id, keys)| {
+            let origin =
+                |key: &Arc<str>| self.records.get(key).map(|entry| entry.record.origin.clone()).unwrap_or_default();
+            let first = keys.first().map(origin).unwrap_or_default();
+            keys.iter().skip(1).map(move |key| {
+                format!("{}: {id} is already said by {first}, which holds; remove one of them", origin(key))
+            })
+        })
+    }
+
+    fn list(
+        &mut self,
+        prefix: &Arc<str>,
+        epoch: Epoch,
+        records: Vec<Record>,
+        refused: Vec<Refused>,
+        now: Instant,
+    ) -> Touched {
+        let before = self.epochs.insert(prefix.clone(), epoch.clone());
+        let same_epoch = before.is_none_or(|before| before.store == epoch.store && before.position <= epoch.position);
+        let said: HashSet<Arc<str>> = records
+            .iter()
+            .map(|record| &record.key)
+            .chain(refused.iter().map(|refused| &refused.key))
+            .cloned()
+            .collect();
+        let gone: Vec<_> = self.below(prefix).filter(|key| !said.contains(key)).collect();
+        self.refused.retain(|key, _| !key.starts_with(&**prefix));
+        let mut touched = Touched::default();
+        for refused in refused {
+            self.refuse(refused);
+        }
+        self.take(
+            records,
+            &gone,
+            |left, peak, belief| belief.accepts(Loss { left, empties_a_service: left == 0, same_epoch }, peak),
+            now,
+            &mut touched,
+        );
+        let repeated =
+            |entry: &&Entry| entry.gone.is_some_and(|since| now.saturating_duration_since(since) >= REPEATED_FOR);
+        let settled: Vec<_> = self.records.values().filter(repeated).map(|entry| entry.record.key.clone()).collect();
+        let settled: Vec<_> =
+            settled.into_iter().filter(|key| key.starts_with(&**prefix) && !said.contains(key)).collect();
+        touched.extend(self.remove_all(&settled));
+        touched
+    }
+
+    fn change(&mut self, prefix: &Arc<str>, position: u64, changes: Vec<Change>, now: Instant) -> Touched {
+        let (mut set, mut gone, mut touched) = (Vec::new(), Vec::new(), Touched::default());
+        for change in changes {
+            match change {
+                Change::Set(record) => {
+                    self.refused.remove(&record.key);
+                    gone.retain(|key| *key != record.key);
+                    set.push(record);
+                }
+                Change::Removed(key) => {
+                    self.refused.remove(&key);
+                    set.retain(|record| record.key != key);
+                    gone.extend(self.records.contains_key(&key).then_some(key));
+                }
+                Change::Refused(refused) => self.refuse(refused),
+            }
+        }
+        if let Some(known) = self.epochs.get_mut(prefix) {
+            known.position = position.max(known.position);
+        }
+        self.take(
+            set,
+            &gone,
+            |left, peak, belief| {
+                // One of them, named: somebody meant it.
+                peak <= left + 1 || belief.accepts(Loss { left, empties_a_service: left == 0, same_epoch: true }, peak)
+            },
+            now,
+            &mut touched,
+        );
+        touched
+    }
+
+    fn below<'h>(&'h self, prefix: &'h Arc<str>) -> impl Iterator<Item = Arc<str>> + 'h {
+        self.records.keys().filter(|key| key.starts_with(&**prefix)).cloned()
+    }
+
+    fn live(&self) -> usize {
+        self.records.len() - self.stale
+    }
+
+    /// What is there is taken; what is gone is taken away where that is believed, and doubted elsewhere.
+    fn take(
+        &mut self,
+        set: Vec<Record>,
+        gone: &[Arc<str>],
+        believed: impl FnOnce(usize, usize, Belief) -> bool,
+        now: Instant,
+        touched: &mut Touched,
+    ) {
+        self.peak.note(self.live(), now);
+        let peak = self.peak.within(now);
+        set.into_iter().for_each(|record| self.set(record, touched));
+        let news: Vec<Arc<str>> = gone.iter().filter(|key| self.lose(key, now)).cloned().collect();
+        if !news.is_empty() && believed(self.live(), peak, self.belief) {
+            touched.extend(self.remove_all(&news));
+        }
+        self.peak.note(self.live(), now);
+    }
+
+    fn set(&mut self, record: Record, touched: &mut Touched) {
+        self.back(&record.key);
+        if let Some(entry) = self.records.get(&record.key) {
+            if entry.record == record {
+                return;
+            }
+            touched.extend(self.remove_all(std::slice::from_ref(&record.key)));
+        }
+        touched.add(&record);
+        for resource in &record.resources {
+            self.by_id.entry(resource.id()).or_default().insert(record.key.clone());
+            for target in resource.targets() {
+                self.by_target.entry(target).or_default().insert(resource.id());
+            }
+        }
+        self.records.insert(record.key.clone(), Entry { record, gone: None });
+    }
+
+    /// What its key said before stays, and is there again if that was doubted.
+    fn refuse(&mut self, refused: Refused) {
+        self.back(&refused.key);
+        self.refused.insert(refused.key, refused.problems);
+    }
+
+    fn back(&mut self, key: &Arc<str>) {
+        if self.records.get_mut(key).is_some_and(|entry| entry.gone.take().is_some()) {
+            self.stale -= 1;
+        }
+    }
+
+    /// True when it was there until now.
+    fn lose(&mut self, key: &Arc<str>, now: Instant) -> bool {
+        let Some(entry) = self.records.get_mut(key).filter(|entry| entry.gone.is_none()) else { return false };
+        entry.gone = Some(now);
+        self.stale += 1;
+        true
+    }
+
+    fn remove_all(&mut self, keys: &[Arc<str>]) -> Touched {
+        let mut touched = Touched::default();
+        for key in keys {
+            let Some(Entry { record, gone }) = self.records.remove(key) else { continue };
+            self.stale -= usize::from(gone.is_some());
+            touched.add(&record);
+            for resource in &record.resources {
+                self.forget(key, resource);
+            }
+        }
+        touched
+    }
+
+    fn forget(&mut self, key: &Arc<str>, resource: &Resource) {
+        let id = resource.id();
+        let others = self.by_id.get_mut(&id).map_or(0, |keys| {
+            keys.remove(key);
+            keys.len()
+        });
+        if others > 0 {
+            return;
+        }
+        self.by_id.remove(&id);
+        for target in resource.targets() {
+            if let Some(ids) = self.by_target.get_mut(&target) {
+                ids.remove(&id);
+                if ids.is_empty() {
+                    self.by_target.remove(&target);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "held_tests.rs"]
+mod tests;

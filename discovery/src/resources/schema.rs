@@ -1,0 +1,129 @@
+//! The shapes as JSON Schema, and as definitions for Kubernetes.
+
+use serde_json::{Map, Value as Json, json};
+
+use super::Kind;
+use super::forms::Form;
+use super::read::shape;
+use super::shape::{Need, Object, Rule, Shape};
+
+const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
+/// Those that are ours to publish.
+pub const PUBLISHED: [Kind; 3] = [Kind::MeshService, Kind::ServicePolicy, Kind::AuthorizationPolicy];
+
+/// JSON Schema of a kind of ours, for editors.
+pub fn json_schema(kind: Kind) -> Json {
+    let mut schema = object(&shape(kind), Dialect::JsonSchema);
+    let version = format!("{}/{}", kind.group(), kind.versions()[0]);
+    schema["properties"]["apiVersion"] = json!({ "const": version });
+    schema["properties"]["kind"] = json!({ "const": kind.name() });
+    schema["$schema"] = DRAFT.into();
+    schema["title"] = kind.name().into();
+    schema
+}
+
+/// The CustomResourceDefinitions of our kinds.
+pub fn crds() -> Vec<Json> {
+    PUBLISHED.into_iter().map(crd).collect()
+}
+
+fn crd(kind: Kind) -> Json {
+    let shape = shape(kind);
+    let spec = shape.members.iter().find(|member| member.name == "spec").map(|member| &member.shape);
+    let (group, plural, name) = (kind.group(), kind.plural(), kind.name());
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": { "name": format!("{plural}.{group}") },
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": { "kind": name, "listKind": format!("{name}List"), "plural": plural, "singular": kind.lower() },
+            "versions": [{
+                "name": kind.versions()[0],
+                "served": true,
+                "storage": true,
+                "subresources": { "status": {} },
+                "schema": { "openAPIV3Schema": {
+                    "type": "object",
+                    "required": ["spec"],
+                    "properties": {
+                        "spec": spec.map(|spec| of(spec, Dialect::Kubernetes)),
+                        "status": { "type": "object", "x-kubernetes-preserve-unknown-fields": true },
+                    },
+                } },
+            }],
+        },
+    })
+}
+
+/// Kubernetes prunes or refuses what is not known by itself, and takes no `additionalProperties: false` beside `properties`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Dialect {
+    JsonSchema,
+    Kubernetes,
+}
+
+fn of(shape: &Shape, dialect: Dialect) -> Json {
+    match shape {
+        Shape::Object(members) => object(members, dialect),
+        Shape::Texts => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
+        Shape::List { of: item, least, most } => {
+            let mut list = json!({ "type": "array", "items": of(item, dialect), "maxItems": most });
+            if *least > 0 {
+                list["minItems"] = (*least).into();
+            }
+            list
+        }
+        Shape::Text(form) => text(form),
+        Shape::Choice { words, .. } => json!({ "type": "string", "enum": words }),
+        Shape::Integer { least, most } => json!({ "type": "integer", "minimum": least, "maximum": most }),
+        Shape::Boolean => json!({ "type": "boolean" }),
+        Shape::Anything if dialect == Dialect::Kubernetes => json!({ "x-kubernetes-preserve-unknown-fields": true }),
+        Shape::Anything => json!({}),
+    }
+}
+
+fn text(form: &Form) -> Json {
+    let mut text = json!({ "type": "string", "maxLength": form.most });
+    if form.least > 0 {
+        text["minLength"] = form.least.into();
+    }
+    if !form.pattern.is_empty() {
+        text["pattern"] = form.pattern.into();
+    }
+    text
+}
+
+fn object(shape: &Object, dialect: Dialect) -> Json {
+    let offered = || shape.members.iter().filter(|member| !matches!(member.need, Need::Refused(_)));
+    let mut properties = Map::new();
+    for member in offered() {
+        let mut schema = of(&member.shape, dialect);
+        schema["description"] = member.about.into();
+        properties.insert(member.name.to_owned(), schema);
+    }
+    let required: Vec<&str> =
+        offered().filter(|member| matches!(member.need, Need::Required(_))).map(|member| member.name).collect();
+    let mut object = json!({ "type": "object", "properties": properties });
+    if dialect == Dialect::JsonSchema {
+        object["additionalProperties"] = false.into();
+    }
+    if !required.is_empty() {
+        object["required"] = required.into();
+    }
+    let needs = |name: &&str| json!({ "required": [name] });
+    for rule in &shape.rules {
+        match rule {
+            Rule::AtLeastOne(names) => object["anyOf"] = names.iter().map(needs).collect(),
+            Rule::NotBoth(one, other) => object["not"] = json!({ "required": [one, other] }),
+            // Said in words by the parser; no kind that is published has one.
+            Rule::Tagged(..) => {}
+        }
+    }
+    object
+}
+
+#[cfg(test)]
+#[path = "schema_tests.rs"]
+mod tests;

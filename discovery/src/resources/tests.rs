@@ -1,0 +1,257 @@
+use std::time::Duration;
+
+use super::read::Said;
+use super::*;
+use crate::fake::trust_domain;
+
+const EXAMPLES: [(&str, &str); 7] = [
+    ("http-route.yaml", include_str!("../../../deploy/examples/http-route.yaml")),
+    ("grpc-route.yaml", include_str!("../../../deploy/examples/grpc-route.yaml")),
+    ("tcp-route.yaml", include_str!("../../../deploy/examples/tcp-route.yaml")),
+    ("service-policy.yaml", include_str!("../../../deploy/examples/service-policy.yaml")),
+    ("authorization-policy.yaml", include_str!("../../../deploy/examples/authorization-policy.yaml")),
+    ("mesh-service.yaml", include_str!("../../../deploy/examples/mesh-service.yaml")),
+    ("imported.yaml", include_str!("../../../deploy/examples/imported.yaml")),
+];
+
+fn resources_of(text: &str) -> Vec<Resource> {
+    let mut all = Vec::new();
+    for document in read(text, &trust_domain()) {
+        match document.outcome.unwrap() {
+            Said::Resources(resources) => all.extend(resources),
+            Said::Service(_) => {}
+        }
+    }
+    all
+}
+
+fn problems_of(text: &str) -> Vec<String> {
+    let documents = read(text, &trust_domain());
+    let problems = documents.into_iter().filter_map(|document| document.outcome.err()).flatten();
+    problems.map(|problem| format!("{}: {}: {}", problem.line, problem.field, problem.reason)).collect()
+}
+
+fn document(api: &str, kind: &str, spec: &str) -> String {
+    format!("apiVersion: {api}\nkind: {kind}\nmetadata: {{ name: web, namespace: shop }}\nspec: {spec}\n")
+}
+
+fn http(spec: &str) -> String {
+    let parent = "parentRefs: [ { group: \"\", kind: Service, name: payments } ]";
+    document("gateway.networking.k8s.io/v1", "HTTPRoute", &format!("{{ {parent}, {spec} }}"))
+}
+
+#[test]
+fn every_example_is_understood_and_comes_back_as_it_was_from_disk() {
+    for (file, text) in EXAMPLES {
+        assert_eq!(problems_of(text), Vec::<String>::new(), "{file}");
+        for resource in resources_of(text) {
+            let saved = serde_json::to_string(&resource).unwrap();
+            assert_eq!(serde_json::from_str::<Resource>(&saved).unwrap(), resource, "{saved}");
+        }
+    }
+}
+
+#[test]
+fn an_http_route_says_what_it_says() {
+    let resources = resources_of(EXAMPLES[0].1);
+    let [Resource::Http(route)] = &resources[..] else { panic!("{resources:?}") };
+    assert_eq!(resources[0].targets(), [Target::Service("payments.shop".parse().unwrap())]);
+    let rules = &route.spec.rules;
+    assert!(rules[0].matches[0].headers[0].matches(b"v2") && !rules[0].matches[0].headers[0].matches(b"v22"));
+    assert!(rules[0].matches[0].path.matches("/anything"));
+    assert!(rules[1].matches[0].path.matches("/v0/x") && !rules[1].matches[0].path.matches("/v01"));
+    assert_eq!(rules[2].backend_refs.iter().map(|backend| backend.weight).collect::<Vec<_>>(), [9, 1]);
+    assert_eq!(rules[2].timeouts.request.map(Span::get), Some(Duration::from_secs(10)));
+    assert!(
+        matches!(&rules[2].filters[1], Filter::RequestMirror { request_mirror } if request_mirror.share() == (5, 100))
+    );
+    assert!(resources[0].backends().contains(&"payments-v2.shop".parse().unwrap()));
+}
+
+#[test]
+fn a_profile_becomes_a_route_that_lets_through_what_it_does_not_name_and_a_policy() {
+    let resources = resources_of(EXAMPLES[6].1);
+    let [Resource::Http(route), Resource::Service(policy), Resource::Http(split), Resource::Tcp(bytes)] =
+        &resources[..]
+    else {
+        panic!("{resources:?}")
+    };
+    let rules = &route.spec.rules;
+    assert!(rules[0].matches[0].path.matches("/books/12") && !rules[0].matches[0].path.matches("/books/12/x"));
+    let retry = rules[0].retry.as_ref().unwrap();
+    assert!(retry.non_idempotent && retry.codes == (500..600).collect::<Vec<_>>());
+    assert_eq!(rules[0].timeouts.request, Some(Span::from_millis(300)));
+    assert_eq!(rules[1].matches.len(), 2);
+    assert!(rules[2].matches.is_empty() && rules[2].backend_refs.is_empty());
+    assert_eq!((policy.spec.retry_budget.percent, policy.spec.retry_budget.min_per_second), (20, 10));
+    let weights = |backends: &[Backend]| backends.iter().map(|backend| backend.weight).collect::<Vec<_>>();
+    assert_eq!(weights(&split.spec.rules[0].backend_refs), weights(&bytes.spec.rules[0].backend_refs));
+    assert_eq!(weights(&split.spec.rules[0].backend_refs), [90, 10]);
+}
+
+#[test]
+fn what_is_wrong_is_told_with_its_line_its_field_and_what_to_do() {
+    let policy = |spec: &str| {
+        let target = "targetRef: { kind: Service, name: payments }";
+        document("meshd.dev/v1alpha1", "ServicePolicy", &format!("{{ {target}, {spec} }}"))
+    };
+    let authorization = |spec: &str| document("meshd.dev/v1alpha1", "AuthorizationPolicy", spec);
+    let target = "targetRef: { kind: Service, name: payments }";
+    for (text, expected) in [
+        (http("hostnames: [a.example]"), "spec.hostnames: is not supported by meshd: routes between services apply"),
+        (
+            http("rules: [ { sessionPersistence: {} } ]"),
+            "spec.rules[0].sessionPersistence: is not supported by meshd: use a ServicePolicy",
+        ),
+        (http("rules: [ { backendRef: [] } ]"), "unknown field `backendRef`; did you mean `backendRefs`?"),
+        (http("rules: [ { filters: [ { type: CORS } ] } ]"), "`CORS` is not supported by meshd"),
+        (
+            http("rules: [ { filters: [ { type: URLRewrite } ] } ]"),
+            "with `URLRewrite` the field `urlRewrite` is needed",
+        ),
+        (
+            http("rules: [ { timeouts: { request: 1s, backendRequest: 2s } } ]"),
+            "`backendRequest` is longer than `request`",
+        ),
+        (http("rules: [ { timeouts: { request: 1.5s } } ]"), "GEP-2257"),
+        (
+            http("rules: [ { matches: [ { path: { value: v1 } } ] } ]"),
+            "spec.rules[0].matches[0].path.value: must begin with `/`",
+        ),
+        (http("rules: [ { matches: [ { path: { type: RegularExpression, value: \"(\" } } ] } ]"), "RE2"),
+        (
+            http("rules: [ { matches: [ { headers: [ { name: A, value: b }, { name: a, value: c } ] } ] } ]"),
+            "matched twice",
+        ),
+        (
+            http("rules: [ { backendRefs: [ { kind: MeshService, name: x } ] } ]"),
+            "a MeshService is of group `meshd.dev`",
+        ),
+        (http("rules: [ { backendRefs: [ { name: x, weight: 1000001 } ] } ]"), "from 0 to 1000000"),
+        (
+            document("gateway.networking.k8s.io/v1", "HTTPRoute", "{ parentRefs: [ { name: gate } ] }"),
+            "none is a Service or MeshService",
+        ),
+        (
+            document("gateway.networking.k8s.io/v1", "HTTPRoute", "{ parentRefs: [ { kind: Service, name: x } ] }"),
+            "a Service is of group ``",
+        ),
+        (
+            document("gateway.networking.k8s.io/v2", "HTTPRoute", "{}"),
+            "1: apiVersion: `gateway.networking.k8s.io/v2` is not one of HTTPRoute",
+        ),
+        (document("x/v1", "HttpRoute", "{}"), "2: kind: unknown value `HttpRoute`; did you mean `HTTPRoute`?"),
+        (policy("balancing: { hashHeader: x }"), "has a meaning with `algorithm: ringHash` only"),
+        (policy("retryBudget: { window: 0s }"), "must be longer than nothing"),
+        (policy("failover: { belowPercent: 90 }"), "go to and fro"),
+        (policy("outlierEjection: { minTime: 2m }"), "`minTime` is longer than `maxTime`"),
+        (policy("timeouts: {}"), "says nothing; give at least one of `connect`"),
+        (policy("rateLimits: [ { per: host, requestsPerSecond: 1 } ]"), "use one of `service`, `route`, `client`"),
+        (
+            authorization(&format!("{{ {target}, rules: [ {{ from: [ {{ networks: [ 10.0.0.1/8 ] }} ] }} ] }}")),
+            "write 10.0.0.0/8",
+        ),
+        (authorization(&format!("{{ {target}, rules: [ {{ from: [ {{ identities: [ web ] }} ] }} ] }}")), "ns/"),
+        (
+            authorization(&format!("{{ {target}, rules: [ {{ to: [ {{ paths: [ \"/a*b\" ] }} ] }} ] }}")),
+            "one `*` at the end",
+        ),
+        (authorization(&format!("{{ {target}, rules: [ {{ to: [] }} ] }}")), "is empty; list at least one"),
+        (
+            authorization("{ targetRef: { group: meshd.dev, kind: TrustDomain } }"),
+            "belongs into namespace meshd-system",
+        ),
+        (authorization("{ targetRef: { kind: Service } }"), "names no service"),
+        (
+            "apiVersion: meshd.dev/v1alpha1\nkind: ServicePolicy\nmetadata: { name: x }\n".to_owned(),
+            "3: metadata.namespace: missing",
+        ),
+    ] {
+        let problems = problems_of(&text);
+        assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}\n{text}\n{problems:#?}");
+    }
+}
+
+#[test]
+fn what_kubectl_writes_besides_is_taken() {
+    let text = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: gateway.networking.k8s.io/v1\n  kind: HTTPRoute\n  metadata:\n    \
+                name: web\n    namespace: shop\n    uid: x\n    resourceVersion: \"7\"\n    generation: 1\n    creationTimestamp: \
+                \"2026-01-01T00:00:00Z\"\n    labels: { app: web }\n    annotations: { a: b }\n    managedFields: []\n  spec:\n    \
+                parentRefs:\n    - { group: core, kind: Service, name: payments }\n    - { name: gate }\n  status:\n    parents: []\n";
+    let resources = resources_of(text);
+    assert_eq!((resources.len(), resources[0].parents().len()), (1, 1));
+    assert_eq!(resources[0].meta().created.as_deref(), Some("2026-01-01T00:00:00Z"));
+}
+
+#[test]
+fn the_older_of_two_that_say_the_same_holds_and_then_the_first_by_name() {
+    let route = |name: &str, created: &str, spec: &str| {
+        let created = if created.is_empty() { String::new() } else { format!(", creationTimestamp: \"{created}\"") };
+        http(spec).replace("name: web,", &format!("name: {name}{created},"))
+    };
+    let rules = "rules: [ { matches: [ { path: { value: /a } } ] } ]";
+    let of = |texts: &[String]| {
+        let resources: Vec<Resource> = texts.iter().flat_map(|text| resources_of(text)).collect();
+        conflicts(&resources)
+            .into_iter()
+            .map(|conflict| (conflict.winner.name.to_string(), conflict.loser.name.to_string()))
+            .collect::<Vec<_>>()
+    };
+    let pair = |winner: &str, loser: &str| vec![(winner.to_owned(), loser.to_owned())];
+    let (old, new) = ("2025-01-01T00:00:00Z", "2026-01-01T00:00:00Z");
+    assert_eq!(of(&[route("b", "", rules), route("a", "", rules)]), pair("a", "b"));
+    assert_eq!(of(&[route("b", old, rules), route("a", new, rules)]), pair("b", "a"));
+    assert_eq!(of(&[route("b", new, rules), route("a", "", rules)]), pair("b", "a"));
+    assert_eq!(of(&[route("a", "", rules), route("b", "", "rules: [ { matches: [ { path: { value: /b } } ] } ]")]), []);
+    let tcp = document(
+        "gateway.networking.k8s.io/v1alpha2",
+        "TCPRoute",
+        "{ parentRefs: [ { group: \"\", kind: Service, name: payments, port: 80 } ], rules: [ { backendRefs: [ { name: x } ] } ] }",
+    );
+    assert_eq!(of(&[tcp, route("b", "", rules)]), pair("b", "web"));
+}
+
+#[test]
+fn more_specific_matches_come_first() {
+    let found = |text: &str| serde_json::from_str::<HttpMatch>(text).unwrap();
+    let exact = found(r#"{"path":{"type":"Exact","value":"/a"}}"#);
+    let expression = found(r#"{"path":{"type":"RegularExpression","value":"/a.*"},"method":"GET"}"#);
+    let longer = found(r#"{"path":{"type":"PathPrefix","value":"/abc"}}"#);
+    let with_method = found(r#"{"path":{"type":"PathPrefix","value":"/a"},"method":"GET"}"#);
+    let with_header =
+        found(r#"{"path":{"type":"PathPrefix","value":"/a"},"headers":[{"type":"Exact","name":"a","value":"b"}]}"#);
+    let mut order = [with_header.clone(), longer.clone(), exact.clone(), with_method.clone(), expression.clone()];
+    order.sort_by_key(|found| std::cmp::Reverse(found.specificity()));
+    assert_eq!(order, [exact, expression, longer, with_method, with_header]);
+}
+
+#[test]
+fn files_are_checked_against_each_other() {
+    let texts: Vec<Text> = [
+        ("services.yaml", EXAMPLES[5].1.to_owned()),
+        ("route.yaml", EXAMPLES[0].1.to_owned()),
+        (
+            "again.yaml",
+            format!(
+                "{}---\n{}",
+                http("rules: [ { backendRefs: [ { name: payments, port: 81 }, { name: nowhere } ] } ]"),
+                EXAMPLES[0].1
+            ),
+        ),
+    ]
+    .into_iter()
+    .map(|(file, text)| Text { file: file.to_owned(), text })
+    .collect();
+    let (findings, documents) = validate(&texts, &trust_domain());
+    assert_eq!(documents, 5);
+    let said: Vec<String> = findings.iter().map(ToString::to_string).collect();
+    for expected in [
+        "again.yaml:1: warning: spec.rules[0].backendRefs[0]: payments.shop has no port 81",
+        "again.yaml:1: warning: spec.rules[0].backendRefs[1]: nowhere.shop is not defined in these files",
+        "metadata.name: HTTPRoute shop/payments is already at route.yaml:2",
+        "HTTPRoute shop/web contradicts HTTPRoute shop/payments, which holds",
+    ] {
+        assert!(said.iter().any(|said| said.contains(expected)), "{expected}\n{said:#?}");
+    }
+    assert_eq!(findings.iter().filter(|found| found.severity == Severity::Error).count(), 1);
+}
