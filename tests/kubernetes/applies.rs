@@ -128,18 +128,9 @@ fn kubernetes(host: &Host) -> Result<Backend> {
 
 /// Our kinds, and waits until the server knows them.
 fn teach(cluster: &Cluster) -> Result<()> {
-    let open = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
-    let schema = json!({ "type": "object", "properties": { "spec": open } });
-    let definition = json!({
-        "metadata": { "name": "meshservices.meshd.dev" },
-        "spec": {
-            "group": "meshd.dev", "scope": "Namespaced",
-            "names": { "plural": "meshservices", "singular": "meshservice", "kind": "MeshService", "shortNames": ["msvc"] },
-            "versions": [{ "name": "v1alpha1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
-        },
-    });
-    cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition)?;
-    until(DEADLINE, "the kind is served", || cluster.get("/apis/meshd.dev/v1alpha1/meshservices").is_ok())
+    cluster.apply(&Path::new(DEPLOY).join("crds.yaml"))?;
+    let is_served = |plural: &str| cluster.get(&format!("/apis/meshd.dev/v1alpha1/{plural}")).is_ok();
+    until(DEADLINE, "our kinds are served", || ["meshservices", "servicepolicies"].into_iter().all(is_served))
 }
 
 fn shown(path: &Path) -> String {
