@@ -42,7 +42,7 @@ impl Bed {
     }
 
     fn measure(&self, config: &Path, sizes: &[&str]) -> Result<()> {
-        let program = Program::new("sh").args(["-c", "ulimit -n 65536 && exec \"$0\" \"$@\""]);
+        let program = Program::new("sh").args(["-c", "ulimit -Sn $(ulimit -Hn) && exec \"$0\" \"$@\""]);
         let program = program.arg(scale()?).arg(config).args(sizes);
         let report = self.lab.host("hosts").run(&program)?.expect_success("scale")?;
         println!("figure: {}", report.trim());

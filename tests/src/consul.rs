@@ -132,7 +132,7 @@ impl Consul {
                 "initial_management": MANAGEMENT, "agent": MANAGEMENT,
             } },
             // Tests are many hosts at one address, and each query of a host is a connection: the default is 200.
-            "limits": { "http_max_conns_per_client": 20_000 },
+            "limits": { "http_max_conns_per_client": 15_000 },
             "performance": { "raft_multiplier": 1 }, "disable_update_check": true, "log_level": "WARN",
         })
     }

@@ -24,7 +24,7 @@ fn yaml(value: &Json, indent: usize, out: &mut String) {
                 yaml(value, indent + 1, out);
             }
         }
-        Json::Array(items) if items.iter().any(|item| item.is_object()) => {
+        Json::Array(items) if items.iter().any(Json::is_object) => {
             for item in items {
                 let mut text = String::new();
                 yaml(item, indent + 1, &mut text);
