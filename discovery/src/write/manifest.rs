@@ -64,7 +64,7 @@ fn read_chunk(origin: &str, line: u64, chunk: &str, trust_domain: &TrustDomain) 
                     Ok(manifest) => manifests.push(manifest),
                     // Their lines are not those of the file.
                     Err(found) => {
-                        problems.extend(found.into_iter().map(|one| told(origin, Problem { line, ..one }, n)))
+                        problems.extend(found.into_iter().map(|one| told(origin, Problem { line, ..one }, n)));
                     }
                 }
             }
