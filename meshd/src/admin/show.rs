@@ -49,6 +49,7 @@ pub fn status(status: &StatusView) -> String {
     });
     page += &section("services", &["NAME", "VIP", "PORTS", "ENDPOINTS", "SOURCE"], services.collect());
     page += &sources::show(&status.sources);
+    page += &sources::imports(&status.imports);
     page += &registrations::show(&status.registrations);
     page += &capture(&status.capture);
     page += &tasks::show(&status.tasks);
