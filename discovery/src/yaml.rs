@@ -12,6 +12,8 @@ use serde_saphyr::Spanned;
 
 /// A document is written by people: far beyond any real one, far below what would cost memory.
 const MAX_ALIAS_EVENTS: usize = 50_000;
+/// Of what the parser says.
+const MOST_SAID: usize = 300;
 
 /// One thing wrong in a document. Lines count from 1 in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,8 +86,20 @@ fn syntax_reason(error: &serde_saphyr::Error) -> String {
     let message = error.to_string();
     let said = message.find(" at line ").map_or(message.as_str(), |end| &message[..end]);
     // The parser's advice is for programmers.
-    let said = said.split(", set DuplicateKeyPolicy").next().unwrap_or(said);
+    let said = legible(said.split(", set DuplicateKeyPolicy").next().unwrap_or(said));
     format!("not valid YAML: {said}; correct the text (indentation, brackets, quotes, repeated keys) at this line")
+}
+
+/// Words that may repeat text of a file, fit for one line; their own quotes and escapes stay.
+fn legible(said: &str) -> String {
+    let mut line = String::new();
+    for letter in said.chars().take(MOST_SAID) {
+        match letter {
+            '\'' | '"' | '\\' => line.push(letter),
+            letter => line.extend(letter.escape_debug()),
+        }
+    }
+    line
 }
 
 impl Node {
@@ -372,6 +386,6 @@ pub(crate) fn unknown(what: &str, found: &str, known: &[&str]) -> String {
 }
 
 /// Text out of a file, fit for one line of a log.
-pub(crate) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().take(120).flat_map(char::escape_debug).collect()
 }

@@ -3,21 +3,40 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 /// Replaces a file, readable by everybody. After a crash or a power cut there is the old one or the new one, never
 /// half; who may rename need not own it.
 pub fn replace(path: &Path, text: impl AsRef<[u8]>) -> io::Result<()> {
+    // Whatever the umask says: root and the daemon read each other's files, and there is nothing secret in them.
+    put(path, text.as_ref(), |file| file.set_permissions(Permissions::from_mode(0o644)))
+}
+
+/// The same for a file of somebody else's: it stays theirs, for those who may read it.
+pub fn replace_in_kind(path: &Path, text: &str) -> io::Result<()> {
+    let was = match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return replace(path, text),
+        was => was?,
+    };
+    put(path, text.as_bytes(), |file| {
+        let now = file.metadata()?;
+        if (now.uid(), now.gid()) != (was.uid(), was.gid()) {
+            fchown(file, Some(was.uid()), Some(was.gid()))?;
+        }
+        file.set_permissions(was.permissions())
+    })
+}
+
+fn put(path: &Path, text: &[u8], dress: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
     let temporary = beside(path);
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&temporary)?;
-    // Whatever the umask says: root and the daemon read each other's files, and there is nothing secret in them.
-    file.set_permissions(Permissions::from_mode(0o644))?;
-    file.write_all(text.as_ref())?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+    dress(&file)?;
+    file.write_all(text)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
     // Without this the new name may be lost; without the sync before, the contents behind it.
@@ -45,6 +64,18 @@ mod tests {
         }
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "something is left behind");
+    }
+
+    #[test]
+    fn somebody_elses_file_keeps_its_mode_and_a_new_one_is_for_everybody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("payments.yaml");
+        let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        replace_in_kind(&path, "one").unwrap();
+        assert_eq!(mode(), 0o644);
+        fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+        replace_in_kind(&path, "two").unwrap();
+        assert_eq!((mode(), fs::read_to_string(&path).unwrap().as_str()), (0o640, "two"));
     }
 
     #[test]

@@ -265,8 +265,14 @@ fn lives_and_dies(bed: &Bed) -> Result<()> {
     let wrong = bed.file("wrong.yaml", &payments.replace("port: 80", "port: eighty"))?;
     bed.refuses(backend, &["apply", "-f", &file, &wrong], "wrong.yaml:8: spec.ports[0].port: ")?;
     bed.refuses(backend, &["get", "msvc", "payments.shop"], "there is no meshservice/payments.shop")?;
+    let copy = bed.file("copy.yaml", &payments)?;
+    bed.refuses(backend, &["apply", "-f", &file, &copy], "meshservice/payments.shop is also at ")?;
     // With what the daemon itself has.
     refused(&bed.mesh.daemon("web").run(&["apply", "-f", &file])?, "denied: ")?;
+
+    if backend.name != "consul" {
+        refused(&bed.mesh.daemon("web").run(&["apply", "-f", &file, "--dry-run"])?, "denied: ")?;
+    }
 
     let both = bed.file("both.yaml", &format!("{}---\n{payments}", stock()))?;
     let made = bed.says(backend, &["apply", "-f", &both], "meshservice/stock.shop created")?;
@@ -349,7 +355,7 @@ fn a_document_applied_to_kubernetes_is_reachable_until_it_is_deleted_and_no_chan
 }
 
 #[test]
-fn all_backends_show_the_same_and_whom_a_field_belongs_to_is_said() -> Result<()> {
+fn all_backends_show_the_same_and_what_a_document_leaves_out_is_gone() -> Result<()> {
     let bed = Bed::make(&[etcd, consul, kubernetes])?;
     let payments = bed.payments(&["api-1", "api-2"]);
     let file = bed.file("payments.yaml", &payments)?;
@@ -374,11 +380,21 @@ fn all_backends_show_the_same_and_whom_a_field_belongs_to_is_said() -> Result<()
     };
     // Somebody who goes by curl.
     let path = "/apis/meshd.dev/v1alpha1/namespaces/shop/meshservices/payments";
-    cluster.change("PATCH", path, &json!({ "spec": { "ports": [{ "port": 81 }] } }))?;
     let backend = &bed.backends[2];
+    let read = bed.says(backend, &["get", "msvc", "payments.shop", "-o", "yaml"], "resourceVersion: ")?;
+    let change = json!({ "spec": { "ports": [{ "port": 81 }], "allowPlaintext": true } });
+    cluster.change("PATCH", path, &change)?;
+    let of_before = bed.file("before.yaml", &read.replace("port: 80", "port: 82"))?;
+    bed.refuses(
+        backend,
+        &["apply", "-f", &of_before],
+        "conflict: meshservice/payments.shop was changed meanwhile by curl ",
+    )?;
     let edited = bed.file("edited.yaml", &payments.replace("port: 80", "port: 82"))?;
-    bed.refuses(backend, &["apply", "-f", &edited], "conflict with `curl`")?;
-    bed.says(backend, &["apply", "-f", &edited, "--force"], "changed in kubernetes, over what curl ")?;
+    bed.says(backend, &["apply", "-f", &edited], "changed in kubernetes, over what curl ")?;
+    let now = bed.get(backend, "payments.shop")?["document"]["spec"].take();
+    ensure!(now["ports"] == json!([{ "port": 82 }]) && now["allowPlaintext"].is_null(), "{now}");
+    bed.says(backend, &["apply", "-f", &edited], "unchanged")?;
     Ok(())
 }
 

@@ -43,6 +43,14 @@ impl EtcdStore {
         Err(StoreError::changed(resource, now.as_ref()))
     }
 
+    /// etcd asks for the rights to both branches of a transaction, whichever is taken.
+    async fn rehearse(&self, resource: &ResourceName, key: &str, act: RequestOp) -> Result<(), StoreError> {
+        let never = vec![unchanged(key, -1)];
+        let request = TxnRequest { compare: never, success: vec![act], failure: Vec::new() };
+        let answer = self.client.txn(request).await;
+        answer.map(drop).map_err(|error| self.trouble("write", resource.kind, key, &error))
+    }
+
     fn trouble(&self, verb: &str, kind: Kind, key: &str, error: &Error) -> StoreError {
         let source = &self.name;
         if error.is_denied() {
@@ -114,9 +122,11 @@ impl Store for EtcdStore {
                 Over::Version(version) => expected(&key, version),
                 Over::Anything => Vec::new(),
             };
-            if !write.dry_run {
-                let value = write.manifest.signed(write.by);
-                self.change(resource, compare, put(key, value, FOR_GOOD)).await?;
+            let act = put(key.clone(), write.manifest.signed(write.by), FOR_GOOD);
+            if write.dry_run {
+                self.rehearse(resource, &key, act).await?;
+            } else {
+                self.change(resource, compare, act).await?;
             }
             Ok(true)
         })

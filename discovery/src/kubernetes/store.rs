@@ -1,4 +1,5 @@
-//! Documents as objects of the cluster, by server-side apply: fields that another manager owns are a conflict, not a loss.
+//! Documents as objects of the cluster, each replaced whole and only over the version it was read at, as in all backends.
+//! Server-side apply would leave what others set and a document does not name, and tell nobody.
 
 use bytes::Bytes;
 use http::Method;
@@ -9,14 +10,15 @@ use super::client::{Asked, Call, Client};
 use super::error::Error;
 use super::remote::encode;
 use super::settings::Settings;
-use crate::write::{Answer, Kind, Over, ResourceName, Store, StoreError, Stored, Write, versioned};
+use crate::write::{Answer, Kind, Over, ResourceName, Store, StoreError, Stored, Write};
 
 /// As `kubectl get --show-managed-fields` shows it.
 const MANAGER: &str = "meshd";
-const APPLY: &str = "application/apply-patch+yaml";
 const JSON: &str = "application/json";
 /// Objects per page of a list.
 const PAGE: usize = 500;
+/// Whoever writes over anything meets changes that come between reading and writing.
+const MOST_TRIES: usize = 5;
 
 pub(crate) struct KubernetesStore {
     name: String,
@@ -127,24 +129,52 @@ impl KubernetesStore {
     }
 
     async fn send(&self, write: Write<'_>) -> Result<bool, StoreError> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let sent = match write.over {
+                Over::Nothing => self.create(write).await,
+                Over::Version(version) => self.replace(write, Some(version.as_str())).await,
+                Over::Anything => self.replace(write, None).await,
+            };
+            match sent {
+                Err(StoreError::Conflict(_)) if *write.over == Over::Anything && tries < MOST_TRIES => {}
+                sent => return sent,
+            }
+        }
+    }
+
+    async fn create(&self, write: Write<'_>) -> Result<bool, StoreError> {
         let resource = &write.manifest.resource;
-        let document = wanted(&write.manifest.document);
-        let document = match write.over {
-            // The server compares it.
-            Over::Version(version) => versioned(&document, version),
-            Over::Nothing | Over::Anything => document,
+        let document = &write.manifest.document;
+        let path = collection(resource.kind, version_of(document), Some(&resource.namespace));
+        let (path, body, what) = (path + &options(write), wanted(document).to_string(), resource.to_string());
+        let request = Request { verb: "create", method: Method::POST, path: &path, content: JSON, body, what: &what };
+        self.call(request).await.map(|_| true)
+    }
+
+    /// What is there in that version, or any.
+    async fn replace(&self, write: Write<'_>, version: Option<&str>) -> Result<bool, StoreError> {
+        let resource = &write.manifest.resource;
+        let (path, what) = (path_of(resource, version_of(&write.manifest.document)), resource.to_string());
+        let request =
+            Request { verb: "get", method: Method::GET, path: &path, content: "", body: String::new(), what: &what };
+        let there = match self.call(request).await {
+            Err(StoreError::Absent(_)) if version.is_none() => return self.create(write).await,
+            // Else the cluster does not know this version of the kind.
+            Err(StoreError::Absent(_)) if self.find(resource).await?.is_none() => {
+                return Err(StoreError::changed(resource, None));
+            }
+            answer => answer?,
         };
-        let force = if *write.over == Over::Anything { "&force=true" } else { "" };
-        let dry_run = if write.dry_run { "&dryRun=All" } else { "" };
-        let api_version = document["apiVersion"].as_str().unwrap_or_default();
-        let version = api_version.rsplit('/').next().unwrap_or_default();
-        let path = path_of(resource, version);
-        let path = format!("{path}?fieldManager={MANAGER}&fieldValidation=Strict{force}{dry_run}");
-        let (body, what) = (document.to_string(), resource.to_string());
-        let request = Request { verb: "patch", method: Method::PATCH, path: &path, content: APPLY, body, what: &what };
+        let mut object = replaced(&there, &write.manifest.document);
+        if let Some(version) = version {
+            object["metadata"]["resourceVersion"] = json!(version);
+        }
+        let (path, body) = (path + &options(write), object.to_string());
+        let request = Request { verb: "update", method: Method::PUT, path: &path, content: JSON, body, what: &what };
         let made = self.call(request).await?;
-        let version = made["metadata"]["resourceVersion"].as_str().unwrap_or_default();
-        Ok(write.dry_run || !matches!(write.over, Over::Version(before) if before == version))
+        Ok(write.dry_run || made["metadata"]["resourceVersion"] != object["metadata"]["resourceVersion"])
     }
 
     async fn delete(&self, resource: &ResourceName, version: Option<&str>) -> Result<(), StoreError> {
@@ -174,6 +204,29 @@ fn wanted(document: &Value) -> Value {
     json!({
         "apiVersion": document["apiVersion"], "kind": document["kind"], "metadata": metadata, "spec": document["spec"],
     })
+}
+
+/// An object with all that a document says and nothing else of its kind. What a cluster knows of every object stays:
+/// finalizers, owners, status, and labels and annotations that the document does not name.
+fn replaced(there: &Value, document: &Value) -> Value {
+    let (mut object, wanted) = (there.clone(), wanted(document));
+    object["spec"] = wanted["spec"].clone();
+    for field in ["labels", "annotations"] {
+        for (key, value) in wanted["metadata"][field].as_object().into_iter().flatten() {
+            object["metadata"][field][key] = value.clone();
+        }
+    }
+    object
+}
+
+/// `v1` of `gateway.networking.k8s.io/v1`.
+fn version_of(document: &Value) -> &str {
+    document["apiVersion"].as_str().unwrap_or_default().rsplit('/').next().unwrap_or_default()
+}
+
+fn options(write: Write<'_>) -> String {
+    let dry_run = if write.dry_run { "&dryRun=All" } else { "" };
+    format!("?fieldManager={MANAGER}&fieldValidation=Strict{dry_run}")
 }
 
 fn collection(kind: Kind, version: &str, namespace: Option<&str>) -> String {
@@ -266,5 +319,27 @@ mod tests {
             path_of(&stored.resource, "v1alpha1"),
             "/apis/meshd.dev/v1alpha1/namespaces/shop/meshservices/payments"
         );
+    }
+
+    #[test]
+    fn what_a_document_leaves_out_is_gone_and_what_every_object_has_stays() {
+        let metadata = json!({
+            "name": "payments", "resourceVersion": "17", "finalizers": ["x"], "labels": { "a": "1", "b": "2" },
+        });
+        let there = json!({
+            "metadata": metadata, "spec": { "ports": [{ "port": 80 }], "allowPlaintext": true }, "status": { "s": 1 },
+        });
+        let document = json!({
+            "metadata": { "name": "payments", "labels": { "b": "3" }, "annotations": { "c": "4" } },
+            "spec": { "ports": [{ "port": 81 }] },
+        });
+        let expected = json!({
+            "metadata": {
+                "name": "payments", "resourceVersion": "17", "finalizers": ["x"], "labels": { "a": "1", "b": "3" },
+                "annotations": { "c": "4" },
+            },
+            "spec": { "ports": [{ "port": 81 }] }, "status": { "s": 1 },
+        });
+        assert_eq!(replaced(&there, &document), expected);
     }
 }

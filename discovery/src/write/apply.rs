@@ -22,10 +22,11 @@ pub enum Outcome {
 
 pub async fn apply(store: &dyn Store, manifest: &Manifest, how: &Applying) -> Result<Outcome, StoreError> {
     let now = store.get(&manifest.resource).await?;
-    check_version(&manifest.resource, now.as_ref(), manifest.based_on.as_deref(), how.force)?;
+    // Also by ourselves, a moment ago: doing it again is safe.
     if now.as_ref().is_some_and(|now| now.document.as_ref() == Ok(&manifest.document)) {
         return Ok(Outcome::Unchanged);
     }
+    check_version(&manifest.resource, now.as_ref(), manifest.based_on.as_deref(), how.force)?;
     let over = match &now {
         _ if how.force => Over::Anything,
         Some(now) => Over::Version(now.version.clone()),

@@ -11,6 +11,9 @@ use serde_json::Value;
 use super::{Answer, Kind, Over, Replace, ResourceName, Store, StoreError, Stored, Write, manifest};
 use crate::{documents, files};
 
+/// Of one file, while somebody replaces it.
+const MOST_READS: usize = 5;
+
 pub(crate) struct FilesStore {
     name: String,
     dir: PathBuf,
@@ -25,6 +28,41 @@ struct Found {
     stored: Stored,
 }
 
+/// What a directory holds, in the order in which hosts read it.
+#[derive(Default)]
+struct Looked {
+    /// Of one that is there twice the first, which holds.
+    all: Vec<Found>,
+    unreadable: Option<StoreError>,
+    /// A document of which nobody can tell what it is.
+    broken: Option<StoreError>,
+}
+
+impl Looked {
+    fn add(&mut self, path: &Path, version: &str, text: &str) {
+        let documents: Vec<(u64, Result<Value, String>)> = documents::split(text)
+            .into_iter()
+            .flat_map(|(line, chunk)| manifest::documents(chunk).into_iter().map(move |document| (line, document)))
+            .collect();
+        let neighbours = documents.len();
+        for (line, document) in documents {
+            let origin = format!("{}:{line}", path.display());
+            if let Err(reason) = &document {
+                let broken =
+                    || StoreError::Refused(format!("the document at {origin} is broken ({reason}); correct it first"));
+                self.broken.get_or_insert_with(broken);
+            }
+            let Some(resource) = document.as_ref().ok().and_then(manifest::name_of) else { continue };
+            if self.all.iter().any(|earlier| earlier.stored.resource == resource) {
+                continue;
+            }
+            let by = manifest::signer(text).filter(|_| neighbours == 1);
+            let stored = Stored { resource, origin, version: version.to_owned(), by, document };
+            self.all.push(Found { path: path.to_owned(), neighbours, stored });
+        }
+    }
+}
+
 impl FilesStore {
     pub(crate) fn new(name: &str, dir: PathBuf, replace: Replace) -> FilesStore {
         FilesStore { name: name.to_owned(), dir, replace }
@@ -35,41 +73,34 @@ impl FilesStore {
         self.dir.join(format!("{}.{namespace}.{name}.yaml", kind.lower()))
     }
 
-    /// In the order in which hosts read them. Of one that is there twice the first holds.
-    fn look(&self) -> Result<Vec<Found>, StoreError> {
-        let mut all: Vec<Found> = Vec::new();
+    fn look(&self) -> Result<Looked, StoreError> {
+        let mut looked = Looked::default();
         let names = files::list(&self.dir).map_err(|error| trouble("read directory", &self.dir, &error))?;
         for path in names.into_iter().map(|name| self.dir.join(name)) {
-            // Else what it defines would be defined a second time.
-            let unreadable = |reason| StoreError::Refused(format!("{} cannot be read: {reason}", path.display()));
-            let text = files::read(&path).map_err(unreadable)?;
-            let version = version(&path).map_err(|error| trouble("read", &path, &error))?;
-            let documents: Vec<(u64, Result<Value, String>)> = documents::split(&text)
-                .into_iter()
-                .flat_map(|(line, chunk)| manifest::documents(chunk).into_iter().map(move |document| (line, document)))
-                .collect();
-            let neighbours = documents.len();
-            for (line, document) in documents {
-                let Some(resource) = document.as_ref().ok().and_then(manifest::name_of) else { continue };
-                if all.iter().any(|earlier| earlier.stored.resource == resource) {
-                    continue;
-                }
-                let by = manifest::signer(&text).filter(|_| neighbours == 1);
-                let origin = format!("{}:{line}", path.display());
-                let stored = Stored { resource, origin, version: version.clone(), by, document };
-                all.push(Found { path: path.clone(), neighbours, stored });
+            match read_steadily(&path, files::read) {
+                Ok((version, text)) => looked.add(&path, &version, &text),
+                Err(error) => looked.unreadable = looked.unreadable.or(Some(error)),
             }
         }
-        Ok(all)
+        Ok(looked)
     }
 
-    fn find(&self, resource: &ResourceName) -> Result<Option<Found>, StoreError> {
-        Ok(self.look()?.into_iter().find(|found| found.stored.resource == *resource))
+    fn find(&self, resource: &ResourceName) -> Result<Option<Stored>, StoreError> {
+        let looked = self.look()?;
+        match looked.all.into_iter().find(|found| found.stored.resource == *resource) {
+            Some(found) => Ok(Some(found.stored)),
+            None => looked.unreadable.map_or(Ok(None), Err),
+        }
     }
 
     /// The one that may be changed, while nobody else who does it this way changes anything.
     fn changeable(&self, resource: &ResourceName, over: &Over) -> Result<Option<Found>, StoreError> {
-        let found = self.find(resource)?;
+        let looked = self.look()?;
+        // Else what they define would be defined a second time: hosts still have their last good documents.
+        if let Some(trouble) = looked.unreadable.or(looked.broken) {
+            return Err(trouble);
+        }
+        let found = looked.all.into_iter().find(|found| found.stored.resource == *resource);
         let is_expected = match (over, &found) {
             (Over::Anything, _) | (Over::Nothing, None) => true,
             (Over::Version(version), Some(found)) => found.stored.version == *version,
@@ -84,7 +115,8 @@ impl FilesStore {
                  the document into a file of its own",
                 found.stored.origin, found.neighbours
             ))),
-            found => Ok(found),
+            Some(found) => not_a_link(&found.path).map(|()| Some(found)),
+            None => Ok(None),
         }
     }
 
@@ -116,7 +148,9 @@ impl FilesStore {
         let _lock = self.lock()?;
         let over = version.map_or(Over::Anything, |version| Over::Version(version.to_owned()));
         let found = self.changeable(resource, &over)?.ok_or_else(|| StoreError::absent(resource, &self.name))?;
-        fs::remove_file(&found.path).map_err(|error| trouble("remove", &found.path, &error))
+        // Without the sync it may be back after a power cut.
+        let removed = fs::remove_file(&found.path).and_then(|()| File::open(&self.dir)?.sync_all());
+        removed.map_err(|error| trouble("remove", &found.path, &error))
     }
 }
 
@@ -124,6 +158,32 @@ impl FilesStore {
 fn version(path: &Path) -> io::Result<String> {
     let metadata = fs::metadata(path)?;
     Ok(format!("{:x}-{:x}.{:x}", metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}
+
+/// A text with the version that it is of.
+fn read_steadily(path: &Path, read: impl Fn(&Path) -> Result<String, String>) -> Result<(String, String), StoreError> {
+    let version_now = || version(path).map_err(|error| trouble("read", path, &error));
+    for _ in 0..MOST_READS {
+        let before = version_now()?;
+        let unreadable = |reason| StoreError::Refused(format!("{} cannot be read: {reason}", path.display()));
+        let text = read(path).map_err(unreadable)?;
+        if version_now()? == before {
+            return Ok((before, text));
+        }
+    }
+    Err(StoreError::Conflict(format!("{} changes all the time; do it again", path.display())))
+}
+
+/// What it leads to is somebody's own, and replacing the link would leave that behind unchanged.
+fn not_a_link(path: &Path) -> Result<(), StoreError> {
+    match fs::read_link(path) {
+        Ok(target) => Err(StoreError::Refused(format!(
+            "{} is a link to {}; edit that, or put the document here as a file",
+            path.display(),
+            target.display()
+        ))),
+        Err(_) => Ok(()),
+    }
 }
 
 fn trouble(verb: &str, path: &Path, error: &io::Error) -> StoreError {
@@ -144,12 +204,12 @@ impl Store for FilesStore {
         let wanted = move |stored: &Stored| {
             stored.resource.kind == kind && namespace.is_none_or(|namespace| stored.resource.namespace == namespace)
         };
-        let all = self.look();
-        Box::pin(async move { Ok(all?.into_iter().map(|found| found.stored).filter(wanted).collect()) })
+        let looked = self.look().and_then(|looked| looked.unreadable.map_or(Ok(looked.all), Err));
+        Box::pin(async move { Ok(looked?.into_iter().map(|found| found.stored).filter(wanted).collect()) })
     }
 
     fn get<'a>(&'a self, resource: &'a ResourceName) -> Answer<'a, Option<Stored>> {
-        Box::pin(async move { Ok(self.find(resource)?.map(|found| found.stored)) })
+        Box::pin(async move { self.find(resource) })
     }
 
     fn write<'a>(&'a self, write: Write<'a>) -> Answer<'a, bool> {

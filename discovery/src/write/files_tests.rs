@@ -107,6 +107,10 @@ async fn who_changed_what_somebody_else_changed_meanwhile_is_told_by_whom() {
     assert!(apply(&bed.store, &manifest(&yaml(&edited)), &forced).await.is_ok());
     let late = delete(&bed.store, &read.resource, Some(&read.version), &how()).await;
     assert!(matches!(late, Err(StoreError::Conflict(_))), "{late:?}");
+    // What is so already is nobody's loss.
+    bed.put("meshservice.shop.payments.yaml", &yaml(read.document.as_ref().unwrap()));
+    let again = yaml(&versioned(read.document.as_ref().unwrap(), &read.version));
+    assert_eq!(bed.apply(&again).await, Ok(Outcome::Unchanged));
     // Between reading and writing, too.
     let over = Over::Version(read.version);
     let manifest = manifest(&document("payments", 83));
@@ -133,4 +137,54 @@ async fn a_missing_directory_is_named() {
     let store = FilesStore::new("files", "/no/such".into(), replace);
     let error = apply(&store, &manifest(&document("payments", 80)), &how()).await.unwrap_err();
     assert!(matches!(&error, StoreError::Absent(text) if text.contains("/no/such")), "{error}");
+}
+
+#[tokio::test]
+async fn beside_a_broken_document_nothing_is_written_as_hosts_may_know_what_it_was() {
+    let bed = Bed::new();
+    bed.apply(&document("ledger", 1)).await.unwrap();
+    bed.put("a.yaml", &format!("{}---\nspec: [\n", document("stock", 1)));
+    let refused = bed.apply(&document("payments", 80)).await.unwrap_err().to_string();
+    assert!(refused.contains("a.yaml:5 is broken (line 2: not valid YAML"), "{refused}");
+    assert_eq!(bed.store.list(Kind::MeshService, None).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn an_unreadable_file_hides_what_it_may_hold_and_no_other() {
+    let bed = Bed::new();
+    bed.apply(&document("payments", 80)).await.unwrap();
+    fs::write(bed.directory.path().join("a.yaml"), [0xff]).unwrap();
+    assert!(bed.get().await.is_some());
+    let other = bed.store.get(&manifest(&document("ledger", 1)).resource).await;
+    assert!(matches!(&other, Err(StoreError::Refused(text)) if text.contains("a.yaml cannot be read")), "{other:?}");
+    assert!(bed.store.list(Kind::MeshService, None).await.is_err());
+    assert!(bed.apply(&document("payments", 81)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_link_is_not_replaced_and_its_target_named() {
+    let bed = Bed::new();
+    let target = bed.directory.path().join("target");
+    fs::write(&target, document("payments", 80)).unwrap();
+    std::os::unix::fs::symlink(&target, bed.directory.path().join("payments.yaml")).unwrap();
+    let refused = bed.apply(&document("payments", 81)).await.unwrap_err().to_string();
+    assert!(refused.contains(&format!("is a link to {}", target.display())), "{refused}");
+    let resource = manifest(&document("payments", 80)).resource;
+    assert!(delete(&bed.store, &resource, None, &how()).await.is_err() && bed.get().await.is_some());
+}
+
+#[test]
+fn a_text_is_read_with_its_own_version() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("payments.yaml");
+    fs::write(&path, "old").unwrap();
+    let replaced = std::cell::Cell::new(false);
+    let read = |path: &Path| {
+        let text = files::read(path);
+        if !replaced.replace(true) {
+            replace(path, "new").unwrap();
+        }
+        text
+    };
+    assert_eq!(read_steadily(&path, read).unwrap(), (version(&path).unwrap(), "new".to_owned()));
 }

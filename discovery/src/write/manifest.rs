@@ -41,16 +41,22 @@ pub fn read(origin: &str, text: &str, trust_domain: &TrustDomain) -> Result<Vec<
             Err(found) => problems.extend(found),
         }
     }
-    for (n, manifest) in manifests.iter().enumerate() {
-        if let Some(first) = manifests[..n].iter().find(|earlier| earlier.resource == manifest.resource) {
-            let Manifest { origin, resource, .. } = manifest;
-            problems.push(format!("{origin}: {resource} is also at {}; remove one of them", first.origin));
-        }
-    }
+    problems.extend(duplicates(&manifests));
     if manifests.is_empty() && problems.is_empty() {
         problems.push(format!("{origin}: there is no document in it"));
     }
     if problems.is_empty() { Ok(manifests) } else { Err(problems) }
+}
+
+/// Those that say once more what is said already.
+pub fn duplicates(manifests: &[Manifest]) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (n, Manifest { origin, resource, .. }) in manifests.iter().enumerate() {
+        if let Some(first) = manifests[..n].iter().find(|earlier| earlier.resource == *resource) {
+            problems.push(format!("{origin}: {resource} is also at {}; remove one of them", first.origin));
+        }
+    }
+    problems
 }
 
 /// One document, or those of a List, which is how kubectl writes several.

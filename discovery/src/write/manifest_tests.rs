@@ -97,3 +97,17 @@ fn every_kind_is_taken_alone_or_in_a_list_as_kubectl_writes_it() {
     let problems = all(&list.to_string()).unwrap_err();
     assert!(problems[0].starts_with("x.yaml:1: items[1].spec.timeout: unknown field"), "{problems:?}");
 }
+
+#[test]
+fn what_is_wrong_with_a_document_is_said_in_one_line_that_steers_no_terminal() {
+    let text = r#"{"a\n---\nkind: MeshService\u001b[2J": 1, "a\n---\nkind: MeshService\u001b[2J": 2}"#;
+    let reason = understand(text).1.unwrap_err();
+    assert!(reason.contains(r"a\n---\nkind") && !reason.contains(char::is_control), "{reason}");
+}
+
+#[test]
+fn a_document_that_another_text_has_too_is_told_with_both_places() {
+    let of = |file: &str| read(file, PAYMENTS, &trust_domain()).unwrap();
+    let problems = duplicates(&[of("a.yaml"), of("b.yaml")].concat());
+    assert!(problems[0].starts_with("b.yaml:") && problems[0].contains("is also at a.yaml:"), "{problems:?}");
+}

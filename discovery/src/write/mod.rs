@@ -20,10 +20,11 @@ use std::{fmt, io};
 use serde_json::Value;
 
 pub use crate::resources::Kind;
+pub use crate::yaml::printable;
 pub use apply::{Applying, Outcome, apply, delete};
 pub use error::StoreError;
 pub use kind::{ResourceName, kind_named};
-pub use manifest::{Manifest, NOTED, read, versioned, yaml};
+pub use manifest::{Manifest, NOTED, duplicates, read, versioned, yaml};
 
 pub(crate) use files::FilesStore;
 pub(crate) use kind::Keys;
@@ -90,7 +91,7 @@ pub struct By(String);
 
 impl By {
     pub fn new(text: &str) -> By {
-        By(crate::yaml::printable(text))
+        By(printable(text))
     }
 }
 

@@ -119,10 +119,10 @@ pub(crate) struct DeleteArgs {
 
 #[derive(clap::Args)]
 struct How {
-    /// Check everything, ask the backend, and change nothing.
+    /// Check everything, ask the backend, and change nothing. Whether writing is allowed shows in etcd and Kubernetes only.
     #[arg(long)]
     dry_run: bool,
-    /// Also over what somebody else has changed since, or owns.
+    /// Also over what somebody else has changed since.
     #[arg(long)]
     force: bool,
 }
@@ -215,16 +215,23 @@ impl<'a> Backends<'a> {
         if let Some(name) = &self.access.source {
             return Ok(vec![self.named(name)?]);
         }
+        self.check_credentials()?;
+        Ok(self.sources.iter().collect())
+    }
+
+    /// No source is shown what is meant for another.
+    fn check_credentials(&self) -> anyhow::Result<()> {
         ensure!(
-            self.sources.len() == 1 || !self.access.shows_credentials(),
+            self.access.source.is_some() || self.sources.len() == 1 || !self.access.shows_credentials(),
             "credentials of which source? say --source with one of {}",
             names(self.sources)
         );
-        Ok(self.sources.iter().collect())
+        Ok(())
     }
 
     /// The one that documents of a kind and namespace belong in.
     fn writable(&self, kind: Kind, namespace: &str) -> anyhow::Result<&'a SourceConfig> {
+        self.check_credentials()?;
         let believes = |source: &&SourceConfig| source.is_believed_about(kind, namespace);
         let believed: Vec<&SourceConfig> = self.sources.iter().filter(believes).collect();
         let what = format!("{} of namespace `{namespace}`", kind.plural());
@@ -256,7 +263,7 @@ impl<'a> Backends<'a> {
         if !self.open.contains_key(&name) {
             // Nothing is checked by it here; documents were, before.
             let nowhere: TrustDomain = "nowhere.invalid".parse()?;
-            let store = self.access.of(source).store(&nowhere, |path, text| durable::replace(path, text))?;
+            let store = self.access.of(source).store(&nowhere, durable::replace_in_kind)?;
             self.open.insert(name.clone(), store);
         }
         self.open.get(&name).map(|store| &**store).context("a source that was just opened")
@@ -323,6 +330,7 @@ async fn apply_now(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode
         .iter()
         .map(|manifest| Ok((manifest, backends.writable(manifest.resource.kind, &manifest.resource.namespace)?)));
     let planned = planned.collect::<anyhow::Result<Vec<_>>>()?;
+    planned.iter().try_for_each(|(.., source)| backends.open(source).map(drop))?;
     let how = args.how.applying()?;
     let mut all_well = true;
     for (manifest, source) in planned {
@@ -372,6 +380,7 @@ async fn delete_now(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitCo
     let planned =
         doomed.iter().map(|(name, version)| Ok((name, version, backends.writable(name.kind, &name.namespace)?)));
     let planned = planned.collect::<anyhow::Result<Vec<_>>>()?;
+    planned.iter().try_for_each(|(.., source)| backends.open(source).map(drop))?;
     let how = args.how.applying()?;
     let mut all_well = true;
     for (resource, version, source) in planned {
@@ -388,7 +397,7 @@ async fn delete_now(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitCo
     Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// All documents of all files; none if hosts would refuse any.
+/// All documents of all files; none if hosts would refuse any, or one is there twice.
 fn manifests(config: &Config, files: &[PathBuf], mesh: Option<&TrustDomain>) -> anyhow::Result<Vec<Manifest>> {
     let trust_domain = match mesh {
         Some(named) => named.clone(),
@@ -405,6 +414,7 @@ fn manifests(config: &Config, files: &[PathBuf], mesh: Option<&TrustDomain>) -> 
             }
         }
     }
+    problems.extend(write::duplicates(&manifests));
     if !problems.is_empty() {
         bail!("nothing was changed, because hosts would refuse this:\n{}", problems.join("\n"));
     }
@@ -488,5 +498,7 @@ mod tests {
         let backends = [etcd, kubernetes];
         let several = Backends { sources: &backends, access: &shown, open: BTreeMap::new() };
         assert!(several.readable().unwrap_err().to_string().contains("credentials of which source"));
+        let refused = several.writable(Kind::MeshService, "shop").unwrap_err().to_string();
+        assert!(refused.contains("credentials of which source"), "{refused}");
     }
 }

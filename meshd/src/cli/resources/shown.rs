@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use meshd_discovery::write::{NOTED, Stored, versioned, yaml};
+use meshd_discovery::write::{NOTED, Stored, printable, versioned, yaml};
 use serde_json::{Value, json};
 
 use super::{Found, Shown};
@@ -19,11 +19,17 @@ pub(super) fn show(found: &[Found], output: Shown) -> anyhow::Result<String> {
 fn document(found: &Found) -> String {
     let Found { source, stored } = found;
     let by = stored.by.as_ref().map_or(String::new(), |by| format!(", by {by}"));
-    let head = format!("{NOTED}{source}: {}{by}\n", stored.origin);
+    let head = comment(&format!("{NOTED}{source}: {}{by}", stored.origin));
     match &stored.document {
         Ok(document) => head + &yaml(&versioned(document, &stored.version)),
-        Err(reason) => format!("{head}# it cannot be read: {reason}\n"),
+        Err(reason) => head + &comment(&format!("# it cannot be read: {reason}")),
     }
+}
+
+/// A comment to its end, whatever it repeats of a backend: nothing of it may become a document of ours.
+fn comment(text: &str) -> String {
+    let is_end = |letter| matches!(letter, '\n' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    text.split(is_end).collect::<Vec<_>>().join("\n# ") + "\n"
 }
 
 fn row(found: &Found) -> Value {
@@ -63,13 +69,14 @@ fn summary(document: &Value) -> String {
     let spec = &document["spec"];
     let list = |name: &str| spec[name].as_array().map(Vec::as_slice).unwrap_or_default();
     let parents = list("parentRefs").iter().chain(spec.get("targetRef"));
-    let about = parents.map(|of| of["name"].as_str().unwrap_or("everybody")).collect::<Vec<_>>().join(",");
+    let about = parents.map(|of| of["name"].as_str().map_or("everybody".to_owned(), printable));
+    let about = about.collect::<Vec<_>>().join(",");
     if !about.is_empty() {
         let rules = counted(list("rules").len(), "rule");
         return if rules.is_empty() { format!("for {about}") } else { format!("{rules} for {about}") };
     }
     let ports = list("ports").iter().map(|port| match port["protocol"].as_str() {
-        Some(protocol) => format!("{}/{protocol}", port["port"]),
+        Some(protocol) => format!("{}/{}", port["port"], printable(protocol)),
         None => port["port"].to_string(),
     });
     let ports = ports.collect::<Vec<_>>().join(",");
@@ -103,6 +110,16 @@ mod tests {
         let parents = json!([{ "name": "payments" }, { "name": "ledger" }]);
         assert_eq!(summary(&json!({ "spec": { "parentRefs": parents, "rules": [{}] } })), "1 rule for payments,ledger");
         assert_eq!(summary(&json!({ "spec": { "targetRef": { "kind": "TrustDomain" } } })), "for everybody");
+    }
+
+    #[test]
+    fn what_somebody_else_wrote_ends_no_comment_and_steers_no_terminal() {
+        let broken = found(Err("x\n---\nkind: MeshService\r\u{2028}y".to_owned()));
+        let text = show(&[broken], Shown::Yaml).unwrap();
+        assert!(text.lines().all(|line| line.starts_with("# ")) && !text.contains('\r'), "{text}");
+        let port = json!({ "spec": { "ports": [{ "port": 80, "protocol": "\u{1b}[2J" }] } });
+        assert!(!summary(&port).contains('\u{1b}'), "{port}");
+        assert!(!summary(&json!({ "spec": { "targetRef": { "name": "\u{1b}[2J" } } })).contains('\u{1b}'));
     }
 
     #[test]
