@@ -13,6 +13,7 @@ mod istio;
 mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
+mod resources;
 mod scale;
 
 use std::fs;

@@ -177,6 +177,7 @@ impl Cluster {
                 "ServiceAccount" => format!("/api/v1/namespaces/{}/serviceaccounts", field("namespace")?),
                 "ClusterRole" => "/apis/rbac.authorization.k8s.io/v1/clusterroles".to_owned(),
                 "ClusterRoleBinding" => "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings".to_owned(),
+                "CustomResourceDefinition" => "/apis/apiextensions.k8s.io/v1/customresourcedefinitions".to_owned(),
                 other => anyhow::bail!("{}: {other} is not known here", file.display()),
             };
             let url = format!("{}{path}", self.url());
