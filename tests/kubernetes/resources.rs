@@ -287,7 +287,7 @@ fn is_taken_kept_and_refused<B: Backend>() -> Result<()> {
 }
 
 fn saved<B: Backend>(mesh: &Mesh) -> bool {
-    let file = mesh.daemon("web").state_dir().join(format!("directory/{}.json", B::KIND));
+    let file = mesh.daemon("web").config().with_file_name("").join(format!("../state/directory/{}.json", B::KIND));
     fs::read_to_string(file).is_ok_and(|text| text.contains("AuthorizationPolicy"))
 }
 
