@@ -147,7 +147,7 @@ async fn all_is_read_again_when_history_is_gone_the_connection_was_given_up_or_s
     bed.wanted.send_modify(|wanted| wanted.resync += 1);
     bed.listed().await;
     assert_eq!(asked.elapsed(), AGAIN_AT_MOST);
-    bed.wanted.send_modify(|wanted| drop(wanted.namespaces.insert("shop".to_owned())));
+    bed.wanted.send_modify(|wanted| wanted.namespaces = [String::from("shop")].into());
     bed.listed().await;
     assert_eq!(asked.elapsed(), AGAIN_AT_MOST);
     // And by itself.
