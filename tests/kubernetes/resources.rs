@@ -132,11 +132,11 @@ impl Backend for Consul {
     }
 
     fn write(&self, document: &Value) -> Result<()> {
-        self.put_key(&format!("meshd-resources/v1/{}", path_of(document)), &document.to_string())
+        self.put_key(&format!("/v1/kv/meshd-resources/v1/{}", path_of(document)), &document.to_string())
     }
 
     fn write_bad(&self) -> Result<()> {
-        self.put_key("meshd-resources/v1/shop/servicepolicy/payments", "kind: ServicePolicy")
+        self.put_key("/v1/kv/meshd-resources/v1/shop/servicepolicy/payments", "kind: ServicePolicy")
     }
 
     fn remove(&self, kind: &str, names: &[&str]) -> Result<()> {
