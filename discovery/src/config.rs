@@ -40,7 +40,7 @@ pub struct SourceConfig {
     #[serde(default)]
     pub register: bool,
     /// For `kind = "consul"`: `https://HOST:PORT` of an agent, the file with the token to show it, and the namespace of
-    /// instances that do not say theirs.
+    /// instances that do not say theirs. For `kind = "kubernetes"`: the namespace of the Leases of hosts that register.
     pub address: Option<String>,
     pub token_file: Option<PathBuf>,
     pub namespace: Option<String>,
@@ -130,7 +130,7 @@ impl SourceKind {
             SourceKind::Files => &["dir"],
             SourceKind::Etcd => &["endpoints", "ca", "cert", "key", "user", "password_file", "prefix", "register"],
             SourceKind::Consul => &["address", "ca", "cert", "key", "token_file", "namespace", "prefix", "register"],
-            SourceKind::Kubernetes => &["kubeconfig", "context"],
+            SourceKind::Kubernetes => &["kubeconfig", "context", "namespace", "register"],
         }
     }
 }
@@ -262,7 +262,8 @@ impl SourceConfig {
     fn kubernetes_source(&self, trust_domain: &TrustDomain) -> Result<KubernetesSource, ConfigError> {
         let settings = KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
         let (authority, kinds) = (self.authority.clone(), self.provides.kinds());
-        let source = KubernetesSource::new(self.name(), settings, authority, kinds, trust_domain.clone());
+        let namespace = self.namespace.as_deref();
+        let source = KubernetesSource::new(self.name(), settings, namespace, authority, kinds, trust_domain.clone());
         source.map_err(|reason| ConfigError::Kubernetes { name: self.name().to_owned(), reason })
     }
 
@@ -294,7 +295,11 @@ impl SourceConfig {
                 registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
                 (Box::new(source), Belief::Guarded)
             }
-            SourceKind::Kubernetes => (Box::new(self.kubernetes_source(trust_domain)?), Belief::Guarded),
+            SourceKind::Kubernetes => {
+                let source = self.kubernetes_source(trust_domain)?;
+                registrar = self.register.then(|| Arc::new(source.registrar()) as Arc<dyn Registrar>);
+                (Box::new(source), Belief::Guarded)
+            }
         };
         Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief, registrar })
     }
@@ -310,20 +315,15 @@ impl SourceConfig {
     }
 }
 
-/// `imports` of meshd.toml: which services this host uses. `payments.shop`, `*.shop` for a namespace, `*` for all.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+/// `imports` of meshd.toml: which services this host uses. `payments.shop`, `*.shop` for a namespace, `*` for all; left out:
+/// what is looked up here.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(try_from = "Vec<String>")]
-pub struct Imports(Wanted);
+pub struct Imports(Option<Wanted>);
 
 impl Imports {
-    pub fn wanted(&self) -> &Wanted {
-        &self.0
-    }
-}
-
-impl Default for Imports {
-    fn default() -> Imports {
-        Imports(Wanted { everything: true, ..Wanted::default() })
+    pub fn declared(&self) -> Option<&Wanted> {
+        self.0.as_ref()
     }
 }
 
@@ -345,7 +345,7 @@ impl TryFrom<Vec<String>> for Imports {
                 wanted.services.insert(service);
             }
         }
-        Ok(Imports(wanted))
+        Ok(Imports(Some(wanted)))
     }
 }
 
@@ -462,9 +462,10 @@ mod tests {
         let imports =
             |patterns: &[&str]| Imports::try_from(patterns.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>());
         let some = imports(&["payments.shop", "*.billing"]).unwrap();
-        let covers = |name: &str| some.wanted().covers(&name.parse().unwrap());
+        let covers = |name: &str| some.declared().unwrap().covers(&name.parse().unwrap());
         assert!(covers("payments.shop") && covers("any.billing") && !covers("web.shop"));
-        assert!(imports(&["*"]).unwrap().wanted().everything && Imports::default().wanted().everything);
+        assert!(imports(&["*"]).unwrap().declared().unwrap().everything);
+        assert!(imports(&[]).unwrap().declared().is_some() && Imports::default().declared().is_none());
         for bad in ["shop", "*.Shop", "**"] {
             assert!(imports(&[bad]).unwrap_err().starts_with("imports: "), "{bad}");
         }

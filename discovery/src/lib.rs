@@ -19,7 +19,9 @@ mod etcd;
 pub mod fake;
 mod files;
 mod held;
+mod interests;
 mod kubernetes;
+mod lookups;
 mod merge;
 mod name;
 mod record;
@@ -44,6 +46,7 @@ pub use documents::{DEFAULT_MESH_PORT, DEFAULT_WEIGHT, MAX_WEIGHT};
 pub use etcd::EtcdSource;
 pub use files::FilesSource;
 pub use kubernetes::{KubernetesSettings, KubernetesSource};
+pub use lookups::{Import, Looked, Lookups, Why};
 pub use name::{NameError, ServiceName};
 pub use record::{Definition, Place, PortTarget, Record};
 #[cfg(any(test, feature = "testing"))]

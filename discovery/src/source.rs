@@ -50,15 +50,20 @@ pub struct Wanted {
     pub everything: bool,
     /// Declared with `*.namespace`.
     pub namespaces: BTreeSet<String>,
-    /// Declared by name, or looked up here.
+    /// Declared by name.
     pub services: BTreeSet<ServiceName>,
+    /// Looked up here. As with a pattern, what does not take part in the mesh is not meant.
+    pub looked_up: BTreeSet<ServiceName>,
     /// Grows with every request to read all again, for instance because an endpoint cannot be reached.
     pub resync: u64,
 }
 
 impl Wanted {
     pub fn covers(&self, service: &ServiceName) -> bool {
-        self.everything || self.namespaces.contains(service.namespace()) || self.services.contains(service)
+        self.everything
+            || self.namespaces.contains(service.namespace())
+            || self.services.contains(service)
+            || self.looked_up.contains(service)
     }
 
     /// The same, as lists that do not overlap.
@@ -67,7 +72,7 @@ impl Wanted {
             return vec![Scope::Everything];
         }
         let alone = |service: &&ServiceName| !self.namespaces.contains(service.namespace());
-        let services = self.services.iter().filter(alone).cloned().map(Scope::Service);
+        let services = self.services.union(&self.looked_up).filter(alone).cloned().map(Scope::Service);
         self.namespaces.iter().cloned().map(Scope::Namespace).chain(services).collect()
     }
 }

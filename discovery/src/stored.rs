@@ -36,9 +36,11 @@ pub(crate) fn read(key: &str, meaning: Meaning, value: &[u8], trust_domain: &Tru
     let read = match meaning {
         Meaning::Service(service) => read_document(key, &service, value, trust_domain),
         Meaning::Endpoint(service) => {
+            // There may be tens of thousands: one text for both.
+            let key: Arc<str> = key.into();
             let record = |place| Record {
-                key: key.into(),
-                origin: key.into(),
+                key: key.clone(),
+                origin: key,
                 service,
                 definition: None,
                 places: vec![Arc::new(place)],

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use meshd_identity::TrustDomain;
 use serde::{Serialize, Serializer};
@@ -14,6 +14,8 @@ use crate::backoff::Backoff;
 use crate::belief::REPEATED_FOR;
 use crate::config::Configured;
 use crate::held::{Held, Touched};
+use crate::interests::Presence;
+use crate::lookups::{Import, Interested, Lookups, Order};
 use crate::merge::{Layer, Part, merge};
 use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
 use crate::saved::{self, Keep, SAVE_EVERY};
@@ -22,6 +24,8 @@ use crate::{Belief, Directory, FilesSource, Namespaces, Scope, ServiceName, Sink
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
+/// How often is looked which services nobody uses any more.
+const FORGET_EVERY: Duration = Duration::from_secs(10);
 /// More messages than this tell an operator nothing; the rest is counted.
 const MOST_ERRORS: usize = 50;
 
@@ -71,6 +75,11 @@ pub struct Watcher {
     keep: Option<Arc<dyn Keep>>,
     losses: (mpsc::Sender<Acceptance>, mpsc::Receiver<Acceptance>),
     suspects: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
+    /// What is wanted in any case.
+    declared: Wanted,
+    /// Where names that are asked for are followed, too.
+    interested: Option<Interested>,
+    imports: watch::Sender<Arc<Vec<Import>>>,
     directory: watch::Sender<Arc<Directory>>,
     health: watch::Sender<Arc<Vec<SourceHealth>>>,
 }
@@ -155,17 +164,38 @@ impl Watcher {
             keep: None,
             losses: mpsc::channel(1),
             suspects: mpsc::channel(INBOX),
+            declared: Wanted::default(),
+            interested: None,
+            imports: watch::Sender::default(),
             directory: watch::Sender::default(),
             health,
         }
     }
 
     /// What sources on other machines are asked for. Nothing, unless told.
-    pub fn wanting(self, wanted: Wanted) -> Watcher {
-        for layer in &self.layers {
-            layer.wanted.send_replace(wanted.clone());
+    pub fn wanting(mut self, declared: Wanted) -> Watcher {
+        self.declared = declared;
+        self.want();
+        self
+    }
+
+    /// Has them asked for what is looked up here as well, now and in earlier lives, where any may know more than is known
+    /// here anyway.
+    pub fn looking_up(mut self, keep: Arc<dyn Keep>) -> Watcher {
+        if self.layers.iter().any(|layer| !layer.says_everything()) {
+            self.interested = Some(Interested::open(keep, self.directory.subscribe()));
+            self.want();
         }
         self
+    }
+
+    pub fn lookups(&self) -> Lookups {
+        self.interested.as_ref().map_or_else(Lookups::off, Interested::lookups)
+    }
+
+    /// What is asked for, and why.
+    pub fn imports(&self) -> watch::Receiver<Arc<Vec<Import>>> {
+        self.imports.subscribe()
     }
 
     /// Begins with what an earlier life knew, and saves what this one learns.
@@ -215,6 +245,8 @@ impl Watcher {
         saves.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut doubts = interval(REPEATED_FOR / 4);
         doubts.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut forgets = interval(FORGET_EVERY);
+        forgets.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let (mut touched, mut accepted) = (Touched::new(), None);
             let suspicion = self.layers.iter().filter_map(|layer| layer.suspicion.due()).min();
@@ -246,7 +278,9 @@ impl Watcher {
                 () = sleep_until(suspicion.unwrap_or_else(Instant::now)), if suspicion.is_some() => {
                     self.layers.iter_mut().for_each(State::ask_if_suspected);
                 }
-                _ = saves.tick(), if saving.is_empty() && self.layers.iter().any(|layer| layer.unsaved) => {
+                Some(order) = asked_for(&mut self.interested) => self.look_up(order),
+                _ = forgets.tick(), if self.interested.is_some() => self.forget(),
+                _ = saves.tick(), if saving.is_empty() && self.has_news() => {
                     self.save(&mut saving);
                     continue;
                 }
@@ -259,6 +293,7 @@ impl Watcher {
                 }
             }
             self.publish(&touched);
+            self.answer_lookups();
             if let Some((answer, result)) = accepted {
                 // Who asked may have left.
                 let _ = answer.send(result);
@@ -291,9 +326,87 @@ impl Watcher {
         (layer.held.accept_losses(), Ok(()))
     }
 
+    /// Has the sources asked for what is wanted now.
+    fn want(&self) {
+        let mut looked_up = self.interested.as_ref().map(Interested::names).unwrap_or_default();
+        let asked = Wanted { looked_up: looked_up.clone(), ..self.declared.clone() };
+        // Who uses a service uses what its routes lead to.
+        let routed = self.layers.iter().flat_map(|layer| layer.resource_layer().backends(&asked));
+        looked_up.extend(routed);
+        for layer in &self.layers {
+            layer.wanted.send_if_modified(|wanted| {
+                let now = Wanted { looked_up: looked_up.clone(), resync: wanted.resync, ..self.declared.clone() };
+                let changed = *wanted != now;
+                *wanted = now;
+                changed
+            });
+        }
+        self.tell_imports();
+    }
+
+    fn tell_imports(&self) {
+        let directory = self.directory.borrow();
+        let declared = Import::declared(&self.declared, |service| directory.get(service).is_some());
+        let now: Vec<Import> = declared.chain(self.interested.iter().flat_map(Interested::imports)).collect();
+        self.imports.send_if_modified(|current| {
+            let changed = **current != now;
+            *current = Arc::new(now);
+            changed
+        });
+    }
+
+    fn look_up(&mut self, order: Order) {
+        let Some(interested) = &mut self.interested else { return };
+        if !interested.take(order) {
+            tracing::warn!("this host uses more services than can be learned; declare `imports` in meshd.toml");
+        }
+        self.want();
+    }
+
+    fn answer_lookups(&mut self) {
+        let Some(mut interested) = self.interested.take() else { return };
+        interested.answer(|service| self.presence(service));
+        self.interested = Some(interested);
+    }
+
+    fn forget(&mut self) {
+        let Some(mut interested) = self.interested.take() else { return };
+        interested.settle(|service| self.presence(service));
+        self.interested = Some(interested);
+        self.want();
+    }
+
+    /// What all sources that may know a service say of it.
+    fn presence(&self, service: &ServiceName) -> Presence {
+        let mut unsure = false;
+        for layer in self.layers.iter().filter(|layer| layer.may_know(service)) {
+            match (&layer.unavailable, layer.has_listed(service)) {
+                (Some(_), _) => unsure = true,
+                (None, false) => return Presence::Awaited,
+                (None, true) => {}
+            }
+        }
+        match self.directory.borrow().get(service) {
+            Some(_) => Presence::Known,
+            None if unsure => Presence::Unsure,
+            None => Presence::Nowhere,
+        }
+    }
+
+    /// Of which the disk knows nothing.
+    fn has_news(&self) -> bool {
+        self.layers.iter().any(|layer| layer.unsaved) || self.interested.as_ref().is_some_and(Interested::is_new)
+    }
+
     /// Off the event loop: a disk may take its time. Tells which layers are still to be saved.
     fn save(&mut self, saving: &mut JoinSet<Vec<usize>>) {
-        let Some(keep) = self.keep.clone() else { return };
+        if let Some(write) = self.interested.as_mut().and_then(Interested::unsaved) {
+            saving.spawn_blocking(move || {
+                write();
+                Vec::new()
+            });
+        }
+        let Some(keep) = self.keep.clone().filter(|_| self.layers.iter().any(|layer| layer.unsaved)) else { return };
         let due = self.layers.iter_mut().enumerate().filter_map(|(index, layer)| {
             let due = std::mem::take(&mut layer.unsaved);
             due.then(|| (index, layer.name.clone(), saved::take(layer.kind, &layer.held, &layer.resources)))
@@ -311,7 +424,11 @@ impl Watcher {
         for name in touched {
             changed |= self.merge_one(name, &mut directory);
         }
-        changed |= self.attach(&mut directory);
+        let rerouted = self.attach(&mut directory);
+        if rerouted {
+            self.want();
+        }
+        changed |= rerouted;
         if changed {
             tracing::debug!(services = directory.len(), "directory changed");
             self.directory.send_replace(Arc::new(directory));
@@ -451,11 +568,25 @@ impl State {
                 self.lists.retain(|scope, _| scopes.contains(scope));
             }
             // The operator's files are looked at whole each time.
-            SourceEvent::InSync if self.belief == Belief::Always => {
+            SourceEvent::InSync if self.says_everything() => {
                 self.lists.values_mut().for_each(|at| *at = SystemTime::now());
             }
             _ => {}
         }
+    }
+
+    /// Whatever is asked of it.
+    fn says_everything(&self) -> bool {
+        self.belief == Belief::Always
+    }
+
+    fn may_know(&self, service: &ServiceName) -> bool {
+        self.authority.covers(service.namespace()) || self.endpoints.covers(service.namespace())
+    }
+
+    /// In this life of the daemon.
+    fn has_listed(&self, service: &ServiceName) -> bool {
+        self.lists.keys().any(|scope| scope.holds(service))
     }
 
     fn ask_again(&self) {
@@ -515,6 +646,14 @@ impl State {
 
     fn shadowed(&self) -> Vec<ServiceName> {
         self.parts.iter().filter(|(_, part)| part.shadowed).map(|(name, _)| name.clone()).collect()
+    }
+}
+
+/// Never, where nothing is looked up.
+async fn asked_for(interested: &mut Option<Interested>) -> Option<Order> {
+    match interested {
+        Some(interested) => interested.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use super::*;
 use crate::resources::ResourceNews;
-use crate::{Belief, Epoch, Listing, Namespaces, fake};
+use crate::{Belief, Epoch, Listing, Looked, Namespaces, Why, fake};
 
 struct Running {
     directory: watch::Receiver<Arc<Directory>>,
@@ -169,7 +169,7 @@ async fn settled_waits_for_every_source_to_speak_be_it_bad_news() {
     let mut running = start(vec![first, second]);
     one.publish([]).await;
     running.health_with(|health| health[0].last_ok.is_some()).await;
-    let waiting = tokio::time::timeout(std::time::Duration::from_secs(3600), settled(&mut running.health));
+    let waiting = tokio::time::timeout(Duration::from_secs(3600), settled(&mut running.health));
     assert!(waiting.await.is_err());
     two.fail("no route to host").await;
     settled(&mut running.health).await;
@@ -187,7 +187,7 @@ fn health_is_shown_with_times_in_unix_seconds() {
         stale: 2,
         from_disk: false,
         shadowed: vec!["a.shop".parse().unwrap()],
-        last_change: Some(UNIX_EPOCH + std::time::Duration::from_millis(12_345)),
+        last_change: Some(UNIX_EPOCH + Duration::from_millis(12_345)),
         last_ok: None,
         last_listed: None,
         suspected: 3,
@@ -371,6 +371,120 @@ async fn the_oldest_complete_list_of_a_source_is_told() {
     running.health_with(|health| health[0].last_listed > first).await;
 }
 
+/// Two remote sources of a host that has declared nothing.
+struct Asking {
+    one: fake::Script,
+    two: fake::Script,
+    lookups: Lookups,
+    running: Running,
+    imports: watch::Receiver<Arc<Vec<Import>>>,
+}
+
+fn asking(disk: &Arc<Memory>) -> Asking {
+    let ((one, first), (two, second)) = (fake::source("one"), fake::source("two"));
+    let guarded = |source| Configured { belief: Belief::Guarded, ..source };
+    let watcher = Watcher::new(vec![guarded(first), guarded(second)], fake::trust_domain()).looking_up(disk.clone());
+    let (directory, health) = (watcher.directory(), watcher.health());
+    let (lookups, imports) = (watcher.lookups(), watcher.imports());
+    let mut task = JoinSet::new();
+    task.spawn(watcher.run());
+    Asking { one, two, lookups, running: Running { directory, health, _task: task }, imports }
+}
+
+fn said(name: &str, addresses: &[&str]) -> SourceEvent {
+    let service: ServiceName = name.parse().unwrap();
+    let records = if addresses.is_empty() { vec![] } else { vec![fake::record(name, addresses)] };
+    SourceEvent::Listed(Listing { records, ..Listing::empty(Scope::Service(service), Epoch::default()) })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_asked_for_is_followed_and_answered_when_every_source_has_said_what_it_knows() {
+    let mut asking = asking(&Arc::default());
+    let (lookups, name): (_, ServiceName) = (asking.lookups.clone(), "a.shop".parse().unwrap());
+    let mut wanted = asking.one.wanted().await;
+    let found = tokio::spawn(async move { lookups.look_up(&name).await });
+    let asked = wanted.wait_for(|wanted| !wanted.looked_up.is_empty()).await.unwrap().clone();
+    assert_eq!(asked.scopes(), [Scope::Service("a.shop".parse().unwrap())]);
+    asking.one.send(said("a.shop", &["10.0.0.1"])).await;
+    asking.running.directory_with(|directory| directory.find("a.shop").is_some()).await;
+    assert!(!found.is_finished(), "the other source may define it");
+    asking.two.send(said("a.shop", &[])).await;
+    assert_eq!(found.await.unwrap(), Looked::Found);
+    let imports = asking.imports.wait_for(|imports| imports.iter().any(|import| import.known)).await.unwrap().clone();
+    assert_eq!((&*imports[0].name, imports[0].why), ("a.shop", Why::LookedUp));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_nobody_knows_is_nowhere_and_is_forgotten_after_a_minute() {
+    let asking = asking(&Arc::default());
+    let (lookups, name): (_, ServiceName) = (asking.lookups.clone(), "x.shop".parse().unwrap());
+    let mut wanted = asking.one.wanted().await;
+    let looked = tokio::spawn(async move { (lookups.look_up(&name).await, Instant::now()) });
+    wanted.wait_for(|wanted| !wanted.looked_up.is_empty()).await.unwrap();
+    asking.one.send(said("x.shop", &[])).await;
+    asking.two.send(said("x.shop", &[])).await;
+    let (looked, at) = looked.await.unwrap();
+    assert_eq!(looked, Looked::Nowhere);
+    wanted.wait_for(|wanted| wanted.looked_up.is_empty()).await.unwrap();
+    assert!((60..=71).contains(&at.elapsed().as_secs()), "{:?}", at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_does_not_answer_is_waited_for_a_second_and_one_that_is_down_not_at_all() {
+    let mut asking = asking(&Arc::default());
+    let name: ServiceName = "a.shop".parse().unwrap();
+    asking.two.send(said("a.shop", &[])).await;
+    asking.running.health_with(|health| health[1].last_listed.is_some()).await;
+    let began = Instant::now();
+    assert_eq!(asking.lookups.look_up(&name).await, Looked::Unsure);
+    assert_eq!(began.elapsed().as_millis(), 1000);
+    asking.one.fail("connection refused").await;
+    asking.running.health_with(|health| !health[0].errors.is_empty()).await;
+    let began = Instant::now();
+    assert_eq!(asking.lookups.look_up(&name).await, Looked::Unsure);
+    assert_eq!(began.elapsed().as_millis(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_used_before_a_restart_is_followed_after_it_and_a_name_nobody_knew_is_not() {
+    let disk = Arc::new(Memory::default());
+    let mut asking_before = asking(&disk);
+    for name in ["a.shop", "x.shop"] {
+        assert_eq!(asking_before.lookups.look_up(&name.parse().unwrap()).await, Looked::Unsure);
+    }
+    asking_before.one.send(said("a.shop", &["10.0.0.1"])).await;
+    for script in [&asking_before.one, &asking_before.two] {
+        script.send(said("x.shop", &[])).await;
+    }
+    asking_before.two.send(said("a.shop", &[])).await;
+    asking_before.imports.wait_for(|imports| imports.iter().any(|import| import.known)).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(60), async {
+        while !disk.0.lock().unwrap().get("interests").is_some_and(|text| text.contains("a.shop")) {
+            sleep(Duration::from_millis(100)).await;
+        }
+    })
+    .await
+    .unwrap();
+    drop(asking_before);
+    let asking = asking(&disk);
+    let wanted = asking.one.wanted().await.borrow().clone();
+    assert_eq!(wanted.looked_up, ["a.shop".parse().unwrap()].into());
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_files_say_everything_and_where_it_is_declared_nothing_is_looked_up() {
+    let (_, files) = fake::source("files");
+    let watcher = Watcher::new(vec![files], fake::trust_domain()).looking_up(Arc::<Memory>::default());
+    assert!(!watcher.lookups().are_on());
+    assert_eq!(watcher.lookups().look_up(&"a.shop".parse().unwrap()).await, Looked::Nowhere);
+    let (_, source) = fake::source("one");
+    let remote = Configured { belief: Belief::Guarded, ..source };
+    let services = ["a.shop".parse().unwrap()].into();
+    let watcher = Watcher::new(vec![remote], fake::trust_domain()).wanting(Wanted { services, ..Wanted::default() });
+    assert!(!watcher.lookups().are_on());
+    assert_eq!((&*watcher.imports().borrow()[0].name, watcher.imports().borrow()[0].why), ("a.shop", Why::Declared));
+}
+
 #[tokio::test(start_paused = true)]
 async fn policies_reach_the_directory_and_are_there_after_a_restart_with_every_source_away() {
     let keep = Arc::new(Memory::default());
@@ -395,4 +509,26 @@ async fn policies_reach_the_directory_and_are_there_after_a_restart_with_every_s
     let (_away, source) = fake::source("etcd");
     let running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep);
     assert_eq!(policies(&running.directory.borrow()), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_uses_a_service_uses_what_its_routes_lead_to() {
+    let (script, source) = fake::source("etcd");
+    let imports = Wanted { services: ["payments.shop".parse().unwrap()].into(), ..Wanted::default() };
+    let _running = started(Watcher::new(vec![source], fake::trust_domain()).wanting(imports));
+    let mut wanted = script.wanted().await;
+    let route = |parent: &str, backend: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{ name: {parent}, namespace: shop }}\nspec: {{ \
+             parentRefs: [ {{ group: \"\", kind: Service, name: {parent} }} ], rules: [ {{ backendRefs: [ {{ name: {backend} \
+             }} ] }} ] }}\n"
+        )
+    };
+    let records =
+        [("payments", "next"), ("other", "elsewhere")].map(|(one, other)| fake::resources(one, &route(one, other)));
+    let (prefix, epoch) = ("".into(), Epoch::default());
+    let news = ResourceNews::Listed { prefix, epoch, records: records.to_vec(), refused: vec![] };
+    script.send(SourceEvent::Resources(news)).await;
+    let now = wanted.wait_for(|wanted| wanted.covers(&"next.shop".parse().unwrap())).await.unwrap();
+    assert!(!now.covers(&"elsewhere.shop".parse().unwrap()));
 }

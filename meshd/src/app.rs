@@ -139,8 +139,13 @@ impl App {
         let registrations = registering::registrations(&sources);
         let known = Arc::new(LastKnown::new(&config.state_dir));
         let watcher = Watcher::new(sources, credentials.borrow().trust_domain.clone())
-            .wanting(config.imports.wanted().clone())
+            .wanting(intent::imported(&config))
             .keeping(known);
+        let watcher = match config.imports.declared() {
+            None => watcher.looking_up(Arc::new(LastKnown::in_dir(&config.state_dir))),
+            Some(_) => watcher,
+        };
+        let (lookups, imports) = (watcher.lookups(), watcher.imports());
         let (directory, mut health, losses) = (watcher.directory(), watcher.health(), watcher.losses());
         let suspects = watcher.suspects();
         let vips = Arc::new(start!(
@@ -169,6 +174,7 @@ impl App {
             telemetry,
             locality: start!(Locality::of(&config.host), "the addresses of this host")?,
             suspects,
+            lookups,
         });
         let certificates = Arc::new(Certificates::new(shared.clone(), default_identity, installed));
         shared.ports.refresh(&shared.enrolment.load());
@@ -199,7 +205,7 @@ impl App {
         });
         let captured = (keeper.clone(), recovery);
         let view = View::new(&config, shared.clone(), lifecycle, credentials.clone(), health, renewals, captured);
-        let view = Arc::new(view.registering(registrations.clone()));
+        let view = Arc::new(view.registering(registrations.clone()).importing(imports));
         let metrics = start!(metrics.into_std(), "[metrics] listen")?;
         tasks.keep("metrics", (metrics, view.clone()), |(socket, view)| {
             Box::pin(async {
@@ -411,7 +417,7 @@ fn keep_answering(
             let tcp = another(tcp.try_clone().and_then(TcpListener::from_std));
             if let (Some(udp), Some(tcp)) = (udp, tcp) {
                 let (vips, telemetry) = (shared.vips.clone(), shared.telemetry.clone());
-                dns::serve(udp, tcp, config.clone(), directory.clone(), vips, telemetry).await;
+                dns::serve(udp, tcp, config.clone(), directory.clone(), vips, shared.lookups.clone(), telemetry).await;
             }
         })
     });

@@ -161,7 +161,7 @@ impl Bed {
         let text = fs::read_to_string(&config)?;
         let (before, _) = text.split_once("[[source]]").context("no source in meshd.toml")?;
         let sources: String = backends.iter().map(|backend| backend.source.clone()).collect();
-        fs::write(&config, format!("{before}{sources}"))?;
+        fs::write(&config, format!("imports = [\"*\"]\n{before}{sources}"))?;
         mesh.start_pki()?;
         mesh.join_all()?;
         mesh.start_all()?;

@@ -190,7 +190,7 @@ fn every_endpoint_is_replaced_under_load_and_nobody_notices() -> Result<()> {
 
 #[test]
 fn a_critical_check_takes_the_traffic_away_and_back() -> Result<()> {
-    let bed = Bed::make_with("")?;
+    let bed = Bed::make_with("imports = [\"*\"]\n")?;
     bed.register("api-2")?;
     bed.waits_for("both", &[("api-1", "healthy"), ("api-2", "healthy")])?;
     bed.register_with("api-1", &json!({ "meshd-transport": "meshd" }), "critical")?;
@@ -225,7 +225,7 @@ fn a_consul_that_comes_back_empty_takes_nothing_away_and_an_operator_may_say_oth
 
 #[test]
 fn a_token_that_loses_its_rights_is_trouble_by_the_rules_name_and_no_empty_catalog() -> Result<()> {
-    let bed = Bed::make_with("")?;
+    let bed = Bed::make_with("imports = [\"*\"]\n")?;
     let load = Load::start_with(&bed.mesh, 2, &["--rate", "50"])?;
     bed.consul.set_rules("reader", "key_prefix \"\" { policy = \"read\" }")?;
     bed.register("api-2")?;
@@ -340,7 +340,7 @@ fn garbage_is_named_by_instance_and_key_and_what_was_said_before_stays() -> Resu
 
 #[test]
 fn a_service_that_knows_nothing_of_the_mesh_is_used_by_consent_only() -> Result<()> {
-    let bed = Bed::make_with("")?;
+    let bed = Bed::make_with("imports = [\"*\"]\n")?;
     bed.register_with("api-2", &json!({}), "passing")?;
     bed.waits_for_error("plaintext is not allowed for payments.shop")?;
     ensure!(bed.has(&[("api-1", "healthy")]), "{:?}", bed.endpoints());

@@ -18,14 +18,14 @@ use crate::DEADLINE;
 
 const PAYMENTS: &str = "/meshd-discovery/v1/shop/payments";
 
-/// A mesh whose web knows services from etcd alone.
-struct Bed {
-    mesh: Mesh,
-    etcd: Etcd,
+/// A mesh whose web knows services from etcd alone, of which it has declared none.
+pub(crate) struct Bed {
+    pub(crate) mesh: Mesh,
+    pub(crate) etcd: Etcd,
 }
 
 impl Bed {
-    fn make() -> Result<Self> {
+    pub(crate) fn make() -> Result<Self> {
         let plan = Plan::shop();
         let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
         let mut mesh = Mesh::prepare(lab.clone(), plan)?;
@@ -67,7 +67,7 @@ impl Bed {
         self.change(&["put", &format!("{PAYMENTS}/{key}"), value])
     }
 
-    fn register(&self, host: &str) -> Result<()> {
+    pub(crate) fn register(&self, host: &str) -> Result<()> {
         let address = self.mesh.host(host).address();
         let registration = format!(r#"{{"address":"{address}","ports":[{{"port":80,"target":80}}]}}"#);
         self.put(&format!("endpoints/{host}"), &registration)
@@ -78,7 +78,7 @@ impl Bed {
     }
 
     /// Once more where a leader is being elected: what is written here may be written twice.
-    fn change(&self, what: &[&str]) -> Result<()> {
+    pub(crate) fn change(&self, what: &[&str]) -> Result<()> {
         until(DEADLINE, "a write to etcd", || self.etcd.ctl("root", what).is_ok_and(|done| done.success()))
     }
 
@@ -88,7 +88,7 @@ impl Bed {
     }
 
     /// Waits until that host answers.
-    fn answers(&self, host: &str) -> Result<()> {
+    pub(crate) fn answers(&self, host: &str) -> Result<()> {
         until(DEADLINE, &format!("an answer of {host}"), || self.asks().is_ok_and(|body| body.contains(host)))
     }
 
@@ -206,5 +206,7 @@ fn garbage_is_named_by_its_key_and_what_the_key_said_before_stays() -> Result<()
     bed.answers("api-1")?;
     let check = bed.mesh.daemon("web").run(&["check"])?;
     ensure!(check.stdout.contains("is no registration"), "{}", check.stdout);
+    let unknown = bed.mesh.daemon("web").run(&["endpoints", "--source", "consul"])?;
+    ensure!(!unknown.success() && unknown.stderr.contains("no source `consul`; there are: etcd"), "{unknown:?}");
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use meshd_tests::authority::Authority;
 use meshd_tests::daemon::UID;
+use meshd_tests::dns;
 use meshd_tests::kubernetes::{Cluster, ISSUER};
 use meshd_tests::lab::Lab;
 use meshd_tests::load::Load;
@@ -18,7 +19,7 @@ use meshd_tests::wait::until;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::DEADLINE;
+use crate::{DEADLINE, DNS};
 
 const READER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes/reader.yaml");
 const ACCOUNT: (&str, &str) = ("meshd-system", "meshd-reader");
@@ -42,6 +43,12 @@ impl Bed {
     }
 
     fn importing<S: AsRef<str>>(imports: &[S]) -> Result<Self> {
+        let imports: Vec<&str> = imports.iter().map(AsRef::as_ref).collect();
+        Self::make_with(&format!("imports = {imports:?}\n"))
+    }
+
+    /// `more` of the top of web's meshd.toml.
+    fn make_with(more: &str) -> Result<Self> {
         let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
         let mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
         let mut cluster = Cluster::start(&lab.host("store"))?;
@@ -54,11 +61,8 @@ impl Bed {
         let text = fs::read_to_string(&config)?;
         let source =
             format!("\n[[source]]\nkind = \"kubernetes\"\nkubeconfig = {kubeconfig:?}\nauthority = [\"shop\"]\n");
-        let imports: Vec<&str> = imports.iter().map(AsRef::as_ref).collect();
-        fs::write(
-            &config,
-            format!("imports = {imports:?}\n") + text.split("[[source]]").next().unwrap_or_default() + &source,
-        )?;
+        let text = text.split("[[source]]").next().unwrap_or_default();
+        fs::write(&config, format!("{more}{text}{source}"))?;
         for api in ["api-1", "api-2"] {
             let config = bed.mesh.daemon(api).config();
             let text = fs::read_to_string(&config)?;
@@ -373,4 +377,20 @@ fn what_the_role_lacks_and_what_tls_refuses_is_named_by_check_and_the_mesh_goes_
     bed.names("TLS with the API server")?;
     bed.is_checked("TLS with the API server")?;
     bed.answers("api-1")
+}
+
+#[test]
+fn a_service_is_reached_by_its_name_alone_and_what_is_not_of_the_mesh_stays_the_clusters_own() -> Result<()> {
+    let bed = Bed::make_with("")?;
+    bed.cluster.create(SERVICES, &json!({ "metadata": { "name": "plain" }, "spec": { "ports": [{ "port": 80 }] } }))?;
+    let answer = bed.mesh.host("web").within(|| dns::ask_udp(DNS, "plain.shop.mesh"))??;
+    ensure!(answer.code == dns::NO_SUCH_NAME, "{answer:?}");
+    let status = bed.mesh.daemon("web").json("status")?;
+    let services = status["services"].as_array().context("no services")?;
+    ensure!(services.len() == 1 && services[0]["name"] == "payments.shop", "{services:?}");
+    let payments = json!({ "name": "payments.shop", "why": "looked_up", "known": true });
+    let imports = status["imports"].as_array().context("no imports")?;
+    let is_payments = |import: &Value| ["name", "why", "known"].iter().all(|field| import[*field] == payments[*field]);
+    ensure!(imports.iter().any(is_payments), "{imports:?}");
+    Ok(())
 }

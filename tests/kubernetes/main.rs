@@ -6,6 +6,7 @@ mod bridge;
 mod consul;
 mod controllers;
 mod etcd;
+mod first_lookup;
 mod from_consul;
 mod from_etcd;
 mod from_kubernetes;
@@ -13,10 +14,12 @@ mod istio;
 mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
+mod registers_in_kubernetes;
 mod resources;
 mod scale;
 
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::unix::fs::chown;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +34,8 @@ use meshd_tests::process::Finished;
 use meshd_tests::wait::{until, until_some};
 
 const ACCOUNT: (&str, &str) = ("mesh", "meshd");
+/// Where meshd answers questions for names.
+const DNS: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 53));
 const AUDIENCE: &str = "meshd-pki";
 /// Longer than anything here takes: what it bounds is a failing test.
 const DEADLINE: Duration = Duration::from_secs(30);

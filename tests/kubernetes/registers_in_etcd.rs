@@ -11,12 +11,13 @@ use meshd_tests::etcd::Etcd;
 use meshd_tests::lab::Lab;
 use meshd_tests::load::Load;
 use meshd_tests::mesh::Mesh;
-use meshd_tests::plan::{self, Plan};
+use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::DEADLINE;
+use crate::registering::{Registering, document};
 
 const PAYMENTS: &str = "/meshd-discovery/v1/shop/payments";
 
@@ -26,20 +27,22 @@ struct Bed {
     etcd: Etcd,
 }
 
+impl Registering for Bed {
+    fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+}
+
 impl Bed {
     fn make() -> Result<Self> {
-        let plan = Plan::shop();
-        let payments = plan.services.iter().find(|service| service.name == "payments").context("no payments")?;
-        let document = plan::document(payments, &[]);
         let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
-        let mesh = Mesh::prepare(lab.clone(), plan)?;
+        let mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
         let etcd = Etcd::start(&lab.host("store"), 3)?;
         let mut bed = Self { mesh, etcd };
         bed.admit()?;
-        bed.write(&["put", &format!("{PAYMENTS}/service"), &document])?;
-        for host in ["web", "api-1", "api-2"] {
-            bed.configure(host)?;
-        }
+        bed.write(&["put", &format!("{PAYMENTS}/service"), &document()?])?;
+        let source = bed.source()?;
+        ["web", "api-1", "api-2"].iter().try_for_each(|host| bed.configure(host, &source))?;
         bed.mesh.start_pki()?;
         bed.mesh.join_all()?;
         bed.mesh.start_all()?;
@@ -56,24 +59,15 @@ impl Bed {
         [cert, key, self.etcd.authority()].iter().try_for_each(|file| Ok(chown(file, Some(UID), Some(UID))?))
     }
 
-    fn configure(&self, host: &str) -> Result<()> {
+    fn source(&self) -> Result<String> {
         let endpoints = self.etcd.endpoints().iter().map(|url| format!("{url:?}")).collect::<Vec<_>>().join(", ");
         let authority = self.etcd.authority();
         let directory = authority.parent().context("a file in a directory")?;
         let (cert, key) = (directory.join("hosts.pem"), directory.join("hosts.key"));
-        let source = format!(
-            "\n[[source]]\nkind = \"etcd\"\nendpoints = [{endpoints}]\nauthority = [\"shop\"]\nregister = {}\nca = {authority:?}\n\
-             cert = {cert:?}\nkey = {key:?}\n[host]\nzone = \"rack-1\"\n",
-            host != "web",
-        );
-        let daemon = self.mesh.daemon(host);
-        let text = fs::read_to_string(daemon.config())?;
-        // The last sections of a file the harness wrote.
-        let begins = text.split("[[source]]").next().unwrap_or_default();
-        fs::write(daemon.config(), begins.to_owned() + &source)?;
-        let enrolment = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
-        let checked = "  port = 80\n  check = { http = \"/healthz\", every_s = 1 }\n  version = \"7\"\n";
-        daemon.enrol(&enrolment.replace("  port = 80\n", checked))
+        Ok(format!(
+            "kind = \"etcd\"\nendpoints = [{endpoints}]\nauthority = [\"shop\"]\nca = {authority:?}\ncert = {cert:?}\n\
+             key = {key:?}\n"
+        ))
     }
 
     /// Once more where a leader is being elected.
@@ -102,27 +96,16 @@ impl Bed {
         until(DEADLINE, &format!("no registration of {host}"), is_gone)
     }
 
-    fn phase(&self, host: &str) -> Result<String> {
-        let status = self.mesh.daemon(host).json("status")?;
-        let rows = status["registrations"].as_array().context("no registrations")?;
-        let row = rows.iter().find(|row| row["service"] == "payments.shop").context("payments is not registered")?;
-        Ok(row["phase"].as_str().unwrap_or_default().to_owned())
-    }
-
-    fn asks(&self) -> Result<String> {
-        let asked = self.mesh.curl("web", "checkout", &["-sS", "--max-time", "5", "http://payments.shop.mesh/"])?;
-        asked.expect_success("a request")
-    }
-
-    fn answers(&self, host: &str) -> Result<()> {
-        until(DEADLINE, &format!("an answer of {host}"), || self.asks().is_ok_and(|body| body.contains(host)))
-    }
-
-    /// Where web would send requests for payments.
-    fn known(&self) -> Result<Vec<Value>> {
-        let rows = self.mesh.daemon("web").json("endpoints")?;
-        let rows = rows.as_array().context("no rows")?.clone();
-        Ok(rows.into_iter().filter(|row| row["service"] == "payments.shop").collect())
+    /// For how long etcd keeps what nobody keeps alive.
+    fn lease_s(&self, host: &str) -> Result<u64> {
+        let json = |what: &[&str]| -> Result<Value> {
+            let said = self.etcd.ctl("root", &[what, &["-w", "json"]].concat())?.expect_success("etcdctl")?;
+            Ok(serde_json::from_str(&said)?)
+        };
+        let key = json(&["get", &format!("{PAYMENTS}/endpoints/{host}")])?;
+        let lease = key["kvs"][0]["lease"].as_i64().with_context(|| format!("no lease: {key}"))?;
+        let lease = json(&["lease", "timetolive", &format!("{lease:x}")])?;
+        lease["granted-ttl"].as_u64().with_context(|| format!("{lease}"))
     }
 }
 
@@ -136,13 +119,16 @@ fn a_host_is_found_by_what_it_serves_and_gone_with_its_lease_when_it_dies() -> R
     ensure!(bed.phase("api-1")? == "held");
     let metrics = bed.mesh.daemon("api-1").metrics()?;
     ensure!(metrics.sum("meshd_registration_held", &[("service", "payments.shop")]) == 1.0);
-    bed.mesh.daemon("api-1").kill()?;
+    // So long after its last beat a dead host is gone for everybody, by what the server says itself.
+    ensure!(bed.lease_s("api-1")? < 10, "{:?}", bed.lease_s("api-1"));
+    let power = bed.dies("api-1")?;
     // Long before its lease ends: a dial that fails has another endpoint tried.
     ensure!(bed.asks()?.contains("api-2"));
     bed.is_gone("api-1")?;
     until(DEADLINE, "web to know", || bed.known().is_ok_and(|rows| rows.len() == 1))?;
     ensure!(bed.asks()?.contains("api-2"));
     // The next life takes its name over.
+    drop(power);
     bed.mesh.daemon("api-1").start()?;
     bed.is_registered("api-1")?;
     bed.answers("api-1")
@@ -223,6 +209,30 @@ fn a_host_whose_program_is_not_there_says_so_and_gets_no_calls() -> Result<()> {
     }
     daemon.enrol(&good)?;
     daemon.signal(Signal::SIGHUP)?;
+    bed.is_registered("api-1")?;
+    bed.answers("api-1")
+}
+
+#[test]
+fn a_program_says_whether_a_host_is_well_and_what_it_said_is_shown() -> Result<()> {
+    let bed = Bed::make()?;
+    let daemon = bed.mesh.daemon("api-1");
+    let marker = daemon.etc("well");
+    let text = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
+    let exec = format!("exec = [\"/bin/ls\", {:?}]", marker.display().to_string());
+    daemon.enrol(&text.replace("http = \"/healthz\"", &exec))?;
+    daemon.signal(Signal::SIGHUP)?;
+    let says = |what: &str| daemon.run(&["status"]).is_ok_and(|status| status.stdout.contains(what));
+    let failed = "payments.shop is unhealthy here: its check fails: exit status: 2";
+    until(DEADLINE, "the reason in meshd status", || says(failed) && says("No such file or directory"))?;
+    fs::write(&marker, "")?;
+    bed.is_registered("api-1")?;
+    fs::remove_file(&marker)?;
+    until(DEADLINE, "it to be registered as unhealthy", || {
+        bed.registered("api-1").is_some_and(|it| it["health"] == "unhealthy")
+    })?;
+    bed.is_used_by_web("api-1", false)?;
+    fs::write(&marker, "")?;
     bed.is_registered("api-1")?;
     bed.answers("api-1")
 }

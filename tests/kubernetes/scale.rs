@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::binaries;
@@ -14,6 +15,9 @@ use meshd_tests::process::Program;
 use serde_json::Value;
 
 const SHORT: [&str; 10] = ["--services", "100", "--hosts", "20", "--imports", "20", "--rate", "100", "--seconds", "5"];
+
+/// What a failing run is bounded by: a thousand services are not written in a minute everywhere.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// One host with a backend, another with the program that is all the others.
 struct Bed {
@@ -44,7 +48,7 @@ impl Bed {
     fn measure(&self, config: &Path, sizes: &[&str]) -> Result<()> {
         let program = Program::new("sh").args(["-c", "ulimit -Sn $(ulimit -Hn) && exec \"$0\" \"$@\""]);
         let program = program.arg(scale()?).arg(config).args(sizes);
-        let report = self.lab.host("hosts").run(&program)?.expect_success("scale")?;
+        let report = self.lab.host("hosts").spawn(&program)?.finish(PATIENCE)?.expect_success("scale")?;
         println!("figure: {}", report.trim());
         let report: Value = serde_json::from_str(&report).with_context(|| report.clone())?;
         ensure!(sizes.contains(&"--filled") || report["seen"].as_u64() > Some(0), "no change was seen: {report}");

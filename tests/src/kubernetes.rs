@@ -176,6 +176,10 @@ impl Cluster {
                 "Namespace" => "/api/v1/namespaces".to_owned(),
                 "ServiceAccount" => format!("/api/v1/namespaces/{}/serviceaccounts", field("namespace")?),
                 "ClusterRole" => "/apis/rbac.authorization.k8s.io/v1/clusterroles".to_owned(),
+                kind @ ("Role" | "RoleBinding") => {
+                    let plural = format!("{}s", kind.to_lowercase());
+                    format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{}/{plural}", field("namespace")?)
+                }
                 "ClusterRoleBinding" => "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings".to_owned(),
                 "CustomResourceDefinition" => "/apis/apiextensions.k8s.io/v1/customresourcedefinitions".to_owned(),
                 other => anyhow::bail!("{}: {other} is not known here", file.display()),

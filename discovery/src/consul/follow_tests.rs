@@ -205,14 +205,17 @@ impl Running {
         while self.events.recv().await.unwrap().1 != SourceEvent::InSync {}
     }
 
-    /// Scope, store, position and how many records.
+    /// Scope, store, position and how many records. What is there of a wide scope is told before.
     async fn listed(&mut self) -> (Scope, String, u64, usize) {
-        match self.next().await {
-            SourceEvent::Listed(listing) => {
-                let (store, position) = (listing.epoch.store.to_string(), listing.epoch.position);
-                (listing.scope, store, position, listing.records.len())
+        loop {
+            match self.next().await {
+                SourceEvent::Listed(listing) => {
+                    let (store, position) = (listing.epoch.store.to_string(), listing.epoch.position);
+                    return (listing.scope, store, position, listing.records.len());
+                }
+                SourceEvent::Changed { position: 0, .. } => {}
+                other => panic!("{other:?}"),
             }
-            other => panic!("{other:?}"),
         }
     }
 
@@ -325,13 +328,37 @@ async fn a_query_that_fails_is_named_while_the_others_go_on_and_its_end_is_told(
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_read_at_the_start_is_no_list_without_it() {
+async fn what_cannot_be_read_at_the_start_is_no_list_without_it_and_what_can_be_is_told() {
     let consul = Fake::new();
     consul.fail("b", Some("hidden"));
     let mut running = start_with(consul, everything());
-    assert_eq!(running.trouble().await, "hidden");
+    let mut told = 0;
+    while told == 0 {
+        match running.next().await {
+            SourceEvent::Changed { position: 0, changes, .. } => told += changes.len(),
+            SourceEvent::Unavailable { error } => assert_eq!(error, "hidden"),
+            other => panic!("{other:?}"),
+        }
+    }
+    running.consul.hold("a", 20, &[1, 2, 3]);
+    loop {
+        match running.next().await {
+            SourceEvent::Changed { position: 0, changes, .. } if changes.len() >= 2 => break,
+            SourceEvent::Changed { .. } | SourceEvent::Unavailable { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
     running.consul.fail("b", None);
-    assert_eq!(running.listed().await, (Scope::Everything, "one".into(), 12, 2));
+    loop {
+        match running.next().await {
+            SourceEvent::Listed(listing) => {
+                assert!(listing.records.len() == 4 && listing.epoch.position == 20, "{listing:?}");
+                return;
+            }
+            SourceEvent::Changed { position: 0, .. } | SourceEvent::Unavailable { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,8 @@
 //! What Consul said so far, and what of it discovery is told. Pure; takes `now`.
 //!
 //! A scope is listed once all that it needs was read: the documents, the instances of each service in it and, for a wide
-//! one, the names of all services. From then on each answer is told as what it changes.
+//! one, the names of all services. From then on each answer is told as what it changes. Of a wide one what is there is told
+//! before that: one query that fails for good would keep the others from being used.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub(super) struct Known {
     scopes: BTreeMap<Scope, State>,
     parts: BTreeMap<Query, Part>,
     names: BTreeSet<Arc<str>>,
+    /// Followed by their names, as what a pattern holds is.
+    looked_up: BTreeSet<ServiceName>,
     /// By the name of the service, then by key: those of services that are wanted.
     documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
     instances: BTreeMap<Arc<str>, Vec<Instance>>,
@@ -59,6 +62,7 @@ impl Known {
             scopes: BTreeMap::new(),
             parts: BTreeMap::new(),
             names: BTreeSet::new(),
+            looked_up: BTreeSet::new(),
             documents: BTreeMap::new(),
             instances: BTreeMap::new(),
         }
@@ -102,6 +106,7 @@ impl Known {
     /// Follows what is wanted and nothing else. True if something no longer is.
     pub(super) fn adjust(&mut self, wanted: &Wanted, now: Instant) -> bool {
         let scopes = wanted.scopes();
+        self.looked_up = wanted.looked_up.difference(&wanted.services).cloned().collect();
         let before = self.scopes.len();
         self.scopes.retain(|scope, _| scopes.contains(scope));
         let narrowed = self.scopes.len() < before;
@@ -196,9 +201,16 @@ impl Known {
             events.extend(self.list(scope.clone()).map(SourceEvent::Listed));
             events.extend(self.goes_on(scope));
         }
-        for (scope, changes) in changes {
-            if let Some(State { listed: true, position, .. }) = self.scopes.get(&scope) {
-                events.push(SourceEvent::Changed { position: *position, scope, changes });
+        for (scope, mut changes) in changes {
+            let Some(State { listed, position, .. }) = self.scopes.get(&scope) else { continue };
+            let mut position = *position;
+            if !listed {
+                // What is there does not wait for a query that fails; what is gone, and how far this went, does.
+                changes.retain(|change| is_wide(&scope) && matches!(change, Change::Set(_)));
+                position = 0;
+            }
+            if !changes.is_empty() {
+                events.push(SourceEvent::Changed { position, scope, changes });
             }
         }
         events
@@ -377,8 +389,14 @@ impl Known {
             let mut documents = self.documents.get(name).into_iter().flat_map(BTreeMap::values);
             documents.any(|document| Some(&document.service) == instance.service.as_ref())
         };
-        instance.names_transport || matches!(scope, Scope::Service(_)) || documented()
+        let declared = matches!(scope, Scope::Service(service) if !self.looked_up.contains(service));
+        instance.names_transport || declared || documented()
     }
+}
+
+/// Such a scope is made of many answers.
+fn is_wide(scope: &Scope) -> bool {
+    !matches!(scope, Scope::Service(_))
 }
 
 /// Whether a query tells of a scope; of instances in a wide one, if such a name exists.
@@ -387,7 +405,7 @@ fn needs(scope: &Scope, query: &Query) -> bool {
         (_, Query::Documents) => true,
         (_, Query::Resources(_)) => false,
         (Scope::Service(service), Query::Instances(name)) => service.name() == &**name,
-        (scope, Query::Names | Query::Instances(_)) => !matches!(scope, Scope::Service(_)),
+        (scope, Query::Names | Query::Instances(_)) => is_wide(scope),
     }
 }
 

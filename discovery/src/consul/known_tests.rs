@@ -123,7 +123,9 @@ fn everything_is_listed_once_each_name_was_read_and_a_name_that_goes_takes_its_i
     bed.take(&Query::Documents, Content::Documents(vec![]));
     assert_eq!(bed.take(&Query::Names, Content::Names(vec!["a".into(), "b".into()])), []);
     assert_eq!(bed.known.queries().len(), 4);
-    assert_eq!(bed.take(&instances("a"), entries("a", &[1])), []);
+    let events = bed.take(&instances("a"), entries("a", &[1]));
+    assert_eq!(changed(&events), ["set catalog:a.shop/node-1/a-1"], "what is there does not wait");
+    assert!(matches!(&events[..], [SourceEvent::Changed { position: 0, .. }]));
     let events = bed.take(&instances("b"), entries("b", &[2]));
     assert_eq!(
         listed(&events),

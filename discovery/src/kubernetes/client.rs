@@ -1,4 +1,4 @@
-//! Requests over HTTP/2, many at once on few connections.
+//! HTTP/2 to the API server, many requests at once on few connections.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,6 +78,19 @@ impl<'a> Call<'a> {
     }
 }
 
+/// A connection for calls, also for many at once.
+pub(super) struct Caller {
+    sender: SendRequest<Full<Bytes>>,
+    access: Access,
+}
+
+impl Caller {
+    pub(super) async fn call(self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
+        let response = request(self.sender, &self.access, call, asked).await?;
+        read_all(response.into_body(), LARGEST_ANSWER).await
+    }
+}
+
 impl Client {
     pub(super) fn new(settings: Settings) -> Client {
         Client { settings, calls: None, watches: Vec::new(), access: None }
@@ -93,6 +106,16 @@ impl Client {
     /// `https://10.0.0.1:6443`, as far as it is known.
     pub(super) fn server(&self) -> &str {
         self.access.as_ref().map_or("", |access| &access.server)
+    }
+
+    pub(super) async fn caller(&mut self) -> Result<Caller, Error> {
+        let access = self.access()?;
+        let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
+            Some(sender) => sender,
+            None => open(&access).await?,
+        };
+        self.calls = Some(sender.clone());
+        Ok(Caller { sender, access })
     }
 
     pub(super) async fn get(&mut self, path: &str, asked: &Asked) -> Result<Bytes, Error> {

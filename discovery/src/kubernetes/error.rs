@@ -25,8 +25,8 @@ pub(super) enum Error {
     #[error("the API server does not accept {by} (401: {reason}); give a credential that is valid and not over")]
     Unauthorized { by: String, reason: String },
     #[error(
-        "{verb} of {resource} is forbidden: {reason}; apply deploy/kubernetes/reader.yaml, or bind its ClusterRole \
-         `meshd-reader` to that user"
+        "{verb} of {resource} is forbidden: {reason}; apply deploy/kubernetes/{role}.yaml, or bind its roles \
+         `meshd-{role}` to that user", role = role(verb)
     )]
     Forbidden { verb: &'static str, resource: String, reason: String },
     /// What was asked for is older than what the server keeps.
@@ -44,6 +44,11 @@ pub(super) enum Error {
     NotServed,
     #[error("the connection to the API server broke: {0}")]
     Broken(String),
+}
+
+/// Which of the shipped files grants it.
+fn role(verb: &str) -> &'static str {
+    if matches!(verb, "list" | "watch") { "reader" } else { "registrar" }
 }
 
 impl Error {

@@ -11,19 +11,22 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 use super::error::Error;
 use super::known::{Area, Watching, areas};
-use super::objects::{Event, Kind};
+use super::leases::{Keeper, Leases};
+use super::objects::{Event, Kind, Object};
 use super::read::Reader;
 use super::remote::{Remote, Watch};
 use super::resources::Life;
 use crate::backoff::Backoff;
 use crate::resync::Resync;
-use crate::{Epoch, Scope, ServiceName, Sink, SourceEvent, Wanted};
+use crate::{Change, Epoch, Refused, Scope, ServiceName, Sink, SourceEvent, Wanted};
 
 /// How soon a server that stands still, or lost sight of its etcd, is noticed: this and a call's deadline (4 s). A
 /// thousand hosts ask 200 times a second, each for one small object.
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// How soon a role that was granted is noticed, and who has too much to do is asked again.
 const PUT_OFF: Duration = Duration::from_secs(15);
+/// How soon Leases are asked for again where that failed: a dead host is to be known within seconds.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// A watch that ends sooner ends for another reason than its age.
 const SHORTEST_WATCH: Duration = Duration::from_secs(1);
 /// Events waiting to be taken; the watches wait when it is full.
@@ -35,6 +38,7 @@ const KINDS: [Kind; 4] = [Kind::Service, Kind::Slice, Kind::Pod, Kind::Mesh];
 pub(super) async fn run<R: Remote>(
     mut remote: R,
     reader: Reader,
+    leases: Leases,
     mut wanted: watch::Receiver<Wanted>,
     sink: Sink,
     told: watch::Sender<Life>,
@@ -44,6 +48,8 @@ pub(super) async fn run<R: Remote>(
         sink,
         life: Epoch::default(),
         areas: BTreeMap::new(),
+        leases,
+        areas_went: false,
         watches: 0,
         resync: Resync::default(),
         told,
@@ -57,6 +63,7 @@ pub(super) async fn run<R: Remote>(
         let Err(error) = follower.follow(&mut remote, &mut wanted).await;
         follower.sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
         follower.areas.values_mut().for_each(Area::end_watches);
+        follower.leases.begin_anew(Instant::now());
         remote.leave();
         follower.told.send_modify(|life| life.connection += 1);
         sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
@@ -69,6 +76,9 @@ struct Follower {
     /// Of the store, and how far it had come.
     life: Epoch,
     areas: BTreeMap<Scope, Area>,
+    leases: Leases,
+    /// And slices that Leases keep with them.
+    areas_went: bool,
     /// How many were begun.
     watches: u64,
     resync: Resync,
@@ -129,6 +139,7 @@ impl Follower {
         wanted: &mut watch::Receiver<Wanted>,
     ) -> Result<Infallible, Error> {
         let mut watches = Watches::new();
+        self.leases.begin_anew(Instant::now());
         self.compare(remote.probe().await?);
         let asked = wanted.borrow_and_update().clone();
         self.resync.heed(&asked);
@@ -172,6 +183,7 @@ impl Follower {
                     self.adjust(&asked).await;
                 }
                 () = tokio::time::sleep_until(resync_at) => self.list_all_again(),
+                () = until(self.leases.look_at()) => self.leases.due = true,
             }
             self.catch_up(remote, &mut watches).await?;
         }
@@ -181,6 +193,7 @@ impl Follower {
     fn compare(&mut self, now: Epoch) {
         if self.life.store != now.store || now.position < self.life.position {
             self.areas.values_mut().for_each(Area::forget_positions);
+            self.leases.begin_anew(Instant::now());
         }
         self.told.send_if_modified(|life| {
             let changed = life.epoch != now;
@@ -201,7 +214,7 @@ impl Follower {
         let mut narrowed = false;
         self.areas.retain(|scope, area| {
             let Some(told_as) = now.remove(scope) else {
-                narrowed = true;
+                (narrowed, self.areas_went) = (true, true);
                 return false;
             };
             narrowed |= area.told_as.iter().any(|told| !told_as.contains(told));
@@ -211,6 +224,10 @@ impl Follower {
         });
         for (scope, told_as) in now {
             self.areas.insert(scope.clone(), Area::new(scope, told_as));
+        }
+        let looked_up: BTreeSet<ServiceName> = wanted.looked_up.difference(&wanted.services).cloned().collect();
+        for area in self.areas.values_mut() {
+            area.looked_up.clone_from(&looked_up);
         }
         if narrowed {
             self.sink.send(SourceEvent::Narrowed(wanted.clone())).await;
@@ -242,10 +259,91 @@ impl Follower {
                 Err(error) => return Err(error),
             }
         }
+        self.look_after_leases(remote, watches).await
+    }
+
+    /// Follows the Leases that slices name, and tells of hosts that died or came back.
+    async fn look_after_leases<R: Remote>(&mut self, remote: &mut R, watches: &mut Watches) -> Result<(), Error> {
+        let went = std::mem::take(&mut self.areas_went);
+        let changed = self.areas.values_mut().fold(went, |any, area| std::mem::take(&mut area.keepers_changed) || any);
+        if changed {
+            self.leases.use_by(self.areas.values().flat_map(Area::keepers).collect());
+        }
+        let now = Instant::now();
+        if self.leases.put_off.is_none_or(|until| until <= now) {
+            let (trouble, put_off) =
+                match catch_up_with_leases(&mut self.leases, remote, watches, &mut self.watches).await {
+                    Ok(()) => (None, None),
+                    Err(error @ Error::Forbidden { .. }) => (Some(error.to_string()), Some(now + PUT_OFF)),
+                    Err(error) if error.is_of_one_area() || matches!(error, Error::Busy(_)) => {
+                        (Some(error.to_string()), Some(now + LOOK_AGAIN))
+                    }
+                    Err(error) => return Err(error),
+                };
+            self.leases.put_off = put_off;
+            self.tell_trouble_with_leases(trouble).await;
+        }
+        let differ: BTreeSet<Keeper> = self.leases.over().symmetric_difference(&self.reader.dead).cloned().collect();
+        if !differ.is_empty() {
+            self.reader.dead.clone_from(self.leases.over());
+            let touched = self.areas.iter().map(|(scope, area)| (scope.clone(), area.kept_by(&differ)));
+            self.tell(touched.filter(|(_, services)| !services.is_empty()).collect()).await;
+        }
+        Ok(())
+    }
+
+    /// Under a key of its own, wherever a slice is kept by one.
+    async fn tell_trouble_with_leases(&mut self, trouble: Option<String>) {
+        // A list of the scope takes it away; each attempt says it again.
+        if trouble.is_none() && self.leases.trouble.is_none() {
+            return;
+        }
+        self.leases.trouble.clone_from(&trouble);
+        let Some(scope) = self.areas.values().find_map(|area| area.told_as.first()).cloned() else { return };
+        let change = match trouble {
+            Some(reason) => Change::Refused(Refused { key: "access/leases".into(), problems: vec![reason] }),
+            None => Change::Removed("access/leases".into()),
+        };
+        self.sink.send(SourceEvent::Changed { scope, position: 0, changes: vec![change] }).await;
+    }
+
+    fn take_of_leases(&mut self, origin: &Origin, news: Result<Option<Event>, Error>) -> Result<(), Error> {
+        let (leases, now) = (&mut self.leases, Instant::now());
+        if leases.feed.watch.as_ref().is_none_or(|watching| watching.number != origin.number) {
+            return Ok(());
+        }
+        let position = match news? {
+            Some(Event::Set(Object::Lease(lease), position)) => {
+                leases.set(lease, now);
+                position
+            }
+            Some(Event::Gone(Object::Lease(lease), position)) => {
+                leases.remove(&lease.name, now);
+                position
+            }
+            Some(Event::Set(_, position) | Event::Gone(_, position)) => position,
+            Some(Event::Bookmark(position) | Event::Other(position)) => position,
+            Some(Event::Failed(reason)) => return Err(Error::Broken(format!("a watch failed: {reason}"))),
+            None if origin.since.elapsed() < SHORTEST_WATCH => {
+                return Err(Error::Broken("a watch ended as soon as it began".to_owned()));
+            }
+            Some(Event::Expired) => {
+                (leases.feed.watch, leases.due) = (None, true);
+                return Ok(());
+            }
+            None => {
+                leases.feed.watch = None;
+                return Ok(());
+            }
+        };
+        leases.feed.position = Some(position).filter(|position| !position.is_empty());
         Ok(())
     }
 
     fn take(&mut self, (origin, news): News, touched: &mut Touched) -> Result<(), Error> {
+        if origin.kind == Kind::Lease {
+            return self.take_of_leases(&origin, news);
+        }
         // A watch that was given up may still have said something.
         let Some(area) = self.areas.get_mut(&origin.area) else { return Ok(()) };
         let feed = area.feed(origin.kind);
@@ -298,6 +396,53 @@ impl Follower {
                 self.sink.send(SourceEvent::Changed { scope, position, changes }).await;
             }
         }
+    }
+}
+
+/// For good where there is nothing to wait for.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn catch_up_with_leases<R: Remote>(
+    leases: &mut Leases,
+    remote: &mut R,
+    watches: &mut Watches,
+    number: &mut u64,
+) -> Result<(), Error> {
+    let Some(collection) = leases.collection() else { return Ok(()) };
+    if leases.due {
+        let asked = Instant::now();
+        let listed = remote.list(&collection, None).await?;
+        let lease = |object| if let Object::Lease(lease) = object { Some(lease) } else { None };
+        leases.replace(listed.objects.into_iter().filter_map(lease).collect(), asked, Instant::now());
+        // A watch that is there goes on: it tells the same once more at most.
+        if leases.feed.watch.is_none() {
+            leases.feed.position = Some(listed.position);
+        }
+    }
+    if leases.feed.watch.is_some() {
+        return Ok(());
+    }
+    let Some(from) = leases.feed.position.clone() else {
+        leases.due = true;
+        return Ok(());
+    };
+    match remote.watch(&collection, &from).await {
+        Ok(watch) => {
+            *number += 1;
+            let origin = Origin { area: collection.area, kind: Kind::Lease, number: *number, since: Instant::now() };
+            leases.feed.watch = Some(watches.begin(watch, origin));
+            Ok(())
+        }
+        Err(Error::Expired) => {
+            (leases.feed.position, leases.due) = (None, true);
+            Ok(())
+        }
+        Err(error) => Err(error),
     }
 }
 

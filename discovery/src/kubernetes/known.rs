@@ -6,7 +6,8 @@ use std::sync::Arc;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::objects::{Kind, Listed, Mesh, Object, Pod, Service, Slice};
+use super::leases::Keeper;
+use super::objects::{Kind, LEASE, LEASE_HOLDER, Listed, Mesh, Object, Pod, Service, Slice};
 use super::read::{self, Learned, Reader};
 use super::remote::Collection;
 use crate::{Change, Epoch, Listing, Refused, Scope, ServiceName, Wanted};
@@ -61,11 +62,15 @@ pub(super) struct Area {
     pub(super) scope: Scope,
     /// What it is read for.
     pub(super) told_as: Vec<Scope>,
+    /// Of these, what is read as a pattern would read it.
+    pub(super) looked_up: BTreeSet<ServiceName>,
     /// To be listed, for the first time or again.
     pub(super) due: bool,
     /// Since when it may not be read, or not now.
     pub(super) put_off: Option<Instant>,
     pub(super) listed_at: Option<Instant>,
+    /// Slices came or went that a Lease keeps.
+    pub(super) keepers_changed: bool,
     /// A list came from before what was known, and is not told yet.
     pub(super) was_put_back: bool,
     feeds: BTreeMap<Kind, Feed>,
@@ -85,9 +90,11 @@ impl Area {
         Area {
             scope,
             told_as,
+            looked_up: BTreeSet::new(),
             due: true,
             put_off: None,
             listed_at: None,
+            keepers_changed: false,
             was_put_back: false,
             feeds: BTreeMap::new(),
             services: HashMap::new(),
@@ -132,8 +139,12 @@ impl Area {
     pub(super) fn replace(&mut self, kind: Kind, listed: Listed) {
         match kind {
             Kind::Service => self.services.clear(),
-            Kind::Slice => self.slices.clear(),
+            Kind::Slice => {
+                self.keepers_changed |= self.slices.values().flat_map(BTreeMap::values).any(|it| keeper(it).is_some());
+                self.slices.clear();
+            }
             Kind::Pod => self.pods.clear(),
+            Kind::Lease => {}
             Kind::Mesh => {
                 self.documents.clear();
                 self.denied = None;
@@ -144,6 +155,7 @@ impl Area {
                 Object::Service(service) => drop(self.services.insert(service.name.clone(), service)),
                 Object::Slice(slice) => drop(self.add_slice(slice)),
                 Object::Pod(key, pod) => drop(self.pods.insert(key, pod)),
+                Object::Lease(_) => {}
                 Object::Mesh(document) => drop(self.documents.insert(document.name.clone(), document)),
             }
         }
@@ -184,6 +196,7 @@ impl Area {
                 touched.insert(name);
                 touched
             }
+            Object::Lease(_) => BTreeSet::new(),
             // Most of what happens to a pod does not matter to us.
             Object::Pod(key, pod) if self.pods.get(&key) == Some(&pod) => BTreeSet::new(),
             Object::Pod(key, pod) => {
@@ -210,10 +223,11 @@ impl Area {
             }
             Object::Slice(slice) => {
                 if let Some(slices) = self.slices.get_mut(&slice.service) {
-                    slices.remove(&slice.key);
+                    self.keepers_changed |= slices.remove(&slice.key).is_some_and(|it| keeper(&it).is_some());
                 }
                 [slice.service].into()
             }
+            Object::Lease(_) => BTreeSet::new(),
             Object::Pod(key, pod) => match self.pods.get(&key) {
                 // Another one has its name by now.
                 Some(known) if !known.life.may_be(pod.life) => BTreeSet::new(),
@@ -232,9 +246,24 @@ impl Area {
     /// The service it belonged to before, if it was another one.
     fn add_slice(&mut self, slice: Slice) -> Option<ServiceName> {
         let (key, name) = (slice.key.clone(), slice.service.clone());
-        let is_new = self.slices.entry(name.clone()).or_default().insert(key.clone(), slice).is_none();
+        let kept_by = keeper(&slice);
+        let before = self.slices.entry(name.clone()).or_default().insert(key.clone(), slice);
+        self.keepers_changed |= before.as_ref().and_then(keeper) != kept_by;
+        let is_new = before.is_none();
         let mut others = self.slices.iter_mut().filter(|(service, _)| is_new && **service != name);
         others.find_map(|(service, slices)| slices.remove(&key).map(|_| service.clone()))
+    }
+
+    /// Who keeps slices that are known.
+    pub(super) fn keepers(&self) -> impl Iterator<Item = Keeper> {
+        self.slices.values().flat_map(BTreeMap::values).filter_map(keeper)
+    }
+
+    /// Services with a slice of one of these.
+    pub(super) fn kept_by(&self, keepers: &BTreeSet<Keeper>) -> BTreeSet<ServiceName> {
+        let is_kept = |slice: &Slice| keeper(slice).is_some_and(|keeper| keepers.contains(&keeper));
+        let kept = self.slices.iter().filter(|(_, slices)| slices.values().any(is_kept));
+        kept.map(|(service, _)| service.clone()).collect()
     }
 
     fn users_of(&self, pod: &str) -> BTreeSet<ServiceName> {
@@ -249,7 +278,8 @@ impl Area {
         let document = self.documents.get(name);
         let mut changes: Vec<Change> = document.into_iter().filter_map(|document| reader.document(document)).collect();
         let Some(service) = self.services.get(name) else { return changes };
-        let is_named = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
+        let is_alone = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
+        let is_named = is_alone && !self.looked_up.contains(name);
         let slices = self.slices.get(name).into_iter().flat_map(BTreeMap::values).collect();
         let known = read::Known { service, slices, pods: &self.pods, is_named, is_described: document.is_some() };
         changes.extend(reader.read(&known, self.learned.entry(name.clone()).or_default()));
@@ -308,6 +338,12 @@ impl Area {
             (scope.clone(), Change::Refused(Refused { key, problems: vec![reason.to_owned()] }))
         })
     }
+}
+
+/// Of a slice that a registering host wrote.
+pub(super) fn keeper(slice: &Slice) -> Option<Keeper> {
+    let holder = slice.notes.get(LEASE_HOLDER).cloned().unwrap_or_default();
+    Some((slice.notes.get(LEASE)?.clone(), holder))
 }
 
 /// Of what may not be read.

@@ -24,8 +24,10 @@ mod client;
 mod error;
 mod follow;
 mod known;
+mod leases;
 mod objects;
 mod read;
+mod registrar;
 mod remote;
 mod resources;
 #[cfg(test)]
@@ -33,15 +35,20 @@ mod samples;
 mod settings;
 mod store;
 
-use meshd_identity::TrustDomain;
+use std::collections::BTreeSet;
+
+use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 use tokio::sync::watch;
 
 pub use settings::Settings as KubernetesSettings;
 
+use crate::name::check_label;
 use crate::resources::Kind;
 use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
 use client::Client;
+use leases::Leases;
 use read::Reader;
+use registrar::KubernetesRegistrar;
 use remote::ApiServer;
 use resources::Followed;
 use store::KubernetesStore;
@@ -49,6 +56,8 @@ use store::KubernetesStore;
 pub struct KubernetesSource {
     name: String,
     settings: KubernetesSettings,
+    /// Where hosts that register have their Leases.
+    namespace: String,
     authority: Namespaces,
     /// Kinds of routes and policies that are to be read.
     kinds: Vec<Kind>,
@@ -60,12 +69,21 @@ impl KubernetesSource {
     pub fn new(
         name: &str,
         settings: KubernetesSettings,
+        namespace: Option<&str>,
         authority: Namespaces,
         kinds: Vec<Kind>,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
-        Ok(KubernetesSource { name: name.to_owned(), settings, authority, kinds, trust_domain })
+        let namespace = namespace.unwrap_or(SYSTEM_NAMESPACE);
+        check_label("namespace", namespace).map_err(|error| error.to_string())?;
+        let (name, namespace) = (name.to_owned(), namespace.to_owned());
+        Ok(KubernetesSource { name, settings, namespace, authority, kinds, trust_domain })
+    }
+
+    /// Registers over connections of its own: a list that takes long must not cost a host its Lease.
+    pub(crate) fn registrar(&self) -> KubernetesRegistrar {
+        KubernetesRegistrar::new(self.name.clone(), self.settings.clone(), self.namespace.clone())
     }
 
     /// Reads and writes documents in the same cluster.
@@ -84,7 +102,11 @@ impl Source for KubernetesSource {
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        let reader = Reader { trust_domain: self.trust_domain.clone(), authority: self.authority.clone() };
+        let reader = Reader {
+            trust_domain: self.trust_domain.clone(),
+            authority: self.authority.clone(),
+            dead: BTreeSet::new(),
+        };
         let remote = ApiServer(Client::new(self.settings.clone()));
         let life = watch::Sender::default();
         let followed = Followed {
@@ -96,7 +118,7 @@ impl Source for KubernetesSource {
         };
         let settings = self.settings.clone();
         let resources = resources::run(move || Client::new(settings.clone()), followed);
-        let services = follow::run(remote, reader, wanted, sink, life);
+        let services = follow::run(remote, reader, Leases::new(self.namespace.clone()), wanted, sink, life);
         // Neither ends, except by a defect; both are then begun anew.
         Box::pin(async move {
             tokio::select! {

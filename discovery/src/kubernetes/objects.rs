@@ -4,17 +4,23 @@
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::error::Error;
+use super::leases;
 use crate::{Protocol, ServiceName};
 
 /// What operators write on objects for us.
 pub(super) const NOTES: &str = "meshd.dev/";
 /// On a slice: of which Service it is.
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// On a slice, below [`NOTES`]: the Lease of the host that wrote it, and who must hold it.
+pub(super) const LEASE: &str = "lease";
+pub(super) const LEASE_HOLDER: &str = "lease-holder";
 
 /// Annotations below [`NOTES`], without it.
 pub(super) type Notes = BTreeMap<String, String>;
@@ -24,8 +30,20 @@ pub(super) enum Kind {
     Service,
     Slice,
     Pod,
+    /// Of a host that registers.
+    Lease,
     /// Ours.
     Mesh,
+}
+
+/// That somebody is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Lease {
+    pub(super) name: String,
+    pub(super) holder: String,
+    /// Only whether it changes matters.
+    pub(super) renewed: String,
+    pub(super) lasts: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +139,7 @@ pub(super) enum Object {
     Slice(Slice),
     /// By its key, `shop/payments-7d9f`.
     Pod(String, Pod),
+    Lease(Lease),
     Mesh(Mesh),
 }
 
@@ -152,6 +171,7 @@ pub(super) fn read_list(kind: Kind, text: &[u8]) -> Result<Listed, Error> {
         Kind::Service => read_list_of::<RawService>(text),
         Kind::Slice => read_list_of::<RawSlice>(text),
         Kind::Pod => read_list_of::<RawPod>(text),
+        Kind::Lease => read_list_of::<RawLease>(text),
         Kind::Mesh => read_list_of::<RawMesh>(text),
     }
 }
@@ -169,6 +189,7 @@ pub(super) fn read_event(kind: Kind, line: &[u8]) -> Result<Event, Error> {
         Kind::Service => parse::<RawEvent<RawService>>(line)?.object.reduce(),
         Kind::Slice => parse::<RawEvent<RawSlice>>(line)?.object.reduce(),
         Kind::Pod => parse::<RawEvent<RawPod>>(line)?.object.reduce(),
+        Kind::Lease => parse::<RawEvent<RawLease>>(line)?.object.reduce(),
         Kind::Mesh => parse::<RawEvent<RawMesh>>(line)?.object.reduce(),
     };
     Ok(match (object, head.r#type.as_str()) {
@@ -408,6 +429,32 @@ impl Reduce for RawSlice {
             is_of_names: self.address_type == "FQDN",
             notes: self.metadata.notes(),
             endpoints: self.endpoints.into_iter().flatten().map(|endpoint| endpoint.reduce(namespace)).collect(),
+        }))
+    }
+}
+
+#[derive(Deserialize)]
+struct RawLease {
+    metadata: Meta,
+    #[serde(default)]
+    spec: LeaseSpec,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct LeaseSpec {
+    holder_identity: Option<String>,
+    lease_duration_seconds: Option<u64>,
+    renew_time: Option<String>,
+}
+
+impl Reduce for RawLease {
+    fn reduce(self) -> Option<Object> {
+        Some(Object::Lease(Lease {
+            name: self.metadata.name,
+            holder: self.spec.holder_identity.unwrap_or_default(),
+            renewed: self.spec.renew_time.unwrap_or_default(),
+            lasts: leases::lasts(self.spec.lease_duration_seconds),
         }))
     }
 }

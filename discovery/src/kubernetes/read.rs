@@ -4,11 +4,13 @@
 //! A Service is the definition, with authority for its namespace; each of its slices is a record of places. A pod answers
 //! as its service account, in the way Istio's own rule says; anything else as the slice's annotations say.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use meshd_identity::{SYSTEM_NAMESPACE, SpiffeId, TrustDomain};
 
+use super::known::keeper;
+use super::leases::Keeper;
 use super::objects::{Mesh, NOTES, Notes, Pod, Service, Slice, SliceEndpoint, State};
 use crate::documents::{self, DEFAULT_MESH_PORT, DEFAULT_WEIGHT, is_plain_word};
 use crate::registration::MOST_PORTS;
@@ -22,6 +24,8 @@ pub(super) struct Reader {
     pub(super) trust_domain: TrustDomain,
     /// Where it may say what a service is.
     pub(super) authority: Namespaces,
+    /// Hosts that are dead, though their slices say otherwise.
+    pub(super) dead: BTreeSet<Keeper>,
 }
 
 /// What was seen of a Service earlier. It outlives the pods: one scaled to zero is the mesh's as before, and what is
@@ -71,7 +75,7 @@ impl Reader {
         let defines = self.authority.covers(name.namespace());
         let plaintext =
             known.is_named || known.is_described || (defines && allows_plaintext(&known.service.notes) == Ok(true));
-        let any_is_ready = known.any_is_ready();
+        let any_is_ready = known.any_is_ready(|slice| !self.is_dead(slice));
         let places = known.slices.iter().filter_map(|slice| self.slice(slice, known, any_is_ready, plaintext));
         let mut places: Vec<Change> = places.collect();
         learned.takes_mesh |= places.iter().any(has_mesh_place);
@@ -87,6 +91,10 @@ impl Reader {
             places.push(self.definition(known.service, &learned.identities));
         }
         places
+    }
+
+    fn is_dead(&self, slice: &Slice) -> bool {
+        !self.dead.is_empty() && keeper(slice).is_some_and(|keeper| self.dead.contains(&keeper))
     }
 
     /// What a MeshService says; its key comes before that of a Service, so it holds where both define one name.
@@ -178,7 +186,7 @@ impl Reader {
             return None;
         }
         let mut problems = Problems::new();
-        let notes = SliceNotes::read(&slice.notes, &mut problems);
+        let notes = SliceNotes { is_dead: self.is_dead(slice), ..SliceNotes::read(&slice.notes, &mut problems) };
         let mut places: Vec<Arc<Place>> = Vec::new();
         for endpoint in &slice.endpoints {
             let Some(registration) = known.registration(endpoint, &notes, &served, any_is_ready) else { continue };
@@ -214,8 +222,9 @@ impl Known<'_> {
         (namespace == self.service.name.namespace() && self.service.selects(pod)).then_some(pod)
     }
 
-    fn any_is_ready(&self) -> bool {
-        self.slices.iter().flat_map(|slice| &slice.endpoints).any(|endpoint| endpoint.state == State::Ready)
+    fn any_is_ready(&self, is_alive: impl Fn(&Slice) -> bool) -> bool {
+        let alive = self.slices.iter().filter(|slice| is_alive(slice));
+        alive.flat_map(|slice| &slice.endpoints).any(|endpoint| endpoint.state == State::Ready)
     }
 
     /// What an endpoint amounts to. A pod that is not known yet, or no longer, is none.
@@ -247,7 +256,7 @@ impl Known<'_> {
             network: notes.network.clone(),
             zone: if is_plain_word(&endpoint.zone) { endpoint.zone.clone() } else { String::new() },
             weight,
-            health: if endpoint.state == State::Away { Health::Unhealthy } else { Health::Healthy },
+            health: if endpoint.state == State::Away || notes.is_dead { Health::Unhealthy } else { Health::Healthy },
             epoch: notes.epoch,
             version: String::new(),
         })
@@ -280,6 +289,7 @@ struct SliceNotes {
     weight: u32,
     network: String,
     epoch: u64,
+    is_dead: bool,
 }
 
 impl SliceNotes {
@@ -296,6 +306,7 @@ impl SliceNotes {
             weight: number(notes, "weight", problems).unwrap_or(DEFAULT_WEIGHT),
             network: notes.get("network").cloned().unwrap_or_default(),
             epoch: number(notes, "epoch", problems).unwrap_or(0),
+            is_dead: false,
         }
     }
 }

@@ -52,7 +52,8 @@ impl Cluster {
             is_named: self.is_named,
             is_described: self.is_described,
         };
-        Reader { trust_domain: trust_domain(), authority: self.authority.clone() }.read(&known, learned)
+        Reader { trust_domain: trust_domain(), authority: self.authority.clone(), dead: BTreeSet::new() }
+            .read(&known, learned)
     }
 
     fn read(&self) -> Vec<Change> {
@@ -277,7 +278,8 @@ fn what_runs_nowhere_is_told_to_whoever_names_it() {
 
 fn described(sample: Value) -> Option<Change> {
     let Object::Mesh(document) = object(Kind::Mesh, sample) else { panic!("no document") };
-    Reader { trust_domain: trust_domain(), authority: Namespaces::everything() }.document(&document)
+    Reader { trust_domain: trust_domain(), authority: Namespaces::everything(), dead: BTreeSet::new() }
+        .document(&document)
 }
 
 #[test]

@@ -19,7 +19,7 @@ const PAGE: usize = 500;
 pub(super) struct Collection {
     pub(super) kind: Kind,
     pub(super) area: Scope,
-    /// Of pods, which labels they have: `app=payments,tier=web`. Empty: all.
+    /// Of pods and Leases, which labels they have: `app=payments,tier=web`. Empty: all.
     pub(super) labels: String,
 }
 
@@ -147,6 +147,7 @@ impl Collection {
             Kind::Service => "services",
             Kind::Slice => "endpointslices",
             Kind::Pod => "pods",
+            Kind::Lease => "leases",
             Kind::Mesh => "meshservices",
         };
         let place = match &self.area {
@@ -163,6 +164,7 @@ impl Collection {
             Kind::Service => ("/api/v1", "services"),
             Kind::Slice => ("/apis/discovery.k8s.io/v1", "endpointslices"),
             Kind::Pod => ("/api/v1", "pods"),
+            Kind::Lease => ("/apis/coordination.k8s.io/v1", "leases"),
             Kind::Mesh => (OURS, "meshservices"),
         };
         let namespace = match &self.area {
@@ -178,7 +180,9 @@ impl Collection {
                 format!("&labelSelector={}", encode(&format!("{SERVICE_NAME}={}", service.name())))
             }
             (Kind::Slice, _) => format!("&labelSelector={}", encode(SERVICE_NAME)),
-            (Kind::Pod, _) if !self.labels.is_empty() => format!("&labelSelector={}", encode(&self.labels)),
+            (Kind::Pod | Kind::Lease, _) if !self.labels.is_empty() => {
+                format!("&labelSelector={}", encode(&self.labels))
+            }
             _ => String::new(),
         };
         let query = format!("{selector}{options}");

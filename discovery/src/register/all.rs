@@ -26,6 +26,9 @@ pub struct RegistrationHealth {
     pub phase: Phase,
     /// Of the program, as registered or about to be.
     pub health: Health,
+    /// Why it is not healthy.
+    #[serde(default)]
+    pub unwell: Option<String>,
     pub epoch: u64,
     /// When the backend last said that it has it (Unix seconds).
     pub last_ok: Option<u64>,
@@ -124,6 +127,7 @@ impl Registrations {
                 instance: key.instance.clone(),
                 phase: shown.phase,
                 health: shown.health,
+                unwell: shown.unwell,
                 epoch: shown.epoch,
                 last_ok: shown.last_ok.and_then(unix_seconds),
                 error: shown.error,

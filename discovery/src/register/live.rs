@@ -23,6 +23,7 @@ pub(super) struct Shown {
     /// What is there says what is wanted.
     pub(super) is_current: bool,
     pub(super) health: Health,
+    pub(super) unwell: Option<String>,
     pub(super) epoch: u64,
     /// When the backend last said that it is there.
     pub(super) last_ok: Option<SystemTime>,
@@ -129,6 +130,7 @@ fn show(told: &Told, life: &Life, wish: &Wish, heard: bool) {
             phase: life.phase(),
             is_current: life.says(&wish.offer, wish.aim),
             health: wish.offer.health,
+            unwell: wish.offer.unwell.clone(),
             epoch: life.epoch(),
             last_ok: last_ok.or(before.last_ok),
             error: life.error().map(str::to_owned),

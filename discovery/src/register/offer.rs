@@ -34,6 +34,8 @@ pub struct Offer {
     pub zone: String,
     pub weight: u32,
     pub health: Health,
+    /// Why it is not healthy, for the operator of this host alone.
+    pub unwell: Option<String>,
     pub version: String,
 }
 
@@ -71,6 +73,7 @@ pub(crate) mod tests {
             zone: "a".to_owned(),
             weight: 100,
             health: Health::Healthy,
+            unwell: None,
             version: "1.2".to_owned(),
         }
     }

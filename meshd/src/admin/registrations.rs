@@ -19,6 +19,9 @@ pub(super) fn show(rows: &[RegistrationHealth]) -> String {
     let columns = ["SERVICE", "SOURCE", "AS", "STATE", "HEALTH", "CONFIRMED AGO"];
     let mut page = section("registrations", &columns, shown.collect());
     for row in rows {
+        if let Some(reason) = &row.unwell {
+            page += &format!("  ‼ {} is unhealthy here: {reason}\n", row.service);
+        }
         if let Some(error) = &row.error {
             page += &format!("  ‼ registering {} in {}: {error}\n", row.service, row.source);
         }
@@ -88,6 +91,7 @@ mod tests {
             instance: "api-1".to_owned(),
             phase: Phase::Registering,
             health: Health::Healthy,
+            unwell: Some("its check fails: exit status: 3".to_owned()),
             epoch: 7,
             last_ok: None,
             error: Some("no etcd member can be reached".to_owned()),
@@ -96,6 +100,7 @@ mod tests {
         let page = show(std::slice::from_ref(&row));
         assert!(page.contains("registering") && page.contains("never"), "{page}");
         assert!(page.contains("‼ registering payments.shop in etcd: no etcd member"), "{page}");
+        assert!(page.contains("‼ payments.shop is unhealthy here: its check fails"), "{page}");
         assert_eq!(metrics(&[row]).map(|metric| metric.series[0].1), [0.0, 1.0, 0.0]);
     }
 }

@@ -53,6 +53,7 @@ pub fn status(status: &StatusView) -> String {
     let columns = ["NAME", "VIP", "PORTS", "ENDPOINTS", "SOURCE", "ROUTES", "POLICIES"];
     page += &section("services", &columns, services.collect());
     page += &sources::show(&status.sources);
+    page += &sources::imports(&status.imports);
     page += &registrations::show(&status.registrations);
     page += &capture(&status.capture);
     page += &tasks::show(&status.tasks);

@@ -2,13 +2,15 @@
 
 use std::time::SystemTime;
 
-use meshd_discovery::SourceHealth;
+use meshd_discovery::{Import, SourceHealth, Why};
 use serde_json::Value;
 
 use super::show::{duration, section};
 use super::view::unix;
 use crate::telemetry::Exposition;
 use crate::unix_time::unix_now;
+
+const DAY: u64 = 86_400;
 
 /// As a section of the status page, errors below it.
 pub(super) fn show(sources: &[Value]) -> String {
@@ -38,6 +40,27 @@ pub(super) fn show(sources: &[Value]) -> String {
         }
     }
     page
+}
+
+/// What sources on other machines are asked for, and why; nothing where there are none.
+pub(super) fn imports(imports: &[Import]) -> String {
+    let today = unix_now() / DAY;
+    let rows = imports.iter().map(|import| {
+        let why = match import.why {
+            Why::Declared => "declared",
+            Why::LookedUp => "looked up",
+        };
+        let used = match import.last_used.map(|at| today.saturating_sub(at / DAY)) {
+            None => "-".to_owned(),
+            Some(0) => "today".to_owned(),
+            Some(days) => format!("{days}d ago"),
+        };
+        vec![import.name.clone(), why.to_owned(), if import.known { "yes" } else { "no" }.to_owned(), used]
+    });
+    match imports {
+        [] => String::new(),
+        _ => section("imports", &["NAME", "WHY", "KNOWN", "USED"], rows.collect()),
+    }
 }
 
 pub(super) fn metrics(sources: &[SourceHealth]) -> Vec<Exposition> {
@@ -103,6 +126,20 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn an_import_shows_why_it_is_one_and_when_it_was_used() {
+        let import = |name: &str, why, known, last_used| Import { name: name.into(), why, known, last_used };
+        let page = imports(&[
+            import("*.shop", Why::Declared, true, None),
+            import("a.bank", Why::LookedUp, true, Some(unix_now() - 3 * DAY)),
+            import("x.bank", Why::LookedUp, false, Some(unix_now())),
+        ]);
+        let lines: Vec<String> =
+            page.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        assert_eq!(lines[2..], ["*.shop declared yes -", "a.bank looked up yes 3d ago", "x.bank looked up no today"]);
+        assert_eq!(imports(&[]), "");
+    }
 
     #[test]
     fn a_source_shows_when_it_was_heard_of_and_what_is_wrong_with_it() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use meshd_discovery::{RegistrationHealth, Registrations, SourceHealth};
+use meshd_discovery::{Import, RegistrationHealth, Registrations, SourceHealth};
 use meshd_identity::SpiffeId;
 use meshd_pki_client::{Credentials, RenewalMetrics};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,7 @@ pub struct View {
     lifecycle: Lifecycle,
     credentials: watch::Receiver<Arc<Credentials>>,
     sources: watch::Receiver<Arc<Vec<SourceHealth>>>,
+    imports: watch::Receiver<Arc<Vec<Import>>>,
     renewals: Arc<RenewalMetrics>,
     keeper: KeeperHandle,
     domain: String,
@@ -59,6 +60,9 @@ pub struct StatusView {
     pub serves: Vec<DeliveryView>,
     pub services: Vec<ServiceView>,
     pub sources: Vec<Value>,
+    /// What sources on other machines are asked for.
+    #[serde(default)]
+    pub imports: Vec<Import>,
     #[serde(default)]
     pub registrations: Vec<RegistrationHealth>,
     pub capture: KeeperView,
@@ -162,11 +166,25 @@ impl View {
             domain,
             recovery,
             registrations,
+            imports: watch::channel(Arc::default()).1,
         }
+    }
+
+    pub fn importing(self, imports: watch::Receiver<Arc<Vec<Import>>>) -> View {
+        View { imports, ..self }
     }
 
     pub fn registering(self, registrations: Arc<Registrations>) -> View {
         View { registrations, ..self }
+    }
+
+    fn imports(&self) -> Vec<Import> {
+        let directory = self.shared.directory.load();
+        let now = |import: &Import| Import {
+            known: import.known || directory.find(&import.name).is_some(),
+            ..import.clone()
+        };
+        self.imports.borrow().iter().map(now).collect()
     }
 
     pub(super) fn telemetry(&self) -> &Arc<Telemetry> {
@@ -211,6 +229,7 @@ impl View {
             serves: self.serves(),
             services: self.services(),
             sources: sources.iter().filter_map(|health| serde_json::to_value(health).ok()).collect(),
+            imports: self.imports(),
             registrations: self.registrations.rows(),
             capture: self.capture(),
             renewals_ok: self.renewals.refreshes_ok(),

@@ -186,6 +186,7 @@ mod tests {
                 telemetry: Telemetry::new(1, AccessLog::off()),
                 locality: Locality::default(),
                 suspects: meshd_discovery::Suspects::ignored(),
+                lookups: meshd_discovery::Lookups::off(),
             });
             let certificates = Certificates::new(shared.clone(), None, first.clone());
             Daemon { ca, first, shared, certificates, state }

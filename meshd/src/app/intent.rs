@@ -1,4 +1,4 @@
-//! What is asked of the kernel, out of meshd.toml and enrol.d.
+//! What is asked of the kernel, and of discovery, out of meshd.toml and enrol.d.
 
 use std::collections::BTreeSet;
 
@@ -11,6 +11,13 @@ pub(super) fn planned(config: &Config, enrolment: &Enrolment) -> Result<Wanted, 
     let wanted = wanted(config, enrolment);
     capture::refuse_lockout(enrolment, &wanted, &capture::look(&wanted, None)?)?;
     Ok(wanted)
+}
+
+/// What remote sources are asked for in any case: what is declared, and services whose raw addresses are captured.
+pub(super) fn imported(config: &Config) -> meshd_discovery::Wanted {
+    let mut wanted = config.imports.declared().cloned().unwrap_or_default();
+    wanted.services.extend(config.capture.raw.iter().cloned());
+    wanted
 }
 
 /// What the configuration and the enrolled workloads ask of the kernel.

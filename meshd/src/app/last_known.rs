@@ -1,4 +1,5 @@
-//! Where the last good state of discovery lies: `directory/SOURCE.json` under the state directory.
+//! Where the last good state of discovery lies: `directory/SOURCE.json` under the state directory, and `interests.json`
+//! beside it.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -15,6 +16,11 @@ pub(super) struct LastKnown {
 impl LastKnown {
     pub(super) fn new(state_dir: &Path) -> LastKnown {
         LastKnown { dir: state_dir.join("directory") }
+    }
+
+    /// What lies in the state directory itself.
+    pub(super) fn in_dir(state_dir: &Path) -> LastKnown {
+        LastKnown { dir: state_dir.to_owned() }
     }
 
     /// The name of a source is a DNS label, so it cannot lead elsewhere.

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::ensure;
-use meshd::admin::{self, AcceptOrder, EndpointView};
+use meshd::admin::{self, AcceptOrder, EndpointView, StatusView};
 use meshd::config::Config;
 
 use super::{Output, on_runtime};
@@ -29,6 +29,11 @@ pub(crate) fn run(config: &Config, args: &Endpoints) -> anyhow::Result<ExitCode>
         on_runtime(async { Ok(admin::order(&socket, "/endpoints/accept", &order).await?) })?;
         println!("what {source} no longer says is gone");
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(source) = &args.source {
+        let status: StatusView = on_runtime(async { Ok(admin::fetch(&socket, "/status").await?) })?;
+        let names: Vec<&str> = status.sources.iter().filter_map(|known| known["name"].as_str()).collect();
+        ensure!(names.contains(&source.as_str()), "there is no source `{source}`; there are: {}", names.join(", "));
     }
     let mut rows: Vec<EndpointView> = on_runtime(async { Ok(admin::fetch(&socket, "/endpoints").await?) })?;
     if let Some(service) = &args.service {

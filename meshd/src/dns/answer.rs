@@ -7,10 +7,10 @@ use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, Qu
 use hickory_proto::rr::rdata::{A, AAAA};
 use hickory_proto::rr::{DNSClass, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
-use meshd_discovery::{Directory, ServiceName};
+use meshd_discovery::{Directory, Looked, ServiceName};
 
 use super::vips::Vip;
-use super::zone::{Place, Zone, Zones};
+use super::zone::{Place, Zone, Zones, may_be_a_namespace};
 use crate::telemetry::DnsOutcome;
 
 /// Seconds; what ztunnel and Istio use. Addresses are stable, so this only bounds how long a removed service resolves.
@@ -27,6 +27,19 @@ pub(super) enum Reply {
     Answer(Vec<u8>, DnsOutcome),
     /// Not ours, and well-formed up to the end of its question, which is at this byte.
     Forward { question_end: usize },
+    /// To be answered when it is known whether there is such a service.
+    LookUp(ServiceName),
+}
+
+/// What of a name that is not in the directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unknown {
+    /// There is no such service.
+    Nowhere,
+    /// It was not looked for yet.
+    LookUp,
+    /// It was looked for, with this result.
+    Looked(Looked),
 }
 
 /// What answers are made of.
@@ -35,6 +48,7 @@ pub(super) struct Knowledge<'a> {
     pub(super) directory: &'a Directory,
     /// Whether whoever asks may have other names looked up, and there is a server to do it.
     pub(super) forwards: bool,
+    pub(super) unknown: Unknown,
 }
 
 pub(super) fn respond(packet: &[u8], known: &Knowledge<'_>, vip_of: impl Fn(&ServiceName) -> Option<Vip>) -> Reply {
@@ -48,8 +62,10 @@ pub(super) fn respond(packet: &[u8], known: &Knowledge<'_>, vip_of: impl Fn(&Ser
         Err(code) => return error(&header, code),
     };
     let found = find(&query, known, vip_of);
-    if matches!(found, Found::Elsewhere) {
-        return Reply::Forward { question_end: decoder.index() };
+    match found {
+        Found::Elsewhere => return Reply::Forward { question_end: decoder.index() },
+        Found::ToLookUp(service) => return Reply::LookUp(service),
+        _ => {}
     }
     match Message::from_vec(packet) {
         Ok(message) => answer(&message, query, found, known),
@@ -125,6 +141,9 @@ enum Found<'z> {
     Refused,
     /// The service exists, and there are no virtual IPs left.
     NoAddress,
+    ToLookUp(ServiceName),
+    /// Who may know the name has not said so.
+    Unsure,
 }
 
 fn find<'z>(query: &Query, known: &Knowledge<'z>, vip_of: impl Fn(&ServiceName) -> Option<Vip>) -> Found<'z> {
@@ -132,12 +151,23 @@ fn find<'z>(query: &Query, known: &Knowledge<'z>, vip_of: impl Fn(&ServiceName) 
     if query.query_class() != DNSClass::IN || transfer {
         return Found::Refused;
     }
+    let unsure = known.unknown == Unknown::Looked(Looked::Unsure);
     match known.zones.place(query.name(), known.directory) {
+        Place::Nowhere(_, Some(service)) | Place::NotKnownHere(_, Some(service))
+            if known.unknown == Unknown::LookUp =>
+        {
+            Found::ToLookUp(service)
+        }
         Place::Service(zone, service) => vip_of(&service).map_or(Found::NoAddress, |vip| Found::Service(zone, vip)),
         Place::Apex(zone) => Found::Apex(zone),
         Place::Between(zone) => Found::Between(zone),
-        Place::NotKnownHere(_) | Place::Outside if known.forwards => Found::Elsewhere,
-        Place::Nowhere(zone) | Place::NotKnownHere(zone) => Found::Nothing(zone),
+        Place::NotKnownHere(..) | Place::Outside if known.forwards => Found::Elsewhere,
+        Place::Nowhere(_, Some(_)) | Place::NotKnownHere(_, Some(_)) if unsure => Found::Unsure,
+        // Services below it are known once they are asked for; "no such name" would deny them (RFC 8020).
+        Place::Nowhere(zone, _) if known.unknown != Unknown::Nowhere && may_be_a_namespace(zone, query.name()) => {
+            Found::Between(zone)
+        }
+        Place::Nowhere(zone, _) | Place::NotKnownHere(zone, _) => Found::Nothing(zone),
         Place::Outside => Found::Refused,
     }
 }
@@ -150,13 +180,18 @@ fn fill(response: &mut Message, found: &Found<'_>, query: &Query) -> DnsOutcome 
         }
         Found::Apex(zone) | Found::Between(zone) => (zone, ResponseCode::NoError, Vec::new()),
         Found::Nothing(zone) => (zone, ResponseCode::NXDomain, Vec::new()),
-        Found::Elsewhere | Found::Refused => {
+        Found::Elsewhere | Found::Refused | Found::ToLookUp(_) => {
             response.metadata.response_code = ResponseCode::Refused;
             return DnsOutcome::Refused;
         }
         Found::NoAddress => {
             response.metadata.response_code = ResponseCode::ServFail;
             return DnsOutcome::NoAddress;
+        }
+        // "No such name" is believed, and remembered; this is asked again.
+        Found::Unsure => {
+            response.metadata.response_code = ResponseCode::ServFail;
+            return DnsOutcome::Unsure;
         }
     };
     response.metadata.authoritative = true;

@@ -19,14 +19,14 @@ fn zones_of(mesh: &str, kubernetes: Option<&str>) -> Zones {
 }
 
 fn reply(packet: &[u8], zones: &Zones, forwards: bool) -> Reply {
-    respond(packet, &Knowledge { zones, directory: &directory(), forwards }, vip_of)
+    respond(packet, &Knowledge { zones, directory: &directory(), forwards, unknown: Unknown::Nowhere }, vip_of)
 }
 
 fn bytes(reply: Reply) -> Option<Vec<u8>> {
     match reply {
         Reply::Answer(bytes, _) => Some(bytes),
         Reply::Silence => None,
-        Reply::Forward { .. } => panic!("would be forwarded"),
+        other => panic!("no answer: {other:?}"),
     }
 }
 
@@ -140,7 +140,7 @@ fn with_a_server_to_ask_only_what_is_known_here_is_answered_here() {
             assert!(Message::from_vec(&bytes).unwrap().metadata.recursion_available);
             false
         }
-        Reply::Silence => panic!("no reply to {name}"),
+        Reply::Silence | Reply::LookUp(_) => panic!("no reply to {name}"),
     };
     use RecordType::{A, AXFR, PTR, SRV};
     for (name, record_type) in [
@@ -351,5 +351,45 @@ proptest! {
         let Ok(packet) = asked.to_vec() else { return Ok(()) };
         let answer = bytes(reply(&packet, &zones, false));
         prop_assert!(answer.is_none_or(|answer| answer.len() <= 512));
+    }
+}
+
+/// What is answered to a question for an A record, where names may be looked up.
+fn looked_up(name: &str, unknown: Unknown, forwards: bool) -> String {
+    let packet = query(name, RecordType::A).to_vec().unwrap();
+    let known = Knowledge { zones: &zones(), directory: &directory(), forwards, unknown };
+    match respond(&packet, &known, vip_of) {
+        Reply::Answer(bytes, outcome) => {
+            format!("{:?} {}", Message::from_vec(&bytes).unwrap().metadata.response_code, outcome.label())
+        }
+        Reply::LookUp(service) => format!("look up {service}"),
+        Reply::Forward { .. } => "forward".to_owned(),
+        Reply::Silence => "silence".to_owned(),
+    }
+}
+
+#[test]
+fn a_name_that_is_not_known_is_looked_up_and_then_absent_only_if_every_source_says_so() {
+    let unsure = Unknown::Looked(Looked::Unsure);
+    let nowhere = Unknown::Looked(Looked::Nowhere);
+    for (name, unknown, forwards, expected) in [
+        ("payments.shop.mesh.", Unknown::LookUp, true, "NoError answered"),
+        ("Orders.Shop.mesh.", Unknown::LookUp, true, "look up orders.shop"),
+        ("orders.shop.svc.cluster.local.", Unknown::LookUp, true, "look up orders.shop"),
+        ("orders.shop.mesh.", nowhere, true, "NXDomain nxdomain"),
+        ("orders.shop.mesh.", unsure, true, "ServFail unsure"),
+        // The cluster's own servers may know it.
+        ("orders.shop.svc.cluster.local.", nowhere, true, "forward"),
+        ("orders.shop.svc.cluster.local.", unsure, true, "forward"),
+        ("orders.shop.svc.cluster.local.", unsure, false, "ServFail unsure"),
+        // What cannot be a service is not looked up.
+        ("a.orders.shop.mesh.", Unknown::LookUp, true, "NXDomain nxdomain"),
+        ("under_score.shop.mesh.", Unknown::LookUp, true, "NXDomain nxdomain"),
+        // Names below it may be services.
+        ("elsewhere.mesh.", Unknown::LookUp, true, "NoError nodata"),
+        ("elsewhere.mesh.", Unknown::Nowhere, true, "NXDomain nxdomain"),
+        ("example.org.", Unknown::LookUp, true, "forward"),
+    ] {
+        assert_eq!(looked_up(name, unknown, forwards), expected, "{name} {unknown:?}");
     }
 }

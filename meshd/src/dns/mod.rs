@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
-use meshd_discovery::Directory;
+use meshd_discovery::{Directory, Lookups};
 use meshd_sys::sock_diag::SocketDiag;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -31,7 +31,7 @@ pub(crate) use resolv_conf::ResolvConf;
 pub use vips::{Vip, Vips, VipsError};
 pub use zone::{Zone, ZoneError};
 
-use answer::{Knowledge, Reply};
+use answer::{Knowledge, Reply, Unknown};
 use forward::{Failure, Forwarder, Over};
 use shares::{Client, Shares};
 use upstream::{HostFiles, Upstreams};
@@ -57,6 +57,7 @@ pub async fn serve(
     config: DnsConfig,
     directory: watch::Receiver<Arc<Directory>>,
     vips: Arc<Vips>,
+    lookups: Lookups,
     telemetry: Arc<Telemetry>,
 ) {
     let upstreams = match &config.upstream {
@@ -68,6 +69,7 @@ pub async fn serve(
         config,
         directory: directory.clone(),
         vips: vips.clone(),
+        lookups,
         forwarder: Forwarder::new(upstreams),
         telemetry,
     });
@@ -79,6 +81,7 @@ struct Responder {
     zones: Zones,
     directory: watch::Receiver<Arc<Directory>>,
     vips: Arc<Vips>,
+    lookups: Lookups,
     forwarder: Forwarder,
     telemetry: Arc<Telemetry>,
 }
@@ -86,14 +89,37 @@ struct Responder {
 impl Responder {
     /// What we know ourselves; at once.
     fn reply(&self, packet: &[u8], client: SocketAddr) -> Reply {
+        self.reply_knowing(packet, client, if self.lookups.are_on() { Unknown::LookUp } else { Unknown::Nowhere })
+    }
+
+    fn reply_knowing(&self, packet: &[u8], client: SocketAddr, unknown: Unknown) -> Reply {
         let directory = self.directory.borrow().clone();
         let forwards = self.config.may_forward_for(client.ip()) && self.forwarder.has_servers();
-        let known = Knowledge { zones: &self.zones, directory: &directory, forwards };
-        let reply = answer::respond(packet, &known, |service| self.vips.assign(service));
+        let known = Knowledge { zones: &self.zones, directory: &directory, forwards, unknown };
+        let reply = answer::respond(packet, &known, |service| {
+            self.lookups.note_use(service);
+            self.vips.assign(service)
+        });
         if let Reply::Answer(_, outcome) = &reply {
             self.telemetry.dns.count(*outcome);
         }
         reply
+    }
+
+    /// The answer to what others have to be asked for.
+    async fn ask(&self, packet: &[u8], client: SocketAddr, over: Over, reply: Reply) -> Option<Vec<u8>> {
+        let reply = match reply {
+            Reply::LookUp(service) => {
+                let looked = self.lookups.look_up(&service).await;
+                self.reply_knowing(packet, client, Unknown::Looked(looked))
+            }
+            reply => reply,
+        };
+        match reply {
+            Reply::Answer(answer, _) => Some(answer),
+            Reply::Forward { question_end } => self.forward(packet, question_end, over).await,
+            Reply::Silence | Reply::LookUp(_) => None,
+        }
     }
 
     async fn forward(&self, packet: &[u8], question_end: usize, over: Over) -> Option<Vec<u8>> {
@@ -109,7 +135,7 @@ impl Responder {
 
 async fn serve_udp(socket: UdpSocket, responder: Arc<Responder>) {
     let socket = Arc::new(socket);
-    let mut forwarded = JoinSet::new();
+    let mut asked = JoinSet::new();
     let mut packet = vec![0; MAX_QUERY];
     loop {
         let (length, peer) = match socket.recv_from(&mut packet).await {
@@ -122,16 +148,16 @@ async fn serve_udp(socket: UdpSocket, responder: Arc<Responder>) {
         match responder.reply(&packet[..length], peer) {
             Reply::Silence => {}
             Reply::Answer(answer, _) => send(&socket, &answer, peer).await,
-            Reply::Forward { question_end } => {
+            others => {
                 let (socket, responder, packet) = (socket.clone(), responder.clone(), packet[..length].to_vec());
-                forwarded.spawn(async move {
-                    if let Some(answer) = responder.forward(&packet, question_end, Over::Udp).await {
+                asked.spawn(async move {
+                    if let Some(answer) = responder.ask(&packet, peer, Over::Udp, others).await {
                         send(&socket, &answer, peer).await;
                     }
                 });
             }
         }
-        while forwarded.try_join_next().is_some() {}
+        while asked.try_join_next().is_some() {}
     }
 }
 
@@ -172,11 +198,7 @@ async fn serve_connection(mut stream: TcpStream, peer: SocketAddr, responder: &R
     for _ in 0..MAX_QUERIES_PER_CONNECTION {
         let length = within(IDLE, read_message(&mut stream, &mut packet)).await?;
         let packet = &packet[..length];
-        let answer = match responder.reply(packet, peer) {
-            Reply::Silence => None,
-            Reply::Answer(answer, _) => Some(answer),
-            Reply::Forward { question_end } => responder.forward(packet, question_end, Over::Tcp).await,
-        };
+        let answer = responder.ask(packet, peer, Over::Tcp, responder.reply(packet, peer)).await;
         let Some(answer) = answer else { return Ok(()) };
         within(IDLE, stream.write_all(&frame(&answer)?)).await?;
     }

@@ -32,7 +32,7 @@ async fn start_with(config: DnsConfig) -> Server {
     let mut task = JoinSet::new();
     let telemetry = Telemetry::new(1, AccessLog::off());
     let config = DnsConfig { listen: addresses.0, ..config };
-    task.spawn(serve(udp, tcp, config, directory.subscribe(), vips.clone(), telemetry.clone()));
+    task.spawn(serve(udp, tcp, config, directory.subscribe(), vips.clone(), Lookups::off(), telemetry.clone()));
     Server { telemetry, udp: addresses.0, tcp: addresses.1, directory, vips, _state: state, _task: task }
 }
 

@@ -98,10 +98,10 @@ pub(super) enum Place<'z> {
     Apex(&'z Zone),
     /// A namespace or `svc`: nothing to tell about it, but names below exist, and "no such name" would deny those too.
     Between(&'z Zone),
-    /// The mesh domain is ours alone.
-    Nowhere(&'z Zone),
+    /// The mesh domain is ours alone. The service of such a name, if it has the form of one.
+    Nowhere(&'z Zone, Option<ServiceName>),
     /// The Kubernetes domain is shared with the cluster's own DNS: it may know more.
-    NotKnownHere(&'z Zone),
+    NotKnownHere(&'z Zone, Option<ServiceName>),
     Outside,
 }
 
@@ -126,7 +126,7 @@ impl Zones {
 fn mesh_place<'z>(zone: &'z Zone, labels: &[&[u8]], directory: &Directory) -> Place<'z> {
     match labels {
         [] => Place::Apex(zone),
-        labels => known(zone, labels, directory).unwrap_or(Place::Nowhere(zone)),
+        labels => known(zone, labels, directory).unwrap_or_else(|| Place::Nowhere(zone, service(labels))),
     }
 }
 
@@ -135,21 +135,31 @@ fn kubernetes_place<'z>(zone: &'z Zone, labels: &[&[u8]], directory: &Directory)
         [] => Place::Apex(zone),
         [inner @ .., last] if last.eq_ignore_ascii_case(KUBERNETES_SERVICES.as_bytes()) => match inner {
             [] => Place::Between(zone),
-            inner => known(zone, inner, directory).unwrap_or(Place::NotKnownHere(zone)),
+            inner => known(zone, inner, directory).unwrap_or_else(|| Place::NotKnownHere(zone, service(inner))),
         },
-        _ => Place::NotKnownHere(zone),
+        _ => Place::NotKnownHere(zone, None),
     }
 }
 
 fn known<'z>(zone: &'z Zone, labels: &[&[u8]], directory: &Directory) -> Option<Place<'z>> {
     match labels {
         [namespace] => directory.has_namespace(&text(namespace)?).then_some(Place::Between(zone)),
-        [name, namespace] => {
-            let service = ServiceName::new(&text(name)?, &text(namespace)?).ok()?;
-            directory.get(&service).is_some().then_some(Place::Service(zone, service))
+        labels => {
+            service(labels).filter(|service| directory.get(service).is_some()).map(|name| Place::Service(zone, name))
         }
-        _ => None,
     }
+}
+
+fn service(labels: &[&[u8]]) -> Option<ServiceName> {
+    let [name, namespace] = labels else { return None };
+    ServiceName::new(&text(name)?, &text(namespace)?).ok()
+}
+
+/// Whether there may be services below such a name.
+pub(super) fn may_be_a_namespace(zone: &Zone, name: &Name) -> bool {
+    let labels = zone.inside(name);
+    let is_one = |labels: &Vec<&[u8]>| labels.len() == 1 && text(labels[0]).is_some_and(|label| is_label(&label));
+    labels.is_some_and(|labels| is_one(&labels))
 }
 
 fn text(label: &[u8]) -> Option<String> {

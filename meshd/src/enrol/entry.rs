@@ -72,6 +72,15 @@ pub struct CheckEntry {
     /// It accepts a connection while it is well.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tcp: bool,
+    /// A program and its arguments, which exits with 0 while it is well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exec: Option<Vec<String>>,
+    /// Of `exec`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_s: Option<u64>,
+    /// As whom `exec` runs, where meshd may become another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every_s: Option<u64>,
 }

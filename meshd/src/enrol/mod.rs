@@ -33,7 +33,7 @@ pub use guard::{Guard, ProcessFacts, ProgramFacts};
 pub use owner::Owner;
 pub use port_memory::PortMemory;
 pub use ports::{Ownership, PortOwner, PortOwners, PortWatch, find_port_owners};
-pub use publish::{Ask, Check, Published};
+pub use publish::{Ask, Check, Program, Published};
 pub use selector::{ScopePattern, Selector, SelectorError};
 pub use sight::Sight;
 pub use withheld::Withheld;

@@ -9,6 +9,8 @@ use super::entry::{CheckEntry, FieldError, ServeEntry};
 use super::{Enrolment, Workload};
 
 const CHECK_EVERY_S: u64 = 5;
+const TIMEOUT_S: u64 = 5;
+const MOST_WORDS: usize = 64;
 const LONGEST_VERSION: usize = 128;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +34,18 @@ pub enum Ask {
     Tcp,
     /// For a path, with GET.
     Http(String),
+    /// A program of this host, which asks in its own way.
+    Exec(Program),
+}
+
+/// Started as it stands here, never by a shell.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Program {
+    /// Its path, and what it is given. Not empty.
+    pub command: Vec<String>,
+    pub timeout: Duration,
+    /// Another than meshd's own.
+    pub user: Option<String>,
 }
 
 /// None where it is not to be registered.
@@ -60,15 +74,37 @@ fn check(entry: &CheckEntry) -> Result<Check, String> {
         seconds @ 1..=3600 => seconds,
         other => return Err(format!("every_s: {other} is no pause between checks; write 1 to 3600")),
     });
-    let ask = match (&entry.http, entry.tcp) {
-        (Some(path), false) if path.starts_with('/') && path.chars().all(|c| c.is_ascii_graphic()) => {
+    if entry.exec.is_none() && (entry.timeout_s.is_some() || entry.user.is_some()) {
+        return Err("timeout_s, user: they say something about `exec` only; remove them".to_owned());
+    }
+    let ask = match (&entry.http, entry.tcp, &entry.exec) {
+        (Some(path), false, None) if path.starts_with('/') && path.chars().all(|c| c.is_ascii_graphic()) => {
             Ask::Http(path.clone())
         }
-        (Some(path), false) => return Err(format!("http: `{path}` is no path; write one like \"/healthz\"")),
-        (None, true) => Ask::Tcp,
-        _ => return Err("give either `http = \"/healthz\"` or `tcp = true`".to_owned()),
+        (Some(path), false, None) => return Err(format!("http: `{path}` is no path; write one like \"/healthz\"")),
+        (None, true, None) => Ask::Tcp,
+        (None, false, Some(command)) => Ask::Exec(program(command, entry)?),
+        _ => {
+            let ways = "`http = \"/healthz\"`, `tcp = true` or `exec = [\"/usr/bin/pg_isready\"]`";
+            return Err(format!("give either of {ways}"));
+        }
     };
     Ok(Check { ask, every })
+}
+
+fn program(command: &[String], entry: &CheckEntry) -> Result<Program, String> {
+    if !command.first().is_some_and(|path| path.starts_with('/')) {
+        let example = "[\"/usr/bin/pg_isready\", \"-q\"]";
+        return Err(format!("exec: begin with the full path of a program, as in {example}; it is not run by a shell"));
+    }
+    if command.len() > MOST_WORDS || command.iter().any(|word| word.contains('\0')) {
+        return Err(format!("exec: at most {MOST_WORDS} words without NUL are allowed; write a script for more"));
+    }
+    let timeout = Duration::from_secs(match entry.timeout_s.unwrap_or(TIMEOUT_S) {
+        seconds @ 1..=60 => seconds,
+        other => return Err(format!("timeout_s: {other} is no time to wait for a check; write 1 to 60")),
+    });
+    Ok(Program { command: command.to_vec(), timeout, user: entry.user.clone() })
 }
 
 impl Enrolment {
@@ -118,6 +154,12 @@ mod tests {
         assert_eq!(all, Published { weight: Some(7), version: Some("1.2".to_owned()), check: Some(check) });
         let tcp = read("check = { tcp = true }").unwrap().unwrap().check.unwrap();
         assert_eq!(tcp, Check { ask: Ask::Tcp, every: Duration::from_secs(5) });
+        let text = "check = { exec = [\"/bin/true\", \"-x\"], timeout_s = 2, user = \"postgres\" }";
+        let Ask::Exec(program) = read(text).unwrap().unwrap().check.unwrap().ask else { panic!("no program") };
+        assert_eq!(
+            (program.command.len(), program.timeout.as_secs(), program.user.as_deref()),
+            (2, 2, Some("postgres"))
+        );
     }
 
     #[test]
@@ -128,6 +170,11 @@ mod tests {
             ("version = \"a\\nb\"", "workload.serve.version", "one line"),
             ("check = {}", "workload.serve.check", "give either"),
             ("check = { http = \"/\", tcp = true }", "workload.serve.check", "give either"),
+            ("check = { tcp = true, exec = [\"/bin/true\"] }", "workload.serve.check", "give either"),
+            ("check = { exec = [] }", "workload.serve.check", "full path"),
+            ("check = { exec = [\"pg_isready\"] }", "workload.serve.check", "full path"),
+            ("check = { exec = [\"/bin/true\"], timeout_s = 61 }", "workload.serve.check", "1 to 60"),
+            ("check = { tcp = true, user = \"x\" }", "workload.serve.check", "`exec` only"),
             ("check = { http = \"healthz\" }", "workload.serve.check", "\"/healthz\""),
             ("check = { http = \"/a b\" }", "workload.serve.check", "no path"),
             ("check = { tcp = true, every_s = 0 }", "workload.serve.check", "1 to 3600"),

@@ -10,6 +10,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::exec;
 use crate::enrol::{Ask, Check, Delivery, Enrolment};
 
 /// Who answers slower does not serve well either.
@@ -32,12 +33,15 @@ struct State {
     failures: u32,
     due: Option<Instant>,
     is_asked: bool,
+    /// Of the last failure.
+    why: String,
 }
 
 impl State {
     /// Whether that changed how it is.
-    fn took(&mut self, passed: bool) -> bool {
-        let before = self.is_well;
+    fn took(&mut self, answer: Result<(), String>) -> bool {
+        let (before, passed) = (self.is_well, answer.is_ok());
+        self.why = answer.err().unwrap_or_default();
         self.is_asked = false;
         self.failures = if passed { 0 } else { self.failures.saturating_add(1) };
         if passed || self.failures >= FAILURES {
@@ -66,8 +70,8 @@ impl Checks {
         while let Some(answered) = self.asking.try_join_next() {
             let Ok((question, result)) = answered else { continue };
             let Some(state) = self.states.get_mut(&question) else { continue };
-            if state.took(result.is_ok()) {
-                let (address, why) = (question.0, result.err().unwrap_or_default());
+            if state.took(result) {
+                let (address, why) = (question.0, &state.why);
                 tracing::info!(%address, is_well = state.is_well == Some(true), why, "a check has another outcome");
             }
         }
@@ -79,27 +83,44 @@ impl Checks {
                 (state.is_asked, state.due) = (true, Some(now + question.1.every));
                 let mark = self.mark;
                 self.asking.spawn(async move {
-                    let asked = timeout(DEADLINE, ask(mark, &question)).await;
-                    let late = || Err(format!("no answer within {} s", DEADLINE.as_secs()));
-                    (question, asked.unwrap_or_else(|_| late()))
+                    let answer = ask(mark, &question).await;
+                    (question, answer)
                 });
             }
         }
     }
 
-    pub(super) fn passes(&self, delivery: &Delivery) -> bool {
-        question(delivery).is_none_or(|question| self.states.get(&question).is_some_and(|it| it.is_well == Some(true)))
+    /// Why not.
+    pub(super) fn passes(&self, delivery: &Delivery) -> Result<(), String> {
+        let Some(question) = question(delivery) else { return Ok(()) };
+        match self.states.get(&question) {
+            Some(state) if state.is_well == Some(true) => Ok(()),
+            Some(state) if !state.why.is_empty() => Err(format!("its check fails: {}", state.why)),
+            _ => Err("its check has not passed yet".to_owned()),
+        }
     }
 }
 
-async fn ask(mark: Mark, (address, check): &Question) -> Result<(), String> {
+async fn ask(mark: Mark, question: &Question) -> Result<(), String> {
+    let (address, check) = question;
+    if let Ask::Exec(program) = &check.ask {
+        let (program, address) = (program.clone(), *address);
+        let variables = [("MESHD_ADDRESS", address.ip().to_string()), ("MESHD_PORT", address.port().to_string())];
+        let run = tokio::task::spawn_blocking(move || exec::run(&program, &variables)).await;
+        return run.unwrap_or_else(|error| Err(error.to_string()));
+    }
+    let late = |_| Err(format!("no answer within {} s", DEADLINE.as_secs()));
+    timeout(DEADLINE, ask_there(mark, *address, &check.ask)).await.unwrap_or_else(late)
+}
+
+async fn ask_there(mark: Mark, address: SocketAddr, ask: &Ask) -> Result<(), String> {
     // Marked, or a strict port would take it for a caller in clear.
-    let socket = sockets::marked(*address, mark).map_err(|error| error.to_string())?;
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(*address);
+    let socket = sockets::marked(address, mark).map_err(|error| error.to_string())?;
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
     let stream = connecting.await.map_err(|error| format!("no connection: {error}"))?;
-    match &check.ask {
-        Ask::Tcp => Ok(()),
-        Ask::Http(path) => get(stream, *address, path).await,
+    match ask {
+        Ask::Http(path) => get(stream, address, path).await,
+        Ask::Tcp | Ask::Exec(_) => Ok(()),
     }
 }
 
@@ -129,12 +150,13 @@ mod tests {
     #[test]
     fn an_application_is_well_once_it_said_so_and_ill_after_two_failures_in_a_row() {
         let mut state = State::default();
-        assert!(!state.took(false) && state.is_well.is_none());
-        assert!(state.took(true) && state.is_well == Some(true));
-        assert!(!state.took(false) && state.is_well == Some(true));
-        assert!(!state.took(true) && !state.took(false));
-        assert!(state.took(false) && state.is_well == Some(false));
-        assert!(state.took(true) && state.is_well == Some(true));
+        let answer = |passes: bool| if passes { Ok(()) } else { Err("no".to_owned()) };
+        assert!(!state.took(answer(false)) && state.is_well.is_none());
+        assert!(state.took(answer(true)) && state.is_well == Some(true));
+        assert!(!state.took(answer(false)) && state.is_well == Some(true));
+        assert!(!state.took(answer(true)) && !state.took(answer(false)));
+        assert!(state.took(answer(false)) && state.is_well == Some(false));
+        assert!(state.took(answer(true)) && state.is_well == Some(true));
     }
 
     #[test]
@@ -144,7 +166,7 @@ mod tests {
         assert!(state.is_due(now));
         (state.is_asked, state.due) = (true, Some(now + Duration::from_secs(5)));
         assert!(!state.is_due(now + Duration::from_secs(9)));
-        state.took(true);
+        state.took(Ok(()));
         assert!(!state.is_due(now) && state.is_due(now + Duration::from_secs(5)));
     }
 

@@ -1,6 +1,7 @@
 //! What this host registers: the services that enrol.d says its units serve, and how well they are.
 
 mod check;
+mod exec;
 mod listening;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,9 +40,13 @@ impl Offering {
                 checks.turn(&enrolment, Instant::now());
                 let (listening, credentials) = (Listening::now(), self.credentials.borrow().clone());
                 let is_well = |delivery: &Delivery| {
-                    credentials.workloads.contains_key(&delivery.owner.identity)
-                        && listening.reaches(delivery.deliver)
-                        && checks.passes(delivery)
+                    if !credentials.workloads.contains_key(&delivery.owner.identity) {
+                        return Err(format!("{} has no certificate now", delivery.owner.identity.short()));
+                    }
+                    if !listening.reaches(delivery.deliver) {
+                        return Err(format!("nobody listens at {}", delivery.deliver));
+                    }
+                    checks.passes(delivery)
                 };
                 let offers = offers(&enrolment, &self.host, &credentials.host_id, self.mesh_port, is_well);
                 self.registrations.offer(&offers);
@@ -59,7 +64,7 @@ fn offers(
     host: &HostConfig,
     host_id: &str,
     mesh_port: u16,
-    is_well: impl Fn(&Delivery) -> bool,
+    is_well: impl Fn(&Delivery) -> Result<(), String>,
 ) -> Vec<Offer> {
     let mut groups: BTreeMap<(&ServiceName, &SpiffeId), Vec<&Delivery>> = BTreeMap::new();
     for delivery in enrolment.deliveries().iter().filter(|delivery| delivery.published.is_some()) {
@@ -74,6 +79,7 @@ fn offers(
             true => host_id.to_owned(),
             false => format!("{host_id}.{}", group[0].port),
         };
+        let unwell = group.iter().find_map(|delivery| is_well(delivery).err());
         let published = || group.iter().filter_map(|delivery| delivery.published.as_ref());
         Offer {
             key: Key { service: service.clone(), instance },
@@ -84,7 +90,8 @@ fn offers(
             network: host.network.clone(),
             zone: host.zone.clone(),
             weight: published().find_map(|published| published.weight).unwrap_or(DEFAULT_WEIGHT),
-            health: if group.iter().all(|delivery| is_well(delivery)) { Health::Healthy } else { Health::Unhealthy },
+            health: if unwell.is_none() { Health::Healthy } else { Health::Unhealthy },
+            unwell,
             version: published().find_map(|published| published.version.clone()).unwrap_or_default(),
         }
     };
@@ -122,7 +129,9 @@ serve = [{ service = "payments.shop", port = 9090, deliver = "127.0.0.1:9090" }]
     #[test]
     fn ports_of_one_identity_are_one_registration_and_another_identity_has_its_own() {
         let host = HostConfig { zone: "rack-1".to_owned(), ..HostConfig::default() };
-        let found = offers(&enrolment(FILE).unwrap(), &host, "api-1", 15008, |delivery| delivery.port != 443);
+        let found = offers(&enrolment(FILE).unwrap(), &host, "api-1", 15008, |delivery| {
+            if delivery.port == 443 { Err("no".to_owned()) } else { Ok(()) }
+        });
         let keys: Vec<String> = found.iter().map(|offer| offer.key.to_string()).collect();
         assert_eq!(keys, ["payments.shop as api-1", "payments.shop as api-1.9090"]);
         let ports: Vec<(u16, u16)> = found[0].ports.iter().map(|served| (served.port, served.target)).collect();

@@ -35,6 +35,8 @@ pub(super) struct Balancer {
     reach: Reach,
     /// Any endpoint is nearer than others may be: without a zone none is, and each pick is spared the look.
     has_near: Cell<bool>,
+    /// Since that was asked last.
+    used: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -185,7 +187,13 @@ impl Balancer {
     }
 
     pub(super) fn candidates(&self) -> Candidates<'_> {
+        self.used.set(true);
         Candidates { balancer: self, tried: Vec::new() }
+    }
+
+    /// Whether it had connections since this was asked last.
+    pub(super) fn take_used(&self) -> bool {
+        self.used.replace(false) || self.members.borrow().iter().any(|member| member.in_flight.get() > 0)
     }
 
     fn pick(&self, tried: &[Rc<Member>], now: Instant, draw: &mut impl FnMut(usize) -> usize) -> Option<Rc<Member>> {

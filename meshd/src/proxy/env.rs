@@ -74,6 +74,9 @@ impl Env {
         self.pool.sweep(&tls, Instant::now());
         let directory = self.shared.directory.load();
         self.balancers.borrow_mut().retain(|(_, name, port), balancer| {
+            if balancer.take_used() {
+                self.shared.lookups.note_use(name);
+            }
             let service = directory.get(name);
             if let Some(service) = service {
                 balancer.update(service, *port, &self.shared.locality);

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use meshd_discovery::{Directory, Suspects};
+use meshd_discovery::{Directory, Lookups, Suspects};
 use meshd_sys::sockets::Mark;
 use serde::Deserialize;
 
@@ -112,4 +112,6 @@ pub struct Shared {
     pub locality: Locality,
     /// Hears of endpoints that cannot be reached.
     pub suspects: Suspects,
+    /// Where services that are not known are asked for.
+    pub lookups: Lookups,
 }

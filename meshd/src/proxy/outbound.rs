@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use meshd_discovery::{Directory, ServiceName};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
@@ -33,14 +34,35 @@ pub(super) struct Admitted {
     unguarded: Option<Box<Unguarded>>,
 }
 
+/// What becomes of a connection right after accept.
+pub(super) enum Accepted {
+    Admitted(Box<Admitted>),
+    /// Discovery is asked for its service first.
+    Awaits(Box<Awaiting>),
+}
+
+/// A connection to a service that has a virtual IP from earlier, and is not known now.
+pub(super) struct Awaiting {
+    socket: StdStream,
+    identified: Identified,
+    service: ServiceName,
+    original: SocketAddr,
+    report: Report,
+}
+
 /// The steps that need no waiting, right after accept: identify, resolve.
-pub(super) fn admit(env: &Env, socket: StdStream, client: SocketAddr) -> Option<Box<Admitted>> {
+pub(super) fn admit(env: &Env, socket: StdStream, client: SocketAddr) -> Option<Accepted> {
     let mut report = Report::opened(&env.shared.telemetry, env.worker, Direction::Outbound, client);
-    match identify_and_resolve(env, &socket, client, &mut report) {
-        Ok((Identified { who, unguarded }, place)) => {
-            let unguarded = unguarded.map(Box::new);
-            Some(Box::new(Admitted { socket: Some(socket), who, place, report, unguarded }))
-        }
+    match identify(env, &socket, client, &mut report) {
+        Ok((identified, original)) => match unknown_service(env, original) {
+            Some(service) => {
+                Some(Accepted::Awaits(Box::new(Awaiting { socket, identified, service, original, report })))
+            }
+            None => {
+                let directory = env.shared.directory.load();
+                resolve(env, &directory, socket, identified, original, report).map(Accepted::Admitted)
+            }
+        },
         Err(fault) => {
             refuse(&socket);
             report.finish(Err(fault));
@@ -49,12 +71,20 @@ pub(super) fn admit(env: &Env, socket: StdStream, client: SocketAddr) -> Option<
     }
 }
 
-fn identify_and_resolve(
+/// Waits for what discovery says of the service; a second at most.
+pub(super) async fn look_up(env: &Env, awaiting: Awaiting) -> Option<Box<Admitted>> {
+    let Awaiting { socket, identified, service, original, report } = awaiting;
+    env.shared.lookups.look_up(&service).await;
+    let directory = env.shared.lookups.directory().unwrap_or_else(|| env.shared.directory.load_full());
+    resolve(env, &directory, socket, identified, original, report)
+}
+
+fn identify(
     env: &Env,
     socket: &StdStream,
     client: SocketAddr,
     report: &mut Report,
-) -> Result<(Identified, Place), Fault> {
+) -> Result<(Identified, SocketAddr), Fault> {
     // Nothing recovered: somebody dialled the capture port itself.
     let Flow { client, original } = env.flow(socket, client).map_err(|_| Fault::AppReset)?.ok_or(Fault::Loop)?;
     report.client(client);
@@ -62,17 +92,41 @@ fn identify_and_resolve(
         .identifier
         .local(&env.shared.enrolment.load(), &env.shared.ports, &env.shared.telemetry.unknown, client, original)
         .map_err(|unidentified| explain(env, &unidentified, original, report))?;
-    let who = &identified.who;
-    report.unit(&who.unit);
-    report.own_identity(&who.identity);
-    let place = resolve::service(&env.shared.directory.load(), &env.shared.vips, &env.shared.raw.load(), original)
-        .inspect_err(|_| {
+    report.unit(&identified.who.unit);
+    report.own_identity(&identified.who.identity);
+    Ok((identified, original))
+}
+
+/// One that may be known when discovery is asked for it.
+fn unknown_service(env: &Env, original: SocketAddr) -> Option<ServiceName> {
+    let shared = &env.shared;
+    let service = shared.lookups.are_on().then(|| shared.vips.service_of(original.ip()))??;
+    shared.directory.load().get(&service).is_none().then_some(service)
+}
+
+fn resolve(
+    env: &Env,
+    directory: &Directory,
+    socket: StdStream,
+    Identified { who, unguarded }: Identified,
+    original: SocketAddr,
+    mut report: Report,
+) -> Option<Box<Admitted>> {
+    match resolve::service(directory, &env.shared.vips, &env.shared.raw.load(), original) {
+        Ok(place) => {
+            report.target(&place.service.name, place.port);
+            let unguarded = unguarded.map(Box::new);
+            Some(Box::new(Admitted { socket: Some(socket), who, place, report, unguarded }))
+        }
+        Err(fault) => {
             if env.may_log(&who.unit) {
                 tracing::warn!(unit = %who.unit, %original, "no service at this address and port; see `meshd status`");
             }
-        })?;
-    report.target(&place.service.name, place.port);
-    Ok((identified, place))
+            refuse(&socket);
+            report.finish(Err(fault));
+            None
+        }
+    }
 }
 
 /// The rest of the story, on the worker that owns the connections to this service.

@@ -18,7 +18,7 @@ use super::env::Env;
 use super::held::Budget;
 use super::identify::Identifier;
 use super::limits::{Admission, SourceLimits};
-use super::outbound::{self, Admitted};
+use super::outbound::{self, Accepted, Admitted};
 use super::work::Work;
 use super::{Shared, inbound};
 use crate::capture::{OwnerReader, OwnerRecord, Recoverer, Recovery};
@@ -242,7 +242,23 @@ fn transient(error: &io::Error) -> bool {
 }
 
 fn captured(env: &Rc<Env>, socket: StdStream, client: SocketAddr) {
-    let Some(mut admitted) = outbound::admit(env, socket, client) else { return };
+    match outbound::admit(env, socket, client) {
+        Some(Accepted::Admitted(admitted)) => hand_over(env, admitted),
+        Some(Accepted::Awaits(awaiting)) => {
+            let env = env.clone();
+            tokio::task::spawn_local(async move {
+                let _working = env.work.begin();
+                if let Some(admitted) = outbound::look_up(&env, *awaiting).await {
+                    hand_over(&env, admitted);
+                }
+            });
+        }
+        None => {}
+    }
+}
+
+/// To the worker that owns the connections to its service.
+fn hand_over(env: &Rc<Env>, mut admitted: Box<Admitted>) {
     let owner = env.owner(&admitted.who.identity, &admitted.place);
     if owner == env.worker {
         return spawn_outbound(env, admitted);

@@ -23,10 +23,12 @@ pub enum DnsOutcome {
     Invalid,
     /// The service exists, and there are no virtual IPs left.
     NoAddress,
+    /// A source that may know the name has not answered.
+    Unsure,
 }
 
 impl DnsOutcome {
-    pub const ALL: [DnsOutcome; 9] = [
+    pub const ALL: [DnsOutcome; 10] = [
         DnsOutcome::Answered,
         DnsOutcome::Nodata,
         DnsOutcome::Nxdomain,
@@ -36,6 +38,7 @@ impl DnsOutcome {
         DnsOutcome::Refused,
         DnsOutcome::Invalid,
         DnsOutcome::NoAddress,
+        DnsOutcome::Unsure,
     ];
 
     pub fn label(self) -> &'static str {
@@ -49,6 +52,7 @@ impl DnsOutcome {
             DnsOutcome::Refused => "refused",
             DnsOutcome::Invalid => "invalid",
             DnsOutcome::NoAddress => "no_address",
+            DnsOutcome::Unsure => "unsure",
         }
     }
 }

@@ -5,8 +5,9 @@
 //! `sockets` opens the sockets meshd listens on and dials with; `kernel_events` tells when rules or routes change;
 //! `inherit` adopts listeners handed over by systemd; `clock` asks how good it is; `memory` tunes the allocator;
 //! `tun` makes a network device whose packets this process reads and writes; `peer` holds on to the process at the other
-//! end of a Unix socket.
+//! end of a Unix socket; `child` starts programs with less than this process may.
 
+pub mod child;
 pub mod clock;
 pub mod conntrack;
 pub mod inherit;

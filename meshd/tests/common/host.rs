@@ -111,6 +111,7 @@ impl Plan {
             telemetry: Telemetry::new(self.workers, access_log),
             locality: Locality::default(),
             suspects: meshd_discovery::Suspects::ignored(),
+            lookups: meshd_discovery::Lookups::off(),
         });
         Host::run(shared, self, directory)
     }
