@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::consul;
 use crate::name::{NameError, check_label};
 use crate::register::Registrar;
-use crate::resources::Kind;
+use crate::resources::{Kind, base_for};
 use crate::write::{FilesStore, Replace, Store};
 use crate::{
     Belief, ConsulSource, EtcdSource, FilesSource, KubernetesSettings, KubernetesSource, ServiceName, Source, Wanted,
@@ -270,10 +270,11 @@ impl SourceConfig {
     /// The backend, for whoever reads and writes its documents.
     pub fn store(&self, trust_domain: &TrustDomain, replace: Replace) -> Result<Box<dyn Store>, ConfigError> {
         self.check()?;
+        let resources = base_for(self.prefix.as_deref());
         Ok(match self.kind {
             SourceKind::Files => Box::new(FilesStore::new(self.name(), self.dir(), replace)),
-            SourceKind::Etcd => Box::new(self.etcd_source(trust_domain)?.store()),
-            SourceKind::Consul => Box::new(self.consul_source(trust_domain)?.store()),
+            SourceKind::Etcd => Box::new(self.etcd_source(trust_domain)?.store(&resources)),
+            SourceKind::Consul => Box::new(self.consul_source(trust_domain)?.store(&resources)),
             SourceKind::Kubernetes => Box::new(self.kubernetes_source(trust_domain)?.store()),
         })
     }
@@ -302,6 +303,16 @@ impl SourceConfig {
             }
         };
         Ok(Configured { source, authority: self.authority.clone(), provides: self.provides.clone(), belief, registrar })
+    }
+
+    /// Whether documents of a kind and namespace are believed that come from it.
+    pub fn is_believed_about(&self, kind: Kind, namespace: &str) -> bool {
+        let granted = match kind {
+            Kind::MeshService => &self.authority,
+            kind if kind.is_route() => &self.provides.routes,
+            _ => &self.provides.policies,
+        };
+        granted.covers(namespace)
     }
 
     /// Opens all of them; two may not share a name, because messages and metrics name the source.

@@ -52,6 +52,10 @@ fn etcd(host: &Host) -> Result<Backend> {
         etcd.ctl("root", change)?.expect_success("a right to read alone")?;
     }
     let (writer, writer_key) = etcd.add_user("writer", "/meshd-discovery/")?;
+    for (who, right) in [("reader", "read"), ("writer", "readwrite")] {
+        let grant = ["role", "grant-permission", who, right, "--prefix=true", "/meshd-resources/"];
+        etcd.ctl("root", &grant)?.expect_success("a right to policies")?;
+    }
     for file in [&cert, &key, &etcd.authority()] {
         chown(file, Some(UID), Some(UID))?;
     }
@@ -69,7 +73,8 @@ fn consul(host: &Host) -> Result<Backend> {
     let rules = |policy: &str| {
         format!(
             "service_prefix \"\" {{ policy = \"read\" }} node_prefix \"\" {{ policy = \"read\" }} key_prefix \
-             \"meshd-discovery/v1/\" {{ policy = \"{policy}\" }}"
+             \"meshd-discovery/v1/\" {{ policy = \"{policy}\" }} key_prefix \"meshd-resources/v1/\" {{ policy = \
+             \"{policy}\" }}"
         )
     };
     let token = |name: &str, policy: &str| -> Result<PathBuf> {
@@ -128,18 +133,9 @@ fn kubernetes(host: &Host) -> Result<Backend> {
 
 /// Our kinds, and waits until the server knows them.
 fn teach(cluster: &Cluster) -> Result<()> {
-    let open = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
-    let schema = json!({ "type": "object", "properties": { "spec": open } });
-    let definition = json!({
-        "metadata": { "name": "meshservices.meshd.dev" },
-        "spec": {
-            "group": "meshd.dev", "scope": "Namespaced",
-            "names": { "plural": "meshservices", "singular": "meshservice", "kind": "MeshService", "shortNames": ["msvc"] },
-            "versions": [{ "name": "v1alpha1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
-        },
-    });
-    cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition)?;
-    until(DEADLINE, "the kind is served", || cluster.get("/apis/meshd.dev/v1alpha1/meshservices").is_ok())
+    cluster.apply(&Path::new(DEPLOY).join("crds.yaml"))?;
+    let is_served = |plural: &str| cluster.get(&format!("/apis/meshd.dev/v1alpha1/{plural}")).is_ok();
+    until(DEADLINE, "our kinds are served", || ["meshservices", "servicepolicies"].into_iter().all(is_served))
 }
 
 fn shown(path: &Path) -> String {
@@ -262,8 +258,9 @@ fn lives_and_dies(bed: &Bed) -> Result<()> {
     // With what the daemon itself has.
     refused(&bed.mesh.daemon("web").run(&["apply", "-f", &file])?, "denied: ")?;
 
-    bed.applies(backend, &stock(), "meshservice/stock.shop created")?;
-    bed.applies(backend, &payments, "meshservice/payments.shop created")?;
+    let both = bed.file("both.yaml", &format!("{}---\n{payments}", stock()))?;
+    let made = bed.says(backend, &["apply", "-f", &both], "meshservice/stock.shop created")?;
+    ensure!(made.contains("meshservice/payments.shop created"), "{made}");
     bed.answers("api-1")?;
     bed.applies(backend, &payments, "unchanged")?;
     let read =
@@ -348,15 +345,19 @@ fn all_backends_show_the_same_and_whom_a_field_belongs_to_is_said() -> Result<()
     let file = bed.file("payments.yaml", &payments)?;
     let which = bed.mesh.daemon("web").run(&["apply", "-f", &file])?;
     refused(&which, "say --source with one of `etcd`, `consul`, `kubernetes`")?;
+    let policy = bed.file("policy.yaml", POLICY)?;
     for backend in &bed.backends {
         bed.applies(backend, &payments, "created")?;
+        bed.says(backend, &["apply", "-f", &policy], "servicepolicy/payments.shop created")?;
+        bed.says(backend, &["apply", "-f", &policy], "servicepolicy/payments.shop unchanged")?;
     }
-    let rows = bed.mesh.daemon("web").run(&["get", "msvc", "-n", "shop", "-o", "json"])?;
-    // What may be watched may be listed: the daemon's own credentials are enough.
-    let rows: Vec<Value> = serde_json::from_str(&rows.expect_success("meshd get of all")?)?;
-    let documents: Vec<Value> = rows.iter().map(|row| without_version(&row["document"])).collect();
-    ensure!(rows.len() == 3 && documents.windows(2).all(|two| two[0] == two[1]), "{rows:#?}");
-    ensure!(documents[0]["spec"]["endpoints"].as_array().is_some_and(|places| places.len() == 2), "{documents:?}");
+    let service = shown_by_all(&bed, "meshservices")?;
+    ensure!(service["spec"]["endpoints"].as_array().is_some_and(|places| places.len() == 2), "{service}");
+    let policy = shown_by_all(&bed, "svcpol")?;
+    ensure!(policy["spec"]["timeouts"] == json!({ "connect": "1s" }), "{policy}");
+
+    let one = bed.mesh.daemon("web").run(&["get", "msvc", "payments.shop"])?.expect_success("meshd get of one")?;
+    ensure!(one.lines().count() == 4 && one.contains("80 at 2 endpoints"), "{one}");
 
     let Some(Server::Kubernetes(cluster)) = bed.backends.last().map(|backend| &backend.server) else {
         anyhow::bail!("no cluster")
@@ -369,6 +370,24 @@ fn all_backends_show_the_same_and_whom_a_field_belongs_to_is_said() -> Result<()
     bed.refuses(backend, &["apply", "-f", &edited], "conflict with `curl`")?;
     bed.says(backend, &["apply", "-f", &edited, "--force"], "changed in kubernetes, over what curl ")?;
     Ok(())
+}
+
+const POLICY: &str = "\
+apiVersion: meshd.dev/v1alpha1
+kind: ServicePolicy
+metadata: { name: payments, namespace: shop }
+spec:
+  targetRef: { group: meshd.dev, kind: MeshService, name: payments }
+  timeouts: { connect: 1s }
+";
+
+/// The only document of a kind, which all three have. The daemon's own credentials are enough.
+fn shown_by_all(bed: &Bed, kind: &str) -> Result<Value> {
+    let rows = bed.mesh.daemon("web").run(&["get", kind, "-n", "shop", "-o", "json"])?;
+    let rows: Vec<Value> = serde_json::from_str(&rows.expect_success("meshd get of all")?)?;
+    let mut documents: Vec<Value> = rows.iter().map(|row| without_version(&row["document"])).collect();
+    ensure!(rows.len() == 3 && documents.windows(2).all(|two| two[0] == two[1]), "{rows:#?}");
+    Ok(documents.remove(0))
 }
 
 fn without_version(document: &Value) -> Value {

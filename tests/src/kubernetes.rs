@@ -167,10 +167,12 @@ impl Cluster {
     /// What `kubectl apply` does with a file of new objects that have no status, as far as the kinds go that are known here.
     pub fn apply(&self, file: &Path) -> Result<()> {
         let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-        for document in text.split("\n---\n") {
+        let is_comment = |document: &&str| document.lines().all(|line| line.is_empty() || line.starts_with('#'));
+        for document in text.split("\n---\n").filter(|document| !is_comment(document)) {
             let field = |name: &str| {
                 let line = document.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(": "));
-                line.map(str::to_owned).with_context(|| format!("{}: no {name} in\n{document}", file.display()))
+                line.map(|text| text.trim_matches('"').to_owned())
+                    .with_context(|| format!("{}: no {name} in\n{document}", file.display()))
             };
             let path = match field("kind")?.as_str() {
                 "Namespace" => "/api/v1/namespaces".to_owned(),

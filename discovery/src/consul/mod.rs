@@ -42,6 +42,7 @@ use self::store::ConsulStore;
 use crate::documents::is_plain_word;
 use crate::name::check_label;
 use crate::resources::base_for;
+use crate::write::Keys;
 use crate::{Sink, Source, SourceFuture, Wanted};
 
 const DEFAULT_NAMESPACE: &str = "default";
@@ -80,8 +81,9 @@ impl ConsulSource {
 
 impl ConsulSource {
     /// Reads and writes documents in the same Consul's store.
-    pub(crate) fn store(&self) -> ConsulStore {
-        ConsulStore::new(&self.name, &self.reading.base, self.settings.clone())
+    pub(crate) fn store(&self, resources: &str) -> ConsulStore {
+        let keys = Keys::new(&self.reading.base, resources.trim_matches('/'));
+        ConsulStore::new(&self.name, keys, self.settings.clone())
     }
 
     /// Registers through the same agent.

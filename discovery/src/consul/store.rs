@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::client::{Call, Client, Reply};
 use super::settings::Settings;
-use crate::write::{Answer, Keys, Kind, Over, ResourceName, Store, StoreError, Stored, Write, stored};
+use crate::write::{Answer, Keys, Kind, Over, ResourceName, Store, StoreError, Stored, Write, understand};
 use crate::yaml::printable;
 
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -32,8 +32,8 @@ struct Pair {
 }
 
 impl ConsulStore {
-    pub(super) fn new(name: &str, base: &str, settings: Arc<Settings>) -> ConsulStore {
-        ConsulStore { name: name.to_owned(), keys: Keys::new(base), settings }
+    pub(super) fn new(name: &str, keys: Keys, settings: Arc<Settings>) -> ConsulStore {
+        ConsulStore { name: name.to_owned(), keys, settings }
     }
 
     /// By a connection of its own, so that it is carried out once.
@@ -45,11 +45,11 @@ impl ConsulStore {
         reply.map_err(|error| StoreError::Unreachable(format!("source {}: {error}{unknown}", self.name)))
     }
 
-    async fn pairs(&self, key: &str, options: &str) -> Result<Vec<Pair>, StoreError> {
+    async fn pairs(&self, kind: Kind, key: &str, options: &str) -> Result<Vec<Pair>, StoreError> {
         let reply = self.call(Method::GET, &format!("/v1/kv/{key}{options}"), Bytes::new()).await?;
         match reply.status {
             StatusCode::NOT_FOUND | StatusCode::OK if is_filtered(&reply) => {
-                Err(self.denied("read", key, "it hides it"))
+                Err(self.denied("read", kind, key, "it hides it"))
             }
             StatusCode::NOT_FOUND => Ok(Vec::new()),
             StatusCode::OK => serde_json::from_slice(&reply.body).map_err(|error| {
@@ -58,18 +58,18 @@ impl ConsulStore {
                     printable(&error.to_string())
                 ))
             }),
-            _ => Err(self.refused("read", key, &reply)),
+            _ => Err(self.refused("read", kind, key, &reply)),
         }
     }
 
     fn read_pair(resource: ResourceName, pair: &Pair) -> Stored {
         let value = BASE64.decode(pair.value.as_deref().unwrap_or_default().as_bytes()).unwrap_or_default();
-        let (by, document) = stored(&String::from_utf8_lossy(&value));
+        let (by, document) = understand(&String::from_utf8_lossy(&value));
         Stored { resource, origin: pair.key.clone(), version: pair.modify_index.to_string(), by, document }
     }
 
     async fn find(&self, resource: &ResourceName) -> Result<Option<Stored>, StoreError> {
-        let pairs = self.pairs(&self.keys.key(resource), "").await?;
+        let pairs = self.pairs(resource.kind, &self.keys.key(resource), "").await?;
         Ok(pairs.first().map(|pair| Self::read_pair(resource.clone(), pair)))
     }
 
@@ -79,14 +79,14 @@ impl ConsulStore {
         match (reply.status, reply.body.trim_ascii()) {
             (StatusCode::OK, b"true") => Ok(()),
             (StatusCode::OK, b"false") => Err(StoreError::changed(resource, self.find(resource).await?.as_ref())),
-            _ => Err(self.refused("write", &key, &reply)),
+            _ => Err(self.refused("write", resource.kind, &key, &reply)),
         }
     }
 
-    fn refused(&self, verb: &str, key: &str, reply: &Reply) -> StoreError {
+    fn refused(&self, verb: &str, kind: Kind, key: &str, reply: &Reply) -> StoreError {
         let said = printable(String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]).trim());
         match reply.status {
-            StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => self.denied(verb, key, &said),
+            StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => self.denied(verb, kind, key, &said),
             status if status.is_server_error() => StoreError::Unreachable(format!(
                 "Consul of source {} does not {verb} {key}: {said} ({status})",
                 self.name
@@ -97,12 +97,12 @@ impl ConsulStore {
         }
     }
 
-    fn denied(&self, verb: &str, key: &str, said: &str) -> StoreError {
+    fn denied(&self, verb: &str, kind: Kind, key: &str, said: &str) -> StoreError {
         StoreError::Denied(format!(
             "Consul of source {} does not let this token {verb} {key} ({said}); add `key_prefix \"{}\" {{ policy = \
              \"{verb}\" }}` to its policy, or show another one (--token-file)",
             self.name,
-            self.keys.prefix(None)
+            self.keys.prefix(kind, None)
         ))
     }
 }
@@ -117,9 +117,9 @@ impl Store for ConsulStore {
         &self.name
     }
 
-    fn list<'a>(&'a self, kind: &'static Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
+    fn list<'a>(&'a self, kind: Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
         Box::pin(async move {
-            let pairs = self.pairs(&self.keys.prefix(namespace), "?recurse=true").await?;
+            let pairs = self.pairs(kind, &self.keys.prefix(kind, namespace), "?recurse=true").await?;
             let document = |pair: &Pair| Some(Self::read_pair(self.keys.resource(kind, &pair.key)?, pair));
             Ok(pairs.iter().filter_map(document).collect())
         })

@@ -24,6 +24,7 @@ use tokio::sync::watch;
 pub(crate) use self::store::EtcdStore;
 use crate::register::etcd::EtcdRegistrar;
 use crate::resources::base_for;
+use crate::write::Keys;
 use crate::{Sink, Source, SourceFuture, Wanted};
 
 pub struct EtcdSource {
@@ -60,8 +61,8 @@ impl EtcdSource {
     }
 
     /// Reads and writes documents over the source's own connection.
-    pub(crate) fn store(&self) -> EtcdStore {
-        EtcdStore::new(&self.name, &self.base, self.client.clone())
+    pub(crate) fn store(&self, resources: &str) -> EtcdStore {
+        EtcdStore::new(&self.name, Keys::new(&self.base, resources), self.client.clone())
     }
 }
 

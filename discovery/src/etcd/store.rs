@@ -6,7 +6,7 @@ use meshd_etcd::api::response_op::Response;
 use meshd_etcd::api::{Compare, KeyValue, RequestOp, TxnRequest};
 use meshd_etcd::{Client, Error, Prefix, delete, get, put, unchanged};
 
-use crate::write::{Answer, Keys, Kind, Over, ResourceName, Store, StoreError, Stored, Write, stored};
+use crate::write::{Answer, Keys, Kind, Over, ResourceName, Store, StoreError, Stored, Write, understand};
 
 /// No lease: what an operator wrote stays.
 const FOR_GOOD: i64 = 0;
@@ -18,14 +18,15 @@ pub(crate) struct EtcdStore {
 }
 
 impl EtcdStore {
-    pub(super) fn new(name: &str, base: &str, client: Arc<Client>) -> EtcdStore {
-        EtcdStore { name: name.to_owned(), keys: Keys::new(base), client }
+    pub(super) fn new(name: &str, keys: Keys, client: Arc<Client>) -> EtcdStore {
+        EtcdStore { name: name.to_owned(), keys, client }
     }
 
     async fn read(&self, resource: &ResourceName) -> Result<Option<Stored>, StoreError> {
         let key = self.keys.key(resource);
         let alone = Prefix { key: key.clone().into_bytes(), end: format!("{key}\0").into_bytes() };
-        let listed = self.client.list(&alone).await.map_err(|error| self.trouble("read", &key, &error))?;
+        let listed =
+            self.client.list(&alone).await.map_err(|error| self.trouble("read", resource.kind, &key, &error))?;
         Ok(listed.keys.first().map(|pair| read_pair(resource.clone(), pair)))
     }
 
@@ -33,7 +34,8 @@ impl EtcdStore {
     async fn change(&self, resource: &ResourceName, compare: Vec<Compare>, act: RequestOp) -> Result<(), StoreError> {
         let key = self.keys.key(resource);
         let request = TxnRequest { compare, success: vec![act], failure: vec![get(key.clone())] };
-        let answer = self.client.txn(request).await.map_err(|error| self.trouble("write", &key, &error))?;
+        let answer =
+            self.client.txn(request).await.map_err(|error| self.trouble("write", resource.kind, &key, &error))?;
         if answer.succeeded {
             return Ok(());
         }
@@ -41,14 +43,14 @@ impl EtcdStore {
         Err(StoreError::changed(resource, now.as_ref()))
     }
 
-    fn trouble(&self, verb: &str, key: &str, error: &Error) -> StoreError {
+    fn trouble(&self, verb: &str, kind: Kind, key: &str, error: &Error) -> StoreError {
         let source = &self.name;
         if error.is_denied() {
             let right = if verb == "write" { "readwrite" } else { "read" };
             return StoreError::Denied(format!(
                 "etcd of source {source} does not let this user {verb} {key}: {error}; `etcdctl role grant-permission ROLE \
                  {right} --prefix=true {}`, or show other credentials (--cert and --key, --username and --password-file)",
-                self.keys.prefix(None)
+                self.keys.prefix(kind, None)
             ));
         }
         match error {
@@ -71,7 +73,7 @@ fn first(responses: Vec<meshd_etcd::api::ResponseOp>) -> Option<KeyValue> {
 }
 
 fn read_pair(resource: ResourceName, pair: &KeyValue) -> Stored {
-    let (by, document) = stored(&String::from_utf8_lossy(&pair.value));
+    let (by, document) = understand(&String::from_utf8_lossy(&pair.value));
     let origin = String::from_utf8_lossy(&pair.key).into_owned();
     Stored { resource, origin, version: pair.mod_revision.to_string(), by, document }
 }
@@ -87,11 +89,11 @@ impl Store for EtcdStore {
         &self.name
     }
 
-    fn list<'a>(&'a self, kind: &'static Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
+    fn list<'a>(&'a self, kind: Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
         Box::pin(async move {
-            let prefix = self.keys.prefix(namespace);
+            let prefix = self.keys.prefix(kind, namespace);
             let listed = self.client.list(&Prefix::new(prefix.clone())).await;
-            let listed = listed.map_err(|error| self.trouble("read", &prefix, &error))?;
+            let listed = listed.map_err(|error| self.trouble("read", kind, &prefix, &error))?;
             let document = |pair: &KeyValue| {
                 Some(read_pair(self.keys.resource(kind, std::str::from_utf8(&pair.key).ok()?)?, pair))
             };

@@ -72,22 +72,36 @@ impl KubernetesStore {
             )),
             Error::Refused { .. } => StoreError::Refused(format!("source {source}: {what}: {error}")),
             error => {
-                let unknown = if verb == "get" || verb == "list" {
-                    ""
-                } else {
-                    "; whether it was done is not known: do it again"
-                };
+                let unknown = if verb == "list" { "" } else { "; whether it was done is not known: do it again" };
                 StoreError::Unreachable(format!("source {source}: {error}{unknown}"))
             }
         }
     }
 
-    async fn pages(&self, kind: &'static Kind, namespace: Option<&str>) -> Result<Vec<Stored>, StoreError> {
+    /// By the newest version that the cluster knows. `selector` is empty, or goes on after other options.
+    async fn list_all(&self, kind: Kind, namespace: Option<&str>, selector: &str) -> Result<Vec<Stored>, StoreError> {
+        let mut unknown = None;
+        for version in kind.versions() {
+            match self.pages(kind, version, namespace, selector).await {
+                Err(error @ StoreError::Absent(_)) => unknown = Some(error),
+                listed => return listed,
+            }
+        }
+        unknown.map_or(Ok(Vec::new()), Err)
+    }
+
+    async fn pages(
+        &self,
+        kind: Kind,
+        version: &str,
+        namespace: Option<&str>,
+        selector: &str,
+    ) -> Result<Vec<Stored>, StoreError> {
         let (mut all, mut next) = (Vec::new(), String::new());
         let place = namespace.map_or("all namespaces".to_owned(), |namespace| format!("namespace {namespace}"));
-        let what = format!("{} in {place}", kind.plural);
+        let what = format!("{} in {place}", kind.plural());
         loop {
-            let path = format!("{}?limit={PAGE}{next}", collection(kind, namespace));
+            let path = format!("{}?limit={PAGE}{selector}{next}", collection(kind, version, namespace));
             let request = Request {
                 verb: "list",
                 method: Method::GET,
@@ -97,7 +111,8 @@ impl KubernetesStore {
                 what: &what,
             };
             let list = self.call(request).await?;
-            all.extend(list["items"].as_array().into_iter().flatten().filter_map(|object| read_object(kind, object)));
+            let items = list["items"].as_array().into_iter().flatten();
+            all.extend(items.filter_map(|object| read_object(kind, version, object)));
             match list["metadata"]["continue"].as_str().filter(|token| !token.is_empty()) {
                 Some(token) => next = format!("&continue={}", encode(token)),
                 None => return Ok(all),
@@ -105,28 +120,25 @@ impl KubernetesStore {
         }
     }
 
+    /// By a list, which hosts have the right to.
     async fn find(&self, resource: &ResourceName) -> Result<Option<Stored>, StoreError> {
-        let (path, what) = (path_of(resource), resource.to_string());
-        let request =
-            Request { verb: "get", method: Method::GET, path: &path, content: "", body: String::new(), what: &what };
-        match self.call(request).await {
-            Ok(object) => Ok(read_object(resource.kind, &object)),
-            // Or the kind is not there, which the server says differently.
-            Err(StoreError::Absent(reason)) if names(&reason, resource) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let selector = format!("&fieldSelector={}", encode(&format!("metadata.name={}", resource.name)));
+        Ok(self.list_all(resource.kind, Some(&resource.namespace), &selector).await?.pop())
     }
 
     async fn send(&self, write: Write<'_>) -> Result<bool, StoreError> {
         let resource = &write.manifest.resource;
+        let document = wanted(&write.manifest.document);
         let document = match write.over {
             // The server compares it.
-            Over::Version(version) => versioned(&write.manifest.document, version),
-            Over::Nothing | Over::Anything => write.manifest.document.clone(),
+            Over::Version(version) => versioned(&document, version),
+            Over::Nothing | Over::Anything => document,
         };
         let force = if *write.over == Over::Anything { "&force=true" } else { "" };
         let dry_run = if write.dry_run { "&dryRun=All" } else { "" };
-        let path = path_of(resource);
+        let api_version = document["apiVersion"].as_str().unwrap_or_default();
+        let version = api_version.rsplit('/').next().unwrap_or_default();
+        let path = path_of(resource, version);
         let path = format!("{path}?fieldManager={MANAGER}&fieldValidation=Strict{force}{dry_run}");
         let (body, what) = (document.to_string(), resource.to_string());
         let request = Request { verb: "patch", method: Method::PATCH, path: &path, content: APPLY, body, what: &what };
@@ -138,41 +150,54 @@ impl KubernetesStore {
     async fn delete(&self, resource: &ResourceName, version: Option<&str>) -> Result<(), StoreError> {
         let preconditions = version.map(|version| json!({ "resourceVersion": version }));
         let body = json!({ "kind": "DeleteOptions", "apiVersion": "v1", "preconditions": preconditions }).to_string();
-        let (path, what) = (path_of(resource), resource.to_string());
-        let request = Request { verb: "delete", method: Method::DELETE, path: &path, content: JSON, body, what: &what };
-        self.call(request).await.map(drop)
+        let what = resource.to_string();
+        let mut unknown = Ok(());
+        for version in resource.kind.versions() {
+            let (path, body) = (path_of(resource, version), body.clone());
+            let request =
+                Request { verb: "delete", method: Method::DELETE, path: &path, content: JSON, body, what: &what };
+            match self.call(request).await {
+                Err(error @ StoreError::Absent(_)) => unknown = Err(error),
+                done => return done.map(drop),
+            }
+        }
+        unknown
     }
 }
 
-/// `meshservices.meshd.dev "payments" not found`, and not that there are no such things.
-fn names(reason: &str, resource: &ResourceName) -> bool {
-    let ResourceName { kind, name, .. } = resource;
-    // The client shows quotation marks as these.
-    reason.contains(&format!("{}.{} `{name}` not found", kind.plural, kind.group))
+/// What an operator says; the rest the server writes itself.
+fn wanted(document: &Value) -> Value {
+    let metadata: serde_json::Map<String, Value> = ["name", "namespace", "labels", "annotations"]
+        .iter()
+        .filter_map(|field| Some(((*field).to_owned(), document["metadata"].get(field)?.clone())))
+        .collect();
+    json!({
+        "apiVersion": document["apiVersion"], "kind": document["kind"], "metadata": metadata, "spec": document["spec"],
+    })
 }
 
-fn collection(kind: &Kind, namespace: Option<&str>) -> String {
+fn collection(kind: Kind, version: &str, namespace: Option<&str>) -> String {
     let namespace = namespace.map_or(String::new(), |namespace| format!("/namespaces/{namespace}"));
-    format!("/apis/{}/{}{namespace}/{}", kind.group, kind.version, kind.plural)
+    format!("/apis/{}/{version}{namespace}/{}", kind.group(), kind.plural())
 }
 
-fn path_of(resource: &ResourceName) -> String {
-    format!("{}/{}", collection(resource.kind, Some(&resource.namespace)), resource.name)
+fn path_of(resource: &ResourceName, version: &str) -> String {
+    format!("{}/{}", collection(resource.kind, version, Some(&resource.namespace)), resource.name)
 }
 
-fn read_object(kind: &'static Kind, object: &Value) -> Option<Stored> {
+fn read_object(kind: Kind, version: &str, object: &Value) -> Option<Stored> {
     let metadata = &object["metadata"];
     let text = |name: &str| metadata[name].as_str();
     let (name, namespace) = (text("name")?, text("namespace")?);
     let mut document = json!({
-        "apiVersion": kind.api_version(), "kind": kind.name, "metadata": { "name": name, "namespace": namespace },
+        "apiVersion": format!("{}/{version}", kind.group()), "kind": kind.name(), "metadata": { "name": name, "namespace": namespace },
     });
     if !object["spec"].is_null() {
         document["spec"] = object["spec"].clone();
     }
     Some(Stored {
         resource: ResourceName { kind, namespace: namespace.to_owned(), name: name.to_owned() },
-        origin: format!("{} {namespace}/{name}", kind.name),
+        origin: format!("{kind} {namespace}/{name}"),
         version: text("resourceVersion").unwrap_or_default().to_owned(),
         by: last_writer(&metadata["managedFields"]),
         document: Ok(document),
@@ -195,8 +220,8 @@ impl Store for KubernetesStore {
         &self.name
     }
 
-    fn list<'a>(&'a self, kind: &'static Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
-        Box::pin(self.pages(kind, namespace))
+    fn list<'a>(&'a self, kind: Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
+        Box::pin(self.list_all(kind, namespace, ""))
     }
 
     fn get<'a>(&'a self, resource: &'a ResourceName) -> Answer<'a, Option<Stored>> {
@@ -218,7 +243,7 @@ mod tests {
 
     #[test]
     fn what_the_server_adds_is_no_part_of_a_document_and_the_last_writer_is_named() {
-        let kind = Kind::find("msvc").unwrap();
+        let kind = Kind::MeshService;
         let object = json!({
             "metadata": {
                 "name": "payments", "namespace": "shop", "uid": "u", "generation": 3, "resourceVersion": "17",
@@ -230,13 +255,16 @@ mod tests {
             },
             "spec": { "ports": [{ "port": 80 }] }, "status": {},
         });
-        let stored = read_object(kind, &object).unwrap();
+        let stored = read_object(kind, "v1alpha1", &object).unwrap();
         assert_eq!((&*stored.version, stored.by.as_deref()), ("17", Some("meshd 2026-11-22T06:00:00Z")));
         let expected = json!({
             "apiVersion": "meshd.dev/v1alpha1", "kind": "MeshService",
             "metadata": { "name": "payments", "namespace": "shop" }, "spec": { "ports": [{ "port": 80 }] },
         });
         assert_eq!(stored.document, Ok(expected));
-        assert_eq!(path_of(&stored.resource), "/apis/meshd.dev/v1alpha1/namespaces/shop/meshservices/payments");
+        assert_eq!(
+            path_of(&stored.resource, "v1alpha1"),
+            "/apis/meshd.dev/v1alpha1/namespaces/shop/meshservices/payments"
+        );
     }
 }

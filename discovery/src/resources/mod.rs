@@ -46,14 +46,14 @@ pub use held::{Change as ResourceChange, News as ResourceNews, Record as Resourc
 pub(crate) use held::{HeldResources, Touched as TouchedResources};
 pub use http_route::{HttpMatch, HttpRoute, HttpRule, HttpSpec, PathMatch, Retry, RouteTimeouts, ValueMatch};
 pub use read::{Document, read, read_json};
-pub(crate) use read::{Said, is_between_services};
+pub(crate) use read::{Said, is_between_services, read_one};
 pub use references::{Backend, Parent, PolicyTarget, ServiceKind};
 pub use schema::{PUBLISHED, crds, json_schema};
 pub use service_policy::{
     Algorithm, Balancing, Failover, Limits, OutlierEjection, Per, PolicyTimeouts, RateLimit, Retries, RetryBudget,
     ServicePolicy, ServiceSpec, SuccessRate,
 };
-pub(crate) use store::{BASE, StoredKey, base_for};
+pub(crate) use store::{BASE, MOST_BYTES, StoredKey, base_for};
 pub use tcp_route::{TcpRoute, TcpRule, TcpSpec};
 pub use validate::{Finding, Severity, Text, validate};
 pub use values::{Network, PathPattern, Pattern, Peer, Span};

@@ -48,6 +48,14 @@ fn read_chunk(text: &str, line: u64, trust_domain: &TrustDomain) -> Vec<Document
     }
 }
 
+/// A text that is one document.
+pub(crate) fn read_one(text: &str, line: u64, trust_domain: &TrustDomain) -> Document {
+    match yaml::parse(text, line) {
+        Ok(node) => read_node(&node, trust_domain),
+        Err(problem) => Document { line: problem.line, id: None, outcome: Err(vec![problem]) },
+    }
+}
+
 /// `kubectl get -o yaml` writes a List.
 fn items_of_list(mut node: Node) -> Result<Vec<Node>, Node> {
     let is_list = Field::root(&node)

@@ -20,7 +20,7 @@ pub(crate) fn base_for(prefix: Option<&str>) -> String {
 }
 
 /// What a rule of a route has at most is a few KiB; this is far beyond the largest route.
-const MOST_BYTES: usize = 256 * 1024;
+pub(crate) const MOST_BYTES: usize = 256 * 1024;
 
 /// Which document a key is of.
 #[derive(Debug, Clone, PartialEq, Eq)]

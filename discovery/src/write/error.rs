@@ -34,7 +34,7 @@ impl StoreError {
     }
 
     pub(crate) fn absent(resource: &ResourceName, source: &str) -> StoreError {
-        let kind = resource.kind.plural;
+        let kind = resource.kind.plural();
         StoreError::Absent(format!("source {source} has no {resource}; `meshd get {kind}` lists what there is"))
     }
 }

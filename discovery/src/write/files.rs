@@ -6,6 +6,8 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use super::{Answer, Kind, Over, Replace, ResourceName, Store, StoreError, Stored, Write, manifest};
 use crate::{documents, files};
 
@@ -30,7 +32,7 @@ impl FilesStore {
 
     fn path_of(&self, resource: &ResourceName) -> PathBuf {
         let ResourceName { kind, namespace, name } = resource;
-        self.dir.join(format!("{}.{namespace}.{name}.yaml", kind.singular()))
+        self.dir.join(format!("{}.{namespace}.{name}.yaml", kind.lower()))
     }
 
     /// In the order in which hosts read them. Of one that is there twice the first holds.
@@ -42,18 +44,20 @@ impl FilesStore {
             let unreadable = |reason| StoreError::Refused(format!("{} cannot be read: {reason}", path.display()));
             let text = files::read(&path).map_err(unreadable)?;
             let version = version(&path).map_err(|error| trouble("read", &path, &error))?;
-            let chunks = documents::split(&text);
-            for (line, chunk) in &chunks {
-                let (by, document) = manifest::stored(chunk);
+            let documents: Vec<(u64, Result<Value, String>)> = documents::split(&text)
+                .into_iter()
+                .flat_map(|(line, chunk)| manifest::documents(chunk).into_iter().map(move |document| (line, document)))
+                .collect();
+            let neighbours = documents.len();
+            for (line, document) in documents {
                 let Some(resource) = document.as_ref().ok().and_then(manifest::name_of) else { continue };
                 if all.iter().any(|earlier| earlier.stored.resource == resource) {
                     continue;
                 }
-                // Above the first one's marker, which people may have added.
-                let by = by.or_else(|| manifest::stored(&text).0.filter(|_| chunks.len() == 1));
+                let by = manifest::signer(&text).filter(|_| neighbours == 1);
                 let origin = format!("{}:{line}", path.display());
                 let stored = Stored { resource, origin, version: version.clone(), by, document };
-                all.push(Found { path: path.clone(), neighbours: chunks.len(), stored });
+                all.push(Found { path: path.clone(), neighbours, stored });
             }
         }
         Ok(all)
@@ -136,7 +140,7 @@ impl Store for FilesStore {
         &self.name
     }
 
-    fn list<'a>(&'a self, kind: &'static Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
+    fn list<'a>(&'a self, kind: Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>> {
         let wanted = move |stored: &Stored| {
             stored.resource.kind == kind && namespace.is_none_or(|namespace| stored.resource.namespace == namespace)
         };

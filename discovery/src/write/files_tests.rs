@@ -72,7 +72,7 @@ async fn a_document_is_created_changed_left_alone_and_deleted() {
     assert_eq!(bed.get().await.unwrap().version, stored.version);
     let replaced = Some("root@web now".to_owned());
     assert_eq!(bed.apply(&document("payments", 81)).await, Ok(Outcome::Changed { replaced }));
-    let kind = Kind::find("msvc").unwrap();
+    let kind = Kind::MeshService;
     assert_eq!(bed.store.list(kind, Some("shop")).await.unwrap().len(), 1);
     assert_eq!(bed.store.list(kind, Some("bank")).await.unwrap(), []);
     let was = delete(&bed.store, &stored.resource, None, &how()).await.unwrap();

@@ -4,8 +4,8 @@ use meshd_identity::TrustDomain;
 use serde_json::{Value, json};
 
 use super::{By, Kind, ResourceName};
-use crate::documents;
-use crate::stored::MOST_BYTES;
+use crate::yaml::Problem;
+use crate::{documents, resources, stored};
 
 /// The first line of what `meshd apply` wrote where a backend keeps text.
 const SIGNED: &str = "# meshd apply: ";
@@ -36,16 +36,15 @@ impl Manifest {
 pub fn read(origin: &str, text: &str, trust_domain: &TrustDomain) -> Result<Vec<Manifest>, Vec<String>> {
     let (mut manifests, mut problems): (Vec<Manifest>, Vec<String>) = (Vec::new(), Vec::new());
     for (line, chunk) in documents::split(text) {
-        match read_one(origin, line, chunk, trust_domain) {
-            Ok(manifest) => {
-                let first = manifests.iter().find(|earlier| earlier.resource == manifest.resource);
-                if let Some(first) = first {
-                    let twice = format!("{}: {} is also at {}", manifest.origin, manifest.resource, first.origin);
-                    problems.push(twice + "; remove one of them");
-                }
-                manifests.push(manifest);
-            }
+        match read_chunk(origin, line, chunk, trust_domain) {
+            Ok(found) => manifests.extend(found),
             Err(found) => problems.extend(found),
+        }
+    }
+    for (n, manifest) in manifests.iter().enumerate() {
+        if let Some(first) = manifests[..n].iter().find(|earlier| earlier.resource == manifest.resource) {
+            let Manifest { origin, resource, .. } = manifest;
+            problems.push(format!("{origin}: {resource} is also at {}; remove one of them", first.origin));
         }
     }
     if manifests.is_empty() && problems.is_empty() {
@@ -54,26 +53,55 @@ pub fn read(origin: &str, text: &str, trust_domain: &TrustDomain) -> Result<Vec<
     if problems.is_empty() { Ok(manifests) } else { Err(problems) }
 }
 
-fn read_one(origin: &str, line: u64, chunk: &str, trust_domain: &TrustDomain) -> Result<Manifest, Vec<String>> {
-    let at = |line: u64, reason: &str| vec![format!("{origin}:{line}: {reason}")];
-    let (bare, based_on) = without_version(chunk);
-    // Syntax is told by the reader of hosts, with its line.
-    let known = value(&bare).ok().map(|document| Kind::of(field(&document, "apiVersion"), field(&document, "kind")));
-    let kind = known.transpose().map_err(|reason| at(line, &reason))?;
-    let found = documents::read_document(&bare, line, trust_domain);
-    let name = found.outcome.map(|described| described.service).map_err(|problems| {
-        let shown = |field: &str| if field.is_empty() { String::new() } else { format!("{field}: ") };
-        let told = problems.iter().map(|one| format!("{origin}:{}: {}{}", one.line, shown(&one.field), one.reason));
-        told.collect::<Vec<_>>()
-    })?;
-    let document = value(&bare).map_err(|reason| at(line, &reason))?;
-    let kind = kind.ok_or_else(|| at(line, "has no kind"))?;
-    let (namespace, name) = (name.namespace().to_owned(), name.name().to_owned());
-    let resource = ResourceName { kind, namespace, name };
-    let text = plain(&bare);
-    if text.len() > MOST_BYTES {
-        return Err(at(line, &format!("{resource} has {} bytes and {MOST_BYTES} are allowed", text.len())));
+/// One document, or those of a List, which is how kubectl writes several.
+fn read_chunk(origin: &str, line: u64, chunk: &str, trust_domain: &TrustDomain) -> Result<Vec<Manifest>, Vec<String>> {
+    match parse(chunk).as_ref().map(items) {
+        Ok(Some(items)) => {
+            let read = |item: &Value| read_one(origin, line, &yaml(item), trust_domain);
+            let (mut manifests, mut problems) = (Vec::new(), Vec::new());
+            for (n, read) in items.iter().map(read).enumerate() {
+                match read {
+                    Ok(manifest) => manifests.push(manifest),
+                    // Their lines are not those of the file.
+                    Err(found) => {
+                        problems.extend(found.into_iter().map(|one| told(origin, Problem { line, ..one }, n)));
+                    }
+                }
+            }
+            if problems.is_empty() { Ok(manifests) } else { Err(problems) }
+        }
+        _ => {
+            let one = read_one(origin, line, chunk, trust_domain).map(|manifest| vec![manifest]);
+            one.map_err(|problems| problems.into_iter().map(|problem| shown(origin, &problem)).collect())
+        }
     }
+}
+
+fn shown(origin: &str, problem: &Problem) -> String {
+    let field = if problem.field.is_empty() { String::new() } else { format!("{}: ", problem.field) };
+    format!("{origin}:{}: {field}{}", problem.line, problem.reason)
+}
+
+fn told(origin: &str, problem: Problem, item: usize) -> String {
+    shown(origin, &Problem { field: format!("items[{item}].{}", problem.field), ..problem })
+}
+
+fn items(document: &Value) -> Option<&Vec<Value>> {
+    document.get("items").and_then(Value::as_array).filter(|_| field(document, "kind") == "List")
+}
+
+fn read_one(origin: &str, line: u64, text: &str, trust_domain: &TrustDomain) -> Result<Manifest, Vec<Problem>> {
+    let wrong = |reason: String| vec![Problem { line, field: "document".to_owned(), reason }];
+    let (bare, based_on) = without_version(text);
+    let found = resources::read_one(&bare, line, trust_domain);
+    found.outcome?;
+    let id = found.id.ok_or_else(|| wrong("has no name; write metadata: { name: ..., namespace: ... }".to_owned()))?;
+    let (resource, text) = (ResourceName::from(&id), plain(&bare));
+    let most = if id.kind == Kind::MeshService { stored::MOST_BYTES } else { resources::MOST_BYTES };
+    if text.len() > most {
+        return Err(wrong(format!("{resource} has {} bytes and {most} are allowed", text.len())));
+    }
+    let document = value(&bare).map_err(wrong)?;
     Ok(Manifest { resource, origin: format!("{origin}:{}", found.line), based_on, document, text })
 }
 
@@ -100,9 +128,21 @@ fn without_version(chunk: &str) -> (String, Option<String>) {
 }
 
 /// Of a document a backend has: who wrote it, and what it says.
-pub(crate) fn stored(text: &str) -> (Option<String>, Result<Value, String>) {
-    let by = text.lines().next().and_then(|line| line.strip_prefix(SIGNED)).map(crate::yaml::printable);
-    (by, value(text))
+pub(crate) fn understand(text: &str) -> (Option<String>, Result<Value, String>) {
+    (signer(text), value(text))
+}
+
+pub(super) fn signer(text: &str) -> Option<String> {
+    text.lines().next().and_then(|line| line.strip_prefix(SIGNED)).map(crate::yaml::printable)
+}
+
+/// All that one part of a file holds.
+pub(super) fn documents(chunk: &str) -> Vec<Result<Value, String>> {
+    let document = value(chunk);
+    match document.as_ref().ok().and_then(items) {
+        Some(items) => items.iter().cloned().map(Ok).collect(),
+        None => vec![document],
+    }
 }
 
 /// The document in a text, if it names what it is.
@@ -118,7 +158,7 @@ fn parse(text: &str) -> Result<Value, String> {
 
 /// The name of a document, whether it is right or not.
 pub(super) fn name_of(document: &Value) -> Option<ResourceName> {
-    let kind = Kind::of(field(document, "apiVersion"), field(document, "kind")).ok()?;
+    let kind = Kind::ALL.into_iter().find(|kind| kind.name() == field(document, "kind"))?;
     let metadata = document.get("metadata")?;
     ResourceName::new(kind, field(metadata, "name"), Some(field(metadata, "namespace"))).ok()
 }

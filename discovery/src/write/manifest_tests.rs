@@ -28,7 +28,7 @@ fn what_get_showed_is_taken_with_its_version_and_everything_people_wrote_stays()
     let signed = manifest.signed(&By::new("root@api\n2026"));
     assert!(signed.starts_with("# meshd apply: root@api\\n2026\napiVersion: "), "{signed}");
     assert!(signed.contains("# what customers pay with\n  namespace: shop\nspec:"), "{signed}");
-    let (by, document) = stored(&signed);
+    let (by, document) = understand(&signed);
     assert_eq!((by.as_deref(), document), (Some("root@api\\\\n2026"), Ok(manifest.document)));
 }
 
@@ -53,7 +53,7 @@ fn everything_wrong_is_told_with_its_line_and_nothing_is_taken() {
     for (text, expected) in [
         (format!("{PAYMENTS}---\n{PAYMENTS}"), "meshservice/payments.shop is also at x.yaml:1"),
         (PAYMENTS.replace("MeshService", "MeshSrvice"), "did you mean `MeshService`?"),
-        (PAYMENTS.replace("v1alpha1", "v1"), "write `meshd.dev/v1alpha1`"),
+        (PAYMENTS.replace("v1alpha1", "v1"), "`meshd.dev/v1alpha1`"),
         ("# nothing\n".to_owned(), "x.yaml: there is no document in it"),
         ("- a\n".to_owned(), "must be a mapping"),
     ] {
@@ -75,4 +75,25 @@ fn yaml_says_what_json_said() {
 fn without_null(mut value: Value) -> Value {
     value["b"].as_object_mut().unwrap().remove("h");
     value
+}
+
+const POLICY: &str = "\
+apiVersion: meshd.dev/v1alpha1
+kind: ServicePolicy
+metadata: { name: payments, namespace: shop }
+spec: { targetRef: { group: meshd.dev, kind: MeshService, name: payments }, timeouts: { connect: 1s } }
+";
+
+#[test]
+fn every_kind_is_taken_alone_or_in_a_list_as_kubectl_writes_it() {
+    assert_eq!(one(POLICY).resource.to_string(), "servicepolicy/payments.shop");
+    let items: Vec<Value> = [PAYMENTS, POLICY].iter().map(|text| parse(text).unwrap()).collect();
+    let mut list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
+    let found = all(&list.to_string()).unwrap();
+    assert_eq!(found.iter().map(|one| one.resource.kind).collect::<Vec<_>>(), [Kind::MeshService, Kind::ServicePolicy]);
+    assert_eq!(found[0].based_on.as_deref(), Some("17"));
+    assert_eq!(documents(&list.to_string()).len(), 2);
+    list["items"][1]["spec"]["timeout"] = "1s".into();
+    let problems = all(&list.to_string()).unwrap_err();
+    assert!(problems[0].starts_with("x.yaml:1: items[1].spec.timeout: unknown field"), "{problems:?}");
 }

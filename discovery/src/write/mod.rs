@@ -19,14 +19,15 @@ use std::{fmt, io};
 
 use serde_json::Value;
 
+pub use crate::resources::Kind;
 pub use apply::{Applying, Outcome, apply, delete};
 pub use error::StoreError;
-pub use kind::{KINDS, Kind, ResourceName};
+pub use kind::{ResourceName, kind_named};
 pub use manifest::{Manifest, NOTED, read, versioned, yaml};
 
 pub(crate) use files::FilesStore;
 pub(crate) use kind::Keys;
-pub(crate) use manifest::stored;
+pub(crate) use manifest::understand;
 
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
@@ -39,7 +40,7 @@ pub trait Store: Send + Sync {
     fn name(&self) -> &str;
 
     /// Of one namespace, or all.
-    fn list<'a>(&'a self, kind: &'static Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>>;
+    fn list<'a>(&'a self, kind: Kind, namespace: Option<&'a str>) -> Answer<'a, Vec<Stored>>;
 
     fn get<'a>(&'a self, resource: &'a ResourceName) -> Answer<'a, Option<Stored>>;
 

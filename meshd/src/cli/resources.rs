@@ -1,7 +1,6 @@
 //! `meshd get`, `apply` and `delete`: documents in the backends that meshd.toml names. The daemon takes no part: who may
 //! do what is up to the backend and the credentials shown to it.
 
-mod input;
 mod shown;
 
 use std::collections::BTreeMap;
@@ -13,12 +12,12 @@ use clap::ValueEnum;
 use meshd::config::Config;
 use meshd::durable;
 use meshd_discovery::SourceConfig;
-use meshd_discovery::write::{self, Applying, By, Kind, Manifest, Outcome, ResourceName, Store, Stored};
+use meshd_discovery::write::{self, Applying, By, Kind, Manifest, Outcome, ResourceName, Store, StoreError, Stored};
 use meshd_identity::TrustDomain;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{on_runtime, trust_domain};
+use super::{on_runtime, trust_domain, validate};
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Shown {
@@ -63,7 +62,7 @@ Exit codes: 0; 1 where it was not there, or not deleted; 2 for a wrong command l
 #[derive(clap::Args)]
 #[command(after_help = GET_HELP)]
 pub(crate) struct GetArgs {
-    /// As kubectl knows it: MeshService, meshservices, msvc.
+    /// As kubectl knows it: MeshService, meshservices, msvc; httproute, servicepolicy, and so on.
     kind: String,
     /// `payments.shop`, or `payments` with --namespace. All of them if left out.
     name: Option<String>,
@@ -97,7 +96,7 @@ pub(crate) struct ApplyArgs {
 #[derive(clap::Args)]
 #[command(after_help = DELETE_HELP)]
 pub(crate) struct DeleteArgs {
-    /// As kubectl knows it: MeshService, meshservices, msvc.
+    /// As kubectl knows it: MeshService, meshservices, msvc; httproute, servicepolicy, and so on.
     #[arg(required_unless_present = "file")]
     kind: Option<String>,
     /// `payments.shop`, or `payments` with --namespace.
@@ -224,28 +223,30 @@ impl<'a> Backends<'a> {
         Ok(self.sources.iter().collect())
     }
 
-    /// The one that documents of a namespace belong in.
-    fn writable(&self, namespace: &str) -> anyhow::Result<&'a SourceConfig> {
-        let believed: Vec<&SourceConfig> =
-            self.sources.iter().filter(|source| source.authority.covers(namespace)).collect();
+    /// The one that documents of a kind and namespace belong in.
+    fn writable(&self, kind: Kind, namespace: &str) -> anyhow::Result<&'a SourceConfig> {
+        let believes = |source: &&SourceConfig| source.is_believed_about(kind, namespace);
+        let believed: Vec<&SourceConfig> = self.sources.iter().filter(believes).collect();
+        let what = format!("{} of namespace `{namespace}`", kind.plural());
         let chosen = match (&self.access.source, believed.as_slice(), self.sources) {
             (Some(name), ..) => self.named(name)?,
             (None, [only], _) => *only,
             (None, [], [only]) => only,
-            (None, [], several) => bail!(
-                "no source has authority for namespace `{namespace}` here; say --source with one of {}",
-                names(several)
-            ),
-            (None, several, _) => bail!(
-                "several sources may say what services of namespace `{namespace}` are; say --source with one of {}",
-                names(several.iter().copied())
-            ),
+            (None, [], several) => {
+                bail!("no source is believed about {what} here; say --source with one of {}", names(several))
+            }
+            (None, several, _) => {
+                let names = names(several.iter().copied());
+                bail!("several sources are believed about {what}; say --source with one of {names}")
+            }
         };
-        if !chosen.authority.covers(namespace) {
-            eprintln!(
-                "meshd: this host does not believe source {} about namespace `{namespace}`: it is not in its `authority`",
-                chosen.name()
-            );
+        if !chosen.is_believed_about(kind, namespace) {
+            let key = match kind {
+                Kind::MeshService => "authority",
+                kind if kind.is_route() => "provides.routes",
+                _ => "provides.policies",
+            };
+            eprintln!("meshd: this host does not believe source {} about {what}: see its `{key}`", chosen.name());
         }
         Ok(chosen)
     }
@@ -273,17 +274,30 @@ struct Found {
 }
 
 pub(crate) fn get(config: &Config, args: &GetArgs) -> anyhow::Result<ExitCode> {
-    let kind = Kind::find(&args.kind).map_err(anyhow::Error::msg)?;
+    on_runtime(get_now(config, args))
+}
+
+async fn get_now(config: &Config, args: &GetArgs) -> anyhow::Result<ExitCode> {
+    let kind = write::kind_named(&args.kind).map_err(anyhow::Error::msg)?;
     let one = args.name.as_deref().map(|name| ResourceName::new(kind, name, args.namespace.as_deref()));
     let one = one.transpose().map_err(anyhow::Error::msg)?;
     let mut backends = Backends::of(config, &args.access);
     let (mut found, mut complete) = (Vec::new(), true);
-    for source in backends.readable()? {
-        match read(&mut backends, source, kind, one.as_ref(), args.namespace.as_deref()) {
+    let sources = backends.readable()?;
+    let several = sources.len() > 1;
+    for source in sources {
+        let store = backends.open(source)?;
+        let read = match &one {
+            Some(one) => store.get(one).await.map(|stored| stored.into_iter().collect()),
+            None => store.list(kind, args.namespace.as_deref()).await,
+        };
+        match read {
             Ok(all) => found.extend(all.into_iter().map(|stored| Found { source: source.name().to_owned(), stored })),
+            // What does not know the kind has none.
+            Err(StoreError::Absent(_)) if several => {}
             Err(error) => {
                 complete = false;
-                eprintln!("meshd: {error:#}");
+                eprintln!("meshd: {error}");
             }
         }
     }
@@ -291,43 +305,33 @@ pub(crate) fn get(config: &Config, args: &GetArgs) -> anyhow::Result<ExitCode> {
         && found.is_empty()
         && complete
     {
-        bail!("there is no {one}; `meshd get {}` lists what there is", kind.plural);
+        bail!("there is no {one}; `meshd get {}` lists what there is", kind.plural());
     }
     print!("{}", shown::show(&found, args.output)?);
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn read(
-    backends: &mut Backends<'_>,
-    source: &SourceConfig,
-    kind: &'static Kind,
-    one: Option<&ResourceName>,
-    namespace: Option<&str>,
-) -> anyhow::Result<Vec<Stored>> {
-    let store = backends.open(source)?;
-    on_runtime(async {
-        Ok(match one {
-            Some(one) => store.get(one).await?.into_iter().collect(),
-            None => store.list(kind, namespace).await?,
-        })
-    })
+pub(crate) fn apply(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode> {
+    on_runtime(apply_now(config, args))
 }
 
-pub(crate) fn apply(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode> {
+async fn apply_now(config: &Config, args: &ApplyArgs) -> anyhow::Result<ExitCode> {
     let manifests = manifests(config, &args.file, args.trust_domain.as_ref())?;
     let mut backends = Backends::of(config, &args.access);
     // Nothing is written before it is known where everything goes.
-    let planned = manifests.iter().map(|manifest| Ok((manifest, backends.writable(&manifest.resource.namespace)?)));
+    let planned = manifests
+        .iter()
+        .map(|manifest| Ok((manifest, backends.writable(manifest.resource.kind, &manifest.resource.namespace)?)));
     let planned = planned.collect::<anyhow::Result<Vec<_>>>()?;
     let how = args.how.applying()?;
     let mut all_well = true;
     for (manifest, source) in planned {
         let store = backends.open(source)?;
-        match on_runtime(async { Ok(write::apply(store, manifest, &how).await?) }) {
+        match write::apply(store, manifest, &how).await {
             Ok(outcome) => println!("{}", told(manifest, &outcome, source.name(), how.dry_run)),
             Err(error) => {
                 all_well = false;
-                eprintln!("meshd: {}: {error:#}", manifest.origin);
+                eprintln!("meshd: {}: {error}", manifest.origin);
             }
         }
     }
@@ -349,9 +353,13 @@ fn told(manifest: &Manifest, outcome: &Outcome, source: &str, dry_run: bool) -> 
 }
 
 pub(crate) fn delete(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitCode> {
+    on_runtime(delete_now(config, args))
+}
+
+async fn delete_now(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitCode> {
     let doomed: Vec<(ResourceName, Option<String>)> = match (&args.kind, &args.name) {
         (Some(kind), Some(name)) => {
-            let kind = Kind::find(kind).map_err(anyhow::Error::msg)?;
+            let kind = write::kind_named(kind).map_err(anyhow::Error::msg)?;
             let resource = ResourceName::new(kind, name, args.namespace.as_deref());
             vec![(resource.map_err(anyhow::Error::msg)?, None)]
         }
@@ -361,18 +369,19 @@ pub(crate) fn delete(config: &Config, args: &DeleteArgs) -> anyhow::Result<ExitC
         }
     };
     let mut backends = Backends::of(config, &args.access);
-    let planned = doomed.iter().map(|(name, version)| Ok((name, version, backends.writable(&name.namespace)?)));
+    let planned =
+        doomed.iter().map(|(name, version)| Ok((name, version, backends.writable(name.kind, &name.namespace)?)));
     let planned = planned.collect::<anyhow::Result<Vec<_>>>()?;
     let how = args.how.applying()?;
     let mut all_well = true;
     for (resource, version, source) in planned {
         let store = backends.open(source)?;
-        match on_runtime(async { Ok(write::delete(store, resource, version.as_deref(), &how).await?) }) {
+        match write::delete(store, resource, version.as_deref(), &how).await {
             Ok(was) if how.dry_run => println!("{resource} would be deleted from {} ({})", source.name(), was.origin),
             Ok(was) => println!("{resource} deleted from {} ({})", source.name(), was.origin),
             Err(error) => {
                 all_well = false;
-                eprintln!("meshd: {error:#}");
+                eprintln!("meshd: {error}");
             }
         }
     }
@@ -388,10 +397,12 @@ fn manifests(config: &Config, files: &[PathBuf], mesh: Option<&TrustDomain>) -> 
         )?,
     };
     let (mut manifests, mut problems) = (Vec::new(), Vec::new());
-    for text in input::texts(files)? {
-        match write::read(&text.origin, &text.text, &trust_domain) {
-            Ok(found) => manifests.extend(found),
-            Err(found) => problems.extend(found),
+    for path in files {
+        for text in validate::read(path)? {
+            match write::read(&text.file, &text.text, &trust_domain) {
+                Ok(found) => manifests.extend(found),
+                Err(found) => problems.extend(found),
+            }
         }
     }
     if !problems.is_empty() {
@@ -443,7 +454,10 @@ mod tests {
     fn chosen(sources: &[SourceConfig], named: Option<&str>) -> Result<String, String> {
         let access = access(named);
         let backends = Backends { sources, access: &access, open: BTreeMap::new() };
-        backends.writable("shop").map(|source| source.name().to_owned()).map_err(|error| error.to_string())
+        backends
+            .writable(Kind::MeshService, "shop")
+            .map(|source| source.name().to_owned())
+            .map_err(|error| error.to_string())
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(crate) fn run(args: &Validate) -> anyhow::Result<ExitCode> {
     Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn read(path: &Path) -> anyhow::Result<Vec<Text>> {
+pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<Text>> {
     if path == Path::new("-") {
         return Ok(vec![text("standard input", std::io::stdin())?]);
     }

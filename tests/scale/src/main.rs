@@ -8,7 +8,7 @@ mod watchers;
 mod write;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -84,15 +84,16 @@ async fn run(args: &Args, config: Config, writing: runtime::Handle) -> Result<se
 
     let empty = resident_kib()?;
     let trust_domain: TrustDomain = "scale.example".parse()?;
-    let watchers = Watchers::start(args, &config.source, &trust_domain, writer.board())?;
-    let first = watchers.wait_until_full().await?;
+    let began = Instant::now();
+    let watchers = Watchers::start(args, &config.source, &trust_domain, writer.board()).await?;
+    let first = began.elapsed() / u32::try_from(args.hosts)?;
     // What only reading all at once needed is given back.
     sleep(Duration::from_secs(2)).await;
     let full = resident_kib()?;
     let mut report = json!({
         "backend": config.source.name(),
         "services": args.services, "endpoints": args.endpoints, "hosts": args.hosts, "imports": args.imports,
-        "first_s": round(first.as_secs_f64()),
+        "first_ms": round(first.as_secs_f64() * 1000.0),
         "resident_mib": full / 1024,
         "bytes_per_endpoint": full.saturating_sub(empty) * 1024 / watchers.endpoints_held() as u64,
     });
@@ -113,22 +114,25 @@ async fn change(
     let (rate, changes) = (args.rate, args.rate * args.seconds);
     let before = Usage::now()?;
     let changed = writing.spawn(async move {
+        // A change that waits for the one before is late from when it was due.
         let mut pace = interval(Duration::from_secs(1) / rate);
-        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
+        let mut changed = Vec::new();
         for _ in 0..changes {
-            pace.tick().await;
-            writer.change().await?;
+            let due = pace.tick().await;
+            changed.push(writer.change(due.into_std()).await?);
         }
-        anyhow::Ok(())
+        anyhow::Ok(changed)
     });
-    let began = std::time::Instant::now();
-    changed.await??;
+    let began = Instant::now();
+    let changed = changed.await??;
     let took = began.elapsed();
     let usage = Usage::now()?.since(&before);
     watchers.wait_until_right().await?;
     let delays = watchers.delays();
     let report = json!({
         "changes_per_s": round(f64::from(changes) / took.as_secs_f64()),
+        "told": changed.iter().map(|service| watchers.concerned(*service)).sum::<usize>(),
         "seen": delays.len(),
         "p50_ms": round(quantile(&delays, 0.50)), "p99_ms": round(quantile(&delays, 0.99)),
         "last_ms": round(quantile(&delays, 1.0)),

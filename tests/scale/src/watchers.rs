@@ -30,7 +30,8 @@ struct Host {
 }
 
 impl Watchers {
-    pub(crate) fn start(
+    /// One host after the other, as hosts boot: what they do all at once is not what is measured.
+    pub(crate) async fn start(
         args: &Args,
         source: &SourceConfig,
         trust_domain: &TrustDomain,
@@ -55,22 +56,19 @@ impl Watchers {
             let directory = watcher.directory();
             tokio::spawn(watcher.run());
             tokio::spawn(note_delays(directory.clone(), board.clone(), Arc::clone(&delays)));
-            hosts.push(Host { imports, directory });
+            let host = Host { imports, directory };
+            wait("a host to know all it imports", std::slice::from_ref(&host), |host| {
+                endpoints_of(&host.directory.borrow()).len() == host.imports.len() * args.endpoints
+            })
+            .await?;
+            hosts.push(host);
         }
         Ok(Self { hosts, endpoints: args.endpoints, board, delays })
     }
 
-    /// Until every host has all it imports.
-    pub(crate) async fn wait_until_full(&self) -> Result<Duration> {
-        self.wait("every host to know all it imports", |host| {
-            endpoints_of(&host.directory.borrow()).len() == host.imports.len() * self.endpoints
-        })
-        .await
-    }
-
     /// Until every host has exactly what was written last.
-    pub(crate) async fn wait_until_right(&self) -> Result<Duration> {
-        self.wait("every host to know what was written last", |host| {
+    pub(crate) async fn wait_until_right(&self) -> Result<()> {
+        wait("every host to know what was written last", &self.hosts, |host| {
             let written: HashSet<IpAddr> =
                 host.imports.iter().flat_map(|service| self.board.addresses(*service)).collect();
             endpoints_of(&host.directory.borrow()) == written
@@ -78,21 +76,13 @@ impl Watchers {
         .await
     }
 
-    async fn wait(&self, what: &str, is_there: impl Fn(&Host) -> bool) -> Result<Duration> {
-        let began = Instant::now();
-        while let Some(host) = self.hosts.iter().find(|host| !is_there(host)) {
-            if began.elapsed() > PATIENCE {
-                let (services, endpoints) =
-                    (host.directory.borrow().len(), endpoints_of(&host.directory.borrow()).len());
-                bail!("waited {} s for {what}: {services} services, {endpoints} endpoints", PATIENCE.as_secs());
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-        Ok(began.elapsed())
-    }
-
     pub(crate) fn endpoints_held(&self) -> usize {
         self.hosts.iter().map(|host| host.imports.len() * self.endpoints).sum()
+    }
+
+    /// How many hosts import the service.
+    pub(crate) fn concerned(&self, service: usize) -> usize {
+        self.hosts.iter().filter(|host| host.imports.contains(&service)).count()
     }
 
     pub(crate) fn delays(&self) -> Vec<Duration> {
@@ -100,6 +90,18 @@ impl Watchers {
         delays.sort_unstable();
         delays
     }
+}
+
+async fn wait(what: &str, hosts: &[Host], is_there: impl Fn(&Host) -> bool) -> Result<()> {
+    let began = Instant::now();
+    while let Some(host) = hosts.iter().find(|host| !is_there(host)) {
+        if began.elapsed() > PATIENCE {
+            let (services, endpoints) = (host.directory.borrow().len(), endpoints_of(&host.directory.borrow()).len());
+            bail!("waited {} s for {what}: {services} services, {endpoints} endpoints", PATIENCE.as_secs());
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
 }
 
 fn endpoints_of(directory: &Directory) -> HashSet<IpAddr> {

@@ -105,8 +105,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Replaces an endpoint of some service by a new one.
-    pub(crate) async fn change(&mut self) -> Result<()> {
+    /// Replaces an endpoint of some service by a new one; of which.
+    pub(crate) async fn change(&mut self, due: Instant) -> Result<usize> {
         let address = self.next_address();
         let (service, endpoint) = {
             let mut written = self.board.lock();
@@ -114,10 +114,11 @@ impl Writer {
             let endpoint = self.random.usize(..written.current[service].len());
             written.current[service][endpoint] = address;
             // Before it is sent: what the backend itself takes is part of it.
-            written.changed_at.insert(address, Instant::now());
+            written.changed_at.insert(address, due);
             (service, endpoint)
         };
-        self.backend.replace(service, endpoint, address).await
+        self.backend.replace(service, endpoint, address).await?;
+        Ok(service)
     }
 
     fn next_address(&mut self) -> IpAddr {

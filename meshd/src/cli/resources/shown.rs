@@ -30,7 +30,7 @@ fn row(found: &Found) -> Value {
     let Found { source, stored } = found;
     let Stored { resource, origin, version, by, document } = stored;
     json!({
-        "kind": resource.kind.name, "namespace": resource.namespace, "name": resource.name, "source": source,
+        "kind": resource.kind.name(), "namespace": resource.namespace, "name": resource.name, "source": source,
         "origin": origin, "version": version, "by": by, "problem": document.as_ref().err(),
         "document": document.as_ref().ok().map(|document| versioned(document, version)),
     })
@@ -58,19 +58,30 @@ fn table(found: &[Found]) -> String {
     })
 }
 
-/// A document in a few words.
+/// A document in a few words: where a service is, or what a route or policy is about.
 fn summary(document: &Value) -> String {
     let spec = &document["spec"];
     let list = |name: &str| spec[name].as_array().map(Vec::as_slice).unwrap_or_default();
+    let parents = list("parentRefs").iter().chain(spec.get("targetRef"));
+    let about = parents.map(|of| of["name"].as_str().unwrap_or("everybody")).collect::<Vec<_>>().join(",");
+    if !about.is_empty() {
+        let rules = counted(list("rules").len(), "rule");
+        return if rules.is_empty() { format!("for {about}") } else { format!("{rules} for {about}") };
+    }
     let ports = list("ports").iter().map(|port| match port["protocol"].as_str() {
         Some(protocol) => format!("{}/{protocol}", port["port"]),
         None => port["port"].to_string(),
     });
     let ports = ports.collect::<Vec<_>>().join(",");
-    match list("endpoints").len() {
-        0 => ports,
-        1 => format!("{ports} at 1 endpoint"),
-        number => format!("{ports} at {number} endpoints"),
+    let endpoints = counted(list("endpoints").len(), "endpoint");
+    if endpoints.is_empty() { ports } else { format!("{ports} at {endpoints}") }
+}
+
+fn counted(number: usize, what: &str) -> String {
+    match number {
+        0 => String::new(),
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
     }
 }
 
@@ -81,10 +92,17 @@ mod tests {
     use super::*;
 
     fn found(document: Result<Value, String>) -> Found {
-        let resource = ResourceName::new(Kind::find("msvc").unwrap(), "payments.shop", None).unwrap();
+        let resource = ResourceName::new(Kind::MeshService, "payments.shop", None).unwrap();
         let stored =
             Stored { resource, origin: "a.yaml:1".into(), version: "7".into(), by: Some("root@web".into()), document };
         Found { source: "files".to_owned(), stored }
+    }
+
+    #[test]
+    fn a_route_is_told_by_what_it_is_for() {
+        let parents = json!([{ "name": "payments" }, { "name": "ledger" }]);
+        assert_eq!(summary(&json!({ "spec": { "parentRefs": parents, "rules": [{}] } })), "1 rule for payments,ledger");
+        assert_eq!(summary(&json!({ "spec": { "targetRef": { "kind": "TrustDomain" } } })), "for everybody");
     }
 
     #[test]

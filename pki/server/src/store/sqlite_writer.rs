@@ -9,8 +9,9 @@ use rusqlite::Connection;
 
 use super::DbError;
 
-/// What one transaction of SQLite takes before it is written, whoever else waits: nobody waits for more than so many.
-const MOST_TOGETHER: usize = 64;
+/// How many may begin in one transaction of SQLite, whether they are given up or not: nobody waits for more than so many.
+/// As many as hosts are answered at once.
+const MOST_TOGETHER: usize = 16;
 
 pub(super) struct Writer {
     group: Mutex<Group>,
@@ -23,6 +24,8 @@ pub(super) struct Writer {
 /// Transactions that are written together, or not at all.
 struct Group {
     connection: Connection,
+    /// How many began.
+    begun: usize,
     /// How many are done and wait to be written.
     members: usize,
     outcome: Outcome,
@@ -33,7 +36,7 @@ type Outcome = Arc<OnceLock<Result<(), String>>>;
 
 impl Writer {
     pub(super) fn new(connection: Connection) -> Writer {
-        let group = Group { connection, members: 0, outcome: Outcome::default() };
+        let group = Group { connection, begun: 0, members: 0, outcome: Outcome::default() };
         Writer { group: Mutex::new(group), changed: Condvar::new(), queued: AtomicUsize::new(0) }
     }
 
@@ -42,6 +45,14 @@ impl Writer {
         let mut group = self.lock();
         self.queued.fetch_sub(1, Ordering::SeqCst);
         group.notice_rollback(self);
+        if group.members > 0 && group.begun >= MOST_TOGETHER {
+            // Its members are told; who begins now has no part in it.
+            _ = group.write(self);
+        }
+        if group.members == 0 {
+            group.begun = 0;
+        }
+        group.begun += 1;
         let begun = match group.members {
             // The write lock from the start: what is read stays true until the commit.
             0 => group.connection.execute_batch("BEGIN IMMEDIATE"),
@@ -125,7 +136,7 @@ impl Writing<'_> {
             if let Some(result) = outcome.get() {
                 return result.clone().map_err(DbError::Together);
             }
-            if group.members >= MOST_TOGETHER || self.writer.queued.load(Ordering::SeqCst) == 0 {
+            if group.begun >= MOST_TOGETHER || self.writer.queued.load(Ordering::SeqCst) == 0 {
                 return group.write(self.writer);
             }
             group = self.writer.changed.wait(group).unwrap_or_else(PoisonError::into_inner);
@@ -249,6 +260,27 @@ mod tests {
         note(&next, "next").unwrap();
         next.commit().unwrap();
         assert_eq!(noted(dir.path()), ["next"]);
+    }
+
+    #[test]
+    fn those_who_give_up_again_and_again_hold_up_nobody() {
+        let (dir, writer) = writer();
+        let is_written = std::sync::atomic::AtomicBool::new(false);
+        thread::scope(|scope| {
+            // More than one, so that there is always somebody who waits to begin.
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !is_written.load(Ordering::SeqCst) {
+                        drop(writer.begin().unwrap());
+                    }
+                });
+            }
+            let writing = writer.begin().unwrap();
+            note(&writing, "kept").unwrap();
+            writing.commit().unwrap();
+            is_written.store(true, Ordering::SeqCst);
+        });
+        assert_eq!(noted(dir.path()), ["kept"]);
     }
 
     #[test]
