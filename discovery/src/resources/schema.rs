@@ -62,8 +62,8 @@ fn crd(kind: Kind) -> Json {
 fn short_names(kind: Kind) -> &'static [&'static str] {
     match kind {
         Kind::MeshService => &["msvc"],
-        Kind::ServicePolicy => &["spol"],
-        Kind::AuthorizationPolicy => &["azpol"],
+        Kind::ServicePolicy => &["svcpol"],
+        Kind::AuthorizationPolicy => &["ap"],
         _ => &[],
     }
 }
