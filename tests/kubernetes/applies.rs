@@ -25,23 +25,33 @@ const DEPLOY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes"
 const MESH_SYSTEM: &str = "meshd-system";
 
 /// A backend that the daemon may read, and somebody else may write.
-struct Backend {
-    name: &'static str,
+pub(crate) struct Backend {
+    pub(crate) name: &'static str,
     /// Its `[[source]]`.
     source: String,
     /// What shows the writer on the command line.
     writer: Vec<String>,
-    server: Server,
+    pub(crate) server: Server,
 }
 
 /// Runs as long as it is here.
-enum Server {
-    Etcd(#[expect(dead_code, reason = "kept running")] Etcd),
-    Consul(#[expect(dead_code, reason = "kept running")] Consul),
+pub(crate) enum Server {
+    Etcd(Etcd),
+    Consul(Consul),
     Kubernetes(Cluster),
 }
 
-fn etcd(host: &Host) -> Result<Backend> {
+impl Server {
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        match self {
+            Server::Etcd(etcd) => etcd.kill_member(0),
+            Server::Consul(consul) => consul.kill(),
+            Server::Kubernetes(cluster) => cluster.kill_apiserver(),
+        }
+    }
+}
+
+pub(crate) fn etcd(host: &Host) -> Result<Backend> {
     let etcd = Etcd::start(host, 1)?;
     let (cert, key) = etcd.add_user("reader", "/meshd-discovery/")?;
     let only_reads = [
@@ -68,7 +78,7 @@ fn etcd(host: &Host) -> Result<Backend> {
     Ok(Backend { name: "etcd", source, writer, server: Server::Etcd(etcd) })
 }
 
-fn consul(host: &Host) -> Result<Backend> {
+pub(crate) fn consul(host: &Host) -> Result<Backend> {
     let consul = Consul::start(host)?;
     let rules = |policy: &str| {
         format!(
@@ -94,7 +104,7 @@ fn consul(host: &Host) -> Result<Backend> {
     Ok(Backend { name: "consul", source, writer, server: Server::Consul(consul) })
 }
 
-fn kubernetes(host: &Host) -> Result<Backend> {
+pub(crate) fn kubernetes(host: &Host) -> Result<Backend> {
     let cluster = Cluster::start(host)?;
     for file in ["reader.yaml", "editor.yaml"] {
         cluster.apply(&Path::new(DEPLOY).join(file))?;
@@ -143,13 +153,13 @@ fn shown(path: &Path) -> String {
 }
 
 /// A mesh whose web knows services from these backends alone.
-struct Bed {
-    mesh: Mesh,
-    backends: Vec<Backend>,
+pub(crate) struct Bed {
+    pub(crate) mesh: Mesh,
+    pub(crate) backends: Vec<Backend>,
 }
 
 impl Bed {
-    fn make(backends: &[fn(&Host) -> Result<Backend>]) -> Result<Self> {
+    pub(crate) fn make(backends: &[fn(&Host) -> Result<Backend>]) -> Result<Self> {
         let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
         let mut mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
         let backends = backends.iter().map(|start| start(&lab.host("store"))).collect::<Result<Vec<_>>>()?;
@@ -165,7 +175,7 @@ impl Bed {
     }
 
     /// `payments` at these hosts, with nothing on the lines that a test names.
-    fn payments(&self, hosts: &[&str]) -> String {
+    pub(crate) fn payments(&self, hosts: &[&str]) -> String {
         let mut text = String::from(
             "apiVersion: meshd.dev/v1alpha1\nkind: MeshService\nmetadata:\n  name: payments\n  namespace: shop\nspec:\n  ports:\n    \
              - port: 80   # the shop's\n  endpoints:\n",
@@ -200,7 +210,7 @@ impl Bed {
         refused(&self.run(backend, verb)?, expected)
     }
 
-    fn applies(&self, backend: &Backend, text: &str, expected: &str) -> Result<String> {
+    pub(crate) fn applies(&self, backend: &Backend, text: &str, expected: &str) -> Result<String> {
         self.says(backend, &["apply", "-f", &self.file("payments.yaml", text)?], expected)
     }
 
@@ -211,20 +221,20 @@ impl Bed {
     }
 
     /// Waits until that host answers.
-    fn answers(&self, host: &str) -> Result<()> {
+    pub(crate) fn answers(&self, host: &str) -> Result<()> {
         let web = self.mesh.daemon("web");
         let asks = || self.mesh.curl("web", "checkout", &["-sS", "--max-time", "5", "http://payments.shop.mesh/"]);
         until(DEADLINE, &format!("an answer of {host}"), || asks().is_ok_and(|done| done.stdout.contains(host)))
             .with_context(|| format!("{:?} {:?}", asks(), web.json("status").map(|status| status["sources"].clone())))
     }
 
-    fn endpoints(&self, service: &str) -> Result<Vec<Value>> {
+    pub(crate) fn endpoints(&self, service: &str) -> Result<Vec<Value>> {
         let rows = self.mesh.daemon("web").json("endpoints")?;
         let rows = rows.as_array().context("no rows")?.iter();
         Ok(rows.filter(|row| row["service"] == service).cloned().collect())
     }
 
-    fn waits_for(&self, what: &str, service: &str, holds: impl Fn(&[Value]) -> bool) -> Result<()> {
+    pub(crate) fn waits_for(&self, what: &str, service: &str, holds: impl Fn(&[Value]) -> bool) -> Result<()> {
         until(DEADLINE, what, || self.endpoints(service).is_ok_and(|rows| holds(&rows)))
             .with_context(|| format!("{:?}", self.endpoints(service)))
     }

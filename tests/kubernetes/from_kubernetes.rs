@@ -307,8 +307,7 @@ fn by_a_pattern_a_cluster_is_read_in_pages_and_only_what_takes_part_is_imported(
     let annotations = json!({ "meshd.dev/identities": "ns/shop/sa/payments" });
     let service = |n: u32| {
         let ports = json!([{ "port": 80 }]);
-        let metadata =
-            json!({ "name": format!("s{n}"), "annotations": if n % 2 == 0 { &annotations } else { &Value::Null } });
+        let metadata = json!({ "name": format!("s{n}"), "annotations": if n.is_multiple_of(2) { &annotations } else { &Value::Null } });
         json!({ "metadata": metadata, "spec": { "clusterIP": "None", "ports": ports } })
     };
     bed.cluster.create_all(SERVICES, &(0..520).map(service).collect::<Vec<_>>())?;

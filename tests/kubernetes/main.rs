@@ -15,7 +15,9 @@ mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
 mod registers_in_kubernetes;
+mod resources;
 mod scale;
+mod several;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};

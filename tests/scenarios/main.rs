@@ -37,6 +37,7 @@ mod targets;
 mod tun;
 mod wire;
 mod workload_api;
+mod zones;
 
 use std::time::Duration;
 

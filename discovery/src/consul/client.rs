@@ -86,10 +86,16 @@ impl Client {
         deadline: Duration,
     ) -> Result<Reply, CallError> {
         let address = self.settings.parsed()?;
-        match timeout(deadline, self.exchange(&address, call, token)).await {
-            Ok(reply) => reply,
-            Err(_) => Err(CallError::Deadline { authority: address.authority, after: deadline }),
+        let late = |_| CallError::Deadline { authority: address.authority.clone(), after: deadline };
+        // Consul may close a connection between two requests, or while one waits; that is no trouble. What is asked again
+        // may take its whole time again.
+        if let Some(mut connection) = self.connection.take()
+            && let Ok(reply) = timeout(deadline, send(&mut connection, &address, call, token)).await.map_err(late)?
+        {
+            self.connection = Some(connection);
+            return Ok(reply);
         }
+        timeout(deadline, self.exchange(&address, call, token)).await.map_err(late)?
     }
 
     async fn exchange(
@@ -98,13 +104,6 @@ impl Client {
         call: &Call<'_>,
         token: Option<&HeaderValue>,
     ) -> Result<Reply, CallError> {
-        // Consul may close a connection between two requests; that is no trouble.
-        if let Some(mut connection) = self.connection.take()
-            && let Ok(reply) = send(&mut connection, address, call, token).await
-        {
-            self.connection = Some(connection);
-            return Ok(reply);
-        }
         let unreachable = |reason: String| CallError::Unreachable { authority: address.authority.clone(), reason };
         let opened = timeout(CONNECT_DEADLINE, self.open(address)).await;
         let late = |_| unreachable(format!("no connection within {} s", CONNECT_DEADLINE.as_secs()));
@@ -215,6 +214,32 @@ mod tests {
         let mut client = serve(vec![ok, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nagain"], true).await;
         assert_eq!(client.get("/a", None, DEADLINE).await.unwrap().body, "ok");
         assert_eq!(client.get("/b", None, DEADLINE).await.unwrap().body, "again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_whose_connection_is_cut_while_it_waits_has_its_whole_time_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = Some(format!("http://{}", listener.local_addr().unwrap()));
+        let ok = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+        let server = async move {
+            let mut request = [0; 1024];
+            let (mut first, _) = listener.accept().await.unwrap();
+            assert!(first.read(&mut request).await.unwrap() > 0);
+            first.write_all(ok).await.unwrap();
+            assert!(first.read(&mut request).await.unwrap() > 0);
+            tokio::time::advance(Duration::from_secs(8)).await;
+            drop(first);
+            let (mut second, _) = listener.accept().await.unwrap();
+            assert!(second.read(&mut request).await.unwrap() > 0);
+            tokio::time::advance(Duration::from_secs(8)).await;
+            second.write_all(ok).await.unwrap();
+        };
+        let mut client = Client::new(Arc::new(Settings { address, ..Settings::default() }));
+        let asks = async {
+            client.get("/a", None, DEADLINE).await.unwrap();
+            client.get("/b", None, DEADLINE).await.unwrap();
+        };
+        tokio::join!(server, asks);
     }
 
     #[tokio::test]

@@ -84,7 +84,7 @@ pub(super) enum Error {
     Anonymous,
     #[error(
         "Consul takes no more requests of this host now ({0}); raise limits.http_max_conns_per_client of its agent (200 by \
-         default), or import fewer services"
+         default) or limits.request_limits of its servers, or import fewer services"
     )]
     TooMany(String),
     #[error("Consul answers {what} with {status}: {said}")]
@@ -114,10 +114,11 @@ impl Query {
         match self {
             Query::Documents => format!("/v1/kv/{base}/?recurse=true"),
             Query::Resources(base) => format!("/v1/kv/{base}/?recurse=true"),
-            Query::Names => "/v1/catalog/services?".to_owned(),
+            // `leader`: agents with `discovery_max_stale` would ask any server, and those differ in how far they are.
+            Query::Names => "/v1/catalog/services?leader".to_owned(),
             // `near` keeps agents from answering by their streaming backend, which says nothing of what is hidden from
             // the token, nor that it has lost its servers: it answers either with an empty list.
-            Query::Instances(name) => format!("/v1/health/service/{name}?near=_agent"),
+            Query::Instances(name) => format!("/v1/health/service/{name}?near=_agent&leader"),
         }
     }
 

@@ -94,6 +94,6 @@ fn who_shows_no_token_is_somebody_where_the_agent_has_one_or_acls_are_off() {
 
 #[test]
 fn instances_are_asked_past_the_streaming_backend() {
-    assert_eq!(payments().path(BASE), "/v1/health/service/payments?near=_agent");
+    assert_eq!(payments().path(BASE), "/v1/health/service/payments?near=_agent&leader");
     assert_eq!(Query::Documents.path(BASE), "/v1/kv/meshd-discovery/v1/?recurse=true");
 }

@@ -22,10 +22,14 @@ const PACE: Duration = Duration::from_millis(100);
 /// may have other users of its agent.
 pub(super) const TURNS: usize = 128;
 
+/// Of those, beside them, that ask what there is now: they do not wait behind others that wait for changes.
+const FIRST_TURNS: usize = 32;
+
 /// Who may ask now, and the connections that are free for it.
 #[derive(Debug)]
 pub(super) struct Turns<R> {
     semaphore: Semaphore,
+    first: Semaphore,
     /// How many want to.
     watches: AtomicUsize,
     free: Mutex<Free<R>>,
@@ -40,7 +44,12 @@ struct Free<R> {
 impl<R: Remote> Turns<R> {
     pub(super) fn new(first: R) -> Turns<R> {
         let free = Mutex::new(Free { first, kept: Vec::new() });
-        Turns { semaphore: Semaphore::new(TURNS), watches: AtomicUsize::new(0), free }
+        Turns {
+            semaphore: Semaphore::new(TURNS),
+            first: Semaphore::new(FIRST_TURNS),
+            watches: AtomicUsize::new(0),
+            free,
+        }
     }
 
     pub(super) fn are_for(&self, watches: usize) {
@@ -96,6 +105,7 @@ pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<
         let mut said = News::new(query.clone(), answer, before);
         match &said.answer {
             Ok(answer) => {
+                backoff = Backoff::default();
                 // A query answers before its time with what was known already only when a snapshot was restored.
                 said.went_back |= index > 0 && answer.index == index && started.elapsed() + EARLY < wait;
                 // From 0 on the next question does not block: what there is now is read before it is waited for.
@@ -113,8 +123,9 @@ pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<
 
 async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<Answer, Error>, Instant, Duration) {
     let takes_turns = matches!(query, Query::Instances(_));
-    // The semaphore is never closed, so there is always a turn.
-    let _turn = if takes_turns { turns.semaphore.acquire().await.ok() } else { None };
+    let queue = if index == 0 { &turns.first } else { &turns.semaphore };
+    // They are never closed, so there is always a turn.
+    let _turn = if takes_turns { queue.acquire().await.ok() } else { None };
     let wait = if takes_turns && turns.are_scarce() { SHORT_WAIT } else { WAIT };
     let wait = jittered(wait, fastrand::f64() / 2.0);
     let started = Instant::now();

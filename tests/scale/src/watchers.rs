@@ -51,7 +51,7 @@ impl Watchers {
                 _ => imports.iter().map(|service| format!("{}.scale", service_name(*service))).collect(),
             };
             let configured = source.open(trust_domain)?;
-            let wanted = Imports::try_from(names).map_err(anyhow::Error::msg)?.wanted().clone();
+            let wanted = Imports::try_from(names).map_err(anyhow::Error::msg)?.declared().cloned().unwrap_or_default();
             let watcher = Watcher::new(vec![configured], trust_domain.clone()).wanting(wanted);
             let directory = watcher.directory();
             tokio::spawn(watcher.run());
