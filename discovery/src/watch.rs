@@ -328,7 +328,11 @@ impl Watcher {
 
     /// Has the sources asked for what is wanted now.
     fn want(&self) {
-        let looked_up = self.interested.as_ref().map(Interested::names).unwrap_or_default();
+        let mut looked_up = self.interested.as_ref().map(Interested::names).unwrap_or_default();
+        let asked = Wanted { looked_up: looked_up.clone(), ..self.declared.clone() };
+        // Who uses a service uses what its routes lead to.
+        let routed = self.layers.iter().flat_map(|layer| layer.resource_layer().backends(&asked));
+        looked_up.extend(routed);
         for layer in &self.layers {
             layer.wanted.send_if_modified(|wanted| {
                 let now = Wanted { looked_up: looked_up.clone(), resync: wanted.resync, ..self.declared.clone() };
@@ -420,7 +424,11 @@ impl Watcher {
         for name in touched {
             changed |= self.merge_one(name, &mut directory);
         }
-        changed |= self.attach(&mut directory);
+        let rerouted = self.attach(&mut directory);
+        if rerouted {
+            self.want();
+        }
+        changed |= rerouted;
         if changed {
             tracing::debug!(services = directory.len(), "directory changed");
             self.directory.send_replace(Arc::new(directory));

@@ -510,3 +510,25 @@ async fn policies_reach_the_directory_and_are_there_after_a_restart_with_every_s
     let running = start_keeping(vec![Configured { belief: Belief::Guarded, ..source }], keep);
     assert_eq!(policies(&running.directory.borrow()), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_uses_a_service_uses_what_its_routes_lead_to() {
+    let (script, source) = fake::source("etcd");
+    let imports = Wanted { services: ["payments.shop".parse().unwrap()].into(), ..Wanted::default() };
+    let _running = started(Watcher::new(vec![source], fake::trust_domain()).wanting(imports));
+    let mut wanted = script.wanted().await;
+    let route = |parent: &str, backend: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{ name: {parent}, namespace: shop }}\nspec: {{ \
+             parentRefs: [ {{ group: \"\", kind: Service, name: {parent} }} ], rules: [ {{ backendRefs: [ {{ name: {backend} \
+             }} ] }} ] }}\n"
+        )
+    };
+    let records =
+        [("payments", "next"), ("other", "elsewhere")].map(|(one, other)| fake::resources(one, &route(one, other)));
+    let (prefix, epoch) = ("".into(), Epoch::default());
+    let news = ResourceNews::Listed { prefix, epoch, records: records.to_vec(), refused: vec![] };
+    script.send(SourceEvent::Resources(news)).await;
+    let now = wanted.wait_for(|wanted| wanted.covers(&"next.shop".parse().unwrap())).await.unwrap();
+    assert!(!now.covers(&"elsewhere.shop".parse().unwrap()));
+}

@@ -15,6 +15,7 @@ mod registering;
 mod registers_in_consul;
 mod registers_in_etcd;
 mod registers_in_kubernetes;
+mod resources;
 mod scale;
 mod several;
 

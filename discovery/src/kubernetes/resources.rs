@@ -11,6 +11,7 @@
 //! A kind is read in all namespaces: who routes a service for its own clients does so in the namespace of the clients.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use meshd_identity::TrustDomain;
 use serde_json::Value;
@@ -28,8 +29,10 @@ use crate::{Epoch, Refused, Sink, SourceEvent, Wanted};
 
 /// Objects per page of a list.
 const PAGE: usize = 500;
+/// How often all is read again for those who ask.
+const AGAIN_AT_MOST: Duration = Duration::from_secs(15);
 /// A watch that ends sooner ends for another reason than its age.
-const SHORTEST_WATCH: std::time::Duration = std::time::Duration::from_secs(1);
+const SHORTEST_WATCH: Duration = Duration::from_secs(1);
 
 /// What the follower of services knows of the server.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -122,13 +125,13 @@ impl Follower {
     /// Until all is to be read again.
     async fn follow<S: Server>(&mut self, server: &mut S) -> Result<(), Error> {
         let life = self.life.borrow_and_update().clone();
-        self.wanted.borrow_and_update();
+        let wanted = self.wanted.borrow_and_update().clone();
         let (objects, version) = server.list(self.kind).await?;
         self.version = Some(version);
         self.tell_list(objects).await;
         let started = Instant::now();
         let mut watch = server.watch(self.kind, self.version.as_deref().unwrap_or_default()).await?;
-        let again_at = started + jittered(RESYNC_EVERY, fastrand::f64());
+        let mut again_at = started + jittered(RESYNC_EVERY, fastrand::f64());
         loop {
             tokio::select! {
                 event = watch.next() => match event? {
@@ -147,8 +150,14 @@ impl Follower {
                         return Ok(());
                     }
                 }
-                // Also where all is to be read again.
-                Ok(()) = self.wanted.changed() => return Ok(()),
+                Ok(()) = self.wanted.changed() => {
+                    let now = self.wanted.borrow_and_update().clone();
+                    if (Wanted { resync: wanted.resync, ..now }) != wanted {
+                        return Ok(());
+                    }
+                    // Somebody wants to know it anew, of what are objects of the whole cluster.
+                    again_at = again_at.min(started + AGAIN_AT_MOST);
+                }
                 () = sleep_until(again_at) => return Ok(()),
             }
         }

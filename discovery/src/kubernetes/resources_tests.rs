@@ -143,8 +143,13 @@ async fn all_is_read_again_when_history_is_gone_the_connection_was_given_up_or_s
     bed.listed().await;
     bed.life.send_modify(|life| life.epoch.store = "two".into());
     bed.listed().await;
+    let asked = Instant::now();
     bed.wanted.send_modify(|wanted| wanted.resync += 1);
     bed.listed().await;
+    assert_eq!(asked.elapsed(), AGAIN_AT_MOST);
+    bed.wanted.send_modify(|wanted| wanted.namespaces = [String::from("shop")].into());
+    bed.listed().await;
+    assert_eq!(asked.elapsed(), AGAIN_AT_MOST);
     // And by itself.
     bed.listed().await;
     // That the store goes on changes nothing.

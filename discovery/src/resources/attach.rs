@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rpds::RedBlackTreeMapSync;
 
 use super::{AuthorizationPolicy, GrpcRoute, HeldResources, HttpRoute, Id, Resource, ServicePolicy, Target, TcpRoute};
-use crate::{Namespaces, ServiceName};
+use crate::{Namespaces, ServiceName, Wanted};
 
 /// All there is of one service. Each list is in the order of precedence, the first before the others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -122,6 +122,15 @@ impl Layer<'_> {
     fn may_say(&self, id: &Id) -> bool {
         let granted = if id.kind.is_route() { self.routes } else { self.policies };
         granted.covers(&id.namespace)
+    }
+
+    /// Where what is believed of it sends those who use what is wanted.
+    pub(crate) fn backends(&self, wanted: &Wanted) -> Vec<ServiceName> {
+        let is_wanted = |target: Target| matches!(target, Target::Service(service) if wanted.covers(&service));
+        let resources = self.held.records().flat_map(|record| &record.resources);
+        let used =
+            resources.filter(|resource| self.may_say(&resource.id()) && resource.targets().into_iter().any(is_wanted));
+        used.flat_map(Resource::backends).collect()
     }
 
     /// What the source says without being granted it. Full messages.

@@ -38,7 +38,8 @@ fn crd(kind: Kind) -> Json {
         "spec": {
             "group": group,
             "scope": "Namespaced",
-            "names": { "kind": name, "listKind": format!("{name}List"), "plural": plural, "singular": kind.lower() },
+            "names": { "kind": name, "listKind": format!("{name}List"), "plural": plural, "singular": kind.lower(),
+                "shortNames": short_names(kind) },
             "versions": [{
                 "name": kind.versions()[0],
                 "served": true,
@@ -55,6 +56,16 @@ fn crd(kind: Kind) -> Json {
             }],
         },
     })
+}
+
+/// For `kubectl get`.
+fn short_names(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::MeshService => &["msvc"],
+        Kind::ServicePolicy => &["svcpol"],
+        Kind::AuthorizationPolicy => &["ap"],
+        _ => &[],
+    }
 }
 
 /// Kubernetes prunes or refuses what is not known by itself, and takes no `additionalProperties: false` beside `properties`.

@@ -32,18 +32,27 @@ fn yaml(value: &Json, indent: usize, out: &mut String) {
                     &format!("\n{pad}-{}", text.trim_start_matches('\n').replacen(&"  ".repeat(indent + 1), " ", 1));
             }
         }
+        Json::String(text) if is_plain(text) => *out += &format!(" {text}"),
         other => *out += &format!(" {other}"),
     }
+}
+
+/// Means the same without quotation marks.
+fn is_plain(text: &str) -> bool {
+    let words = ["true", "false", "null", "yes", "no", "on", "off", "y", "n"];
+    let plain = |c: char| c.is_ascii_alphanumeric() || "./-".contains(c);
+    text.starts_with(|c: char| c.is_ascii_alphabetic()) && text.chars().all(plain) && !words.contains(&text)
 }
 
 fn definitions() -> String {
     let begun =
         "# The kinds of meshd.dev, for clusters that hold them. Made by `cargo xtask schema`; not to be edited.\n";
-    crds().iter().fold(begun.to_owned(), |text, definition| {
+    let documents = crds().into_iter().map(|definition| {
         let mut document = String::new();
-        yaml(definition, 0, &mut document);
-        format!("{text}---\n{}\n", document.trim_start())
-    })
+        yaml(&definition, 0, &mut document);
+        document.trim_start().to_owned() + "\n"
+    });
+    begun.to_owned() + &documents.collect::<Vec<_>>().join("---\n")
 }
 
 fn published() -> Vec<(PathBuf, String)> {

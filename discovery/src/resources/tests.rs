@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use proptest::prelude::*;
+
 use super::read::Said;
 use super::*;
 use crate::fake::trust_domain;
@@ -254,4 +256,60 @@ fn files_are_checked_against_each_other() {
         assert!(said.iter().any(|said| said.contains(expected)), "{expected}\n{said:#?}");
     }
     assert_eq!(findings.iter().filter(|found| found.severity == Severity::Error).count(), 1);
+}
+
+/// Puts `value` where walking down `path` ends.
+fn replace(document: &mut serde_json::Value, path: &[prop::sample::Index], value: serde_json::Value) {
+    use serde_json::Value;
+    let Some((first, rest)) = path.split_first() else { return *document = value };
+    match document {
+        Value::Array(items) if !items.is_empty() => {
+            let at = first.index(items.len());
+            replace(&mut items[at], rest, value);
+        }
+        Value::Object(map) if !map.is_empty() => {
+            let at = first.index(map.len());
+            if let Some(inner) = map.values_mut().nth(at) {
+                replace(inner, rest, value);
+            }
+        }
+        other => *other = value,
+    }
+}
+
+fn scalar() -> impl Strategy<Value = serde_json::Value> {
+    use serde_json::json;
+    prop_oneof![
+        Just(json!(null)),
+        Just(json!([])),
+        Just(json!({})),
+        any::<bool>().prop_map(|value| json!(value)),
+        any::<i64>().prop_map(|value| json!(value)),
+        any::<f64>().prop_map(|value| json!(value)),
+        ".{0,12}".prop_map(|text| json!(text)),
+        prop_oneof![Just("*"), Just("0s"), Just("::/0"), Just("RegularExpression"), Just("/a/*"), Just("(")]
+            .prop_map(|text| json!(text)),
+    ]
+}
+
+proptest! {
+    /// Whatever somebody writes into a document is refused or means something that outlives a restart.
+    #[test]
+    fn no_document_panics_and_what_is_taken_is_read_back(
+        example in any::<prop::sample::Index>(),
+        changes in prop::collection::vec((prop::collection::vec(any::<prop::sample::Index>(), 1..9), scalar()), 1..4),
+    ) {
+        let chunks: Vec<_> = EXAMPLES.iter().flat_map(|(_, text)| crate::documents::split(text)).collect();
+        let (line, chunk) = example.get(&chunks);
+        let mut document = crate::yaml::parse(chunk, *line).ok().unwrap().to_json();
+        for (path, value) in changes {
+            replace(&mut document, &path, value);
+        }
+        if let Ok(Said::Resources(resources)) = read_json(&document, &trust_domain()).outcome {
+            for resource in resources {
+                let saved = serde_json::to_string(&resource).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Resource>(&saved).unwrap(), resource);
+            }
+        }
+    }
 }

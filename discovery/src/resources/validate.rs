@@ -1,6 +1,6 @@
 //! `meshd validate`: all that is wrong with documents before anybody reads them, and what they say to each other. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 use meshd_identity::TrustDomain;
@@ -19,7 +19,7 @@ pub struct Text {
     pub text: String,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// The document is refused.
@@ -28,7 +28,7 @@ pub enum Severity {
     Warning,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Finding {
     pub file: String,
     pub line: u64,
@@ -74,6 +74,9 @@ pub fn validate(texts: &[Text], trust_domain: &TrustDomain) -> (Vec<Finding>, us
     check.cross();
     let order: BTreeMap<&str, usize> = texts.iter().enumerate().map(|(n, text)| (text.file.as_str(), n)).collect();
     check.findings.sort_by_key(|found| (order.get(found.file.as_str()).copied(), found.line, found.severity));
+    // What one is converted into may lack the same twice.
+    let mut told = HashSet::new();
+    check.findings.retain(|found| told.insert(found.clone()));
     (check.findings, documents)
 }
 

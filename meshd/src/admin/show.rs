@@ -45,9 +45,13 @@ pub fn status(status: &StatusView) -> String {
     let services = status.services.iter().map(|service| {
         let ports: Vec<String> = service.ports.iter().map(u16::to_string).collect();
         let vip = service.vip.clone().unwrap_or_else(|| "-".into());
-        vec![service.dns.clone(), vip, ports.join(","), service.endpoints.to_string(), service.source.clone()]
+        let endpoints = service.endpoints.to_string();
+        let (routes, policies) = (service.routes, service.authorization + usize::from(service.policy.is_some()));
+        let (routes, policies) = (routes.to_string(), policies.to_string());
+        vec![service.dns.clone(), vip, ports.join(","), endpoints, service.source.clone(), routes, policies]
     });
-    page += &section("services", &["NAME", "VIP", "PORTS", "ENDPOINTS", "SOURCE"], services.collect());
+    let columns = ["NAME", "VIP", "PORTS", "ENDPOINTS", "SOURCE", "ROUTES", "POLICIES"];
+    page += &section("services", &columns, services.collect());
     page += &sources::show(&status.sources);
     page += &sources::imports(&status.imports);
     page += &registrations::show(&status.registrations);

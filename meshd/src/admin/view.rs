@@ -116,6 +116,15 @@ pub struct ServiceView {
     pub source: String,
     /// Endpoints that are reached in clear.
     pub plaintext: bool,
+    /// How many there are, also for clients of single namespaces.
+    #[serde(default)]
+    pub routes: usize,
+    /// `namespace/name` of its ServicePolicy.
+    #[serde(default)]
+    pub policy: Option<String>,
+    /// AuthorizationPolicies that decide about it: its own, those of its namespace, those for everybody.
+    #[serde(default)]
+    pub authorization: usize,
 }
 
 /// A row of `meshd edges`.
@@ -280,9 +289,17 @@ impl View {
 
     fn services(&self) -> Vec<ServiceView> {
         let directory = self.shared.directory.load();
+        let resources = directory.resources();
+        let policy = |service| {
+            let meta = &resources.of(service)?.policy.as_ref()?.metadata;
+            Some(format!("{}/{}", meta.namespace, meta.name))
+        };
         directory
             .services()
             .map(|service| ServiceView {
+                routes: resources.of(&service.name).map_or(0, |attached| attached.routes()),
+                policy: policy(&service.name),
+                authorization: resources.authorization(&service.name).count(),
                 name: service.name.to_string(),
                 dns: format!("{}.{}", service.name, self.domain),
                 vip: self.shared.vips.get(&service.name).map(|vip| vip.v4.to_string()),
