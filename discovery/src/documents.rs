@@ -6,6 +6,7 @@ use std::sync::Arc;
 use meshd_identity::{SYSTEM_NAMESPACE, SpiffeId, TrustDomain};
 
 use crate::name::check_label;
+use crate::resources;
 use crate::yaml::{self, Field, Fields, Problem};
 use crate::{Definition, Health, Place, PortTarget, Protocol, Record, ServiceName, ServicePort, Transport};
 
@@ -81,7 +82,7 @@ pub(crate) fn read_document(text: &str, first_line: u64, trust_domain: &TrustDom
 pub(crate) fn read_node(node: &yaml::Node, trust_domain: &TrustDomain) -> Document {
     let mut problems = Vec::new();
     let root = Field::root(node);
-    let known = ["apiVersion", "kind", "metadata", "spec"];
+    let known = ["apiVersion", "kind", "metadata", "spec", "status"];
     let Some(fields) = root.mapping(&known, &mut problems) else {
         return Document { line: node.line, name: None, outcome: Err(problems) };
     };
@@ -90,6 +91,10 @@ pub(crate) fn read_node(node: &yaml::Node, trust_domain: &TrustDomain) -> Docume
     let name = read_name(&fields, &mut problems);
     let spec = fields.require("spec", "spec: { ports: [ { port: 80 } ] }", &mut problems);
     let service = name.as_ref().zip(spec).and_then(|(name, spec)| read_spec(name, &spec, trust_domain, &mut problems));
+    if problems.is_empty() {
+        // Its limits, which are published.
+        resources::mesh_service_shape().check(&root, &mut problems);
+    }
     let outcome = match service {
         Some(service) if problems.is_empty() => Ok(service),
         _ => Err(problems),
@@ -105,7 +110,8 @@ fn check_constant(fields: &Fields<'_>, key: &str, expected: &'static str, proble
 
 fn read_name(fields: &Fields<'_>, problems: &mut Vec<Problem>) -> Option<ServiceName> {
     let metadata = fields.require("metadata", "metadata: { name: payments, namespace: shop }", problems)?;
-    let metadata = metadata.mapping(&["name", "namespace"], problems)?;
+    let known = [&["name", "namespace", "labels", "annotations"], &resources::WRITTEN_BY_KUBERNETES[..]].concat();
+    let metadata = metadata.mapping(&known, problems)?;
     let name = label(&metadata, "name", "name: payments", problems);
     let namespace = label(&metadata, "namespace", "namespace: shop", problems);
     ServiceName::new(name?, namespace?).ok()

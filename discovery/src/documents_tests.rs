@@ -239,7 +239,9 @@ fn the_head_of_a_document_is_checked() {
     }
     assert_eq!(
         problems("just words\n"),
-        ["1: document: must be a mapping with `apiVersion`, `kind`, `metadata`, `spec`, found the text `just words`"]
+        [
+            "1: document: must be a mapping with `apiVersion`, `kind`, `metadata`, `spec`, `status`, found the text `just words`"
+        ]
     );
 }
 

@@ -269,6 +269,24 @@ impl<'n> Field<'n> {
         }))
     }
 
+    /// The fields at and below this one that are written and empty (`from:`), which otherwise count as absent.
+    pub(crate) fn empty(&self) -> Vec<Field<'n>> {
+        let below = |field: Field<'n>| field.empty();
+        match &self.node.value {
+            Value::Null => vec![Field { path: self.path.clone(), node: self.node }],
+            Value::List(items) => {
+                let element = |(index, node)| Field { path: format!("{}[{index}]", self.path), node };
+                items.iter().enumerate().map(element).flat_map(below).collect()
+            }
+            Value::Map(entries) => {
+                let value =
+                    |entry: &'n Entry| Field { path: join(&self.path, &printable(&entry.key)), node: &entry.node };
+                entries.iter().map(value).flat_map(below).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// The entry of that name of a mapping.
     pub(crate) fn entry(&self, name: &str) -> Option<Field<'n>> {
         self.entries()?.find(|(key, ..)| *key == name).map(|(.., field)| field)

@@ -42,7 +42,7 @@ fn route(name: &str, namespace: &str, more: &str) -> String {
 }
 
 const EVERYBODY: &str = "apiVersion: meshd.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: { name: all, namespace: \
-                         meshd-system }\nspec: { targetRef: { group: meshd.dev, kind: TrustDomain }, action: deny }\n";
+                         meshd-system }\nspec: { targetRef: { group: meshd.dev, kind: TrustDomain }, action: deny, rules: [ {} ] }\n";
 const NAMESPACE: &str = "apiVersion: meshd.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: { name: closed, namespace: \
                          shop }\nspec: { targetRef: { kind: Namespace } }\n";
 

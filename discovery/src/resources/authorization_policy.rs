@@ -3,11 +3,13 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use http::{HeaderMap, HeaderValue};
 use meshd_identity::{SpiffeId, TrustDomain};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::forms::{HEADER, HEADER_VALUE, IDENTITY, LABEL, METHOD, NETWORK, PATH_PATTERN};
+use super::http_route::{items, word};
 use super::references::{check_policy_target, policy_target};
 use super::shape::{Object, Rule, Shape};
 use super::{Network, PathPattern, Peer, PolicyTarget};
@@ -81,8 +83,7 @@ impl Origin {
     }
 }
 
-/// All that is given of it, each by any of its values. What names methods, paths or headers is about requests, and never
-/// holds for a connection that is carried as bytes.
+/// All that is given of it, each by any of its values. What names methods, paths or headers is about requests.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Operation {
@@ -102,6 +103,38 @@ impl Operation {
     pub fn is_about_requests(&self) -> bool {
         !(self.methods.is_empty() && self.paths.is_empty() && self.headers.is_empty())
     }
+
+    /// `request`: `None` where a connection is carried as bytes. What cannot be known does not open a door and does not
+    /// keep one open: a `deny` counts it as matched, whatever else does not.
+    pub fn holds(&self, action: Action, port: u16, request: Option<Request<'_>>) -> bool {
+        let on_port = self.ports.is_empty() || self.ports.contains(&port);
+        let matched = match request {
+            Some(request) => self.covers(request),
+            None => !self.is_about_requests() || action == Action::Deny,
+        };
+        on_port && matched
+    }
+
+    fn covers(&self, Request { method, path, headers }: Request<'_>) -> bool {
+        let has = |condition: &HeaderCondition| {
+            let wanted = |found: &HeaderValue| {
+                condition.values.is_empty() || condition.values.iter().any(|value| value.as_bytes() == found.as_bytes())
+            };
+            headers.get_all(&*condition.name).iter().any(wanted)
+        };
+        (self.methods.is_empty() || self.methods.iter().any(|wanted| **wanted == *method))
+            && (self.paths.is_empty() || self.paths.iter().any(|pattern| pattern.matches(path)))
+            && self.headers.iter().all(has)
+    }
+}
+
+/// What is known of a request when it is decided about.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'r> {
+    pub method: &'r str,
+    /// Normalised, without its query.
+    pub path: &'r str,
+    pub headers: &'r HeaderMap,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,8 +179,51 @@ pub(super) fn spec() -> Object {
         .may("rules", Shape::list(rule, 64), "any of them; an allow without rules allows nothing")
 }
 
-pub(super) fn check(spec: &Field<'_>, namespace: Option<&str>, problems: &mut Vec<Problem>) {
+pub(super) fn check(
+    spec: &Field<'_>,
+    namespace: Option<&str>,
+    trust_domain: &TrustDomain,
+    problems: &mut Vec<Problem>,
+) {
     check_policy_target(spec, namespace, problems);
+    check_trust_domain(spec, trust_domain, problems);
+    // Elsewhere what is empty counts as absent, which would mean everybody here.
+    for empty in spec.empty() {
+        empty.refuse(
+            problems,
+            "is empty, and without it everybody or everything may be meant; give it a value or remove it",
+        );
+    }
+    if word(spec, "action") == Some("deny") && items(spec, "rules").is_empty() {
+        spec.refuse(problems, "denies nothing; say what in `rules`, or write `rules: [ {} ]` to deny everything");
+    }
+}
+
+/// It can only be ours: others have policies of their own.
+fn check_trust_domain(spec: &Field<'_>, ours: &TrustDomain, problems: &mut Vec<Problem>) {
+    let Some(target) = spec.entry("targetRef") else { return };
+    let (kind, name) = (word(&target, "kind"), word(&target, "name"));
+    if kind == Some("TrustDomain") && name.is_some_and(|name| name != ours.as_str()) {
+        target
+            .refuse(problems, format!("names another trust domain than {ours}, where it would hold; leave `name` out"));
+    }
+}
+
+/// Of a `deny`: `/admin/*` is everything below `/admin/`, not `/admin` itself.
+pub(super) fn warnings(spec: &AuthorizationSpec) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let operations = spec.rules.iter().enumerate().flat_map(|(n, rule)| rule.to.iter().map(move |to| (n, to)));
+    for (n, operation) in operations.filter(|_| spec.action == Action::Deny) {
+        for pattern in &operation.paths {
+            let PathPattern::Below(below) = pattern else { continue };
+            let Some(itself) = below.strip_suffix('/').filter(|itself| !itself.is_empty()) else { continue };
+            if !operation.paths.iter().any(|pattern| pattern.matches(itself)) {
+                let message = format!("`{below}*` does not deny `{itself}` itself; add it to `paths` if that is meant");
+                found.push((format!("spec.rules[{n}].to"), message));
+            }
+        }
+    }
+    found
 }
 
 /// Short identities are of the own trust domain.
@@ -158,6 +234,46 @@ pub(super) fn complete(spec: &mut Json, trust_domain: &TrustDomain) {
         let full = identity.as_str().and_then(|text| SpiffeId::parse_in(trust_domain, text).ok());
         if let Some(full) = full {
             *identity = full.as_str().into();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn operation(spec: Json) -> Operation {
+        serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn what_cannot_be_known_of_a_connection_is_denied_and_not_allowed() {
+        let admin = operation(serde_json::json!({ "ports": [80], "paths": ["/admin/*"] }));
+        let bytes = |action, port| admin.holds(action, port, None);
+        assert!(bytes(Action::Deny, 80) && !bytes(Action::Deny, 81));
+        assert!(!bytes(Action::Allow, 80) && !bytes(Action::Audit, 80));
+        assert!(operation(serde_json::json!({ "ports": [80] })).holds(Action::Allow, 80, None));
+    }
+
+    #[test]
+    fn a_request_is_compared_with_all_that_is_given() {
+        let one = operation(serde_json::json!({
+            "methods": ["GET"], "paths": ["/a/*"], "headers": [{ "name": "X-Tenant", "values": ["blue", "green"] }],
+        }));
+        let headers = |value: &'static str| {
+            HeaderMap::from_iter([("x-tenant".parse().unwrap(), HeaderValue::from_static(value))])
+        };
+        let holds = |method, path, headers: &HeaderMap| {
+            [Action::Allow, Action::Deny].map(|action| one.holds(action, 80, Some(Request { method, path, headers })))
+        };
+        assert_eq!(holds("GET", "/a/b", &headers("green")), [true; 2]);
+        for (method, path, headers) in [
+            ("PUT", "/a/b", headers("green")),
+            ("GET", "/a", headers("green")),
+            ("GET", "/a/b", headers("red")),
+            ("GET", "/a/b", HeaderMap::new()),
+        ] {
+            assert_eq!(holds(method, path, &headers), [false; 2], "{method} {path} {headers:?}");
         }
     }
 }

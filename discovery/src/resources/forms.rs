@@ -8,7 +8,7 @@ use meshd_identity::SpiffeId;
 use crate::name::check_label;
 use crate::yaml::printable;
 
-use super::values::{pattern_of, span_of};
+use super::values::{never_in_a_path, pattern_of, span_of};
 
 pub(crate) struct Form {
     /// As a JSON Schema `pattern`, which may let more pass than [`Form::check`] does. Empty: none.
@@ -63,11 +63,10 @@ pub(crate) static GRPC_NAME: Form = form("", 1024, anything);
 pub(crate) static METHOD: Form = form("^[A-Z]+$", 32, method);
 /// A path of an AuthorizationPolicy: exact, or all below with `*` at its end.
 pub(crate) static PATH_PATTERN: Form = form(r"^/[^*?#]*\*?$", 1024, path_pattern);
-pub(crate) static IDENTITY: Form = form(
-    "^(\\*|ns/[a-z0-9-]{1,63}/sa/[a-z0-9-]{1,63}|spiffe://[a-z0-9._-]+/ns/[a-z0-9-]{1,63}/sa/[a-z0-9-]{1,63})$",
-    400,
-    identity,
-);
+pub(crate) static IDENTITY: Form =
+    form("^(\\*|(spiffe://[a-z0-9._-]+/)?ns/[A-Za-z0-9._-]+/sa/[A-Za-z0-9._-]+)$", 2048, identity);
+/// Who may serve: somebody in particular.
+pub(crate) static MEMBER: Form = form("^(spiffe://[a-z0-9._-]+/)?ns/[A-Za-z0-9._-]+/sa/[A-Za-z0-9._-]+$", 2048, member);
 pub(crate) static NETWORK: Form = form("^[0-9a-fA-F.:]+(/[0-9]{1,3})?$", 49, network);
 pub(crate) static EXPRESSION: Form = form("", 1024, expression);
 pub(crate) static IP_ADDRESS: Form = form("^[0-9a-fA-F.:]+$", 45, ip_address);
@@ -128,11 +127,14 @@ fn path_pattern(text: &str) -> Result<(), String> {
     if !exact.starts_with('/') {
         return Err("must begin with `/`, like `/admin/*`".to_owned());
     }
-    match exact.chars().find(|c| "*?#".contains(*c)) {
-        Some(c) => {
-            Err(format!("contains `{c}`; one `*` at the end stands for everything below, and nothing else is special"))
+    if let Some(part) = never_in_a_path(exact, exact.len() == text.len()) {
+        return Err(format!("contains `{part}`, which no path has when it is matched"));
+    }
+    match exact.contains('*') {
+        true => {
+            Err("contains `*`; one `*` at the end stands for everything below, and nothing else is special".to_owned())
         }
-        None => Ok(()),
+        false => Ok(()),
     }
 }
 
@@ -140,6 +142,10 @@ fn identity(text: &str) -> Result<(), String> {
     if text == "*" {
         return Ok(());
     }
+    member(text)
+}
+
+fn member(text: &str) -> Result<(), String> {
     // Which trust domain is ours makes no difference to the form.
     let ours = "own.invalid".parse().map_err(|_| "cannot be checked".to_owned())?;
     SpiffeId::parse_in(&ours, text).map(drop).map_err(|error| error.to_string())

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::filters::{self, check_filters, grpc_filters};
 use super::forms::{GRPC_NAME, HEADER, HEADER_VALUE};
-use super::http_route::{HOSTNAMES, SESSIONS, check_values, items, word};
+use super::http_route::{SESSIONS, check_matches, check_values, items, word};
 use super::references::{backend, backends, check_backend, check_parents, parents};
 use super::shape::{Object, Rule, Shape};
 use super::values::pattern_of;
@@ -93,13 +93,15 @@ pub(super) fn spec() -> Object {
             "of which services",
         )
         .may("rules", Shape::list(rule, 16), "where calls go")
-        .refused("hostnames", HOSTNAMES)
-        .refused("useDefaultGateways", "meshd has no gateways; remove it")
+        .may("hostnames", Shape::Anything, "of Gateways only")
+        .may("useDefaultGateways", Shape::Anything, "of Gateways only")
 }
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {
     check_parents(spec, problems);
-    for rule in items(spec, "rules") {
+    let rules = items(spec, "rules");
+    check_matches(spec, rules.iter().map(|rule| items(rule, "matches").len()).sum(), problems);
+    for rule in rules {
         for found in items(&rule, "matches") {
             check_values(&found, "headers", problems);
             if let Some(method) = found.entry("method") {

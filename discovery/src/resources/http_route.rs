@@ -9,7 +9,7 @@ use super::filters::{self, check_filters, http_filters};
 use super::forms::{DURATION, HEADER, HEADER_VALUE, PATH, QUERY_VALUE};
 use super::references::{backend, backends, check_backend, check_parents, parents};
 use super::shape::{Object, Shape};
-use super::values::{pattern_of, span_of};
+use super::values::{never_in_a_path, pattern_of, span_of};
 use super::{Backend, Filter, Parent, Pattern, Span};
 use crate::yaml::{Field, Problem, Value};
 
@@ -17,8 +17,6 @@ pub type HttpRoute = super::Object<HttpSpec>;
 
 /// Of all rules of a route together; the Gateway API's own limit.
 const MOST_MATCHES: usize = 128;
-pub(super) const HOSTNAMES: &str =
-    "routes between services apply whatever the host is (GEP-1426); match the header `Host` where it matters";
 pub(super) const SESSIONS: &str = "use a ServicePolicy with `balancing: { algorithm: ringHash, hashHeader: NAME }`";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -209,8 +207,8 @@ pub(super) fn spec() -> Object {
             "of which services",
         )
         .may("rules", Shape::list(rule, 16), "where requests go")
-        .refused("hostnames", HOSTNAMES)
-        .refused("useDefaultGateways", "meshd has no gateways; remove it")
+        .may("hostnames", Shape::Anything, "of Gateways only")
+        .may("useDefaultGateways", Shape::Anything, "of Gateways only")
 }
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {
@@ -230,6 +228,10 @@ pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {
         }
         check_timeouts(rule, problems);
     }
+    check_matches(spec, all, problems);
+}
+
+pub(super) fn check_matches(spec: &Field<'_>, all: usize, problems: &mut Vec<Problem>) {
     if all > MOST_MATCHES {
         spec.refuse(
             problems,
@@ -320,9 +322,7 @@ fn check_path(path: &Field<'_>, problems: &mut Vec<Problem>) {
     if !text.starts_with('/') {
         return value.refuse(problems, "must begin with `/`");
     }
-    let never = ["//", "/./", "/../", "%2f", "%2F", "#", "?"].into_iter().find(|part| text.contains(part));
-    let never = never.or(["/..", "/."].into_iter().find(|end| text.ends_with(end)));
-    if let Some(part) = never {
+    if let Some(part) = never_in_a_path(text, true) {
         value.refuse(problems, format!("contains `{part}`, which no path has when it is matched"));
     }
 }

@@ -1,6 +1,6 @@
 //! The shape of `MeshService`, for the published schema; `documents.rs` reads it.
 
-use super::forms::{IDENTITY, IP_ADDRESS, TAG};
+use super::forms::{IP_ADDRESS, MEMBER, TAG};
 use super::shape::{Object, Shape};
 
 pub(super) fn spec() -> Object {
@@ -13,7 +13,7 @@ pub(super) fn spec() -> Object {
     let endpoint = Object::new()
         .must("address", &IP_ADDRESS, "address: 10.87.0.12", "of a host; names are not resolved")
         .may("meshPort", Shape::integer(1, 65535), "where the mesh listener is; 15008 by default; not with plaintext")
-        .may("identity", &IDENTITY, "who must answer there, of spec.identities; the service's if it has only one")
+        .may("identity", &MEMBER, "who must answer there, of spec.identities; the service's if it has only one")
         .may(
             "transport",
             Shape::words(&["meshd", "hbone", "plaintext"]),
@@ -33,7 +33,7 @@ pub(super) fn spec() -> Object {
         );
     Object::new()
         .must("ports", Shape::list_of_some(port, 1024), "ports: [ { port: 80 } ]", "each once")
-        .may("identities", Shape::list_of_some(&IDENTITY, 1024), "who may serve it; ns/NAMESPACE/sa/NAME by default")
+        .may("identities", Shape::list_of_some(&MEMBER, 1024), "who may serve it; ns/NAMESPACE/sa/NAME by default")
         .may("allowPlaintext", Shape::Boolean, "permits endpoints with transport plaintext; false by default")
         .may("addresses", Shape::list(&IP_ADDRESS, 1024), "stable addresses programs know it by, on its own ports")
         .may("endpoints", Shape::list(endpoint, 100_000), "where it runs; each serves every port")

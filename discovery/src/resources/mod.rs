@@ -37,7 +37,7 @@ use crate::ServiceName;
 pub(crate) use attach::Layer as ResourceLayer;
 pub use attach::{Attached, Attachments, Routes};
 pub use authorization_policy::{
-    Action, AuthorizationPolicy, AuthorizationRule, AuthorizationSpec, HeaderCondition, Operation, Origin,
+    Action, AuthorizationPolicy, AuthorizationRule, AuthorizationSpec, HeaderCondition, Operation, Origin, Request,
 };
 pub use conflicts::{Conflict, conflicts};
 pub use filters::{Filter, HeaderChange, HeaderValue, PathChange, Redirect, Rewrite, Sampled};
@@ -46,7 +46,7 @@ pub use held::{Change as ResourceChange, News as ResourceNews, Record as Resourc
 pub(crate) use held::{HeldResources, Touched as TouchedResources};
 pub use http_route::{HttpMatch, HttpRoute, HttpRule, HttpSpec, PathMatch, Retry, RouteTimeouts, ValueMatch};
 pub use read::{Document, read, read_json};
-pub(crate) use read::{Said, is_between_services, read_one};
+pub(crate) use read::{Said, WRITTEN_BY_KUBERNETES, is_between_services, mesh_service_shape, read_one};
 pub use references::{Backend, Parent, PolicyTarget, ServiceKind};
 pub use schema::{PUBLISHED, crds, json_schema};
 pub use service_policy::{

@@ -15,6 +15,22 @@ use super::{
 use crate::documents;
 use crate::yaml::{self, Field, Node, Problem, Value};
 
+const MOST_EXPRESSIONS: usize = 64;
+/// Into `metadata`, besides what people write.
+pub(crate) const WRITTEN_BY_KUBERNETES: [&str; 11] = [
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "finalizers",
+    "generateName",
+    "generation",
+    "managedFields",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+];
+
 /// One document, good or not.
 pub struct Document {
     pub line: u64,
@@ -120,25 +136,14 @@ fn id_of(kind: Kind, root: &Field<'_>) -> Option<Id> {
 }
 
 fn metadata() -> Object {
-    let others = [
-        "creationTimestamp",
-        "deletionGracePeriodSeconds",
-        "deletionTimestamp",
-        "finalizers",
-        "generateName",
-        "generation",
-        "managedFields",
-        "ownerReferences",
-        "resourceVersion",
-        "selfLink",
-        "uid",
-    ];
     let named = Object::new()
         .must("name", &SUBDOMAIN, "name: payments", "of the document")
         .must("namespace", &LABEL, "namespace: shop", "it is of")
         .may("labels", Shape::Texts, "not looked at")
         .may("annotations", Shape::Texts, "not looked at");
-    others.into_iter().fold(named, |object, name| object.may(name, Shape::Anything, "what Kubernetes writes"))
+    WRITTEN_BY_KUBERNETES
+        .into_iter()
+        .fold(named, |object, name| object.may(name, Shape::Anything, "what Kubernetes writes"))
 }
 
 fn spec(kind: Kind) -> Object {
@@ -152,6 +157,10 @@ fn spec(kind: Kind) -> Object {
         Kind::ServiceProfile => service_profile::spec(),
         Kind::TrafficSplit => traffic_split::spec(),
     }
+}
+
+pub(crate) fn mesh_service_shape() -> Shape {
+    shape(Kind::MeshService).into()
 }
 
 /// All that may be in a document of a kind.
@@ -170,6 +179,12 @@ fn read_resource(
     trust_domain: &TrustDomain,
     mut problems: Vec<Problem>,
 ) -> Result<Vec<Resource>, Vec<Problem>> {
+    let json = root.node.to_json();
+    // Before any of them is compiled.
+    if let Err(reason) = check_expressions(&json) {
+        root.refuse(&mut problems, reason);
+        return Err(problems);
+    }
     Shape::Object(shape(kind)).check(root, &mut problems);
     let namespace = id_of(kind, root).map(|id| id.namespace);
     if let Some(spec) = root.entry("spec") {
@@ -178,7 +193,9 @@ fn read_resource(
             Kind::GRPCRoute => grpc_route::check(&spec, &mut problems),
             Kind::TCPRoute => tcp_route::check(&spec, &mut problems),
             Kind::ServicePolicy => service_policy::check(&spec, namespace.as_deref(), &mut problems),
-            Kind::AuthorizationPolicy => authorization_policy::check(&spec, namespace.as_deref(), &mut problems),
+            Kind::AuthorizationPolicy => {
+                authorization_policy::check(&spec, namespace.as_deref(), trust_domain, &mut problems);
+            }
             Kind::MeshService | Kind::ServiceProfile | Kind::TrafficSplit => {}
         }
         check_namespace(kind, root, &spec, &mut problems);
@@ -187,7 +204,7 @@ fn read_resource(
         problems.sort_by_key(|problem| problem.line);
         return Err(problems);
     }
-    understand(kind, root, trust_domain)
+    understand(kind, root, &json, trust_domain)
 }
 
 /// Hosts live in a namespace of their own, and what everybody has to obey beside them.
@@ -202,8 +219,12 @@ fn check_namespace(kind: Kind, root: &Field<'_>, spec: &Field<'_>, problems: &mu
 }
 
 /// A checked document, as what it means.
-fn understand(kind: Kind, root: &Field<'_>, trust_domain: &TrustDomain) -> Result<Vec<Resource>, Vec<Problem>> {
-    let json = root.node.to_json();
+fn understand(
+    kind: Kind,
+    root: &Field<'_>,
+    json: &Json,
+    trust_domain: &TrustDomain,
+) -> Result<Vec<Resource>, Vec<Problem>> {
     let mut spec = json.get("spec").cloned().unwrap_or_default();
     match kind {
         Kind::HTTPRoute | Kind::GRPCRoute | Kind::TCPRoute => {
@@ -211,8 +232,8 @@ fn understand(kind: Kind, root: &Field<'_>, trust_domain: &TrustDomain) -> Resul
             http_route::complete(&mut spec);
         }
         Kind::AuthorizationPolicy => authorization_policy::complete(&mut spec, trust_domain),
-        Kind::ServiceProfile => return service_profile::convert(root, &json),
-        Kind::TrafficSplit => return traffic_split::convert(root, &json),
+        Kind::ServiceProfile => return service_profile::convert(root, json),
+        Kind::TrafficSplit => return traffic_split::convert(root, json),
         Kind::MeshService | Kind::ServicePolicy => {}
     }
     let metadata = json.get("metadata").cloned().unwrap_or_default();
@@ -224,8 +245,33 @@ fn understand(kind: Kind, root: &Field<'_>, trust_domain: &TrustDomain) -> Resul
 }
 
 pub(super) fn resource(kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
+    check_expressions(spec)?;
     let object = json!({ "kind": kind.name(), "metadata": metadata, "spec": spec });
     serde_json::from_value(object).map_err(|error| error.to_string())
+}
+
+/// Each takes memory and time of every host, whoever writes it.
+fn check_expressions(document: &Json) -> Result<(), String> {
+    match expressions(document) {
+        0..=MOST_EXPRESSIONS => Ok(()),
+        found => Err(format!(
+            "has {found} regular expressions and {MOST_EXPRESSIONS} are allowed; match without them, or make several routes"
+        )),
+    }
+}
+
+fn expressions(value: &Json) -> usize {
+    match value {
+        Json::Array(items) => items.iter().map(expressions).sum(),
+        Json::Object(members) => {
+            let is_expression = members.get("type").is_some_and(|kind| kind == "RegularExpression");
+            let own =
+                ["value", "service", "method"].into_iter().filter(|name| is_expression && members.contains_key(*name));
+            let below: usize = members.values().map(expressions).sum();
+            own.count() + usize::from(members.contains_key("pathRegex")) + below
+        }
+        _ => 0,
+    }
 }
 
 /// Whether a route of a cluster is any concern of ours: most are of Gateways.

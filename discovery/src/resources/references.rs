@@ -11,6 +11,10 @@ use super::shape::{Object, Shape};
 use crate::ServiceName;
 use crate::yaml::{Field, Problem, Value};
 
+const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
+const HOSTNAMES: &str =
+    "routes between services apply whatever the host is (GEP-1426); match the header `Host` where it matters";
+
 /// Services of Kubernetes and ours are one in the mesh; which of the two is meant makes no difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub enum ServiceKind {
@@ -92,7 +96,12 @@ impl PolicyTarget {
     }
 }
 
+/// What of parents that are services may say is checked by [`check_parents`]; the others are others' concern.
 pub(super) fn parents() -> Shape {
+    Shape::list_of_some(Shape::Anything, 32)
+}
+
+fn service_parent() -> Shape {
     let parent = Object::new()
         .may("group", &GROUP, "`\"\"` with a Service, `meshd.dev` with a MeshService")
         .may("kind", &WORD, "Service or MeshService")
@@ -100,7 +109,7 @@ pub(super) fn parents() -> Shape {
         .must("name", &SUBDOMAIN, "name: payments", "of the service")
         .may("port", Shape::integer(1, 65535), "only this port of the service; all by default")
         .refused("sectionName", "services have ports, not sections; use `port`");
-    Shape::list_of_some(parent, 32)
+    parent.into()
 }
 
 fn backend_object() -> Object {
@@ -165,7 +174,13 @@ fn check_group(field: &Field<'_>, kind: &str, without: &str, problems: &mut Vec<
 
 /// True where a parent is a service.
 pub(super) fn is_service_parent(parent: &Field<'_>) -> bool {
-    matches!(text(parent, "kind"), Some("Service" | "MeshService"))
+    names_service(text(parent, "kind"), text(parent, "group"))
+}
+
+/// A kind of that name in a group of somebody else is something else; the Gateway API's own group is a mistake to tell.
+fn names_service(kind: Option<&str>, group: Option<&str>) -> bool {
+    let group = group.unwrap_or(GATEWAY_GROUP);
+    matches!(kind, Some("Service" | "MeshService")) && matches!(group, "" | "core" | "meshd.dev" | GATEWAY_GROUP)
 }
 
 /// Parents of other kinds are others' concern, as long as one is ours.
@@ -180,20 +195,37 @@ pub(super) fn check_parents(spec: &Field<'_>, problems: &mut Vec<Problem>) {
             format!("none is a Service or MeshService, and meshd carries traffic between services only; {advice}"),
         );
     }
+    check_fields_of_gateways(spec, &parents, problems);
     for parent in &parents {
+        if parent.entries().is_none() || is_service_parent(parent) {
+            service_parent().check(parent, problems);
+        }
         let Some(kind) = text(parent, "kind").filter(|_| is_service_parent(parent)) else { continue };
         if let (Some(name), Some(field)) = (text(parent, "name"), parent.entry("name"))
             && let Err(reason) = LABEL.check(name)
         {
             field.refuse(problems, reason);
         }
-        check_group(parent, kind, "gateway.networking.k8s.io", problems);
+        check_group(parent, kind, GATEWAY_GROUP, problems);
+    }
+}
+
+/// Beside a parent that gives them a meaning they are passed over (GEP-1426); else they would have none.
+fn check_fields_of_gateways(spec: &Field<'_>, parents: &[Field<'_>], problems: &mut Vec<Problem>) {
+    if !parents.iter().all(is_service_parent) {
+        return;
+    }
+    for (name, instead) in [("hostnames", HOSTNAMES), ("useDefaultGateways", "meshd has no gateways; remove it")] {
+        if let Some(field) = spec.entry(name) {
+            field.refuse(problems, format!("is not supported by meshd: {instead}"));
+        }
     }
 }
 
 /// Parents of other kinds are left out: others' concern.
 pub(super) fn keep_services(spec: &mut Json) {
-    let ours = |parent: &Json| matches!(parent.get("kind").and_then(Json::as_str), Some("Service" | "MeshService"));
+    let word = |parent: &Json, name: &str| parent.get(name).and_then(Json::as_str).map(str::to_owned);
+    let ours = |parent: &Json| names_service(word(parent, "kind").as_deref(), word(parent, "group").as_deref());
     if let Some(parents) = spec.get_mut("parentRefs").and_then(Json::as_array_mut) {
         parents.retain(ours);
     }

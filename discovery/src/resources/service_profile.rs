@@ -1,6 +1,7 @@
 //! Linkerd's `ServiceProfile` (linkerd.io/v1alpha2), converted into an HTTPRoute and a ServicePolicy.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
@@ -60,6 +61,13 @@ struct Class {
     condition: Statuses,
     #[serde(default)]
     is_failure: bool,
+}
+
+impl Class {
+    fn statuses(&self) -> RangeInclusive<u16> {
+        let Range { min, max } = self.condition.status;
+        min.unwrap_or(100)..=max.unwrap_or(599)
+    }
 }
 
 #[derive(Deserialize)]
@@ -234,10 +242,23 @@ impl Converter<'_, '_> {
             }
         }
         if route.is_retryable {
+            self.check_classes(route, field);
             rule["retry"] =
                 json!({ "codes": failures(&route.response_classes), "attempts": ATTEMPTS, "nonIdempotent": true });
         }
         rule
+    }
+
+    fn check_classes(&mut self, route: &Route, field: &Field<'_>) {
+        for (class, field) in route.response_classes.iter().zip(items(field, "responseClasses")) {
+            let statuses = class.statuses();
+            if statuses.is_empty() {
+                self.refuse(&field, "`max` is less than `min`; exchange them");
+            }
+            if class.is_failure && *statuses.start() < 400 {
+                self.refuse(&field, "statuses below 400 cannot be retried; let its failures begin at `min: 400`");
+            }
+        }
     }
 
     fn budget(&mut self, field: &Field<'_>, budget: &Budget) -> Option<Json> {
@@ -245,11 +266,25 @@ impl Converter<'_, '_> {
             self.refuse(field, "`retryRatio` must be from 0 to 1");
             return None;
         }
-        if let Err(reason) = span_of(&budget.ttl) {
-            self.refuse(field, format!("`ttl`: {reason}"));
-            return None;
+        match span_of(&budget.ttl) {
+            Ok(ttl) if (1..=60).contains(&ttl.as_secs()) => {}
+            Ok(_) => {
+                self.refuse(field, "`ttl` must be from 1s to 60s");
+                return None;
+            }
+            Err(reason) => {
+                self.refuse(field, format!("`ttl`: {reason}"));
+                return None;
+            }
         }
         let percent = (budget.retry_ratio * 100.0).round() as u32;
+        if percent == 0 && budget.retry_ratio > 0.0 {
+            self.refuse(
+                field,
+                "`retryRatio` is less than one in a hundred, which would be none; write 0 or at least 0.01",
+            );
+            return None;
+        }
         Some(json!({ "percent": percent, "minPerSecond": budget.min_retries_per_second, "window": budget.ttl }))
     }
 
@@ -315,9 +350,9 @@ struct Alternative {
 impl Alternative {
     fn json(self) -> Json {
         let mut found = json!({});
-        if let Some(path) = self.path {
-            found["path"] = json!({ "type": "RegularExpression", "value": path });
-        }
+        // Also where any path will do: among expressions the first rule holds, as in a profile, and a prefix comes later.
+        let path = self.path.unwrap_or_else(|| ".*".to_owned());
+        found["path"] = json!({ "type": "RegularExpression", "value": path });
         if let Some(method) = self.method {
             found["method"] = method.into();
         }
@@ -359,8 +394,7 @@ fn alternatives(condition: &Condition) -> Result<Vec<Alternative>, &'static str>
 fn failures(classes: &[Class]) -> Vec<u16> {
     let mut judged: BTreeMap<u16, bool> = BTreeMap::new();
     for class in classes {
-        let (min, max) = (class.condition.status.min.unwrap_or(100), class.condition.status.max.unwrap_or(599));
-        for status in min..=max.max(min) {
+        for status in class.statuses() {
             judged.entry(status).or_insert(class.is_failure);
         }
     }

@@ -43,7 +43,7 @@ pub(super) fn spec() -> Object {
             "of which services",
         )
         .must("rules", Shape::list_of_some(rule, 16), "rules: [ { backendRefs: [ { name: ledger-v2 } ] } ]", "where to")
-        .refused("useDefaultGateways", "meshd has no gateways; remove it")
+        .may("useDefaultGateways", Shape::Anything, "of Gateways only")
 }
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {

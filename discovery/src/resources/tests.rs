@@ -91,6 +91,49 @@ fn a_profile_becomes_a_route_that_lets_through_what_it_does_not_name_and_a_polic
     assert_eq!(weights(&split.spec.rules[0].backend_refs), [90, 10]);
 }
 
+fn profile(spec: &str) -> String {
+    document("linkerd.io/v1alpha2", "ServiceProfile", spec).replace("name: web", "name: web.shop.svc.cluster.local")
+}
+
+/// As in Linkerd, where HTTPRoutes know an order of their own.
+#[test]
+fn the_first_route_of_a_profile_that_matches_comes_first() {
+    let text = profile(
+        "{ routes: [ { name: reads, condition: { method: GET } }, { name: books, condition: { pathRegex: /books } } ] }",
+    );
+    let resources = resources_of(&text);
+    let [Resource::Http(route)] = &resources[..] else { panic!("{resources:?}") };
+    let mut rules: Vec<&HttpRule> = route.spec.rules.iter().filter(|rule| !rule.matches.is_empty()).collect();
+    rules.sort_by_key(|rule| std::cmp::Reverse(rule.matches[0].specificity()));
+    assert_eq!(rules.iter().filter_map(|rule| rule.name.as_deref()).collect::<Vec<_>>(), ["reads", "books"]);
+    assert!(rules[0].matches[0].path.matches("/books"));
+}
+
+#[test]
+fn of_a_profile_what_would_become_something_else_is_refused() {
+    let class = |range: &str| {
+        format!(
+            "routes: [ {{ name: r, isRetryable: true, condition: {{ method: GET }}, responseClasses: [ {{ isFailure: true, condition: \
+             {{ status: {{ {range} }} }} }} ] }} ]"
+        )
+    };
+    let budget =
+        |ratio: &str, ttl: &str| format!("retryBudget: {{ retryRatio: {ratio}, minRetriesPerSecond: 1, ttl: {ttl} }}");
+    for (spec, expected) in [
+        (class("min: 300, max: 599"), "statuses below 400 cannot be retried"),
+        (class("min: 503, max: 500"), "`max` is less than `min`"),
+        (budget("0.004", "10s"), "less than one in a hundred"),
+        (budget("0.2", "0s"), "from 1s to 60s"),
+        (budget("0.2", "99999h"), "from 1s to 60s"),
+    ] {
+        let problems = problems_of(&profile(&format!("{{ {spec} }}")));
+        assert!(problems.len() == 1 && problems[0].contains(expected), "{spec}\n{problems:?}");
+    }
+    for spec in [class("min: 400"), budget("0", "1s"), budget("0.01", "60s")] {
+        assert_eq!(problems_of(&profile(&format!("{{ {spec} }}"))), Vec::<String>::new(), "{spec}");
+    }
+}
+
 #[test]
 fn what_is_wrong_is_told_with_its_line_its_field_and_what_to_do() {
     let policy = |spec: &str| {
@@ -165,12 +208,112 @@ fn what_is_wrong_is_told_with_its_line_its_field_and_what_to_do() {
         ),
         (authorization("{ targetRef: { kind: Service } }"), "names no service"),
         (
+            authorization(&format!("{{ {target}, rules: [ {{ from: }} ] }}")),
+            "spec.rules[0].from: is empty, and without it everybody",
+        ),
+        (
+            authorization(&format!(
+                "{{ {target}, rules: [ {{ from: [ {{ identities: , networks: [ 10.0.0.0/8 ] }} ] }} ] }}"
+            )),
+            "spec.rules[0].from[0].identities: is empty, and without it everybody",
+        ),
+        (authorization(&format!("{{ {target}, action: deny }}")), "denies nothing"),
+        (authorization(&format!("{{ {target}, action: deny, rules: [] }}")), "denies nothing"),
+        (
+            authorization(&format!(
+                "{{ {target}, rules: [ {{ from: [ {{ networks: [ \"::ffff:10.0.0.0/104\" ] }} ] }} ] }}"
+            )),
+            "write 10.0.0.0/8",
+        ),
+        (
+            authorization(&format!("{{ {target}, rules: [ {{ to: [ {{ paths: [ //admin/* ] }} ] }} ] }}")),
+            "contains `//`",
+        ),
+        (
+            authorization(&format!("{{ {target}, rules: [ {{ to: [ {{ paths: [ /admin/.. ] }} ] }} ] }}")),
+            "contains `/..`",
+        ),
+        (
+            authorization("{ targetRef: { group: meshd.dev, kind: TrustDomain, name: other.example } }"),
+            "names another trust domain than",
+        ),
+        (
+            document(
+                "gateway.networking.k8s.io/v1",
+                "HTTPRoute",
+                "{ parentRefs: [ { group: \"\", kind: Service, name: x, sectionName: http } ] }",
+            ),
+            "spec.parentRefs[0].sectionName: is not supported by meshd",
+        ),
+        (
             "apiVersion: meshd.dev/v1alpha1\nkind: ServicePolicy\nmetadata: { name: x }\n".to_owned(),
             "3: metadata.namespace: missing",
         ),
     ] {
         let problems = problems_of(&text);
         assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}\n{text}\n{problems:#?}");
+    }
+}
+
+#[test]
+fn a_route_of_a_gateway_and_a_service_is_the_services_as_far_as_that_is_meant() {
+    let text = document(
+        "gateway.networking.k8s.io/v1",
+        "HTTPRoute",
+        "{ parentRefs: [ { name: gate, sectionName: https }, { group: serving.example, kind: Service, name: fn }, \
+         { group: \"\", kind: Service, name: payments } ], hostnames: [ shop.example ], useDefaultGateways: All }",
+    );
+    assert_eq!(problems_of(&text), Vec::<String>::new());
+    assert_eq!(resources_of(&text)[0].targets(), [Target::Service("payments.shop".parse().unwrap())]);
+}
+
+/// Matches headers by so many expressions.
+fn with_expressions(count: usize) -> String {
+    let header = |n: usize| format!("{{ type: RegularExpression, name: h{n}, value: \".{{300}}\" }}");
+    let headers: Vec<String> = (0..count).map(header).collect();
+    let matches: Vec<String> =
+        headers.chunks(16).map(|some| format!("{{ headers: [ {} ] }}", some.join(", "))).collect();
+    http(&format!("rules: [ {{ matches: [ {} ] }} ]", matches.join(", ")))
+}
+
+#[test]
+fn one_document_makes_no_host_compile_expressions_without_end() {
+    assert_eq!(problems_of(&with_expressions(64)), Vec::<String>::new());
+    assert!(problems_of(&with_expressions(65))[0].contains("has 65 regular expressions and 64 are allowed"));
+    let condition =
+        "any: [ { pathRegex: /a }, { pathRegex: /b }, { pathRegex: /c }, { pathRegex: /d }, { pathRegex: /e } ]";
+    let route = format!("{{ name: r, condition: {{ {condition} }} }}");
+    let routes = |count: usize| profile(&format!("{{ routes: [ {} ] }}", vec![route.as_str(); count].join(", ")));
+    assert_eq!(problems_of(&routes(12)), Vec::<String>::new());
+    assert!(problems_of(&routes(13))[0].contains("has 65 regular expressions"));
+}
+
+#[test]
+fn a_grpc_route_has_no_more_matches_than_an_http_route() {
+    let rule = format!("{{ matches: [ {} ] }}", vec!["{ method: { method: Get } }"; 43].join(", "));
+    let route = |rules: usize| {
+        let parent = "parentRefs: [ { group: \"\", kind: Service, name: payments } ]";
+        let spec = format!("{{ {parent}, rules: [ {} ] }}", vec![rule.as_str(); rules].join(", "));
+        problems_of(&document("gateway.networking.k8s.io/v1", "GRPCRoute", &spec))
+    };
+    assert_eq!(route(2), Vec::<String>::new());
+    assert!(route(3)[0].contains("have 129 matches together and 128 are allowed"));
+}
+
+/// What an API server adds to every object.
+#[test]
+fn what_is_ours_comes_back_from_an_api_server() {
+    let ours = [EXAMPLES[3], EXAMPLES[4], EXAMPLES[5]];
+    for (line, chunk) in ours.into_iter().flat_map(|(_, text)| crate::documents::split(text)) {
+        let mut object = crate::yaml::parse(chunk, line).ok().unwrap().to_json();
+        let added = serde_json::json!({
+            "uid": "x", "resourceVersion": "7", "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": { "app": "web" }, "annotations": { "a": "b" }, "managedFields": [{ "manager": "kubectl" }],
+        });
+        object["metadata"].as_object_mut().unwrap().extend(added.as_object().unwrap().clone());
+        object["status"] = serde_json::json!({ "conditions": [] });
+        let problems = read_json(&object, &trust_domain()).outcome.err();
+        assert_eq!(problems, None, "{object}");
     }
 }
 
@@ -256,6 +399,27 @@ fn files_are_checked_against_each_other() {
         assert!(said.iter().any(|said| said.contains(expected)), "{expected}\n{said:#?}");
     }
     assert_eq!(findings.iter().filter(|found| found.severity == Severity::Error).count(), 1);
+}
+
+#[test]
+fn a_deny_of_what_is_below_a_path_that_spares_the_path_itself_is_told() {
+    let findings = |action: &str, paths: &str| {
+        let spec = format!(
+            "{{ targetRef: {{ kind: Service, name: payments }}, action: {action}, rules: [ {{ to: [ {{ paths: [ {paths} ] }} ] }} ] }}"
+        );
+        let text = document("meshd.dev/v1alpha1", "AuthorizationPolicy", &spec);
+        let found = validate(&[Text { file: "deny.yaml".to_owned(), text }], &trust_domain()).0;
+        found.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let told = findings("deny", "/admin/*");
+    assert!(
+        told.len() == 1 && told[0].contains("warning: spec.rules[0].to: `/admin/*` does not deny `/admin`"),
+        "{told:?}"
+    );
+    assert_eq!(
+        [findings("deny", "/admin/*, /admin"), findings("allow", "/admin/*"), findings("deny", "/*")].concat(),
+        [""; 0]
+    );
 }
 
 /// Puts `value` where walking down `path` ends.

@@ -7,7 +7,7 @@ use meshd_identity::TrustDomain;
 use serde::Serialize;
 
 use super::read::{Said, read};
-use super::{Id, Resource, Target, conflicts};
+use super::{Id, Resource, Target, authorization_policy, conflicts};
 use crate::ServiceName;
 use crate::documents::Described;
 use crate::yaml::Problem;
@@ -126,6 +126,11 @@ impl<'t> Check<'t> {
         for (place, resource) in std::mem::take(&mut self.resources) {
             if !self.services.is_empty() {
                 self.check_references(&place, &resource);
+            }
+            if let Resource::Authorization(policy) = &resource {
+                for (field, message) in authorization_policy::warnings(&policy.spec) {
+                    self.say(&place, Severity::Warning, &field, message);
+                }
             }
             self.resources.push((place, resource));
         }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::yaml::printable;
 
 /// Of a compiled expression. What people write takes some KiB; more is an attack or a mistake.
-const MOST_OF_AN_EXPRESSION: usize = 256 * 1024;
+const MOST_OF_AN_EXPRESSION: usize = 32 * 1024;
 
 /// A length of time as the Gateway API writes it (GEP-2257): up to four of `h`, `m`, `s`, `ms`, each with a number of at
 /// most five digits. `0s` is none.
@@ -156,7 +156,17 @@ pub(crate) fn network_of(text: &str) -> Result<IpNet, String> {
     if network.trunc() != network {
         return Err(format!("`{text}` has bits beyond its length set; write {}", network.trunc()));
     }
-    Ok(network)
+    match in_ipv4_form(&network) {
+        Some(form) => Err(format!("`{text}` is IPv4 in IPv6 form, which no client has; write {form}")),
+        None => Ok(network),
+    }
+}
+
+/// Of a network of mapped addresses (`::ffff:10.0.0.0/104`): addresses are compared in their IPv4 form.
+fn in_ipv4_form(network: &IpNet) -> Option<String> {
+    let IpNet::V6(network) = network else { return None };
+    let address = network.addr().to_ipv4_mapped()?;
+    Some(format!("{address}/{}", network.prefix_len().checked_sub(96)?))
 }
 
 impl Network {
@@ -236,12 +246,19 @@ impl From<PathPattern> for String {
 }
 
 impl PathPattern {
+    /// `path`: normalised, without its query.
     pub fn matches(&self, path: &str) -> bool {
         match self {
             PathPattern::Exact(exact) => path == &**exact,
             PathPattern::Below(below) => path.starts_with(&**below),
         }
     }
+}
+
+/// What of it no path has once it is normalised, so that it would never match. `whole`: nothing comes after it.
+pub(crate) fn never_in_a_path(text: &str, whole: bool) -> Option<&'static str> {
+    let anywhere = ["//", "/./", "/../", "%2f", "%2F", "#", "?"].into_iter().find(|part| text.contains(part));
+    anywhere.or(["/..", "/."].into_iter().find(|end| whole && text.ends_with(end)))
 }
 
 #[cfg(test)]
@@ -280,6 +297,10 @@ mod tests {
         assert!(network.contains("10.1.2.3".parse().unwrap()) && network.contains("::ffff:10.1.2.3".parse().unwrap()));
         assert!(!network.contains("11.0.0.1".parse().unwrap()));
         assert!(network_of("10.0.0.1/8").unwrap_err().contains("10.0.0.0/8"));
+        for (mapped, form) in [("::ffff:10.0.0.0/104", "write 10.0.0.0/8"), ("::ffff:0:0/96", "write 0.0.0.0/0")] {
+            assert!(network_of(mapped).unwrap_err().contains(form), "{mapped}");
+        }
+        assert!(network_of("::/0").is_ok() && network_of("::ffff:10.0.0.1").is_ok());
         assert!(network_of("2001:db8::1").is_ok() && network_of("10.0.0.0/33").is_err() && network_of("x").is_err());
     }
 }
