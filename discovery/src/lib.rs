@@ -52,7 +52,7 @@ pub use record::{Definition, Place, PortTarget, Record};
 #[cfg(any(test, feature = "testing"))]
 pub use register::fake as fake_registry;
 pub use register::{
-    Answer, Found, Hold, HostConfig, Key, Offer, Over, Phase, Registrar, RegistrarError, RegistrationHealth,
+    Answer, Found, Hold, HostConfig, Key, Offer, Over, Owner, Phase, Registrar, RegistrarError, RegistrationHealth,
     Registrations,
 };
 pub use registration::Registration;

@@ -46,7 +46,7 @@ impl Bed {
         let consul = Consul::start(&lab.host("store"))?;
         let token_file = lab.host("store").directory().join("consul.token");
         let mut bed = Self { mesh, consul, token_file };
-        bed.admit()?;
+        bed.admit("hosts")?;
         chown(bed.consul.authority(), Some(UID), Some(UID))?;
         let source = format!(
             "kind = \"consul\"\naddress = {:?}\nca = {:?}\ntoken_file = {:?}\nauthority = [\"shop\"]\n",
@@ -71,8 +71,8 @@ impl Bed {
     }
 
     /// A token for all hosts, and the document.
-    fn admit(&self) -> Result<()> {
-        let token = self.consul.token("hosts", HOSTS)?;
+    fn admit(&self, name: &str) -> Result<()> {
+        let token = self.consul.token(name, HOSTS)?;
         let new = self.token_file.with_extension("new");
         fs::write(&new, token)?;
         chown(&new, Some(UID), Some(UID))?;
@@ -166,7 +166,7 @@ fn an_old_owner_that_goes_on_leaves_the_later_one_alone_and_takes_its_own_away()
     bed.is_used_by_web("api-1", false)?;
     // What a copy of the machine would write through the same agent, and what nobody but it may take away.
     let later = u64::MAX / 4;
-    let id = format!("meshd:payments.shop:api-1:{later}");
+    let id = format!("meshd:payments.shop:api-1:{later}-0");
     let address = bed.mesh.host("api-2").address().to_string();
     let copy = json!({
         "ID": id, "Name": "payments", "Address": address, "Port": 8080,
@@ -206,7 +206,7 @@ fn in_an_agent_that_comes_back_empty_hosts_are_registered_again_and_traffic_neve
     ensure!(bed.consul.call(Some(&fs::read_to_string(&bed.token_file)?), "PUT", &path, None)?.0 == 200);
     bed.is_registered("api-1")?;
     bed.consul.restart_empty()?;
-    bed.admit()?;
+    bed.admit("hosts")?;
     for host in ["api-1", "api-2"] {
         bed.is_registered(host)?;
         bed.comes_to(host, "held")?;
@@ -214,6 +214,26 @@ fn in_an_agent_that_comes_back_empty_hosts_are_registered_again_and_traffic_neve
     }
     let report = load.end()?;
     ensure!(report.failed == 0, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn a_host_that_dies_after_its_token_was_replaced_and_the_old_one_deleted_is_critical_as_soon() -> Result<()> {
+    let bed = Bed::make()?;
+    let old = fs::read_to_string(&bed.token_file)?;
+    let (said, daemon) = (bed.only("api-1")?, bed.mesh.daemon("api-1"));
+    bed.admit("later-hosts")?;
+    until(DEADLINE, "the registration by the other token", || daemon.log().contains("registered anew with it"))
+        .with_context(|| daemon.log())?;
+    ensure!(bed.only("api-1")?["Service"]["ID"] == said["Service"]["ID"], "{said}");
+    let (status, token) = bed.consul.call(Some(&old), "GET", "/v1/acl/token/self", None)?;
+    ensure!(status == 200, "{token}");
+    let token: Value = serde_json::from_str(&token)?;
+    let accessor = token["AccessorID"].as_str().context("no accessor")?;
+    bed.consul.manage("DELETE", &format!("/v1/acl/token/{accessor}"), None)?;
+    let _power = bed.dies("api-1")?;
+    bed.is_used_by_web("api-1", false)?;
+    ensure!(worst(&bed.only("api-1")?) == "critical");
     Ok(())
 }
 

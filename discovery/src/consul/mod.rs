@@ -19,6 +19,8 @@
 //! agent without servers, a catalog that was emptied. `remote.rs` judges the answer, `belief.rs` what is left of doubt.
 
 mod client;
+#[cfg(test)]
+mod fake_agent;
 mod follow;
 mod known;
 mod read;
@@ -26,6 +28,7 @@ mod registrar;
 mod remote;
 mod resources;
 mod settings;
+mod stamp;
 mod store;
 mod watch;
 

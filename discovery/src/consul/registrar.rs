@@ -1,14 +1,16 @@
 //! Registrations in Consul: a service of an agent, with a check that turns critical when it is not kept.
 //!
 //! An agent takes any write to an ID and any removal of it, whoever asks, so nothing could be fenced there. Each life of a
-//! registration therefore has an ID of its own, with its epoch in it, and touches no other but earlier ones: an old owner
+//! registration therefore has an ID of its own (`stamp.rs`), and touches no other but earlier ones it knew of: an old owner
 //! that goes on finds the later one in the catalog and takes its own away. docs/adr/0014.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper::body::Bytes;
+use hyper::header::HeaderValue;
 use hyper::{Method, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -16,8 +18,9 @@ use serde_json::{Value, json};
 
 use super::client::{Call, CallError, Client, Reply};
 use super::settings::Settings;
+use super::stamp::Stamp;
 use crate::documents::DEFAULT_WEIGHT;
-use crate::register::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError, TTL, address_towards};
+use crate::register::{Answer, Found, Hold, Key, Over, Owner, Registrar, RegistrarError, TTL, address_towards};
 use crate::yaml::printable;
 use crate::{Health, PortTarget, Registration, ServiceName};
 
@@ -37,26 +40,21 @@ const MOST_SAID: usize = 300;
 pub(crate) struct ConsulRegistrar {
     name: String,
     settings: Arc<Settings>,
+    nonce: u32,
     idle: Mutex<Vec<Client>>,
+    written: Mutex<BTreeMap<Key, Written>>,
+}
+
+/// The last of a registration. An agent tells the catalog of it by the token shown then, whoever keeps it since.
+struct Written {
+    said: Registration,
+    token: Option<HeaderValue>,
 }
 
 impl From<CallError> for RegistrarError {
     fn from(error: CallError) -> RegistrarError {
         RegistrarError(error.to_string())
     }
-}
-
-/// Of one life; names have no colon.
-fn id(key: &Key, epoch: u64) -> String {
-    format!("{}{epoch}", ids_of(key))
-}
-
-fn ids_of(key: &Key) -> String {
-    format!("meshd:{}:{}:", key.service, key.instance)
-}
-
-fn epoch_of(id: &str, key: &Key) -> Option<u64> {
-    id.strip_prefix(&ids_of(key))?.parse().ok()
 }
 
 fn alive(id: &str) -> String {
@@ -76,8 +74,7 @@ fn state(said: &Registration) -> (&'static str, &'static str) {
     }
 }
 
-fn body(key: &Key, said: &Registration) -> Value {
-    let id = id(key, said.epoch);
+fn body(id: &str, key: &Key, said: &Registration) -> Value {
     let (status, output) = state(said);
     let first = said.ports.first().copied().unwrap_or(PortTarget { port: 0, target: 0 });
     let ports: Vec<String> = said.ports.iter().map(|it| format!("{}:{}", it.port, it.target)).collect();
@@ -97,14 +94,14 @@ fn body(key: &Key, said: &Registration) -> Value {
         meta[name] = text.into();
     }
     // For those who know nothing of the mesh.
-    let share = (said.weight / DEFAULT_WEIGHT).clamp(1, HEAVIEST);
+    let share = (said.weight.saturating_add(DEFAULT_WEIGHT / 2) / DEFAULT_WEIGHT).clamp(1, HEAVIEST);
     json!({
         "ID": id, "Name": key.service.name(), "Address": said.address.to_string(), "Port": first.target,
         "Weights": { "Passing": share, "Warning": share }, "Meta": meta,
         "Checks": [
-            { "CheckID": alive(&id), "Name": "meshd keeps it", "TTL": format!("{}s", TTL.as_secs()), "Status": "passing",
+            { "CheckID": alive(id), "Name": "meshd keeps it", "TTL": format!("{}s", TTL.as_secs()), "Status": "passing",
               "DeregisterCriticalServiceAfter": REMOVED_AFTER },
-            { "CheckID": well(&id), "Name": "the program", "TTL": FOR_GOOD, "Status": status, "Notes": output },
+            { "CheckID": well(id), "Name": "the program", "TTL": FOR_GOOD, "Status": status, "Notes": output },
         ],
     })
 }
@@ -142,21 +139,24 @@ struct Check {
 }
 
 impl Entry {
-    /// Whoever wrote it is there.
-    fn is_kept(&self) -> bool {
-        let (id, mut checks) = (alive(&self.service.id), self.checks.iter().flatten());
-        !checks.any(|check| (check.id == id || check.id == OF_THE_NODE) && check.status == "critical")
+    /// What its node's agent was told goes on only if that one comes back.
+    fn is_cut_off(&self) -> bool {
+        self.checks.iter().flatten().any(|check| check.id == OF_THE_NODE && check.status == "critical")
     }
 }
 
-/// The latest life of a registration among instances of its service that somebody keeps.
-fn latest(entries: &[Entry], key: &Key) -> Option<Found> {
-    let found = |entry: &Entry| {
-        let epoch = epoch_of(&entry.service.id, key).filter(|_| entry.is_kept())?;
-        let address = format!("{} (Consul node {})", printable(&entry.service.address), printable(&entry.node.node));
-        Some(Found { epoch, version: epoch, address })
-    };
-    entries.iter().filter_map(found).max_by_key(|found| found.epoch)
+/// A life whose check is critical may only have missed its beats: until Consul has removed it, it is the owner. What a node
+/// that is gone has of it stays for days and is nobody's, but is no less the place whose epoch readers compare.
+fn found(entries: &[Entry], key: &Key, nonce: u32) -> Option<Found> {
+    let lives = entries.iter().filter_map(|entry| Some((Stamp::read(&entry.service.id, key)?, entry)));
+    let epoch = lives.clone().map(|(stamp, _)| stamp.epoch).max()?;
+    let latest = lives.filter(|(_, entry)| !entry.is_cut_off()).max_by_key(|(stamp, _)| *stamp);
+    let owner = latest.map(|(stamp, Entry { service, node, .. })| Owner {
+        epoch: stamp.epoch,
+        wins_ties: stamp.nonce > nonce,
+        address: format!("{} (Consul node {})", printable(&service.address), printable(&node.node)),
+    });
+    Some(Found { epoch, version: epoch, owner })
 }
 
 fn said(reply: &Reply) -> String {
@@ -191,7 +191,19 @@ fn may_write(service: &ServiceName) -> String {
 
 impl ConsulRegistrar {
     pub(super) fn new(name: String, settings: Arc<Settings>) -> ConsulRegistrar {
-        ConsulRegistrar { name, settings, idle: Mutex::default() }
+        ConsulRegistrar { name, settings, nonce: fastrand::u32(..), idle: Mutex::default(), written: Mutex::default() }
+    }
+
+    fn stamp(&self, epoch: u64) -> Stamp {
+        Stamp { epoch, nonce: self.nonce }
+    }
+
+    fn written(&self) -> MutexGuard<'_, BTreeMap<Key, Written>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn token(&self) -> Result<Option<HeaderValue>, RegistrarError> {
+        self.settings.token().map_err(|error| RegistrarError(error.to_string()))
     }
 
     async fn call(&self, method: Method, path: &str, body: Option<Value>) -> Result<Reply, RegistrarError> {
@@ -208,7 +220,7 @@ impl ConsulRegistrar {
     }
 
     /// As the catalog has it, whatever agent it is written through.
-    async fn latest(&self, key: &Key) -> Result<Option<Found>, RegistrarError> {
+    async fn look(&self, key: &Key) -> Result<Option<Found>, RegistrarError> {
         const HIDDEN: &str = "x-consul-results-filtered-by-acls";
         // `near` as in `remote.rs`. The names are plain words.
         let (name, instance) = (key.service.name(), &key.instance);
@@ -222,21 +234,38 @@ impl ConsulRegistrar {
             StatusCode::OK if hides() => Err(RegistrarError(format!(
                 "Consul hides from this token who registered `{name}`; add `{rule}` to its policy"
             ))),
-            StatusCode::OK => Ok(latest(&read::<Vec<Entry>>(&reply)?, key)),
+            StatusCode::OK => Ok(found(&read::<Vec<Entry>>(&reply)?, key, self.nonce)),
             _ => Err(refused(&reply, &format!("see who registered `{name}`"), &rule)),
         }
     }
 
     async fn register(&self, key: &Key, said: &Registration) -> Result<(), RegistrarError> {
         let path = "/v1/agent/service/register?replace-existing-checks=true";
-        let reply = self.call(Method::PUT, path, Some(body(key, said))).await?;
+        let id = self.stamp(said.epoch).id(key);
+        // Before it is shown: one replaced meanwhile is noticed with the next beat.
+        let token = self.token()?;
+        let reply = self.call(Method::PUT, path, Some(body(&id, key, said))).await?;
         if reply.status != StatusCode::OK {
             return Err(refused(&reply, &format!("register `{}`", key.service.name()), &may_write(&key.service)));
         }
         // An agent goes on with what the check of this ID said before, whatever is registered.
         let (status, output) = state(said);
-        let is_there = self.update(&well(&id(key, said.epoch)), status, output, key).await?;
-        is_there.then_some(()).ok_or_else(|| RegistrarError("Consul's agent lost what was just registered".to_owned()))
+        if !self.update(&well(&id), status, output, key).await? {
+            return Err(RegistrarError("Consul's agent lost what was just registered".to_owned()));
+        }
+        self.written().insert(key.clone(), Written { said: said.clone(), token });
+        Ok(())
+    }
+
+    /// Once the token it was registered with is deleted, nothing of it reaches the catalog any more: not its end either.
+    async fn change_token(&self, key: &Key, hold: Hold) -> Result<(), RegistrarError> {
+        let token = self.token()?;
+        let said = match self.written().get(key) {
+            Some(written) if written.said.epoch == hold.version && written.token != token => written.said.clone(),
+            _ => return Ok(()),
+        };
+        tracing::info!(source = self.name, %key, "there is another token; registered anew with it");
+        self.register(key, &said).await
     }
 
     /// False if the agent does not know the check.
@@ -261,16 +290,16 @@ impl ConsulRegistrar {
         }
     }
 
-    /// What earlier lives left at this agent.
-    async fn clear_before(&self, key: &Key, epoch: u64) -> Result<(), RegistrarError> {
+    /// What earlier lives left at this agent, of those that were found when `own` was written.
+    async fn clear_before(&self, key: &Key, own: Stamp, found: u64) -> Result<(), RegistrarError> {
         let path = format!("/v1/agent/services?filter=Service%3D%3D%22{}%22", key.service.name());
         let reply = self.call(Method::GET, &path, None).await?;
         if reply.status != StatusCode::OK {
             return Err(refused(&reply, &format!("list `{}`", key.service.name()), &may_write(&key.service)));
         }
-        let there: std::collections::BTreeMap<String, serde::de::IgnoredAny> = read(&reply)?;
-        let earlier = |id: &&String| epoch_of(id, key).is_some_and(|other| other < epoch);
-        for id in there.keys().filter(earlier) {
+        let there: BTreeMap<String, serde::de::IgnoredAny> = read(&reply)?;
+        let is_left = |id: &&String| Stamp::read(id, key).is_some_and(|stamp| stamp.is_left_to(own, found));
+        for id in there.keys().filter(is_left) {
             self.remove(id, &key.service).await?;
         }
         Ok(())
@@ -314,48 +343,54 @@ impl Registrar for ConsulRegistrar {
     }
 
     fn find<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Found>> {
-        Box::pin(self.latest(key))
+        Box::pin(self.look(key))
     }
 
     fn write<'a>(&'a self, key: &'a Key, said: &'a Registration, over: Over) -> Answer<'a, Option<Hold>> {
         Box::pin(async move {
-            let there = self.latest(key).await?.map_or(0, |found| found.version);
-            let is_other = match over {
-                Over::Own(hold) => there > hold.version,
-                Over::Version(version) => there != version,
+            let there = self.look(key).await?;
+            let (is_other, found) = match over {
+                Over::Own(hold) => (there.is_some_and(|it| it.is_later_than(hold.version)), hold.version),
+                Over::Version(version) => (there.map_or(0, |it| it.version) != version, version),
             };
             if is_other {
                 return Ok(None);
             }
             self.register(key, said).await?;
-            self.clear_before(key, said.epoch).await?;
+            // It is registered, whatever is left beside it until its check ends it.
+            if let Err(error) = self.clear_before(key, self.stamp(said.epoch), found).await {
+                tracing::warn!(source = self.name, %key, %error, "what was registered before may be listed for another minute");
+            }
             Ok(Some(Hold { lease: 0, version: said.epoch }))
         })
     }
 
     fn keep<'a>(&'a self, key: &'a Key, hold: Hold) -> Answer<'a, bool> {
         Box::pin(async move {
-            let id = id(key, hold.version);
+            let id = self.stamp(hold.version).id(key);
             if !self.update(&alive(&id), "passing", "", key).await? {
                 return Ok(false);
             }
-            match self.latest(key).await {
-                Ok(Some(found)) if found.epoch > hold.version => {
+            match self.look(key).await {
+                Ok(Some(found)) if found.is_later_than(hold.version) => {
                     self.remove(&id, &key.service).await?;
-                    Ok(false)
+                    return Ok(false);
                 }
-                Ok(_) => Ok(true),
+                Ok(_) => {}
                 // The agent keeps it, also without its servers; to register anew would change nothing.
-                Err(error) => {
-                    tracing::debug!(%key, %error, "whether it is superseded is not known now");
-                    Ok(true)
-                }
+                Err(error) => tracing::debug!(%key, %error, "whether it is superseded is not known now"),
             }
+            self.change_token(key, hold).await?;
+            Ok(true)
         })
     }
 
     fn withdraw<'a>(&'a self, key: &'a Key, hold: Hold) -> Answer<'a, ()> {
-        Box::pin(async move { self.remove(&id(key, hold.version), &key.service).await })
+        Box::pin(async move {
+            self.remove(&self.stamp(hold.version).id(key), &key.service).await?;
+            self.written().remove(key);
+            Ok(())
+        })
     }
 }
 

@@ -54,11 +54,7 @@ fn revision(version: u64) -> i64 {
 fn found(pair: &KeyValue) -> Found {
     let said: serde_json::Value = serde_json::from_slice(&pair.value).unwrap_or_default();
     let address = said["address"].as_str().unwrap_or("an address that cannot be read");
-    Found {
-        epoch: said["epoch"].as_u64().unwrap_or(0),
-        version: pair.mod_revision.unsigned_abs(),
-        address: address.to_owned(),
-    }
+    Found::only(said["epoch"].as_u64().unwrap_or(0), pair.mod_revision.unsigned_abs(), address.to_owned())
 }
 
 impl Registrar for EtcdRegistrar {

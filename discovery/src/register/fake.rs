@@ -130,11 +130,8 @@ impl Registrar for Client {
 
     fn find<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Found>> {
         self.ask(|kept| {
-            let found = |entry: &mut Entry| Found {
-                epoch: entry.said.epoch,
-                version: entry.version,
-                address: entry.said.address.to_string(),
-            };
+            let found =
+                |entry: &mut Entry| Found::only(entry.said.epoch, entry.version, entry.said.address.to_string());
             kept.alive(key).map(found)
         })
     }

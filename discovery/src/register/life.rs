@@ -147,12 +147,13 @@ impl Life {
         (now, chance): (Instant, f64),
     ) -> Option<(Registration, Over)> {
         let (theirs, version) = found.map_or((0, 0), |found| (found.epoch, found.version));
-        if let Some(found) = found.filter(|_| self.epoch > 0 && theirs > self.epoch) {
+        let later = found.and_then(|found| found.later_than(self.epoch));
+        if let Some(owner) = later.filter(|_| self.epoch > 0) {
             self.phase = Phase::Superseded;
             self.error = Some(format!(
                 "another meshd registered it later under this host's name, at {}; if that host is a copy of this one, give it \
                  an identity of its own (meshd join)",
-                found.address
+                owner.address
             ));
             self.write_at = now + jittered(self.ttl / 2, chance);
             return None;

@@ -1,3 +1,4 @@
+use super::super::Owner;
 use super::super::fake::TTL;
 use super::super::offer::tests::offer;
 use super::*;
@@ -5,7 +6,7 @@ use super::*;
 const HOLD: Hold = Hold { lease: 1, version: 5 };
 
 fn found(epoch: u64) -> Found {
-    Found { epoch, version: 9, address: "10.0.0.9".to_owned() }
+    Found::only(epoch, 9, "10.0.0.9".to_owned())
 }
 
 /// One that was written at `now`, with the clock at 100.
@@ -60,6 +61,28 @@ async fn a_life_that_lost_its_lease_never_replaces_a_later_one_and_comes_back_wh
     assert_eq!(life.next(&offer(), Aim::Serve, now), Next::Wait(now + TTL / 2));
     let (said, over) = life.claim(&offer(), None, 50, (now, 0.5)).unwrap();
     assert_eq!((said.epoch, over), (101, Over::Version(0)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn lives_that_ended_are_in_nobodys_way_but_the_next_epoch_is_above_theirs() {
+    let now = Instant::now();
+    let ended = Found { owner: None, ..found(7000) };
+    let mut life = held(now);
+    life.lost((now, 0.5));
+    let (said, over) = life.claim(&offer(), Some(&ended), 5000, (now, 0.5)).unwrap();
+    assert_eq!((said.epoch, over), (7001, Over::Version(9)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_lives_that_came_to_one_epoch_the_lesser_is_superseded() {
+    let now = Instant::now();
+    let tie = |wins_ties| {
+        let owner = Owner { epoch: 100, wins_ties, address: "10.0.0.9".to_owned() };
+        let mut life = held(now);
+        life.lost((now, 0.5));
+        life.claim(&offer(), Some(&Found { owner: Some(owner), ..found(100) }), 50, (now, 0.5)).map(|it| it.0.epoch)
+    };
+    assert_eq!((tie(true), tie(false)), (None, Some(101)));
 }
 
 #[tokio::test(start_paused = true)]

@@ -71,14 +71,40 @@ pub trait Registrar: Send + Sync {
     fn withdraw<'a>(&'a self, key: &'a Key, hold: Hold) -> Answer<'a, ()>;
 }
 
-/// A registration that a backend has.
+/// What a backend has of a registration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
+    /// The highest of all lives that left something, also of those that ended.
     pub epoch: u64,
     /// Changes with every write.
     pub version: u64,
-    /// Of whom it is, for messages.
+    /// The latest life that may still go on.
+    pub owner: Option<Owner>,
+}
+
+/// A life that wrote a registration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    pub epoch: u64,
+    /// It is the later one also of whoever asks with the same epoch.
+    pub wins_ties: bool,
+    /// For messages.
     pub address: String,
+}
+
+impl Found {
+    /// Where a backend has one life at a time, so that an epoch of one's own is one's own.
+    pub(crate) fn only(epoch: u64, version: u64, address: String) -> Found {
+        Found { epoch, version, owner: Some(Owner { epoch, wins_ties: false, address }) }
+    }
+
+    pub(crate) fn is_later_than(&self, epoch: u64) -> bool {
+        self.later_than(epoch).is_some()
+    }
+
+    pub(crate) fn later_than(&self, epoch: u64) -> Option<&Owner> {
+        self.owner.as_ref().filter(|owner| owner.epoch > epoch || (owner.epoch == epoch && owner.wins_ties))
+    }
 }
 
 /// What a write replaces.

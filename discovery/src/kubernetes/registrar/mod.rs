@@ -101,11 +101,8 @@ fn note<'a>(object: &'a Value, name: &str) -> &'a str {
 
 /// What cannot be read fences nothing.
 fn found(slice: &Value) -> Found {
-    Found {
-        epoch: note(slice, "epoch").parse().unwrap_or(0),
-        version: number(&version_of(slice)),
-        address: printable(slice["endpoints"][0]["addresses"][0].as_str().unwrap_or("an address that cannot be read")),
-    }
+    let address = slice["endpoints"][0]["addresses"][0].as_str().unwrap_or("an address that cannot be read");
+    Found::only(note(slice, "epoch").parse().unwrap_or(0), number(&version_of(slice)), printable(address))
 }
 
 /// Names of a Service's ports, which slices have to bear.
