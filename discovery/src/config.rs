@@ -77,10 +77,16 @@ impl Provides {
     }
 
     /// Those that may be believed of somebody.
-    fn kinds(&self) -> Vec<Kind> {
+    pub(crate) fn kinds(&self) -> Vec<Kind> {
         let grants = |kind: &Kind| if kind.is_route() { &self.routes } else { &self.policies };
         let is_ours = |kind: &Kind| *kind != Kind::MeshService && *grants(kind) != Namespaces::default();
         Kind::ALL.into_iter().filter(is_ours).collect()
+    }
+
+    /// Whether a document of that kind and namespace, neither a MeshService, may be believed.
+    pub(crate) fn covers(&self, kind: Kind, namespace: &str) -> bool {
+        let granted = if kind.is_route() { &self.routes } else { &self.policies };
+        granted.covers(namespace)
     }
 
     pub fn everything() -> Provides {
@@ -247,23 +253,23 @@ impl SourceConfig {
     }
 
     fn etcd_source(&self, trust_domain: &TrustDomain) -> Result<EtcdSource, ConfigError> {
-        let (prefix, resources) = (self.prefix.as_deref(), self.provides.has_resources());
-        let source = EtcdSource::new(self.name(), self.etcd(), prefix, resources, trust_domain.clone());
+        let (prefix, provides) = (self.prefix.as_deref(), self.provides.clone());
+        let source = EtcdSource::new(self.name(), self.etcd(), prefix, provides, trust_domain.clone());
         source.map_err(|error| ConfigError::Etcd { name: self.name().to_owned(), reason: error.to_string() })
     }
 
     fn consul_source(&self, trust_domain: &TrustDomain) -> Result<ConsulSource, ConfigError> {
         let (namespace, prefix) = (self.namespace.as_deref(), self.prefix.as_deref());
-        let resources = self.provides.has_resources();
-        let source = ConsulSource::new(self.name(), self.consul(), namespace, prefix, resources, trust_domain.clone());
+        let provides = self.provides.clone();
+        let source = ConsulSource::new(self.name(), self.consul(), namespace, prefix, provides, trust_domain.clone());
         source.map_err(|error| ConfigError::Consul { name: self.name().to_owned(), reason: error.to_string() })
     }
 
     fn kubernetes_source(&self, trust_domain: &TrustDomain) -> Result<KubernetesSource, ConfigError> {
         let settings = KubernetesSettings { kubeconfig: self.kubeconfig.clone(), context: self.context.clone() };
-        let (authority, kinds) = (self.authority.clone(), self.provides.kinds());
+        let (authority, provides) = (self.authority.clone(), self.provides.clone());
         let namespace = self.namespace.as_deref();
-        let source = KubernetesSource::new(self.name(), settings, namespace, authority, kinds, trust_domain.clone());
+        let source = KubernetesSource::new(self.name(), settings, namespace, authority, provides, trust_domain.clone());
         source.map_err(|reason| ConfigError::Kubernetes { name: self.name().to_owned(), reason })
     }
 

@@ -54,7 +54,8 @@ type Said = BTreeMap<(Scope, Arc<str>), Change>;
 
 impl Known {
     pub(super) fn new(reading: Reading) -> Known {
-        let resources = reading.resources.clone().map(|base| Resources::new(base, reading.trust_domain.clone()));
+        let resources = reading.resources.clone();
+        let resources = resources.map(|(base, provides)| Resources::new(base, provides, reading.trust_domain.clone()));
         Known {
             resources,
             reading,

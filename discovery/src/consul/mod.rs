@@ -46,7 +46,7 @@ use crate::documents::is_plain_word;
 use crate::name::check_label;
 use crate::resources::base_for;
 use crate::write::Keys;
-use crate::{Sink, Source, SourceFuture, Wanted};
+use crate::{Provides, Sink, Source, SourceFuture, Wanted};
 
 const DEFAULT_NAMESPACE: &str = "default";
 
@@ -63,7 +63,7 @@ impl ConsulSource {
         settings: Settings,
         namespace: Option<&str>,
         base: Option<&str>,
-        with_resources: bool,
+        provides: Provides,
         trust_domain: TrustDomain,
     ) -> Result<ConsulSource, SettingsError> {
         settings.check()?;
@@ -72,7 +72,7 @@ impl ConsulSource {
         if namespace == SYSTEM_NAMESPACE {
             return Err(SettingsError::Namespace(format!("`{namespace}` is reserved for hosts; choose another")));
         }
-        let resources = with_resources.then(|| base_for(base).trim_matches('/').into());
+        let resources = provides.has_resources().then(|| (base_for(base).trim_matches('/').into(), provides));
         let base = base.unwrap_or(BASE).trim_matches('/');
         if !base.split('/').all(|word| !word.is_empty() && is_plain_word(word)) {
             return Err(SettingsError::Prefix(base.to_owned()));

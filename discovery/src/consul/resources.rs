@@ -7,11 +7,12 @@ use meshd_identity::TrustDomain;
 
 use super::remote::{Pair, Query};
 use crate::resources::{ResourceChange, ResourceNews, StoredKey};
-use crate::{Epoch, SourceEvent, Wanted};
+use crate::{Epoch, Provides, SourceEvent, Wanted};
 
 #[derive(Debug)]
 pub(super) struct Resources {
     base: Arc<str>,
+    provides: Provides,
     trust_domain: TrustDomain,
     wanted: Wanted,
     documents: BTreeMap<Arc<str>, Document>,
@@ -31,9 +32,9 @@ struct Document {
 }
 
 impl Resources {
-    pub(super) fn new(base: Arc<str>, trust_domain: TrustDomain) -> Resources {
+    pub(super) fn new(base: Arc<str>, provides: Provides, trust_domain: TrustDomain) -> Resources {
         let (wanted, documents) = (Wanted::default(), BTreeMap::new());
-        Resources { base, trust_domain, wanted, documents, position: 0, went_back: false, due: false }
+        Resources { base, provides, trust_domain, wanted, documents, position: 0, went_back: false, due: false }
     }
 
     pub(super) fn query(&self) -> Query {
@@ -69,7 +70,9 @@ impl Resources {
         let Some(store) = cluster.cloned() else { return Vec::new() };
         let mut before = std::mem::take(&mut self.documents);
         for pair in pairs {
-            let Some(stored) = StoredKey::read(&self.base, &pair.key) else { continue };
+            let stored = StoredKey::read(&self.base, &pair.key);
+            let granted = |StoredKey(id): &StoredKey| self.provides.covers(id.kind, &id.namespace);
+            let Some(stored) = stored.filter(granted) else { continue };
             let known = before.remove_entry(&*pair.key).filter(|(_, document)| document.modified == pair.modified);
             let (key, document) = known.unwrap_or_else(|| {
                 let said = stored.document(&pair.key, &pair.value, &self.trust_domain);
@@ -94,6 +97,7 @@ impl Resources {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Namespaces;
     use crate::fake::{allowing, trust_domain};
 
     fn pair(name: &str, modified: u64) -> Pair {
@@ -111,7 +115,16 @@ mod tests {
     }
 
     fn resources() -> Resources {
-        Resources::new("meshd-resources/v1".into(), trust_domain())
+        Resources::new("meshd-resources/v1".into(), Provides::everything(), trust_domain())
+    }
+
+    #[test]
+    fn what_is_not_granted_is_passed_over_also_where_it_cannot_be_understood() {
+        let provides = Provides { routes: Namespaces::everything(), ..Provides::default() };
+        let mut ours = Resources::new("meshd-resources/v1".into(), provides, trust_domain());
+        let bad = Pair { value: b"nonsense".to_vec(), ..pair("bad", 2) };
+        let events = ours.take(&[pair("web", 1), bad], 5, Some(&"one".into()));
+        assert_eq!(listed(&events), (5, vec![], 0));
     }
 
     #[test]

@@ -25,13 +25,14 @@ pub(crate) use self::store::EtcdStore;
 use crate::register::etcd::EtcdRegistrar;
 use crate::resources::base_for;
 use crate::write::Keys;
-use crate::{Sink, Source, SourceFuture, Wanted};
+use crate::{Provides, Sink, Source, SourceFuture, Wanted};
 
 pub struct EtcdSource {
     name: String,
     base: String,
     /// Where routes and policies lie, if they are to be read.
     resources: Option<Arc<str>>,
+    provides: Provides,
     client: Arc<Client>,
     /// `HOST:PORT` of each.
     members: Vec<String>,
@@ -44,14 +45,14 @@ impl EtcdSource {
         name: &str,
         settings: Settings,
         base: Option<&str>,
-        with_resources: bool,
+        provides: Provides,
         trust_domain: TrustDomain,
     ) -> Result<EtcdSource, Error> {
-        let resources = with_resources.then(|| base_for(base).into());
+        let resources = provides.has_resources().then(|| base_for(base).into());
         let base = base.unwrap_or(keys::BASE).trim_end_matches('/').to_owned();
         let members = settings.addresses()?;
         let client = Arc::new(Client::new(settings)?);
-        Ok(EtcdSource { name: name.to_owned(), base, resources, client, members, trust_domain })
+        Ok(EtcdSource { name: name.to_owned(), base, resources, provides, client, members, trust_domain })
     }
 
     /// Registers over the source's own connection.
@@ -76,9 +77,13 @@ impl Source for EtcdSource {
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
-        let EtcdSource { client, base, resources, trust_domain, .. } = self;
-        let (base, resources, trust_domain) = (base.clone(), resources.clone(), trust_domain.clone());
-        let remote = remote::Etcd { client: client.clone(), keys: remote::Keys { base, resources, trust_domain } };
+        let keys = remote::Keys {
+            base: self.base.clone(),
+            resources: self.resources.clone(),
+            provides: self.provides.clone(),
+            trust_domain: self.trust_domain.clone(),
+        };
+        let remote = remote::Etcd { client: self.client.clone(), keys };
         Box::pin(follow::run(remote, wanted, sink))
     }
 }

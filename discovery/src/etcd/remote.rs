@@ -9,7 +9,7 @@ use meshd_identity::TrustDomain;
 
 use super::keys;
 use crate::resources::{self, ResourceChange, ResourceNews, StoredKey};
-use crate::{Change, Epoch, Listing, Scope, SourceEvent};
+use crate::{Change, Epoch, Listing, Provides, Scope, SourceEvent};
 
 /// What is followed by a watch of its own. Policies come before what they are about.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,6 +89,7 @@ pub(super) struct Keys {
     pub(super) base: String,
     /// `None`: they are not read.
     pub(super) resources: Option<Arc<str>>,
+    pub(super) provides: Provides,
     pub(super) trust_domain: TrustDomain,
 }
 
@@ -108,6 +109,8 @@ impl Keys {
     fn read(&self, pair: &KeyValue) -> Option<Told> {
         let key = std::str::from_utf8(&pair.key).ok()?;
         match self.stored(key) {
+            // Nor need it be understood.
+            Some(StoredKey(id)) if !self.provides.covers(id.kind, &id.namespace) => None,
             Some(stored) => Some(Told::Resource(stored.document(key, &pair.value, &self.trust_domain))),
             None => keys::read(&self.base, pair, &self.trust_domain).map(Told::Service),
         }
@@ -219,5 +222,24 @@ impl Stream for EtcdWatches {
 
     async fn cancel(&mut self, id: i64) -> Result<(), Error> {
         self.watches.cancel(id).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Namespaces;
+
+    #[test]
+    fn what_is_not_granted_is_passed_over_also_where_it_cannot_be_understood() {
+        let provides = Provides { routes: Namespaces::everything(), ..Provides::default() };
+        let (base, trust_domain) = (keys::BASE.to_owned(), crate::fake::trust_domain());
+        let keys = Keys { base, resources: Some(resources::BASE.into()), provides, trust_domain };
+        let told = |kind: &str| {
+            let key = format!("{}/shop/{kind}/bad", resources::BASE);
+            keys.read(&KeyValue { key: key.into(), value: "nonsense".into(), ..KeyValue::default() })
+        };
+        assert!(told("authorizationpolicy").is_none());
+        assert!(matches!(told("httproute"), Some(Told::Resource(ResourceChange::Refused(_)))));
     }
 }

@@ -43,8 +43,7 @@ use tokio::sync::watch;
 pub use settings::Settings as KubernetesSettings;
 
 use crate::name::check_label;
-use crate::resources::Kind;
-use crate::{Namespaces, Sink, Source, SourceFuture, Wanted};
+use crate::{Namespaces, Provides, Sink, Source, SourceFuture, Wanted};
 use client::Client;
 use leases::Leases;
 use read::Reader;
@@ -59,8 +58,7 @@ pub struct KubernetesSource {
     /// Where hosts that register have their Leases.
     namespace: String,
     authority: Namespaces,
-    /// Kinds of routes and policies that are to be read.
-    kinds: Vec<Kind>,
+    provides: Provides,
     trust_domain: TrustDomain,
 }
 
@@ -71,14 +69,14 @@ impl KubernetesSource {
         settings: KubernetesSettings,
         namespace: Option<&str>,
         authority: Namespaces,
-        kinds: Vec<Kind>,
+        provides: Provides,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
         settings.access().map_err(|error| error.to_string())?;
         let namespace = namespace.unwrap_or(SYSTEM_NAMESPACE);
         check_label("namespace", namespace).map_err(|error| error.to_string())?;
         let (name, namespace) = (name.to_owned(), namespace.to_owned());
-        Ok(KubernetesSource { name, settings, namespace, authority, kinds, trust_domain })
+        Ok(KubernetesSource { name, settings, namespace, authority, provides, trust_domain })
     }
 
     /// Registers over connections of its own: a list that takes long must not cost a host its Lease.
@@ -110,7 +108,8 @@ impl Source for KubernetesSource {
         let remote = ApiServer(Client::new(self.settings.clone()));
         let life = watch::Sender::default();
         let followed = Followed {
-            kinds: self.kinds.clone(),
+            kinds: self.provides.kinds(),
+            provides: self.provides.clone(),
             trust_domain: self.trust_domain.clone(),
             wanted: wanted.clone(),
             life: life.subscribe(),

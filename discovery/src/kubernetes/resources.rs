@@ -25,7 +25,7 @@ use super::remote::encode;
 use crate::backoff::{Backoff, jittered};
 use crate::resources::{self, Document, Kind, ResourceChange, ResourceNews, ResourceRecord, Said};
 use crate::resync::RESYNC_EVERY;
-use crate::{Epoch, Refused, Sink, SourceEvent, Wanted};
+use crate::{Epoch, Provides, Refused, Sink, SourceEvent, Wanted};
 
 /// Objects per page of a list.
 const PAGE: usize = 500;
@@ -71,6 +71,7 @@ pub(super) trait Watch {
 
 pub(super) struct Followed {
     pub(super) kinds: Vec<Kind>,
+    pub(super) provides: Provides,
     pub(super) trust_domain: TrustDomain,
     pub(super) wanted: watch::Receiver<Wanted>,
     pub(super) life: watch::Receiver<Life>,
@@ -79,11 +80,12 @@ pub(super) struct Followed {
 
 /// Never returns, except by a defect of ours, which ends all of it.
 pub(super) async fn run<S: Server>(server: impl Fn() -> S, followed: Followed) {
-    let Followed { kinds, trust_domain, wanted, life, sink } = followed;
+    let Followed { kinds, provides, trust_domain, wanted, life, sink } = followed;
     let mut tasks = JoinSet::new();
     for kind in kinds {
-        let (trust_domain, wanted, life, sink) = (trust_domain.clone(), wanted.clone(), life.clone(), sink.clone());
-        tasks.spawn(Follower { kind, trust_domain, wanted, life, sink, version: None }.run(server()));
+        let (provides, trust_domain) = (provides.clone(), trust_domain.clone());
+        let (wanted, life, sink) = (wanted.clone(), life.clone(), sink.clone());
+        tasks.spawn(Follower { kind, provides, trust_domain, wanted, life, sink, version: None }.run(server()));
     }
     if tasks.is_empty() {
         std::future::pending::<()>().await;
@@ -93,6 +95,7 @@ pub(super) async fn run<S: Server>(server: impl Fn() -> S, followed: Followed) {
 
 struct Follower {
     kind: Kind,
+    provides: Provides,
     trust_domain: TrustDomain,
     wanted: watch::Receiver<Wanted>,
     life: watch::Receiver<Life>,
@@ -217,9 +220,13 @@ impl Follower {
         format!("{}{}/{}", self.prefix(), text("namespace"), text("name")).into()
     }
 
-    /// Most routes of a cluster are of Gateways, and no concern of ours.
+    /// Most routes of a cluster are of Gateways, and no concern of ours; nor is what others may say.
     fn read(&self, object: &Value) -> ResourceChange {
         let key = self.key(object);
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+        if !self.provides.covers(self.kind, namespace) {
+            return ResourceChange::Removed(key);
+        }
         let is_route = matches!(self.kind, Kind::HTTPRoute | Kind::GRPCRoute | Kind::TCPRoute);
         if is_route && !resources::is_between_services(object) {
             return ResourceChange::Removed(key);

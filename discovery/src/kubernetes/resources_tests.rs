@@ -4,6 +4,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::Namespaces;
 use crate::fake::trust_domain;
 
 #[derive(Default)]
@@ -60,8 +61,10 @@ impl Bed {
         let (life, wanted) =
             (watch::Sender::new(known), watch::Sender::new(Wanted { everything: true, ..Wanted::default() }));
         let (send, events) = mpsc::channel(64);
+        let provides = Provides { routes: Namespaces::new(["shop"]).unwrap(), ..Provides::default() };
         let followed = Followed {
             kinds: vec![Kind::HTTPRoute],
+            provides,
             trust_domain: trust_domain(),
             wanted: wanted.subscribe(),
             life: life.subscribe(),
@@ -182,6 +185,19 @@ async fn what_may_not_be_read_is_told_until_it_may() {
     assert!(refused.problems[0].starts_with("HTTPRoute: list of httproutes is forbidden"), "{refused:?}");
     bed.fail(None);
     while !matches!(bed.next().await, ResourceNews::Listed { .. }) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_granted_is_passed_over_also_where_it_cannot_be_understood() {
+    let other = |mut object: Value| {
+        object["metadata"]["namespace"] = json!("other");
+        object
+    };
+    let mut bad = other(route("bad", "Service"));
+    bad["spec"]["hostnames"] = json!(["a.example"]);
+    let mut bed = Bed::start(vec![route("ours", "Service"), other(route("theirs", "Service")), bad]);
+    let ResourceNews::Listed { records, refused, .. } = bed.next().await else { panic!("no list") };
+    assert_eq!((records.len(), &*records[0].key, refused), (1, "httproutes/shop/ours", vec![]));
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub(super) use instance::{Entry, Instance};
 
 use super::remote::Pair;
 use crate::stored::{self, Meaning};
-use crate::{Change, ServiceName};
+use crate::{Change, Provides, ServiceName};
 
 /// Below which the documents lie, unless told otherwise.
 pub(super) const BASE: &str = "meshd-discovery/v1";
@@ -22,8 +22,8 @@ pub(super) struct Reading {
     /// Of instances that do not say theirs.
     pub(super) namespace: Arc<str>,
     pub(super) base: Arc<str>,
-    /// Where routes and policies lie, if they are to be read.
-    pub(super) resources: Option<Arc<str>>,
+    /// Where routes and policies lie, if they are to be read, and which of them.
+    pub(super) resources: Option<(Arc<str>, Provides)>,
 }
 
 /// What lies under a key of the store.
