@@ -543,8 +543,10 @@ impl State {
     }
 
     fn note(&mut self, mut event: SourceEvent) -> Touched {
+        let is_trouble = matches!(&event, SourceEvent::Resources(news) if news.is_trouble());
         self.note_resources(&mut event);
         match &event {
+            _ if is_trouble => {}
             SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
             // Said without having asked.
             SourceEvent::Narrowed(_) => {}

@@ -532,3 +532,17 @@ async fn who_uses_a_service_uses_what_its_routes_lead_to() {
     let now = wanted.wait_for(|wanted| wanted.covers(&"next.shop".parse().unwrap())).await.unwrap();
     assert!(!now.covers(&"elsewhere.shop".parse().unwrap()));
 }
+
+#[tokio::test(start_paused = true)]
+async fn trouble_with_one_kind_says_nothing_of_how_the_source_is() {
+    let (script, source) = fake::source("kubernetes");
+    let mut running = start(vec![source]);
+    script.fail("cannot be reached").await;
+    let problems = vec!["HTTPRoute: cannot be reached".to_owned()];
+    let refused =
+        crate::resources::ResourceChange::Refused(crate::Refused { key: "httproutes/access".into(), problems });
+    let (prefix, changes) = ("httproutes/".into(), vec![refused]);
+    script.send(SourceEvent::Resources(ResourceNews::Changed { prefix, position: 0, changes })).await;
+    let health = running.health_with(|health| health[0].refused_resources == 1).await;
+    assert_eq!((health[0].errors.len(), health[0].last_ok), (2, None));
+}

@@ -110,8 +110,8 @@ impl Follower {
             match self.follow(&mut server).await {
                 Ok(()) => continue,
                 Err(Error::NotServed) => {
-                    // What was there is doubted like any other loss.
-                    self.tell_list(Vec::new()).await;
+                    // What was there is doubted: a store without the kind is not the one that had it.
+                    self.tell_list(Epoch::default(), Vec::new()).await;
                     self.rest().await;
                     continue;
                 }
@@ -127,8 +127,11 @@ impl Follower {
         let life = self.life.borrow_and_update().clone();
         let wanted = self.wanted.borrow_and_update().clone();
         let (objects, version) = server.list(self.kind).await?;
+        let mut epoch = self.life.borrow().epoch.clone();
+        // As of when it was read, which may be before the store was put back that the probe has seen, or after.
+        epoch.position = version.parse().unwrap_or(epoch.position);
         self.version = Some(version);
-        self.tell_list(objects).await;
+        self.tell_list(epoch, objects).await;
         let started = Instant::now();
         let mut watch = server.watch(self.kind, self.version.as_deref().unwrap_or_default()).await?;
         let mut again_at = started + jittered(RESYNC_EVERY, fastrand::f64());
@@ -186,13 +189,14 @@ impl Follower {
             // A bookmark.
             _ => return Ok(true),
         };
-        let position = self.life.borrow().epoch.position;
+        // Of the same count as that of lists; kinds may lie in different stores.
+        let position = object["metadata"]["resourceVersion"].as_str().and_then(|version| version.parse().ok());
+        let position = position.unwrap_or_default();
         self.tell(ResourceNews::Changed { prefix: self.prefix(), position, changes: vec![change] }).await;
         Ok(true)
     }
 
-    async fn tell_list(&self, objects: Vec<Value>) {
-        let epoch = self.life.borrow().epoch.clone();
+    async fn tell_list(&self, epoch: Epoch, objects: Vec<Value>) {
         let read = objects.iter().map(|object| self.read(object));
         self.tell(ResourceNews::listed(self.prefix(), epoch, read)).await;
     }
@@ -287,31 +291,51 @@ async fn list_version(client: &mut Client, kind: Kind, version: &str) -> Result<
         let page = client.get(&path(kind, version, &format!("limit={PAGE}{next}")), &asked("list", kind)).await;
         let page = match page {
             // Who may not read what is not there has no trouble.
-            Err(Error::Forbidden { verb, resource, reason }) if !is_served(client, kind, version).await => {
+            Err(Error::Forbidden { verb, resource, reason }) if is_absent(client, kind, version).await => {
                 tracing::debug!(verb, resource, reason, "a kind that the cluster does not have");
                 return Err(Error::Refused { status: 404, reason });
             }
-            page => page?,
+            page => read_page(&page?)?,
         };
-        let mut page: Value = serde_json::from_slice(&page).map_err(|error| Error::Garbled(error.to_string()))?;
-        if let Value::Array(items) = page["items"].take() {
-            objects.extend(items);
-        }
-        let text = |name: &str| page["metadata"][name].as_str().unwrap_or_default().to_owned();
-        match text("continue") {
-            token if token.is_empty() => return Ok((objects, text("resourceVersion"))),
+        objects.extend(page.objects);
+        match page.token {
+            token if token.is_empty() => return Ok((objects, page.version)),
             token => next = format!("&continue={}", encode(&token)),
         }
     }
 }
 
-/// Everybody who is known may ask which kinds there are.
-async fn is_served(client: &mut Client, kind: Kind, version: &str) -> bool {
+struct Page {
+    objects: Vec<Value>,
+    version: String,
+    /// Of the next one; empty at the last.
+    token: String,
+}
+
+/// Anything else than a list, also where it is JSON, must not pass for one of nothing.
+fn read_page(answer: &[u8]) -> Result<Page, Error> {
+    let mut page: Value = serde_json::from_slice(answer).map_err(|error| Error::Garbled(error.to_string()))?;
+    let text = |name: &str| page["metadata"][name].as_str().unwrap_or_default().to_owned();
+    let (version, token) = (text("resourceVersion"), text("continue"));
+    match page.get_mut("items").map(Value::take) {
+        Some(Value::Array(objects)) if !version.is_empty() => Ok(Page { objects, version, token }),
+        _ => Err(Error::Garbled("it is no list: `items` or `metadata.resourceVersion` is missing".to_owned())),
+    }
+}
+
+/// True only where the server says so. Everybody who is known may ask which kinds there are.
+async fn is_absent(client: &mut Client, kind: Kind, version: &str) -> bool {
     let what = Asked { verb: "get", resource: kind.group().to_owned() };
-    let Ok(answer) = client.get(&format!("/apis/{}/{version}", kind.group()), &what).await else { return false };
-    let served: Value = serde_json::from_slice(&answer).unwrap_or_default();
-    let mut kinds = served["resources"].as_array().into_iter().flatten();
-    kinds.any(|resource| resource["name"] == kind.plural())
+    match client.get(&format!("/apis/{}/{version}", kind.group()), &what).await {
+        Ok(answer) => lacks(&answer, kind),
+        Err(error) => matches!(error, Error::Refused { status: 404, .. }),
+    }
+}
+
+fn lacks(answer: &[u8], kind: Kind) -> bool {
+    let served: Value = serde_json::from_slice(answer).unwrap_or_default();
+    let is_other = |resource: &Value| resource["name"] != kind.plural();
+    served["resources"].as_array().is_some_and(|resources| resources.iter().all(is_other))
 }
 
 #[cfg(test)]

@@ -119,7 +119,8 @@ fn route(name: &str, parent: &str) -> Value {
 #[tokio::test(start_paused = true)]
 async fn routes_of_services_are_told_and_those_of_gateways_are_passed_over() {
     let mut bed = Bed::start(vec![route("ours", "Service"), route("ingress", "Gateway")]);
-    assert_eq!(bed.listed().await, (vec!["httproutes/shop/ours".to_owned()], 5));
+    // As of the list, not of the probe before it.
+    assert_eq!(bed.listed().await, (vec!["httproutes/shop/ours".to_owned()], 7));
     bed.tell(json!({ "type": "BOOKMARK", "object": {} })).await;
     bed.tell(json!({ "type": "ADDED", "object": route("more", "Service") })).await;
     assert!(matches!(bed.changed().await, ResourceChange::Set(record) if &*record.origin == "HTTPRoute shop/more"));
@@ -163,7 +164,10 @@ async fn all_is_read_again_when_history_is_gone_the_connection_was_given_up_or_s
 async fn a_kind_that_the_cluster_does_not_have_is_no_trouble_and_looked_for_again() {
     let mut bed = Bed::start(vec![route("ours", "Service")]);
     bed.fail(Some(|| Error::NotServed));
-    assert_eq!(bed.listed().await.0, Vec::<String>::new());
+    match bed.next().await {
+        ResourceNews::Listed { records, epoch, .. } => assert_eq!((records, epoch), (vec![], Epoch::default())),
+        other => panic!("{other:?}"),
+    }
     bed.fail(None);
     let started = Instant::now();
     assert_eq!(bed.listed().await.0.len(), 1);
@@ -178,4 +182,26 @@ async fn what_may_not_be_read_is_told_until_it_may() {
     assert!(refused.problems[0].starts_with("HTTPRoute: list of httproutes is forbidden"), "{refused:?}");
     bed.fail(None);
     while !matches!(bed.next().await, ResourceNews::Listed { .. }) {}
+}
+
+#[test]
+fn json_that_is_no_list_is_no_list_of_nothing() {
+    let list = json!({ "metadata": { "resourceVersion": "9", "continue": "x" }, "items": [{}] });
+    let page = read_page(list.to_string().as_bytes()).unwrap();
+    assert_eq!((page.objects.len(), &*page.version, &*page.token), (1, "9", "x"));
+    let (no_items, no_version) = (json!({ "metadata": { "resourceVersion": "9" } }), json!({ "items": [] }));
+    for other in [json!({}), json!([]), json!({ "kind": "Status", "status": "Failure" }), no_items, no_version] {
+        assert!(matches!(read_page(other.to_string().as_bytes()), Err(Error::Garbled(_))), "{other}");
+    }
+}
+
+#[test]
+fn a_kind_is_absent_only_where_the_server_names_its_kinds_without_it() {
+    let served = |names: &[&str]| {
+        let resources: Vec<Value> = names.iter().map(|name| json!({ "name": name })).collect();
+        json!({ "resources": resources }).to_string()
+    };
+    assert!(lacks(served(&["gateways", "httproutes/status"]).as_bytes(), Kind::HTTPRoute));
+    assert!(!lacks(served(&["gateways", "httproutes"]).as_bytes(), Kind::HTTPRoute));
+    assert!(!lacks(b"{}", Kind::HTTPRoute) && !lacks(b"<html>", Kind::HTTPRoute));
 }

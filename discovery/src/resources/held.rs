@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{Id, Resource, Target};
+use super::{Id, Kind, Resource, Target};
 use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
 use crate::{Epoch, Refused, Wanted};
 
@@ -81,6 +81,14 @@ impl News {
     }
 }
 
+impl News {
+    /// Nothing but what cannot be read or understood, which says nothing of how the source is.
+    pub(crate) fn is_trouble(&self) -> bool {
+        let refused = |change: &Change| matches!(change, Change::Refused(_));
+        matches!(self, News::Changed { changes, .. } if !changes.is_empty() && changes.iter().all(refused))
+    }
+}
+
 impl Default for News {
     fn default() -> News {
         News::Changed { prefix: "".into(), position: 0, changes: Vec::new() }
@@ -107,14 +115,24 @@ pub(crate) struct HeldResources {
     /// The same when nothing was doubted: what a restart goes by.
     settled: BTreeMap<Arc<str>, Epoch>,
     stale: usize,
-    peak: Peak,
+    peaks: BTreeMap<Measured, Peak>,
 }
+
+/// What a loss is measured against: all below a prefix, and a kind alone, so that much of one does not hide that all of
+/// another went.
+type Measured = (Arc<str>, Option<Kind>);
 
 #[derive(Debug)]
 struct Entry {
     record: Record,
     /// No longer there, which is doubted since then.
     gone: Option<Instant>,
+}
+
+impl Entry {
+    fn kind(&self) -> Option<Kind> {
+        self.record.resources.first().map(Resource::kind)
+    }
 }
 
 /// What may be another one now, and what that is attached to, before or after.
@@ -151,7 +169,7 @@ impl HeldResources {
             epochs: BTreeMap::new(),
             settled: BTreeMap::new(),
             stale: 0,
-            peak: Peak::default(),
+            peaks: BTreeMap::new(),
         }
     }
 
@@ -247,7 +265,10 @@ impl HeldResources {
         now: Instant,
     ) -> Touched {
         let before = self.epochs.insert(prefix.clone(), epoch.clone());
-        let same_epoch = before.is_none_or(|before| before.store == epoch.store && before.position <= epoch.position);
+        // Without an earlier list there is nothing that the store could have gone on from.
+        let same_epoch = before.is_some_and(|before| {
+            !epoch.store.is_empty() && before.store == epoch.store && before.position <= epoch.position
+        });
         let said: HashSet<Arc<str>> = records
             .iter()
             .map(|record| &record.key)
@@ -261,6 +282,7 @@ impl HeldResources {
             self.refuse(refused);
         }
         self.take(
+            prefix,
             records,
             &gone,
             |left, peak, belief| belief.accepts(Loss { left, empties_a_service: left == 0, same_epoch }, peak),
@@ -297,6 +319,7 @@ impl HeldResources {
             known.position = position.max(known.position);
         }
         self.take(
+            prefix,
             set,
             &gone,
             |left, peak, belief| {
@@ -310,30 +333,59 @@ impl HeldResources {
     }
 
     fn below<'h>(&'h self, prefix: &'h Arc<str>) -> impl Iterator<Item = Arc<str>> + 'h {
-        self.records.keys().filter(|key| key.starts_with(&**prefix)).cloned()
+        self.entries_below(prefix).map(|entry| entry.record.key.clone())
     }
 
-    fn live(&self) -> usize {
-        self.records.len() - self.stale
+    fn entries_below<'h>(&'h self, prefix: &'h Arc<str>) -> impl Iterator<Item = &'h Entry> {
+        let from = self.records.range(prefix.clone()..);
+        from.take_while(|(key, _)| key.starts_with(&**prefix)).map(|(_, entry)| entry)
+    }
+
+    /// What is there and not doubted.
+    fn live(&self, prefix: &Arc<str>) -> BTreeMap<Measured, usize> {
+        let mut live = BTreeMap::new();
+        for entry in self.entries_below(prefix).filter(|entry| entry.gone.is_none()) {
+            let kind = entry.kind().map(Some);
+            for of in std::iter::once(None).chain(kind) {
+                *live.entry((prefix.clone(), of)).or_default() += 1;
+            }
+        }
+        live
+    }
+
+    /// The same, and the most there was lately, of whatever there was.
+    fn measure(&mut self, prefix: &Arc<str>, now: Instant) -> Vec<(usize, usize)> {
+        let live = self.live(prefix);
+        for measured in live.keys().filter(|measured| !self.peaks.contains_key(*measured)).cloned().collect::<Vec<_>>()
+        {
+            self.peaks.insert(measured, Peak::default());
+        }
+        let peaks = self.peaks.iter_mut().filter(|((of, _), _)| of == prefix);
+        let measured = peaks.map(|(measured, peak)| {
+            let count = live.get(measured).copied().unwrap_or_default();
+            peak.note(count, now);
+            (count, peak.within(now))
+        });
+        measured.collect()
     }
 
     /// What is there is taken; what is gone is taken away where that is believed, and doubted elsewhere.
     fn take(
         &mut self,
+        prefix: &Arc<str>,
         set: Vec<Record>,
         gone: &[Arc<str>],
-        believed: impl FnOnce(usize, usize, Belief) -> bool,
+        believed: impl Fn(usize, usize, Belief) -> bool,
         now: Instant,
         touched: &mut Touched,
     ) {
-        self.peak.note(self.live(), now);
-        let peak = self.peak.within(now);
+        self.measure(prefix, now);
         set.into_iter().for_each(|record| self.set(record, touched));
         let news: Vec<Arc<str>> = gone.iter().filter(|key| self.lose(key, now)).cloned().collect();
-        if !news.is_empty() && believed(self.live(), peak, self.belief) {
+        let measured = self.measure(prefix, now);
+        if !news.is_empty() && measured.into_iter().all(|(left, peak)| believed(left, peak, self.belief)) {
             touched.extend(self.remove_all(&news));
         }
-        self.peak.note(self.live(), now);
     }
 
     fn set(&mut self, record: Record, touched: &mut Touched) {

@@ -146,3 +146,38 @@ fn lists_of_two_prefixes_leave_each_other_alone() {
     fixture.after(1, of("a/", &["a/x", "a/y"]));
     assert_eq!(fixture.names(), ["a/x", "a/y", "b/v", "b/w"]);
 }
+
+#[test]
+fn much_of_one_prefix_or_kind_does_not_hide_that_all_of_another_went() {
+    let route = |key: &str| {
+        let text = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: { name: NAME, namespace: shop }\nspec: { \
+                    parentRefs: [ { group: \"\", kind: Service, name: web } ], rules: [ { backendRefs: [ { name: web } ] } ] }\n";
+        fake::resources(key, &text.replace("NAME", &key.replace('/', "-")))
+    };
+    let names = |prefix: &str| (0..20).map(|n| format!("{prefix}r{n}")).collect::<Vec<_>>();
+    for (policies, routes) in [("a/", "b/"), ("", "")] {
+        let of = |prefix: &str, records: &[Record]| {
+            let epoch = Epoch { store: "one".into(), position: 11 };
+            News::Listed { prefix: prefix.into(), epoch, records: records.to_vec(), refused: vec![] }
+        };
+        let many: Vec<_> = names(routes).iter().map(|key| route(key)).collect();
+        let few = ["p", "q", "s"]
+            .map(|name| fake::resources(&format!("{policies}{name}"), &fake::allowing("payments.shop", name)));
+        let mut fixture = Fixture::new(&[]);
+        fixture.after(0, of(routes, &many));
+        let (before, after) =
+            if policies == routes { ([&many[..], &few].concat(), many.clone()) } else { (few.to_vec(), vec![]) };
+        fixture.after(0, of(policies, &before));
+        assert_eq!(fixture.held.len(), 23);
+        assert!(fixture.after(1, of(policies, &after)).is_empty());
+        assert_eq!((fixture.held.len(), fixture.held.stale()), (23, 3));
+    }
+}
+
+#[test]
+fn a_loss_is_doubted_where_no_earlier_list_is_known() {
+    let mut held = HeldResources::new(Belief::Guarded);
+    held.restore(vec![], vec![policy("a"), policy("b"), policy("c")]);
+    held.apply(listed("one", 1, &["a", "b"]), Instant::now());
+    assert_eq!((held.len(), held.stale()), (3, 1));
+}
