@@ -150,7 +150,7 @@ impl Layer<'_> {
     }
 }
 
-/// Of each name, what the first source says that may.
+/// Of each name, what the first source says that may; all of an earlier source before what later ones say.
 fn believed<'a>(target: &Target, layers: &[Layer<'a>]) -> Vec<&'a Resource> {
     let mut resources = Vec::new();
     for (n, layer) in layers.iter().enumerate() {
@@ -158,11 +158,12 @@ fn believed<'a>(target: &Target, layers: &[Layer<'a>]) -> Vec<&'a Resource> {
             let shadowed = layers[..n].iter().any(|earlier| earlier.may_say(id) && earlier.held.get(id).is_some());
             let found = layer.held.get(id).map(|(resource, _)| resource).filter(|_| !shadowed);
             // The name may be said by two keys, and only one of them holds.
-            resources.extend(found.filter(|resource| resource.targets().contains(target)));
+            resources
+                .extend(found.filter(|resource| resource.targets().contains(target)).map(|resource| (n, resource)));
         }
     }
-    resources.sort_by(|one, other| one.meta().precedence().cmp(&other.meta().precedence()));
-    resources
+    resources.sort_by(|(n, one), (m, other)| (n, one.meta().precedence()).cmp(&(m, other.meta().precedence())));
+    resources.into_iter().map(|(_, resource)| resource).collect()
 }
 
 fn policies(resources: Vec<&Resource>) -> Vec<Arc<AuthorizationPolicy>> {

@@ -97,6 +97,17 @@ fn of_one_name_the_first_source_that_may_say_it_holds_wherever_the_other_is_atta
 }
 
 #[test]
+fn no_time_of_creation_puts_a_later_source_before_an_earlier_one() {
+    let late = route("forged", "shop", "")
+        .replace("name: forged,", "name: forged, creationTimestamp: \"1970-01-01T00:00:00Z\",");
+    let files = Granted::everything("files", &[&route("own", "shop", "")]);
+    let cluster = Granted::everything("cluster", &[&late]);
+    let attached = all(&[files.layer(), cluster.layer()]);
+    let routes = &attached.of(&"payments.shop".parse().unwrap()).unwrap().producers.http;
+    assert_eq!(routes.iter().map(|route| &*route.metadata.name).collect::<Vec<_>>(), ["own", "forged"]);
+}
+
+#[test]
 fn what_did_not_change_is_the_same_allocation() {
     let texts = [route("producer", "shop", ""), fake::allowing("ledger.shop", "web")];
     let source = Granted::everything("files", &texts.each_ref().map(String::as_str));
