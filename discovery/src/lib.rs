@@ -35,6 +35,7 @@ mod stored;
 mod suspicion;
 mod types;
 mod watch;
+mod watched;
 pub mod write;
 mod yaml;
 
@@ -59,4 +60,5 @@ pub use registration::Registration;
 pub use saved::Keep;
 pub use source::{Change, Epoch, Listing, Refused, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};
 pub use types::{Endpoint, Health, Protocol, Service, ServicePort, Transport};
-pub use watch::{Losses, SourceHealth, Suspects, Watcher, settled};
+pub use watch::{Losses, Suspects, Watcher, settled};
+pub use watched::SourceHealth;

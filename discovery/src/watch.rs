@@ -1,11 +1,9 @@
 //! The loop between sources and everybody who asks the directory.
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use meshd_identity::TrustDomain;
-use serde::{Serialize, Serializer};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
@@ -13,65 +11,24 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use crate::backoff::Backoff;
 use crate::belief::REPEATED_FOR;
 use crate::config::Configured;
-use crate::held::{Held, Touched};
+use crate::held::Touched;
 use crate::interests::Presence;
 use crate::lookups::{Import, Interested, Lookups, Order};
-use crate::merge::{Layer, Part, merge};
-use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
+use crate::merge::{Layer, merge};
+use crate::resources::{ResourceLayer, TouchedResources};
 use crate::saved::{self, Keep, SAVE_EVERY};
-use crate::suspicion::Suspicion;
-use crate::{Belief, Directory, FilesSource, Namespaces, Scope, ServiceName, Sink, Source, SourceEvent, Wanted};
+use crate::watched::{SourceHealth, Watched, log_difference};
+use crate::{Directory, FilesSource, ServiceName, Sink, Source, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
 /// How often is looked which services nobody uses any more.
 const FORGET_EVERY: Duration = Duration::from_secs(10);
-/// More messages than this tell an operator nothing; the rest is counted.
-const MOST_ERRORS: usize = 50;
-
-/// How one source is doing, for `meshd status` and `meshd check`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct SourceHealth {
-    pub name: String,
-    pub kind: &'static str,
-    /// Services in the directory that this source defines.
-    pub services: usize,
-    /// Endpoints in the directory that come from it.
-    pub endpoints: usize,
-    /// Routes and policies of this host's concern that it has, also those it is not granted.
-    pub resources: usize,
-    /// Documents of them that cannot be understood now; the last good version stays in force.
-    pub refused_resources: usize,
-    /// Endpoints and documents it no longer names, which is not believed yet.
-    pub stale: usize,
-    /// It was not read since meshd started: what is known of it was on disk.
-    pub from_disk: bool,
-    /// Services another source of higher precedence defines as well.
-    pub shadowed: Vec<ServiceName>,
-    /// When what it offers changed.
-    #[serde(serialize_with = "unix_seconds")]
-    pub last_change: Option<SystemTime>,
-    /// When it was last known to be current.
-    #[serde(serialize_with = "unix_seconds")]
-    pub last_ok: Option<SystemTime>,
-    /// When the oldest of the complete lists was read that hold now; changes were told since.
-    #[serde(serialize_with = "unix_seconds")]
-    pub last_listed: Option<SystemTime>,
-    /// How often it was to be read again because an endpoint it names could not be reached.
-    pub suspected: u64,
-    /// All that is wrong now; empty when healthy. Each says where and what to do.
-    pub errors: Vec<String>,
-}
-
-fn unix_seconds<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
-    time.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs()).serialize(serializer)
-}
-
 /// Runs the sources, merges what they say and publishes it.
 pub struct Watcher {
     trust_domain: TrustDomain,
     sources: Vec<Configured>,
-    layers: Vec<State>,
+    layers: Vec<Watched>,
     keep: Option<Arc<dyn Keep>>,
     losses: (mpsc::Sender<Acceptance>, mpsc::Receiver<Acceptance>),
     suspects: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
@@ -120,43 +77,11 @@ impl Suspects {
     }
 }
 
-/// One source, as the watcher sees it.
-struct State {
-    name: Arc<str>,
-    kind: &'static str,
-    belief: Belief,
-    /// What it is asked for.
-    wanted: watch::Sender<Wanted>,
-    suspicion: Suspicion,
-    suspected: u64,
-    /// When each complete list was read.
-    lists: HashMap<Scope, SystemTime>,
-    authority: Namespaces,
-    endpoints: Namespaces,
-    held: Held,
-    routes: Namespaces,
-    policies: Namespaces,
-    resources: HeldResources,
-    /// Resources that changed and are not published yet.
-    changed: TouchedResources,
-    /// What is wrong with its resources.
-    resource_errors: Vec<String>,
-    /// What became of its say on each service, where there is something to tell.
-    parts: BTreeMap<ServiceName, Part>,
-    unavailable: Option<String>,
-    /// All that is known of it is what an earlier life knew.
-    from_disk: bool,
-    /// It changed since it was saved.
-    unsaved: bool,
-    last_change: Option<SystemTime>,
-    last_ok: Option<SystemTime>,
-}
-
 impl Watcher {
     /// `sources` in order of precedence, first wins.
     pub fn new(sources: Vec<Configured>, trust_domain: TrustDomain) -> Watcher {
-        let layers: Vec<State> = sources.iter().map(State::of).collect();
-        let health = watch::Sender::new(Arc::new(layers.iter().map(State::health).collect()));
+        let layers: Vec<Watched> = sources.iter().map(Watched::of).collect();
+        let health = watch::Sender::new(Arc::new(layers.iter().map(Watched::health).collect()));
         Watcher {
             trust_domain,
             sources,
@@ -265,8 +190,8 @@ impl Watcher {
                     (touched, accepted) = (gone, Some((answer, result)));
                 }
                 // What is doubted is settled by another list, so one is asked for.
-                _ = doubts.tick(), if self.layers.iter().any(State::may_settle_a_doubt) => {
-                    self.layers.iter().filter(|layer| layer.may_settle_a_doubt()).for_each(State::ask_again);
+                _ = doubts.tick(), if self.layers.iter().any(Watched::may_settle_a_doubt) => {
+                    self.layers.iter().filter(|layer| layer.may_settle_a_doubt()).for_each(Watched::ask_again);
                     continue;
                 }
                 Some(source) = self.suspects.1.recv() => {
@@ -276,7 +201,7 @@ impl Watcher {
                     continue;
                 }
                 () = sleep_until(suspicion.unwrap_or_else(Instant::now)), if suspicion.is_some() => {
-                    self.layers.iter_mut().for_each(State::ask_if_suspected);
+                    self.layers.iter_mut().for_each(Watched::ask_if_suspected);
                 }
                 Some(order) = asked_for(&mut self.interested) => self.look_up(order),
                 _ = forgets.tick(), if self.interested.is_some() => self.forget(),
@@ -447,7 +372,7 @@ impl Watcher {
         let others = self.layers.iter().flat_map(|layer| changed.ids.iter().filter_map(|id| layer.resources.get(id)));
         let others: Vec<_> = others.flat_map(|(resource, _)| resource.targets()).collect();
         changed.targets.extend(others);
-        let layers: Vec<ResourceLayer<'_>> = self.layers.iter().map(State::resource_layer).collect();
+        let layers: Vec<ResourceLayer<'_>> = self.layers.iter().map(Watched::resource_layer).collect();
         let before = directory.resources().clone();
         let after = changed.targets.iter().fold(before, |resources, target| resources.with(target, &layers));
         if !changed.is_empty() {
@@ -459,7 +384,7 @@ impl Watcher {
     /// True when the service is another one now.
     fn merge_one(&mut self, name: &ServiceName, directory: &mut Directory) -> bool {
         let previous = directory.get(name).cloned();
-        let layers: Vec<Layer<'_>> = self.layers.iter().map(State::layer).collect();
+        let layers: Vec<Layer<'_>> = self.layers.iter().map(Watched::layer).collect();
         let merged = merge(name, &self.trust_domain, previous.as_ref(), &layers);
         for (layer, part) in self.layers.iter_mut().zip(merged.parts) {
             layer.take_part(name, part);
@@ -476,7 +401,7 @@ impl Watcher {
     }
 
     fn tell_health(&self) {
-        let now: Vec<SourceHealth> = self.layers.iter().map(State::health).collect();
+        let now: Vec<SourceHealth> = self.layers.iter().map(Watched::health).collect();
         self.health.send_if_modified(|current| {
             let changed = **current != now;
             for (old, new) in current.iter().zip(&now).filter(|_| changed) {
@@ -485,169 +410,6 @@ impl Watcher {
             *current = Arc::new(now);
             changed
         });
-    }
-}
-
-impl State {
-    fn of(configured: &Configured) -> State {
-        State {
-            name: configured.source.name().into(),
-            kind: configured.source.kind(),
-            belief: configured.belief,
-            wanted: watch::Sender::default(),
-            suspicion: Suspicion::default(),
-            suspected: 0,
-            lists: HashMap::new(),
-            authority: configured.authority.clone(),
-            endpoints: configured.provides.endpoints.clone(),
-            held: Held::new(configured.belief),
-            routes: configured.provides.routes.clone(),
-            policies: configured.provides.policies.clone(),
-            resources: HeldResources::new(configured.belief),
-            changed: TouchedResources::default(),
-            resource_errors: Vec::new(),
-            parts: BTreeMap::new(),
-            unavailable: None,
-            from_disk: false,
-            unsaved: false,
-            last_change: None,
-            last_ok: None,
-        }
-    }
-
-    fn layer(&self) -> Layer<'_> {
-        Layer { source: &self.name, authority: &self.authority, endpoints: &self.endpoints, held: &self.held }
-    }
-
-    fn resource_layer(&self) -> ResourceLayer<'_> {
-        ResourceLayer { source: &self.name, routes: &self.routes, policies: &self.policies, held: &self.resources }
-    }
-
-    fn wrong_resources(&self) -> Vec<String> {
-        let not_granted = self.resource_layer().not_granted().take(MOST_ERRORS).collect::<Vec<_>>();
-        self.resources.refused().cloned().chain(self.resources.duplicates()).chain(not_granted).collect()
-    }
-
-    fn note_resources(&mut self, event: &mut SourceEvent) {
-        let touched = match event {
-            SourceEvent::Resources(news) => self.resources.apply(std::mem::take(news), Instant::now()),
-            SourceEvent::Narrowed(wanted) => self.resources.narrow(wanted),
-            _ => return,
-        };
-        // What is refused is to be told also where nothing else changed.
-        self.resource_errors = self.wrong_resources();
-        if !touched.is_empty() {
-            (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
-        }
-        self.changed.extend(touched);
-    }
-
-    fn note(&mut self, mut event: SourceEvent) -> Touched {
-        let is_trouble = matches!(&event, SourceEvent::Resources(news) if news.is_trouble());
-        self.note_resources(&mut event);
-        match &event {
-            _ if is_trouble => {}
-            SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
-            // Said without having asked.
-            SourceEvent::Narrowed(_) => {}
-            _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),
-        }
-        self.note_lists(&event);
-        let listed = matches!(event, SourceEvent::Listed(_));
-        self.from_disk &= !listed;
-        let touched = self.held.apply(event, Instant::now());
-        if !touched.is_empty() || (listed && self.last_change.is_none()) {
-            (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
-        }
-        touched
-    }
-
-    fn note_lists(&mut self, event: &SourceEvent) {
-        match event {
-            SourceEvent::Listed(listing) => _ = self.lists.insert(listing.scope.clone(), SystemTime::now()),
-            SourceEvent::Narrowed(wanted) => {
-                let scopes = wanted.scopes();
-                self.lists.retain(|scope, _| scopes.contains(scope));
-            }
-            // The operator's files are looked at whole each time.
-            SourceEvent::InSync if self.says_everything() => {
-                self.lists.values_mut().for_each(|at| *at = SystemTime::now());
-            }
-            _ => {}
-        }
-    }
-
-    /// Whatever is asked of it.
-    fn says_everything(&self) -> bool {
-        self.belief == Belief::Always
-    }
-
-    fn may_know(&self, service: &ServiceName) -> bool {
-        self.authority.covers(service.namespace()) || self.endpoints.covers(service.namespace())
-    }
-
-    /// In this life of the daemon.
-    fn has_listed(&self, service: &ServiceName) -> bool {
-        self.lists.keys().any(|scope| scope.holds(service))
-    }
-
-    fn ask_again(&self) {
-        self.wanted.send_modify(|wanted| wanted.resync += 1);
-    }
-
-    fn ask_if_suspected(&mut self) {
-        if self.suspicion.take(Instant::now()) {
-            self.suspected += 1;
-            self.ask_again();
-        }
-    }
-
-    /// Another list could settle what is doubted.
-    fn may_settle_a_doubt(&self) -> bool {
-        self.held.stale() + self.resources.stale() > 0 && self.unavailable.is_none()
-    }
-
-    fn take_part(&mut self, name: &ServiceName, part: Part) {
-        if part == Part::default() {
-            self.parts.remove(name);
-        } else {
-            self.parts.insert(name.clone(), part);
-        }
-    }
-
-    fn health(&self) -> SourceHealth {
-        let own = self.unavailable.iter();
-        let refused = self.parts.values().flat_map(|part| &part.refused);
-        let mut errors: Vec<String> = own
-            .chain(self.held.problems())
-            .chain(refused)
-            .chain(&self.resource_errors)
-            .take(MOST_ERRORS + 1)
-            .cloned()
-            .collect();
-        if errors.len() > MOST_ERRORS {
-            errors[MOST_ERRORS] = format!("and more than these {MOST_ERRORS}: mend them to see the rest");
-        }
-        SourceHealth {
-            name: self.name.to_string(),
-            kind: self.kind,
-            services: self.parts.values().filter(|part| part.defines).count(),
-            endpoints: self.parts.values().map(|part| part.endpoints).sum(),
-            resources: self.resources.len(),
-            refused_resources: self.resources.count_refused(),
-            stale: self.held.stale() + self.resources.stale(),
-            from_disk: self.from_disk,
-            shadowed: self.shadowed(),
-            last_change: self.last_change,
-            last_ok: self.last_ok,
-            last_listed: self.lists.values().min().copied(),
-            suspected: self.suspected,
-            errors,
-        }
-    }
-
-    fn shadowed(&self) -> Vec<ServiceName> {
-        self.parts.iter().filter(|(_, part)| part.shadowed).map(|(name, _)| name.clone()).collect()
     }
 }
 
@@ -673,20 +435,6 @@ async fn keep_watching(source: Box<dyn Source>, wanted: watch::Receiver<Wanted>,
         let error = format!("{reason}; what it said last stays in force, and it is started again; report this");
         sink.send(SourceEvent::Unavailable { error }).await;
         sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
-    }
-}
-
-/// Each error once when it appears, and once when all are gone.
-fn log_difference(old: &SourceHealth, new: &SourceHealth) {
-    for error in new.errors.iter().filter(|error| !old.errors.contains(error)) {
-        tracing::warn!(source = new.name, "{error}");
-    }
-    let shadowed = if old.shadowed == new.shadowed { &[][..] } else { &new.shadowed };
-    for service in shadowed.iter().filter(|service| !old.shadowed.contains(service)) {
-        tracing::warn!(source = new.name, %service, "also defined by a source listed earlier in meshd.toml, which holds");
-    }
-    if !old.errors.is_empty() && new.errors.is_empty() {
-        tracing::info!(source = new.name, "source is well again");
     }
 }
 

@@ -1,8 +1,9 @@
 use std::collections::HashMap;
+use std::time::UNIX_EPOCH;
 
 use super::*;
 use crate::resources::ResourceNews;
-use crate::{Belief, Epoch, Listing, Looked, Namespaces, Why, fake};
+use crate::{Belief, Epoch, Listing, Looked, Namespaces, Scope, Why, fake};
 
 struct Running {
     directory: watch::Receiver<Arc<Directory>>,

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::filters::{self, check_filters, grpc_filters};
 use super::forms::{GRPC_NAME, HEADER, HEADER_VALUE};
-use super::http_route::{SESSIONS, check_matches, check_values, items, word};
-use super::references::{backend, backends, check_backend, check_parents, parents};
+use super::http_route::{SESSIONS, check_matches, check_values, items, route, word};
+use super::references::{backend, backends, check_backend, check_parents};
 use super::shape::{Object, Rule, Shape};
 use super::values::pattern_of;
 use super::{Backend, Filter, Parent, Pattern, ValueMatch};
@@ -85,16 +85,7 @@ pub(super) fn spec() -> Object {
         .may("filters", grpc_filters(), "what is done to calls")
         .may("backendRefs", backends(backend().may("filters", grpc_filters(), "for this backend only")), "where to")
         .refused("sessionPersistence", SESSIONS);
-    Object::new()
-        .must(
-            "parentRefs",
-            parents(),
-            "parentRefs: [ { group: \"\", kind: Service, name: payments } ]",
-            "of which services",
-        )
-        .may("rules", Shape::list(rule, 16), "where calls go")
-        .may("hostnames", Shape::Anything, "of Gateways only")
-        .may("useDefaultGateways", Shape::Anything, "of Gateways only")
+    route(rule, "where calls go")
 }
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {

@@ -199,6 +199,11 @@ pub(super) fn spec() -> Object {
         .may("timeouts", timeouts, "of requests")
         .may("retry", retry, "what is tried again")
         .refused("sessionPersistence", SESSIONS);
+    route(rule, "where requests go")
+}
+
+/// What HTTPRoute and GRPCRoute say alike.
+pub(super) fn route(rule: Object, about: &'static str) -> Object {
     Object::new()
         .must(
             "parentRefs",
@@ -206,7 +211,7 @@ pub(super) fn spec() -> Object {
             "parentRefs: [ { group: \"\", kind: Service, name: payments } ]",
             "of which services",
         )
-        .may("rules", Shape::list(rule, 16), "where requests go")
+        .may("rules", Shape::list(rule, 16), about)
         .may("hostnames", Shape::Anything, "of Gateways only")
         .may("useDefaultGateways", Shape::Anything, "of Gateways only")
 }
