@@ -132,7 +132,9 @@ impl Audit {
             let outcome = written.as_ref().copied().map_err(|error| (error.kind(), error.to_string()));
             batch.outcome.set(outcome).expect("each batch is taken once");
         }
-        batch.outcome().unwrap_or_else(|| Err(io::Error::other("its writer panicked")))
+        batch.outcome().unwrap_or_else(|| {
+            Err(io::Error::other("the thread that wrote the audit log panicked; see the log of meshd-pki"))
+        })
     }
 
     /// Appends all events with one sync.

@@ -79,7 +79,11 @@ impl Group {
     /// SQLite ends the whole transaction when the disk is full or fails: all of its members are lost.
     fn notice_rollback(&mut self, writer: &Writer) {
         if self.members > 0 && self.connection.is_autocommit() {
-            self.end(Err("an error of the disk undid what was to be written together".to_owned()), writer);
+            self.end(
+                Err("an error of the disk undid what was to be written together; look at the disk and its free space"
+                    .to_owned()),
+                writer,
+            );
         }
     }
 

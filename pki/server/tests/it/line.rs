@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
-use meshd_pki_client::Tokens;
+use meshd_pki_client::{Credentials, Tokens};
 use rusqlite::Connection;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::support::{Lab, eventually, workload};
+use crate::support::{Host, Lab, eventually, workload};
 
 const LEAF_S: u64 = 24 * 3600;
 /// For so long another process keeps the PKI from writing; it would wait for 5 s.
@@ -75,14 +75,20 @@ async fn renewals_and_tokens_go_over_the_connection_of_the_conversation() {
     assert_eq!(relay.connections(), joining + 1);
 }
 
-#[tokio::test]
-async fn a_connection_that_died_without_a_word_is_left_for_another_while_the_certificate_lasts() {
+/// A host that joined through a relay and has a conversation.
+async fn joined_by_relay() -> (Lab, Relay, Credentials, Host) {
     let mut lab = Lab::start().await;
     let relay = Relay::to(lab.address()).await;
     lab.lead_by(relay.address).await;
     let joined = lab.join("web", &[]).await.unwrap();
-    let mut host = lab.host("web");
+    let host = lab.host("web");
     eventually("a conversation", || host.metrics.is_connected()).await;
+    (lab, relay, joined, host)
+}
+
+#[tokio::test]
+async fn a_connection_that_died_without_a_word_is_left_for_another_while_the_certificate_lasts() {
+    let (lab, relay, joined, mut host) = joined_by_relay().await;
 
     let before = relay.connections();
     relay.forget.send_replace(());
@@ -96,12 +102,7 @@ async fn a_connection_that_died_without_a_word_is_left_for_another_while_the_cer
 
 #[tokio::test]
 async fn a_busy_server_that_lives_is_waited_for_over_the_same_connection() {
-    let mut lab = Lab::start().await;
-    let relay = Relay::to(lab.address()).await;
-    lab.lead_by(relay.address).await;
-    let joined = lab.join("web", &[]).await.unwrap();
-    let mut host = lab.host("web");
-    eventually("a conversation", || host.metrics.is_connected()).await;
+    let (lab, relay, joined, mut host) = joined_by_relay().await;
 
     let before = relay.connections();
     // Doubted after 2 s, a quarter of what is left.
