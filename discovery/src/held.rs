@@ -87,6 +87,7 @@ impl Held {
         let doubted = self.stale > 0;
         let touched = match event {
             SourceEvent::Listed(listing) => self.list(listing, now),
+            SourceEvent::Reread { within, listing } => self.list_part(&within, listing, now),
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
             SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
             // `resources/held.rs`
@@ -154,21 +155,39 @@ impl Held {
     }
 
     fn list(&mut self, listing: Listing, now: Instant) -> Touched {
-        let Listing { scope, epoch, records, refused } = listing;
-        let same_epoch = self.goes_on(&scope, &epoch);
+        let same_epoch = self.goes_on(&listing.scope, &listing.epoch);
+        self.refused.retain(|_, (listed, _)| *listed != listing.scope);
+        let within = listing.scope.clone();
+        self.take_list(&within, listing, same_epoch, now)
+    }
+
+    /// A part of a scope. Which keys it refuses is known of the scope as a whole.
+    fn list_part(&mut self, within: &Scope, listing: Listing, now: Instant) -> Touched {
+        let Some(known) = self.epochs.get_mut(within) else { return Touched::new() };
+        let same_epoch = known.continues_in(&listing.epoch);
+        if same_epoch {
+            known.position = listing.epoch.position;
+        }
+        for record in &listing.records {
+            self.refused.remove(&record.key);
+        }
+        self.take_list(within, listing, same_epoch, now)
+    }
+
+    fn take_list(&mut self, within: &Scope, listing: Listing, same_epoch: bool, now: Instant) -> Touched {
+        let Listing { scope, records, refused, .. } = listing;
         let said: HashSet<&Arc<str>> =
             records.iter().map(|record| &record.key).chain(refused.iter().map(|refused| &refused.key)).collect();
         let gone =
             self.keys_in(&scope).into_iter().filter(|key| !said.contains(key)).map(Next::Gone).collect::<Vec<_>>();
-        self.refused.retain(|_, (listed, _)| *listed != scope);
         let mut touched = Touched::new();
         for refused in refused {
-            touched.extend(self.refuse(&scope, refused));
+            touched.extend(self.refuse(within, refused));
         }
         touched.extend(self.take(gone.into_iter().chain(records.into_iter().map(Next::Is)), same_epoch, now));
         // What was doubted a minute before this list has been repeated by it.
         touched.extend(self.settle(self.keys_in(&scope), |since| now.saturating_duration_since(since) >= REPEATED_FOR));
-        self.note_settled(&scope);
+        self.note_settled(within);
         touched
     }
 
@@ -244,10 +263,12 @@ impl Held {
 
     /// Whether a list continues what this source said before of the same services.
     fn goes_on(&mut self, scope: &Scope, epoch: &Epoch) -> bool {
-        let continues = |before: &Epoch| before.store == epoch.store && before.position <= epoch.position;
         let goes_on = match self.epochs.get(scope) {
-            Some(before) => continues(before),
-            None => self.epochs.iter().filter(|(other, _)| other.overlaps(scope)).all(|(_, before)| continues(before)),
+            Some(before) => before.continues_in(epoch),
+            None => {
+                let mut others = self.epochs.iter().filter(|(other, _)| other.overlaps(scope));
+                others.all(|(_, before)| before.continues_in(epoch))
+            }
         };
         self.epochs.insert(scope.clone(), epoch.clone());
         goes_on

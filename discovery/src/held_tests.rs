@@ -54,6 +54,41 @@ fn a_list_that_is_empty_takes_nothing_away_until_it_was_so_for_a_minute() {
     assert_eq!((counts(&held), held.entries().count()), ((0, 0), 0));
 }
 
+/// One service of what is followed, read again.
+fn reread(store: &str, position: u64, service: &str, records: Vec<Record>) -> SourceEvent {
+    let (scope, epoch) = (Scope::Service(service.parse().unwrap()), Epoch { store: store.into(), position });
+    SourceEvent::Reread { within: Scope::Everything, listing: Listing { scope, epoch, records, refused: vec![] } }
+}
+
+#[test]
+fn a_service_that_is_read_again_is_compared_with_the_whole_it_is_of_and_says_nothing_of_the_rest() {
+    let (mut held, now) = (held(), Instant::now());
+    held.apply(listing(10, services(4)), now);
+    let moved = fake::record("a.shop", &["10.0.9.9"]);
+    held.apply(reread("one", 20, "a.shop", vec![moved]), now);
+    assert_eq!(counts(&held), (4, 0));
+    held.apply(reread("one", 21, "b.shop", vec![]), now);
+    assert_eq!((counts(&held), held.entries().count()), ((3, 0), 3));
+    // Of the past, or of another store: nothing of it is taken away.
+    for old in [reread("one", 19, "c.shop", vec![]), reread("two", 30, "d.shop", vec![])] {
+        held.apply(old, now);
+    }
+    assert_eq!(counts(&held), (1, 2));
+    held.apply(listing(22, services(4)), now);
+    assert_eq!(counts(&held), (4, 0));
+    assert_eq!(
+        held.settled().map(|(scope, epoch)| (scope, epoch.position)).collect::<Vec<_>>(),
+        [(&Scope::Everything, 22)]
+    );
+}
+
+#[test]
+fn what_is_read_again_of_what_was_never_listed_says_nothing() {
+    let mut held = held();
+    assert!(held.apply(reread("one", 5, "a.shop", services(1)), Instant::now()).is_empty());
+    assert_eq!(held.entries().count(), 0);
+}
+
 #[test]
 fn what_comes_back_within_the_minute_is_as_if_it_had_never_been_away() {
     let (mut held, start) = (held(), Instant::now());

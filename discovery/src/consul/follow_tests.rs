@@ -396,6 +396,23 @@ async fn all_is_asked_once_more_every_few_minutes_and_when_somebody_asks() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_suspect_is_asked_for_once_more_by_itself_and_beside_its_watch() {
+    for wanted in [everything(), wanting(&["a.shop", "b.shop"])] {
+        let mut running = start(wanted);
+        running.listed().await;
+        running.in_sync().await;
+        running.consul.asked();
+        running.wanted.send_modify(|wanted| wanted.reread = [("b.shop".parse().unwrap(), 1)].into());
+        running.in_sync().await;
+        let asked: Vec<_> = running.consul.asked().into_iter().filter(|asked| asked != "cluster").collect();
+        assert_eq!(asked, ["service `b` from 0"]);
+        // Its watch goes on.
+        running.consul.hold("b", 15, &[2, 3]);
+        assert_eq!(running.changed().await.1, 15);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_asks_for_resyncs_without_end_gets_one_a_second() {
     let mut running = start(wanting(&["a.shop"]));
     running.listed().await;

@@ -10,6 +10,7 @@
 //! A list says which cluster it is of and at what revision (its epoch). Events at or below the revision of a list that came
 //! after they were sent are old news. A probe asks the majority, so a member cut off from it is left.
 
+mod beside;
 mod follow;
 pub(crate) mod keys;
 mod remote;

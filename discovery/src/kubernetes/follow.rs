@@ -142,7 +142,7 @@ impl Follower {
         self.leases.begin_anew(Instant::now());
         self.compare(remote.probe().await?);
         let asked = wanted.borrow_and_update().clone();
-        self.resync.heed(&asked);
+        self.heed(&asked);
         self.adjust(&asked).await;
         self.catch_up(remote, &mut watches).await?;
         self.sink.send(SourceEvent::InSync).await;
@@ -179,7 +179,7 @@ impl Follower {
                 },
                 Ok(()) = wanted.changed() => {
                     let asked = wanted.borrow_and_update().clone();
-                    self.resync.heed(&asked);
+                    self.heed(&asked);
                     self.adjust(&asked).await;
                 }
                 () = tokio::time::sleep_until(resync_at) => self.list_all_again(),
@@ -201,6 +201,12 @@ impl Follower {
             changed
         });
         self.life = now;
+    }
+
+    fn heed(&mut self, wanted: &Wanted) {
+        for service in self.resync.heed(wanted) {
+            self.areas.values_mut().filter(|area| area.scope.holds(&service)).for_each(|area| area.due = true);
+        }
     }
 
     fn list_all_again(&mut self) {

@@ -158,11 +158,13 @@ impl Follower {
                 }
                 Ok(()) = self.wanted.changed() => {
                     let now = self.wanted.borrow_and_update().clone();
-                    if (Wanted { resync: wanted.resync, ..now }) != wanted {
+                    if !now.is_same_as(&wanted) {
                         return Ok(());
                     }
                     // Somebody wants to know it anew, of what are objects of the whole cluster.
-                    again_at = again_at.min(started + AGAIN_AT_MOST);
+                    if now.resync != wanted.resync {
+                        again_at = again_at.min(started + AGAIN_AT_MOST);
+                    }
                 }
                 () = sleep_until(again_at) => return Ok(()),
             }
