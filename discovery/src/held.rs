@@ -24,6 +24,8 @@ pub(crate) struct Held {
     live: usize,
     stale: usize,
     peak: Peak,
+    /// Since when it was there without a break, in one life of its store: only that can repeat a loss.
+    unbroken: Option<Instant>,
 }
 
 #[derive(Debug, Clone)]
@@ -80,6 +82,7 @@ impl Held {
             live: 0,
             stale: 0,
             peak: Peak::default(),
+            unbroken: None,
         }
     }
 
@@ -90,8 +93,12 @@ impl Held {
             SourceEvent::Reread { within, listing } => self.list_part(&within, listing, now),
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
             SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
+            SourceEvent::Unavailable { .. } => {
+                self.unbroken = Some(now);
+                Touched::new()
+            }
             // `resources/held.rs`
-            SourceEvent::Resources(_) | SourceEvent::InSync | SourceEvent::Unavailable { .. } => Touched::new(),
+            SourceEvent::Resources(_) | SourceEvent::InSync => Touched::new(),
         };
         if doubted && self.stale == 0 {
             self.settled.clone_from(&self.epochs);
@@ -176,6 +183,9 @@ impl Held {
 
     fn take_list(&mut self, within: &Scope, listing: Listing, same_epoch: bool, now: Instant) -> Touched {
         let Listing { scope, records, refused, .. } = listing;
+        if !same_epoch {
+            self.unbroken = Some(now);
+        }
         let said: HashSet<&Arc<str>> =
             records.iter().map(|record| &record.key).chain(refused.iter().map(|refused| &refused.key)).collect();
         let gone =
@@ -186,7 +196,12 @@ impl Held {
         }
         touched.extend(self.take(gone.into_iter().chain(records.into_iter().map(Next::Is)), same_epoch, now));
         // What was doubted a minute before this list has been repeated by it.
-        touched.extend(self.settle(self.keys_in(&scope), |since| now.saturating_duration_since(since) >= REPEATED_FOR));
+        let unbroken = self.unbroken;
+        let repeated = |since: Instant| {
+            let since = unbroken.map_or(since, |unbroken| unbroken.max(since));
+            now.saturating_duration_since(since) >= REPEATED_FOR
+        };
+        touched.extend(self.settle(self.keys_in(&scope), repeated));
         self.note_settled(within);
         touched
     }

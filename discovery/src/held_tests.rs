@@ -54,6 +54,27 @@ fn a_list_that_is_empty_takes_nothing_away_until_it_was_so_for_a_minute() {
     assert_eq!((counts(&held), held.entries().count()), ((0, 0), 0));
 }
 
+#[test]
+fn a_minute_in_which_the_source_was_away_or_its_store_another_one_repeats_nothing() {
+    let away = || SourceEvent::Unavailable { error: "away".into() };
+    for broken_by in [away(), of_store("three", 1, vec![])] {
+        let (mut held, start) = (held(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        held.apply(listing(1, services(4)), start);
+        held.apply(of_store("two", 1, vec![]), start);
+        held.apply(broken_by.clone(), at(50));
+        let SourceEvent::Listed(broken) = broken_by else {
+            held.apply(of_store("two", 2, vec![]), at(109));
+            assert_eq!(counts(&held), (0, 4));
+            assert_eq!(held.apply(of_store("two", 3, vec![]), at(110)).len(), 4);
+            continue;
+        };
+        held.apply(SourceEvent::Listed(broken.clone()), at(109));
+        assert_eq!(counts(&held), (0, 4));
+        assert_eq!(held.apply(SourceEvent::Listed(broken), at(110)).len(), 4);
+    }
+}
+
 /// One service of what is followed, read again.
 fn reread(store: &str, position: u64, service: &str, records: Vec<Record>) -> SourceEvent {
     let (scope, epoch) = (Scope::Service(service.parse().unwrap()), Epoch { store: store.into(), position });
