@@ -13,9 +13,14 @@ pub(crate) const RESYNC_EVERY: Duration = Duration::from_secs(300);
 /// Who asks may ask again and again; it takes a question per service.
 pub(crate) const RESYNC_AT_MOST: Duration = Duration::from_secs(1);
 
+/// Within so long all hosts have read a store again that was away.
+pub(crate) const RESYNC_AFTER_A_BREAK: Duration = Duration::from_secs(60);
+
 #[derive(Debug, Default)]
 pub(crate) struct Resync {
     at: Option<Instant>,
+    /// Somebody waits for it.
+    is_asked_for: bool,
     last: Option<Instant>,
     answered: u64,
     /// The highest number of a question for a single service that was heard.
@@ -32,7 +37,7 @@ impl Resync {
         if wanted.resync != self.answered {
             self.answered = wanted.resync;
             let soon = self.last.map_or_else(Instant::now, |last| last + RESYNC_AT_MOST);
-            self.at = Some(self.at().min(soon));
+            (self.at, self.is_asked_for) = (Some(self.at().min(soon)), true);
         }
         let before = self.heard;
         self.heard = wanted.reread.values().copied().max().unwrap_or(before);
@@ -40,9 +45,17 @@ impl Resync {
         new.map(|(service, _)| service.clone()).collect()
     }
 
+    /// Its backend is back after it was away. A store may have been put back meanwhile and written to until it was further
+    /// on than before, which no watch from there tells; and all hosts are back at the same moment.
+    pub(crate) fn is_back(&mut self, chance: f64) {
+        if !self.is_asked_for {
+            self.at = Some(Instant::now() + RESYNC_AFTER_A_BREAK.mul_f64(chance));
+        }
+    }
+
     /// It is done, or under way.
     pub(crate) fn begins(&mut self) {
-        (self.at, self.last) = (None, Some(Instant::now()));
+        (self.at, self.is_asked_for, self.last) = (None, false, Some(Instant::now()));
     }
 }
 

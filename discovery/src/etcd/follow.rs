@@ -28,6 +28,7 @@ struct Known {
     wanted: Wanted,
     last_id: i64,
     resync: Resync,
+    was_away: bool,
     /// Services to be read again.
     suspects: BTreeSet<ServiceName>,
     /// Lists beside the watches fail; new parts alone are read until then.
@@ -58,6 +59,7 @@ pub(super) async fn run<R: Remote + 'static>(mut remote: R, mut wanted: watch::R
         if let Err(error) = follow(&mut remote, &mut known, &mut wanted, &sink).await {
             sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
             remote.leave_member();
+            known.was_away = true;
         }
         backoff.rest(started).await;
     }
@@ -77,6 +79,9 @@ async fn follow<R: Remote + 'static>(
     known.list_missing(remote, sink).await?;
     let mut watches = known.watch_all(remote).await?;
     sink.send(SourceEvent::InSync).await;
+    if std::mem::take(&mut known.was_away) {
+        known.resync.is_back(fastrand::f64());
+    }
 
     let mut probes = interval(PROBE_EVERY);
     probes.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -222,6 +222,19 @@ async fn after_a_broken_watch_it_goes_on_where_it_was_on_another_member_without_
 }
 
 #[tokio::test(start_paused = true)]
+async fn within_a_minute_after_a_break_all_is_read_again_for_the_sake_of_what_no_watch_tells() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    // Put back, and further on than it was.
+    running.etcd.change(|script| (script.revision, script.records) = (20, vec![]));
+    running.etcd.break_off().await;
+    let broken_at = Instant::now();
+    assert!(matches!(running.next().await, SourceEvent::Unavailable { .. }));
+    assert_eq!(running.listed().await, (shop("a"), 20, 0));
+    assert!(broken_at.elapsed() < Duration::from_secs(62), "{:?}", broken_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_was_compacted_is_listed_again_and_nobody_is_told_of_trouble() {
     let mut running = start(wanting(&["a.shop"]));
     running.listed().await;
