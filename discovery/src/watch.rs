@@ -186,7 +186,8 @@ impl Watcher {
                 Some((index, event)) = inbox.recv() => {
                     touched.extend(self.note(index, event));
                     // One merge for everything that is already waiting.
-                    while let Ok((index, event)) = inbox.try_recv() {
+                    for _ in 0..INBOX {
+                        let Ok((index, event)) = inbox.try_recv() else { break };
                         touched.extend(self.note(index, event));
                     }
                 }
