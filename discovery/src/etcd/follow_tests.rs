@@ -332,7 +332,7 @@ async fn what_happens_during_a_list_is_told_first_and_holds() {
             Some(service) => running.suspect(service),
             None => running.wanted.send_modify(|wanted| wanted.resync += 1),
         }
-        tokio::time::advance(Duration::from_millis(100)).await;
+        sleep(Duration::from_millis(100)).await;
         let began = Instant::now();
         running.etcd.tell(news(1, &[11])).await;
         assert!(matches!(running.next().await, SourceEvent::Changed { position: 11, .. }));
