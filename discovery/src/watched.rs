@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -13,7 +13,7 @@ use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part};
 use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
 use crate::suspicion::{Again, MOST_SERVICES, Suspicion};
-use crate::{Belief, Namespaces, Scope, ServiceName, SourceEvent, Wanted};
+use crate::{Belief, Namespaces, Scope, ServiceName, SourceEvent, Wanted, unix_time};
 
 /// More messages than this tell an operator nothing; the rest is counted.
 const MOST_ERRORS: usize = 50;
@@ -38,22 +38,18 @@ pub struct SourceHealth {
     /// Services another source of higher precedence defines as well.
     pub shadowed: Vec<ServiceName>,
     /// When what it offers changed.
-    #[serde(serialize_with = "unix_seconds")]
+    #[serde(serialize_with = "unix_time::serialize")]
     pub last_change: Option<SystemTime>,
     /// When it was last known to be current.
-    #[serde(serialize_with = "unix_seconds")]
+    #[serde(serialize_with = "unix_time::serialize")]
     pub last_ok: Option<SystemTime>,
     /// When the oldest of the complete lists was read that hold now; changes were told since.
-    #[serde(serialize_with = "unix_seconds")]
+    #[serde(serialize_with = "unix_time::serialize")]
     pub last_listed: Option<SystemTime>,
     /// How often a service of it, or all of it, was to be read again because endpoints could not be reached.
     pub suspected: u64,
     /// All that is wrong now; empty when healthy. Each says where and what to do.
     pub errors: Vec<String>,
-}
-
-fn unix_seconds<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
-    time.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs()).serialize(serializer)
 }
 
 /// One source, as the watcher sees it.
