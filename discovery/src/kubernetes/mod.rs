@@ -36,6 +36,7 @@ mod settings;
 mod store;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 use tokio::sync::watch;
@@ -97,6 +98,10 @@ impl Source for KubernetesSource {
 
     fn kind(&self) -> &'static str {
         "kubernetes"
+    }
+
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        self.provides.kinds().into_iter().map(resources::prefix).collect()
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {

@@ -59,6 +59,7 @@ fn source() -> SourceHealth {
         last_listed: now,
         suspected: 0,
         errors: vec![],
+        has_answered: true,
     }
 }
 
