@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
+use crate::belief::{Belief, Loss, Peak, Unbroken};
 use crate::shared::Shared;
 use crate::{Change, Definition, Epoch, Listing, Place, Record, Refused, Scope, ServiceName, SourceEvent, Wanted};
 
@@ -26,8 +26,7 @@ pub(crate) struct Held {
     live: usize,
     stale: usize,
     peak: Peak,
-    /// Since when it was there without a break, in one life of its store: only that can repeat a loss.
-    unbroken: Option<Instant>,
+    unbroken: Unbroken,
 }
 
 #[derive(Debug, Clone)]
@@ -84,7 +83,7 @@ impl Held {
             live: 0,
             stale: 0,
             peak: Peak::default(),
-            unbroken: None,
+            unbroken: Unbroken::default(),
         }
     }
 
@@ -96,7 +95,7 @@ impl Held {
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
             SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
             SourceEvent::Unavailable { .. } => {
-                self.unbroken = Some(now);
+                self.unbroken.breaks(now);
                 Touched::new()
             }
             // `resources/held.rs`
@@ -186,7 +185,7 @@ impl Held {
     fn take_list(&mut self, within: &Scope, listing: Listing, same_epoch: bool, now: Instant) -> Touched {
         let Listing { scope, records, refused, .. } = listing;
         if !same_epoch {
-            self.unbroken = Some(now);
+            self.unbroken.breaks(now);
         }
         let said: HashSet<&Arc<str>> =
             records.iter().map(|record| &record.key).chain(refused.iter().map(|refused| &refused.key)).collect();
@@ -199,11 +198,7 @@ impl Held {
         touched.extend(self.take(gone.into_iter().chain(records.into_iter().map(Next::Is)), same_epoch, now));
         // What was doubted a minute before this list has been repeated by it.
         let unbroken = self.unbroken;
-        let repeated = |since: Instant| {
-            let since = unbroken.map_or(since, |unbroken| unbroken.max(since));
-            now.saturating_duration_since(since) >= REPEATED_FOR
-        };
-        touched.extend(self.settle(self.keys_in(&scope), repeated));
+        touched.extend(self.settle(self.keys_in(&scope), |since| unbroken.repeats(since, now)));
         self.note_settled(within);
         touched
     }

@@ -3,6 +3,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::belief::REPEATED_FOR;
 use crate::fake;
 
 fn held() -> Held {

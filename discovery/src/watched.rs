@@ -142,6 +142,7 @@ impl Watched {
         let touched = match event {
             SourceEvent::Resources(news) => self.resources.apply(std::mem::take(news), Instant::now()),
             SourceEvent::Narrowed(wanted) => self.resources.narrow(wanted),
+            SourceEvent::Unavailable { .. } => return self.resources.is_away(Instant::now()),
             _ => return,
         };
         if touched.is_empty() {
