@@ -312,7 +312,7 @@ async fn list_version(client: &mut Client, kind: Kind, version: &str) -> Result<
             // Who may not read what is not there has no trouble.
             Err(Error::Forbidden { verb, resource, reason }) if is_absent(client, kind, version).await => {
                 tracing::debug!(verb, resource, reason, "a kind that the cluster does not have");
-                return Err(Error::Refused { status: 404, reason });
+                return Err(Error::Refused { status: 404, asked: asked("list", kind).to_string(), reason });
             }
             page => read_page(&page?)?,
         };
