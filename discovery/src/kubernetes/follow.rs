@@ -163,10 +163,7 @@ impl<R: Remote> Follower<R> {
         let asked = wanted.borrow_and_update().clone();
         let suspects = self.resync.heed(&asked);
         self.adjust(&asked).await;
-        for service in suspects {
-            let holding = self.areas.iter_mut().filter(|(scope, _)| scope.holds(&service));
-            holding.for_each(|(_, area)| area.read_again());
-        }
+        suspects.iter().for_each(|service| self.read_service_again(service));
     }
 
     /// Follows what is wanted and nothing else.

@@ -39,6 +39,7 @@ mod pick;
 mod read;
 mod registrar;
 mod remote;
+mod reread;
 mod resources;
 #[cfg(test)]
 mod samples;
