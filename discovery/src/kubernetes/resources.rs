@@ -125,7 +125,7 @@ impl Follower {
                 Err(error) => self.tell_trouble(&error).await,
             }
             server.leave();
-            sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+            backoff.rest(started).await;
         }
     }
 
