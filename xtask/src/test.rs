@@ -1,14 +1,16 @@
 //! `cargo xtask test`: format, clippy, unit and property tests, scenarios on namespace hosts and on systemd machines.
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::packages::Package;
 use meshd_tests::{backend, machine, packages, python, root, servers};
+use serde_json::Value;
 
-use crate::built::{self, cargo, cargo_command};
+use crate::built::{self, cargo_command};
 use crate::lint;
 use crate::summary::{Counts, LEFT_OUT, Outcome, RESULT, Summary};
 
@@ -181,9 +183,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
         summary.add("unit and property tests", unit);
     }
-    build()?;
-    for tier in TIERS {
-        summary.add(tier.name, as_root(&tier, args.only.as_deref(), false)?);
+    let programs = build(&TIERS.each_ref())?;
+    for tier in &TIERS {
+        summary.add(tier.name, as_root(tier, &programs, args.only.as_deref(), false)?);
     }
     if let Some(only) = &args.only
         && summary.is_empty()
@@ -193,17 +195,47 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(summary.print())
 }
 
-/// The programs of a lab.
-pub(crate) fn build() -> Result<()> {
-    let wanted = ["meshd", "meshd-pki", "meshd-tests", "meshd-workload-client", "meshd-scale"];
-    let wanted: Vec<&str> = std::iter::once("build").chain(wanted.iter().flat_map(|package| ["-p", package])).collect();
-    ensure!(cargo(&wanted)?, "the build failed");
-    Ok(())
+const IN_LABS: [&str; 5] = ["meshd", "meshd-pki", "testkit", "workload-client", "scale"];
+
+/// What was built for the tiers: by the name of its `[[test]]`, the program of each.
+pub(crate) struct Programs(HashMap<String, PathBuf>);
+
+impl Programs {
+    /// What cargo says of executables as it builds them, a JSON object a line.
+    fn told_by(messages: &str) -> Self {
+        let told = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let tests = told.filter(|message| message["target"]["kind"][0] == "test");
+        Self(
+            tests
+                .filter_map(|test| Some((text(&test["target"]["name"])?, text(&test["executable"])?.into())))
+                .collect(),
+        )
+    }
+
+    fn of(&self, tier: &Tier) -> Result<&Path> {
+        let program = self.0.get(tier.test).map(PathBuf::as_path);
+        program.with_context(|| format!("cargo did not say where the program of the {} is", tier.name))
+    }
 }
 
-pub(crate) fn as_root(tier: &Tier, only: Option<&str>, long: bool) -> Result<Outcome> {
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
+}
+
+/// The programs of a lab, and those of these tiers.
+pub(crate) fn build(tiers: &[&Tier]) -> Result<Programs> {
+    // Of the whole workspace, as the unit tests are: other features of what both use would build it anew.
+    let mut command = cargo_command(&["build", "--workspace", "--message-format=json-render-diagnostics"]);
+    command.args(IN_LABS.iter().flat_map(|program| ["--bin", program]));
+    command.args(tiers.iter().flat_map(|tier| ["--test", tier.test]));
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "the build failed");
+    Ok(Programs::told_by(&String::from_utf8_lossy(&output.stdout)))
+}
+
+pub(crate) fn as_root(tier: &Tier, programs: &Programs, only: Option<&str>, long: bool) -> Result<Outcome> {
     let built = built::describe()?;
-    let program = test_program(tier)?;
+    let program = programs.of(tier)?;
     if let Some(reason) = cannot_have_root() {
         return Ok(skip_unless_ci(reason));
     }
@@ -297,18 +329,6 @@ fn left_out(tests: &[String], skipped: &[&str], only: Option<&str>) -> Result<Op
     Ok((!told.is_empty()).then(|| told.join(", ")))
 }
 
-fn test_program(tier: &Tier) -> Result<PathBuf> {
-    // Of the whole workspace, as the unit tests were: other features of what both use would build it anew.
-    let args = ["test", "--workspace", "--test", tier.test, "--no-run", "--message-format=json"];
-    let output = cargo_command(&args).stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "the {} do not build", tier.name);
-    let text = String::from_utf8_lossy(&output.stdout);
-    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let mut programs = messages.filter(|message| message["target"]["name"] == tier.test);
-    let program = programs.find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    program.with_context(|| format!("cargo did not say where the program of the {} is", tier.name))
-}
-
 /// Runs tests with their output shown, and counts what libtest says in the end.
 pub(crate) fn run_tests(mut command: Command) -> Result<Outcome> {
     let mut child = command.stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn()?;
@@ -348,6 +368,18 @@ mod tests {
         command.args(["-c", "echo 'left out with tun: a:: (2)'; echo 'test result: ok. 1 passed'"]);
         let run = run_tests(command).unwrap();
         assert!(matches!(run, Outcome::Counted(counts) if counts.left_out == ["left out with tun: a:: (2)"]));
+    }
+
+    #[test]
+    fn of_what_cargo_says_the_program_of_each_test_is_taken_and_none_of_another_kind() {
+        let said = |kind, name, executable| {
+            serde_json::json!({ "target": { "kind": [kind], "name": name }, "executable": executable }).to_string()
+        };
+        let other = said("bin", "machines", "/target/machines");
+        let messages = [said("test", "scenarios", "/target/scenarios-1"), other, "a warning".to_owned()].join("\n");
+        let programs = Programs::told_by(&messages);
+        assert_eq!(programs.of(&SCENARIOS).unwrap(), Path::new("/target/scenarios-1"));
+        assert!(programs.of(&MACHINES).unwrap_err().to_string().contains("systemd machines"));
     }
 
     #[test]
