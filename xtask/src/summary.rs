@@ -85,6 +85,11 @@ impl Summary {
         self.last = now;
     }
 
+    /// What ran beside, at the end.
+    pub(crate) fn append(&mut self, other: Self) {
+        self.tiers.extend(other.tiers);
+    }
+
     /// Whether everything was counted, and nothing ran.
     pub(crate) fn is_empty(&self) -> bool {
         self.tiers.iter().all(|tier| matches!(&tier.outcome, Outcome::Counted(counts) if counts.ran() == 0))

@@ -11,7 +11,7 @@ use meshd_tests::{backend, machine, packages, python, root, servers};
 use serde_json::Value;
 
 use crate::built::{self, cargo_command};
-use crate::lint;
+use crate::lint::Lint;
 use crate::summary::{Counts, LEFT_OUT, Outcome, RESULT, Summary};
 
 /// The part that runs as root, after everything was built: which tier, and its program.
@@ -44,7 +44,7 @@ const SCENARIOS: Tier = Tier {
     test: "scenarios",
     name: "scenarios on namespace hosts",
     packages: &[packages::FOR_LABS],
-    threads: 4,
+    threads: 6,
     backends: &BACKENDS,
     once: &ONCE,
     preflight: || Ok(()),
@@ -67,7 +67,7 @@ const MACHINES: Tier = Tier {
     test: "machines",
     name: "scenarios on systemd machines",
     packages: &[packages::FOR_LABS, packages::FOR_MACHINES],
-    threads: 3,
+    threads: 4,
     // What differs between backends is shown on namespace hosts.
     backends: &[("auto", &[])],
     once: &[],
@@ -79,7 +79,7 @@ const CLIENTS: Tier = Tier {
     test: "clients",
     name: "clients others wrote",
     packages: &[packages::FOR_LABS, packages::FOR_CLIENTS],
-    threads: 2,
+    threads: 4,
     // Capture has no part in it.
     backends: &[("auto", &[])],
     once: &[],
@@ -91,7 +91,7 @@ pub(crate) const KUBERNETES: Tier = Tier {
     test: "kubernetes",
     name: "tests with Kubernetes' API server, etcd and Consul",
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
-    threads: 2,
+    threads: 4,
     backends: &[("auto", &[])],
     once: &[],
     preflight: servers::all,
@@ -174,25 +174,37 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     // Whose tests are the last but one: meanwhile there is time to build them. What is in the way, their tier tells.
     let _servers = (args.only.is_none() && root::is_root()).then(|| std::thread::spawn(servers::all));
     let mut summary = Summary::default();
-    if args.only.is_none() {
-        if args.no_lint {
-            summary.add("lint", Outcome::Skipped("--no-lint".to_owned()));
-        } else {
-            lint::check(&mut summary)?;
-        }
-        let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
-        summary.add("unit and property tests", unit);
-    }
     let programs = build(&TIERS.each_ref())?;
+    let mut lint = None;
+    if args.only.is_none() {
+        summary.add("build", Outcome::of(true));
+        lint = test_units(&mut summary, args.no_lint)?;
+    }
     for tier in &TIERS {
         summary.add(tier.name, as_root(tier, &programs, args.only.as_deref(), false)?);
     }
+    lint.map(Lint::finish).transpose()?.into_iter().for_each(|lint| summary.append(lint));
     if let Some(only) = &args.only
         && summary.is_empty()
     {
         summary.add("--only", Outcome::failed(format!("no scenario has `{only}` in its name")));
     }
     Ok(summary.print())
+}
+
+/// What runs without root; and what needs no test to be seen, for its end.
+fn test_units(summary: &mut Summary, no_lint: bool) -> Result<Option<Lint>> {
+    let command = cargo_command(&["test", "--workspace", "--no-fail-fast"]);
+    if no_lint {
+        summary.add("unit and property tests", run_tests(command)?);
+        summary.add("lint", Outcome::Skipped("--no-lint".to_owned()));
+        return Ok(None);
+    }
+    let mut lint = None;
+    // Not earlier: cargo does one thing at a time. From here on nothing is built any more.
+    let unit = run_tests_and(command, || lint = Some(Lint::start()))?;
+    summary.add("unit and property tests", unit);
+    Ok(Some(lint.unwrap_or_else(Lint::start)))
 }
 
 const IN_LABS: [&str; 5] = ["meshd", "meshd-pki", "testkit", "workload-client", "scale"];
@@ -330,14 +342,23 @@ fn left_out(tests: &[String], skipped: &[&str], only: Option<&str>) -> Result<Op
 }
 
 /// Runs tests with their output shown, and counts what libtest says in the end.
-pub(crate) fn run_tests(mut command: Command) -> Result<Outcome> {
+pub(crate) fn run_tests(command: Command) -> Result<Outcome> {
+    run_tests_and(command, || ())
+}
+
+/// `begun` is called when all of them are built and the first ones run.
+fn run_tests_and(mut command: Command, begun: impl FnOnce()) -> Result<Outcome> {
     let mut child = command.stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn()?;
     let output = child.stdout.take().context("no stdout")?;
     let mut counts = Counts::default();
     let mut skipped = None;
+    let mut begun = Some(begun);
     for line in BufReader::new(output).lines() {
         let line = line?;
         println!("{line}");
+        if line.starts_with("running ") {
+            begun.take().into_iter().for_each(|begun| begun());
+        }
         counts.add(&line);
         skipped = line.strip_prefix(SKIPPED).map(str::to_owned).or(skipped);
     }
