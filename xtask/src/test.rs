@@ -133,9 +133,9 @@ const BACKENDS: [(&str, &[&str]); 5] = [
     ),
 ];
 
-/// What happens at the socket of the Workload API, at the PKI, between meshds and in files; and `hasty::`, where each test
-/// brings its own backend.
-const ONCE: [&str; 11] = [
+/// Where how connections are captured has no part in what is shown, so that one backend shows it.
+const ONCE: [&str; 15] = [
+    // At the socket of the Workload API, at the PKI, between meshds, in files and commands.
     "workload_api::",
     "deny::",
     "federation::",
@@ -146,7 +146,14 @@ const ONCE: [&str; 11] = [
     "targets::",
     "black_hole::",
     "lab::",
+    "independence::",
+    // Which endpoint is chosen.
+    "by_zone::",
+    // Each of its tests brings a backend of its own.
     "hasty::",
+    // Nothing is captured: the unit stands still, or is refused its identity.
+    "probe::a_probe_of_a_frozen_unit_ends_and_says_so",
+    "selectors::a_claim_the_pki_does_not_agree_with_is_shown_with_its_remedy",
 ];
 
 /// The kernel tells who changed nft's rules, and nobody else's.
