@@ -27,6 +27,9 @@ use crate::resources::base_for;
 use crate::write::Keys;
 use crate::{Provides, Sink, Source, SourceFuture, Wanted};
 
+/// Where etcd is by default; https:// where it is not on this host.
+pub(crate) const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:2379";
+
 pub struct EtcdSource {
     name: String,
     base: String,
@@ -74,6 +77,10 @@ impl Source for EtcdSource {
 
     fn kind(&self) -> &'static str {
         "etcd"
+    }
+
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        self.resources.iter().cloned().collect()
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
