@@ -74,7 +74,8 @@ pub struct KubernetesSource {
 }
 
 impl KubernetesSource {
-    /// Reads the files that `settings` names, so that a mistake in them ends the start.
+    /// Reads the files that `settings` names, so that a mistake in them ends the start. One that cannot be read may be written
+    /// later, and what was known is served meanwhile.
     pub fn new(
         name: &str,
         settings: KubernetesSettings,
@@ -83,7 +84,10 @@ impl KubernetesSource {
         provides: Provides,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
-        settings.access().map_err(|error| error.to_string())?;
+        match settings.access() {
+            Err(error) if !error.may_pass() => return Err(error.to_string()),
+            _ => {}
+        }
         let namespace = namespace.unwrap_or(SYSTEM_NAMESPACE);
         check_label("namespace", namespace).map_err(|error| error.to_string())?;
         let (name, namespace) = (name.to_owned(), namespace.to_owned());
