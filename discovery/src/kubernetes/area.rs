@@ -114,7 +114,7 @@ pub(super) enum Happened {
 #[derive(Debug)]
 pub(super) struct Area {
     scope: Scope,
-    /// What it is read for.
+    /// What it is read for, in order.
     pub(super) told_as: Vec<Scope>,
     /// Of these, what is read as a pattern would read it.
     pub(super) looked_up: BTreeSet<ServiceName>,
@@ -165,16 +165,22 @@ impl Area {
 
     /// True where less is read than before.
     pub(super) fn want(&mut self, told_as: Vec<Scope>) -> bool {
-        let narrowed = self.told_as.iter().any(|told| !told_as.contains(told));
-        let wider = told_as.iter().any(|told| !self.told_as.contains(told) && !self.pick.covers(told));
-        self.told_as = told_as;
-        if wider {
-            // One that is under way does not know of it.
-            self.read_again();
+        if self.told_as == told_as {
+            return false;
         }
+        let narrowed = self.told_as.iter().any(|told| told_as.binary_search(told).is_err());
+        let asked = self.listing.as_ref().map_or(&self.pick, |listing| &listing.pick);
+        self.due |= told_as.iter().any(|told| !asked.covers(told));
+        self.told_as = told_as;
         narrowed
     }
 
+    /// What is under way goes on.
+    pub(super) fn list_again(&mut self) {
+        self.due = true;
+    }
+
+    /// What is under way does not do.
     pub(super) fn read_again(&mut self) {
         (self.due, self.listing) = (true, None);
     }
@@ -343,17 +349,20 @@ impl Area {
         let document = self.kept.document(name);
         let mut changes: Vec<Change> = document.into_iter().filter_map(|document| reader.document(document)).collect();
         let Some(service) = self.kept.service(name) else { return changes };
-        let is_alone = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
+        let is_alone = self.index_of(name).is_some_and(|index| matches!(self.told_as[index], Scope::Service(_)));
         let is_named = is_alone && !self.looked_up.contains(name);
         let slices = self.kept.slices_of(name).collect();
         let known = read::Known { service, slices, pods: &self.kept.pods, is_named, is_described: document.is_some() };
-        changes.extend(reader.read(&known, self.learned.entry(name.clone()).or_default()));
+        changes.extend(reader.read(&known, self.learned.entry(name.clone()).or_default(), Instant::now()));
         changes
     }
 
-    /// For which scope it is read.
+    /// For which scope it is read: the only one, or one of services in order.
     fn index_of(&self, name: &ServiceName) -> Option<usize> {
-        self.told_as.iter().position(|scope| scope.holds(name))
+        match self.told_as.as_slice() {
+            [only] => only.holds(name).then_some(0),
+            many => many.binary_search(&Scope::Service(name.clone())).ok(),
+        }
     }
 
     /// What there is of each scope, as of `epoch`.
@@ -377,6 +386,8 @@ impl Area {
                 }
             }
         }
+        // What is wanted since it was asked for is told by the next list.
+        listings.retain(|listing| self.pick.covers(&listing.scope));
         for (listing, reason) in listings.iter_mut().zip(self.denied.iter().cycle()) {
             let key = format!("{}/documents", access_key(&listing.scope)).into();
             listing.refused.push(Refused { key, problems: vec![reason.clone()] });

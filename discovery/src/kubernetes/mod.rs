@@ -28,6 +28,8 @@ mod catch_up;
 mod client;
 mod error;
 #[cfg(test)]
+mod fake_cluster;
+#[cfg(test)]
 mod fake_server;
 mod follow;
 mod hosts;
@@ -36,6 +38,7 @@ mod leases;
 mod lists;
 mod objects;
 mod pick;
+mod places;
 mod read;
 mod registrar;
 mod remote;

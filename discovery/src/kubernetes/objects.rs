@@ -53,6 +53,8 @@ pub(super) struct Service {
     pub(super) ports: Vec<Port>,
     /// Its ClusterIPs.
     pub(super) addresses: Vec<IpAddr>,
+    /// Of its addresses, those of its pods before all; `None`: it does not say.
+    pub(super) is_of_ipv6: Option<bool>,
     /// Empty: somebody else says where it runs.
     pub(super) selector: BTreeMap<String, String>,
     /// A name elsewhere, which runs nowhere here.
@@ -73,8 +75,8 @@ pub(super) struct Slice {
     /// `shop/payments-x2v4f`
     pub(super) key: Arc<str>,
     pub(super) service: ServiceName,
-    /// Each name with the port of the programs.
-    pub(super) ports: Vec<(String, u16)>,
+    /// Each name with the port of the programs; `None`: whatever the Service says.
+    pub(super) ports: Vec<(String, Option<u16>)>,
     pub(super) endpoints: Vec<SliceEndpoint>,
     /// Endpoints that are names, not addresses.
     pub(super) is_of_names: bool,
@@ -91,7 +93,8 @@ pub(super) struct SliceEndpoint {
     pub(super) pod: Option<(Arc<str>, Life)>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum State {
     Ready,
     /// It ends, and still answers.
@@ -339,6 +342,7 @@ struct ServiceSpec {
     r#type: Option<String>,
     #[serde(rename = "clusterIPs")]
     cluster_ips: Option<Vec<String>>,
+    ip_families: Option<Vec<String>>,
     selector: Option<BTreeMap<String, String>>,
     ports: Option<Vec<RawPort>>,
 }
@@ -386,6 +390,7 @@ impl Reduce for RawService {
             ports: ports.collect(),
             // A headless one has the word `None`.
             addresses: self.spec.cluster_ips.iter().flatten().filter_map(|ip| ip.parse().ok()).collect(),
+            is_of_ipv6: self.spec.ip_families.iter().flatten().next().map(|family| family == "IPv6"),
             selector: self.spec.selector.unwrap_or_default(),
             is_external: self.spec.r#type.as_deref() == Some("ExternalName"),
             notes: self.metadata.notes(),
@@ -466,7 +471,7 @@ impl Reduce for RawSlice {
         Some(Object::Slice(Slice {
             key: self.metadata.key(),
             service,
-            ports: ports.filter_map(|raw| Some((raw.name.clone().unwrap_or_default(), raw.port?))).collect(),
+            ports: ports.map(|raw| (raw.name.clone().unwrap_or_default(), raw.port)).collect(),
             is_of_names: self.address_type == "FQDN",
             notes: self.metadata.notes(),
             endpoints: self.endpoints.into_iter().flatten().map(|endpoint| endpoint.reduce(namespace)).collect(),
