@@ -123,7 +123,7 @@ impl Source for KubernetesSource {
             authority: self.authority.clone(),
             dead: BTreeSet::new(),
         };
-        let remote = ApiServer(Client::new(self.settings.clone()));
+        let client = Client::new(self.settings.clone());
         let life = watch::Sender::default();
         let followed = Followed {
             kinds: self.provides.kinds(),
@@ -133,8 +133,8 @@ impl Source for KubernetesSource {
             life: life.subscribe(),
             sink: sink.clone(),
         };
-        let settings = self.settings.clone();
-        let resources = resources::run(move || Client::new(settings.clone()), followed);
+        let remote = ApiServer(client.clone());
+        let resources = resources::run(move || client.clone(), followed);
         let services = follow::run(remote, reader, Leases::new(self.namespace.clone()), wanted, sink, life);
         // Neither ends, except by a defect; both are then begun anew.
         Box::pin(async move {
