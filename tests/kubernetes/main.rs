@@ -5,6 +5,7 @@ mod applies;
 mod bridge;
 mod consul;
 mod controllers;
+mod definitions;
 mod etcd;
 mod first_lookup;
 mod from_consul;

@@ -50,6 +50,7 @@ mod store;
 mod work;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 use tokio::sync::watch;
@@ -115,6 +116,10 @@ impl Source for KubernetesSource {
 
     fn kind(&self) -> &'static str {
         "kubernetes"
+    }
+
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        self.provides.kinds().into_iter().map(resources::prefix).collect()
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
