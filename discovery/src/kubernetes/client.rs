@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::error::{CALL_DEADLINE, Error};
-use super::objects;
+use super::json;
 use super::settings::{Access, Settings};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -249,7 +249,7 @@ async fn request(
     }
     let (status, after) = (response.status(), retry_after(response.headers()));
     let refusal = read_all(response.into_body(), LARGEST_REFUSAL, &label(access, asked)).await?;
-    let (asked, reason) = (asked.clone(), objects::read_refusal(&refusal));
+    let (asked, reason) = (asked.clone(), json::read_refusal(&refusal));
     Err(match status {
         StatusCode::UNAUTHORIZED => Error::Unauthorized { by: access.credential(), reason },
         StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource, reason },

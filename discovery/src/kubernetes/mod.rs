@@ -31,8 +31,10 @@ mod error;
 mod fake_cluster;
 #[cfg(test)]
 mod fake_server;
+mod feed;
 mod follow;
 mod hosts;
+mod json;
 mod kept;
 mod leases;
 mod lists;
@@ -47,6 +49,7 @@ mod resources;
 mod samples;
 mod settings;
 mod store;
+mod told;
 mod work;
 
 use std::collections::BTreeSet;
