@@ -36,6 +36,7 @@ mod stored;
 mod suspicion;
 mod tls;
 mod types;
+mod unix_time;
 mod watch;
 mod watched;
 pub mod write;

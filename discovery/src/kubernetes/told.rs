@@ -24,7 +24,7 @@ impl Area {
     }
 
     /// For which scope it is read: the only one, or one of services in order.
-    fn index_of(&self, name: &ServiceName) -> Option<usize> {
+    pub(super) fn index_of(&self, name: &ServiceName) -> Option<usize> {
         match self.told_as.as_slice() {
             [only] => only.holds(name).then_some(0),
             many => many.binary_search(&Scope::Service(name.clone())).ok(),
