@@ -178,7 +178,8 @@ impl Client {
         loop {
             let revision = listed.header.revision;
             let range_end = prefix.end.clone();
-            let request = RangeRequest { key: from.clone(), range_end, limit: PAGE, revision, ..RangeRequest::default() };
+            let request =
+                RangeRequest { key: from.clone(), range_end, limit: PAGE, revision, ..RangeRequest::default() };
             let answer = self.range(request).await?;
             if listed.header.revision == 0 {
                 listed.header = answer.header.unwrap_or_default();
