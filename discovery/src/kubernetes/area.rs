@@ -261,12 +261,12 @@ impl Area {
                 }
                 Answer::Nothing => {
                     self.kept.clear(kind);
-                    *self.feed(kind) = Feed { is_away: true, ..Feed::default() };
+                    *self.feed(kind) = Feed::away();
                 }
                 // Documents are there and may not be read. What was read before stays, and so does everything else.
                 Answer::Denied(reason) => {
                     self.denied = Some(reason);
-                    *self.feed(kind) = Feed { is_away: true, ..Feed::default() };
+                    *self.feed(kind) = Feed::away();
                 }
             }
         }

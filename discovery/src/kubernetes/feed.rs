@@ -18,6 +18,10 @@ pub(super) struct Feed {
 }
 
 impl Feed {
+    pub(super) fn away() -> Feed {
+        Feed { is_away: true, ..Feed::default() }
+    }
+
     /// False for what is known already.
     pub(super) fn moves(&mut self, position: &str) -> bool {
         let is_news = position.parse().map_or(!position.is_empty(), |position: u64| position > self.listed);

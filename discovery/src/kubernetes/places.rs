@@ -49,7 +49,7 @@ impl Reader {
     ) -> Said<'a> {
         let mut said = Said { slice, places: Vec::new(), problems: Problems::new() };
         // Slices of pods are written by the cluster itself.
-        let notes = match known.has_pods() {
+        let notes = match known.is_of_pods(slice) {
             true => Some(SliceNotes::none()),
             false => SliceNotes::read(slice, self.is_dead(slice), &mut said.problems),
         };
@@ -139,6 +139,11 @@ impl Known<'_> {
     /// Without a selector, whoever wrote the slices says what is there.
     fn has_pods(&self) -> bool {
         !self.service.selector.is_empty()
+    }
+
+    /// Beside them, others may have slices of their own.
+    fn is_of_pods(&self, slice: &Slice) -> bool {
+        self.has_pods() && slice.endpoints.iter().any(|endpoint| endpoint.pod.is_some())
     }
 
     fn served(&self, slice: &Slice) -> Vec<PortTarget> {

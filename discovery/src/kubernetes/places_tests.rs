@@ -170,11 +170,11 @@ fn annotations_on_slices_of_pods_mean_nothing() {
 fn an_endpoint_that_cannot_be_is_named_and_the_others_are_used() {
     let mut cluster = Cluster::of_nobody(vec![own_slice("payments-x", "10.0.0.8", &[("transport", "meshd")])]);
     let endpoints = cluster.slices[0]["endpoints"].as_array_mut().unwrap();
-    endpoints.push(json!({ "addresses": ["127.0.0.1"] }));
+    endpoints.push(json!({ "addresses": ["0.0.0.0"] }));
     let places = cluster.places();
     assert!(places.len() == 1 && places[0].address.to_string() == "10.0.0.8", "{places:?}");
     let problems = cluster.problems();
-    assert!(problems.len() == 1 && problems[0].contains("127.0.0.1 is not the address of a host"), "{problems:?}");
+    assert!(problems.len() == 1 && problems[0].contains("0.0.0.0 is not the address of a host"), "{problems:?}");
     let alone: Vec<Value> = vec![cluster.slices[0]["endpoints"][1].clone()];
     cluster.slices[0]["endpoints"] = json!(alone);
     assert!(cluster.problems()[0].contains("the last good version stays in force"));

@@ -256,7 +256,10 @@ impl At<'_> {
 }
 
 fn from_kubeconfig(path: &Path, context: Option<&str>) -> Result<Access, SettingsError> {
-    let text = fs::read_to_string(path).map_err(|error| unreadable(path, error))?;
+    let text = fs::read_to_string(path).map_err(|error| {
+        // As much a mistake in meshd.toml as anything in there.
+        SettingsError::File { path: path.to_owned(), reason: error.to_string() }
+    })?;
     let config: Kubeconfig = serde_saphyr::from_str(&text).map_err(|error| {
         let reason = format!("is no kubeconfig: {}", crate::yaml::printable(&error.to_string()));
         SettingsError::File { path: path.to_owned(), reason }
