@@ -55,7 +55,8 @@ pub(crate) const RELIABILITY: Tier = Tier {
     test: "reliability",
     name: "faults under load on namespace hosts",
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
-    threads: 5,
+    // Each keeps most of a core busy.
+    threads: 3,
     // The PKI and the clock do not care how connections are captured.
     backends: &[("nft-tproxy", &[])],
     once: &[],
