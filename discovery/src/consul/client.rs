@@ -1,6 +1,7 @@
 //! One HTTP/1.1 connection to Consul: a request at a time, as a blocking query occupies it.
 
-use std::sync::Arc;
+use std::hash::RandomState;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -9,6 +10,7 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{HOST, HeaderMap, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -16,6 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::settings::{Address, Settings, SettingsError};
+use crate::yaml::printable;
 
 /// TCP and TLS together.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -23,6 +26,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 const LARGEST_ANSWER: usize = 64 * 1024 * 1024;
 /// Every connection holds one for good; the least that hyper takes.
 const BUFFER: usize = 8192;
+/// Of words that Consul says.
+const MOST_SAID: usize = 300;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
@@ -41,6 +46,18 @@ pub(super) struct Reply {
     pub(super) body: Bytes,
 }
 
+impl Reply {
+    /// Where it is no list: an error, mostly.
+    pub(super) fn said(&self) -> String {
+        printable(String::from_utf8_lossy(&self.body[..self.body.len().min(MOST_SAID)]).trim())
+    }
+
+    /// Consul leaves out what a token may not see, and says so here only.
+    pub(super) fn is_filtered(&self) -> bool {
+        self.headers.get("x-consul-results-filtered-by-acls").is_some_and(|value| value == "true")
+    }
+}
+
 /// What is asked.
 #[derive(Debug, Clone)]
 pub(super) struct Call<'a> {
@@ -51,17 +68,40 @@ pub(super) struct Call<'a> {
 
 pub(super) struct Client {
     settings: Arc<Settings>,
+    tls: Arc<SharedTls>,
     connection: Option<SendRequest<Full<Bytes>>>,
+}
+
+/// For as long as the files say the same: with the authorities in it, one for each connection is much of its memory.
+#[derive(Default)]
+struct SharedTls {
+    hashing: RandomState,
+    last: Mutex<Option<(u64, Arc<ClientConfig>)>>,
+}
+
+impl SharedTls {
+    fn get(&self, settings: &Settings) -> Result<Arc<ClientConfig>, SettingsError> {
+        let files = settings.hash_of_files(&self.hashing);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, config)) = &*last
+            && *known == files
+        {
+            return Ok(config.clone());
+        }
+        let config = settings.tls()?;
+        *last = Some((files, config.clone()));
+        Ok(config)
+    }
 }
 
 impl Client {
     pub(super) fn new(settings: Arc<Settings>) -> Client {
-        Client { settings, connection: None }
+        Client { settings, tls: Arc::default(), connection: None }
     }
 
     /// To the same Consul over a connection of its own.
     pub(super) fn another(&self) -> Client {
-        Client::new(self.settings.clone())
+        Client { settings: self.settings.clone(), tls: self.tls.clone(), connection: None }
     }
 
     /// What is shown to Consul now.
@@ -118,8 +158,12 @@ impl Client {
             authority: address.authority.clone(),
             reason: reason.to_string(),
         };
-        let tls = if address.tls { Some(self.settings.tls()?) } else { None };
+        let tls = if address.tls { Some(self.tls.get(&self.settings)?) } else { None };
         let tcp = TcpStream::connect(&address.authority).await.map_err(|error| unreachable(&error))?;
+        // By its name it is loopback; what that means is said elsewhere.
+        if !address.tls && !tcp.peer_addr().is_ok_and(|peer| peer.ip().is_loopback()) {
+            return Err(SettingsError::Clear(address.authority.clone()).into());
+        }
         tcp.set_nodelay(true).map_err(|error| unreachable(&error))?;
         let connection = match tls {
             None => handshake(tcp).await,
@@ -240,6 +284,22 @@ mod tests {
             client.get("/b", None, DEADLINE).await.unwrap();
         };
         tokio::join!(server, asks);
+    }
+
+    #[test]
+    fn connections_share_what_the_files_say_until_they_say_something_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let ca = directory.path().join("ca.pem");
+        let authority = || rcgen::generate_simple_self_signed(vec!["consul".to_owned()]).unwrap().cert.pem();
+        std::fs::write(&ca, authority()).unwrap();
+        let client = Client::new(Arc::new(Settings { ca: Some(ca.clone()), ..Settings::default() }));
+        let other = client.another();
+        let first = client.tls.get(&client.settings).unwrap();
+        assert!(Arc::ptr_eq(&first, &other.tls.get(&other.settings).unwrap()));
+        std::fs::write(&ca, authority()).unwrap();
+        assert!(!Arc::ptr_eq(&first, &other.tls.get(&other.settings).unwrap()));
+        std::fs::remove_file(&ca).unwrap();
+        assert!(other.tls.get(&other.settings).unwrap_err().to_string().starts_with("ca: "));
     }
 
     #[tokio::test]

@@ -23,6 +23,7 @@ mod client;
 mod fake_agent;
 mod follow;
 mod known;
+mod probe;
 mod read;
 mod registrar;
 mod remote;

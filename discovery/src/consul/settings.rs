@@ -1,10 +1,12 @@
 //! Where Consul is and how to be admitted. Files are read anew for each use, so that renewed ones count.
 
+use std::hash::BuildHasher;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hyper::header::HeaderValue;
+use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
@@ -82,6 +84,12 @@ impl Settings {
         Ok(Address { tls, host, authority: authority.to_owned() })
     }
 
+    /// Of what it takes for TLS.
+    pub(super) fn hash_of_files(&self, hashing: &impl BuildHasher) -> u64 {
+        let files = [&self.ca, &self.cert, &self.key].map(|path| std::fs::read(path.as_ref()?).ok());
+        hashing.hash_one(files)
+    }
+
     pub(super) fn tls(&self) -> Result<Arc<ClientConfig>, SettingsError> {
         let mut roots = RootCertStore::empty();
         for certificate in certificates("ca", self.ca.as_deref().ok_or(SettingsError::NoAuthority)?)? {
@@ -91,7 +99,7 @@ impl Settings {
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(roots);
-        let config = match (&self.cert, &self.key) {
+        let mut config = match (&self.cert, &self.key) {
             (None, None) => builder.with_no_client_auth(),
             (Some(cert), Some(key)) => {
                 let read = PrivateKeyDer::from_pem_file(key);
@@ -100,6 +108,8 @@ impl Settings {
             }
             _ => return Err(SettingsError::HalfCertificate),
         };
+        // Connections last; what it takes to resume them would be kept for each.
+        config.resumption = Resumption::disabled();
         Ok(Arc::new(config))
     }
 
