@@ -8,6 +8,7 @@ use meshd_identity::TrustDomain;
 use serde::Deserialize;
 
 use crate::consul;
+use crate::etcd::DEFAULT_ENDPOINT;
 use crate::name::{NameError, check_label};
 use crate::register::Registrar;
 use crate::resources::{Kind, base_for};
@@ -218,7 +219,10 @@ impl SourceConfig {
 
     fn etcd(&self) -> Settings {
         Settings {
-            endpoints: self.endpoints.clone(),
+            endpoints: match self.endpoints.as_slice() {
+                [] => vec![DEFAULT_ENDPOINT.to_owned()],
+                some => some.to_vec(),
+            },
             ca: self.ca.clone(),
             cert: self.cert.clone(),
             key: self.key.clone(),
@@ -441,9 +445,9 @@ mod tests {
     }
 
     #[test]
-    fn a_line_or_two_make_a_source_and_keys_of_another_kind_are_refused() {
+    fn a_line_makes_a_source_and_keys_of_another_kind_are_refused() {
         let td: TrustDomain = "example.org".parse().unwrap();
-        let etcd = parse("kind = \"etcd\"\nendpoints = [\"http://127.0.0.1:2379\"]").unwrap();
+        let etcd = parse("kind = \"etcd\"").unwrap();
         let opened = etcd.open(&td).unwrap();
         assert_eq!((opened.source.name(), opened.source.kind(), opened.belief), ("etcd", "etcd", Belief::Guarded));
         assert!(
@@ -462,7 +466,6 @@ mod tests {
             ("kind = \"consul\"\nprefix = \"a b\"", "[[source]] `consul`: prefix: `a b`"),
             ("kind = \"etcd\"\ndir = \"/x\"", "`dir` has no meaning with kind = \"etcd\", which takes endpoints, ca"),
             ("kind = \"files\"\nuser = \"x\"", "`user` has no meaning with kind = \"files\", which takes dir"),
-            ("kind = \"etcd\"", "no etcd endpoint is given"),
             ("kind = \"files\"\nregister = true", "`register` has no meaning with kind = \"files\""),
             ("kind = \"kubernetes\"\ncontext = \"prod\"", "add `kubeconfig`"),
             ("kind = \"kubernetes\"\nkubeconfig = \"/no/such\"", "`kubernetes`: /no/such: "),

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
+use crate::shared::Shared;
 use crate::{Change, Definition, Epoch, Listing, Place, Record, Refused, Scope, ServiceName, SourceEvent, Wanted};
 
 #[derive(Debug)]
 pub(crate) struct Held {
     belief: Belief,
-    records: BTreeMap<Arc<str>, Entry>,
+    /// Boxed, because a third of a tree's slots are free.
+    records: BTreeMap<Arc<str>, Box<Entry>>,
     /// So that a service is put together without looking at the others.
     by_service: HashMap<ServiceName, BTreeSet<Arc<str>>>,
     /// Keys that cannot be understood now, and in which scope they were read.
@@ -113,11 +115,11 @@ impl Held {
 
     /// What the source said of a service, by key.
     pub(crate) fn of(&self, service: &ServiceName) -> impl Iterator<Item = &Entry> {
-        self.by_service.get(service).into_iter().flatten().filter_map(|key| self.records.get(key))
+        self.by_service.get(service).into_iter().flatten().filter_map(|key| self.records.get(key).map(Box::as_ref))
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.records.values()
+        self.records.values().map(Box::as_ref)
     }
 
     #[cfg(test)]
@@ -228,7 +230,7 @@ impl Held {
         narrow_epochs(&mut self.settled, &scopes);
         self.refused.retain(|_, (read, _)| scopes.contains(read));
         let strange = |entry: &&Entry| !wanted.covers(&entry.record.service);
-        let keys: Vec<_> = self.records.values().filter(strange).map(|entry| entry.record.key.clone()).collect();
+        let keys: Vec<_> = self.entries().filter(strange).map(|entry| entry.record.key.clone()).collect();
         keys.iter().filter_map(|key| self.remove(key)).collect()
     }
 
@@ -237,7 +239,7 @@ impl Held {
             Scope::Service(service) => self.by_service.get(service).into_iter().flatten().cloned().collect(),
             _ => {
                 let holds = |entry: &&Entry| scope.holds(&entry.record.service);
-                self.records.values().filter(holds).map(|entry| entry.record.key.clone()).collect()
+                self.entries().filter(holds).map(|entry| entry.record.key.clone()).collect()
             }
         }
     }
@@ -274,7 +276,7 @@ impl Held {
             };
             let doubted_now =
                 |entry: &Entry| entry.gone == Some(now) || entry.stale.iter().any(|(_, since)| *since == now);
-            if self.records.get(&key).is_some_and(doubted_now) {
+            if self.records.get(&key).is_some_and(|entry| doubted_now(entry)) {
                 lost.push(key);
             }
         }
@@ -304,11 +306,12 @@ impl Held {
 
     /// Takes a record as it is now. Places it no longer has become stale, and no service is told yet.
     fn set(&mut self, mut record: Record, now: Instant) -> Option<ServiceName> {
+        self.share(&mut record);
         let service = record.service.clone();
         let Some(entry) = self.records.get_mut(&record.key) else {
             self.live += size(&record);
             self.by_service.entry(service.clone()).or_default().insert(record.key.clone());
-            self.records.insert(record.key.clone(), Entry::new(record));
+            self.records.insert(record.key.clone(), Box::new(Entry::new(record)));
             return Some(service);
         };
         if let (Some(said), Some(known)) = (&mut record.definition, entry.definition())
@@ -342,6 +345,15 @@ impl Held {
         self.live += size(&record);
         entry.record = record;
         Some(service)
+    }
+
+    /// What a service's records repeat is kept once.
+    fn share(&self, record: &mut Record) {
+        if let Some((name, _)) = self.by_service.get_key_value(&record.service) {
+            record.service = name.clone();
+        }
+        let mut shared = Shared::of(self.of(&record.service).flat_map(|entry| &entry.record.places));
+        record.places.iter_mut().for_each(|place| shared.share(place));
     }
 
     /// The record is no longer said. All its places become stale.

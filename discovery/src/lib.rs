@@ -30,6 +30,7 @@ mod registration;
 pub mod resources;
 mod resync;
 mod saved;
+mod shared;
 mod source;
 mod stored;
 mod suspicion;

@@ -5,6 +5,7 @@ use std::os::unix::fs::chown;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use meshd_tests::authority::Authority;
 use meshd_tests::daemon::UID;
 use meshd_tests::etcd::Etcd;
 use meshd_tests::lab::Lab;
@@ -102,6 +103,22 @@ impl Bed {
         Ok(rows.map(shown).collect())
     }
 
+    fn is_checked(&self, message: &str) -> Result<()> {
+        let check = self.mesh.daemon("web").run(&["check"])?;
+        ensure!(check.stdout.contains(message), "{}", check.stdout);
+        Ok(())
+    }
+
+    fn names(&self, message: &str) -> Result<()> {
+        until(DEADLINE, message, || self.errors().is_ok_and(|errors| errors.contains(message)))
+            .with_context(|| format!("{:?}", self.errors()))
+    }
+
+    fn is_well(&self) -> Result<()> {
+        until(DEADLINE, "etcd is followed again", || self.errors().is_ok_and(|errors| errors == "[]"))
+            .with_context(|| format!("{:?}", self.errors()))
+    }
+
     fn errors(&self) -> Result<String> {
         let status = self.mesh.daemon("web").json("status")?;
         Ok(status["sources"][0]["errors"].to_string())
@@ -168,13 +185,11 @@ fn a_host_that_restarts_while_etcd_is_away_serves_from_what_it_knew() -> Result<
     }
     bed.mesh.daemon("web").restart()?;
     bed.answers("api-1")?;
-    until(DEADLINE, "the trouble is named", || {
-        bed.errors().is_ok_and(|errors| errors.contains("no etcd member can be reached"))
-    })?;
+    bed.names("no etcd member can be reached")?;
     for member in 0..3 {
         bed.etcd.start_member(member)?;
     }
-    until(DEADLINE, "etcd is followed again", || bed.errors().is_ok_and(|errors| errors == "[]"))?;
+    bed.is_well()?;
     bed.register("api-2")?;
     bed.answers("api-2")
 }
@@ -204,9 +219,54 @@ fn garbage_is_named_by_its_key_and_what_the_key_said_before_stays() -> Result<()
         })
     })?;
     bed.answers("api-1")?;
-    let check = bed.mesh.daemon("web").run(&["check"])?;
-    ensure!(check.stdout.contains("is no registration"), "{}", check.stdout);
+    bed.is_checked("is no registration")?;
     let unknown = bed.mesh.daemon("web").run(&["endpoints", "--source", "consul"])?;
     ensure!(!unknown.success() && unknown.stderr.contains("no source `consul`; there are: etcd"), "{unknown:?}");
     Ok(())
+}
+
+#[test]
+fn an_etcd_that_stands_still_or_is_cut_off_is_named_and_what_happened_meanwhile_arrives() -> Result<()> {
+    let bed = Bed::make()?;
+    for member in 0..3 {
+        bed.etcd.signal(member, Signal::SIGSTOP)?;
+    }
+    bed.names("did not answer within")?;
+    bed.answers("api-1")?;
+    for member in 0..3 {
+        bed.etcd.signal(member, Signal::SIGCONT)?;
+    }
+    bed.is_well()?;
+    let cut = bed.mesh.host("web").black_hole(bed.mesh.lab().host("store").address())?;
+    bed.names("etcd")?;
+    bed.register("api-2")?;
+    bed.unregister("api-1")?;
+    bed.answers("api-1")?;
+    drop(cut);
+    bed.is_well()?;
+    bed.answers("api-2")
+}
+
+#[test]
+fn what_the_users_role_lacks_and_what_tls_refuses_is_named_by_check_and_the_mesh_goes_on() -> Result<()> {
+    let bed = Bed::make()?;
+    bed.change(&["role", "revoke-permission", "reader", "--prefix=true", "/meshd-discovery/"])?;
+    bed.names("grant-permission")?;
+    bed.is_checked("grant-permission")?;
+    bed.answers("api-1")?;
+    bed.change(&["role", "grant-permission", "reader", "readwrite", "--prefix=true", "/meshd-discovery/"])?;
+    bed.is_well()?;
+    bed.register("api-2")?;
+    bed.answers("api-2")?;
+    let web = bed.mesh.host("web");
+    let strange = Authority::create(&web, &web.directory().join("strange"))?.certificate();
+    chown(&strange, Some(UID), Some(UID))?;
+    let config = bed.mesh.daemon("web").config();
+    let text = fs::read_to_string(&config)?;
+    let (ours, theirs) = (format!("{:?}", bed.etcd.authority()), format!("{strange:?}"));
+    fs::write(&config, text.replace(&ours, &theirs))?;
+    bed.mesh.daemon("web").restart()?;
+    bed.names("invalid peer certificate")?;
+    bed.is_checked("invalid peer certificate")?;
+    bed.answers("api-1")
 }

@@ -46,7 +46,7 @@ pub(super) async fn run<R: Remote>(mut remote: R, mut wanted: watch::Receiver<Wa
     loop {
         let started = Instant::now();
         if let Err(error) = follow(&mut remote, &mut known, &mut wanted, &sink).await {
-            sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
+            sink.send(SourceEvent::Unavailable { error: remote.explain(&error) }).await;
             remote.leave_member();
         }
         sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;

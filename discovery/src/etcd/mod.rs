@@ -27,6 +27,9 @@ use crate::resources::base_for;
 use crate::write::Keys;
 use crate::{Provides, Sink, Source, SourceFuture, Wanted};
 
+/// Where etcd is by default; https:// where it is not on this host.
+pub(crate) const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:2379";
+
 pub struct EtcdSource {
     name: String,
     base: String,

@@ -54,6 +54,10 @@ pub(super) trait Remote: Send {
     ) -> impl Future<Output = Result<(), Error>> + Send;
     /// The next call goes to another member.
     fn leave_member(&mut self);
+    /// What went wrong, and what to do where that is known.
+    fn explain(&self, error: &Error) -> String {
+        error.to_string()
+    }
 }
 
 pub(super) trait Stream {
@@ -199,6 +203,14 @@ impl Remote for Etcd {
 
     async fn add(&mut self, watches: &mut EtcdWatches, id: i64, part: &Part, from: u64) -> Result<(), Error> {
         watches.watches.add(id, &self.keys.prefix(part), revision(from)).await
+    }
+
+    fn explain(&self, error: &Error) -> String {
+        if !error.is_denied() {
+            return error.to_string();
+        }
+        let base = &self.keys.base;
+        format!("{error}; `etcdctl role grant-permission ROLE read --prefix=true {base}/` lets a role read there")
     }
 
     fn leave_member(&mut self) {

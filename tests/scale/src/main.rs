@@ -2,6 +2,7 @@
 //! each host takes until its next connection would use a change, and what following costs. Ends with an error when a
 //! host does not end up with what was written.
 
+mod first;
 mod http;
 mod measure;
 mod watchers;
@@ -11,7 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use meshd_discovery::SourceConfig;
 use meshd_identity::TrustDomain;
 use serde::Deserialize;
@@ -24,9 +25,23 @@ use crate::watchers::Watchers;
 use crate::write::{Writer, WriterConfig};
 
 #[derive(Debug, Parser)]
-pub(crate) struct Args {
+struct Args {
     /// TOML with the `[source]` of each host and the `[writer]` of the backend
     config: PathBuf,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Many hosts in this process
+    Follow(Follow),
+    /// The host this runs on, by the connections of a program in its mesh
+    First(first::First),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Follow {
     #[arg(long, default_value_t = 1000)]
     services: usize,
     /// Of each service
@@ -63,7 +78,10 @@ fn main() -> Result<()> {
     let writing =
         runtime::Builder::new_multi_thread().worker_threads(1).thread_name(measure::WRITER).enable_all().build()?;
     let following = runtime::Builder::new_multi_thread().enable_all().build()?;
-    let report = following.block_on(run(&args, config, writing.handle().clone()))?;
+    let report = match args.what {
+        What::Follow(args) => following.block_on(run(&args, config, writing.handle().clone()))?,
+        What::First(args) => following.block_on(first::measure(&args, config.writer))?,
+    };
     println!("{report}");
     // Nobody waits for the blocking queries under way.
     writing.shutdown_background();
@@ -71,7 +89,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-async fn run(args: &Args, config: Config, writing: runtime::Handle) -> Result<serde_json::Value> {
+async fn run(args: &Follow, config: Config, writing: runtime::Handle) -> Result<serde_json::Value> {
     let mut writer = Writer::open(config.writer)?;
     if !args.filled {
         let (services, endpoints) = (args.services, args.endpoints);
@@ -106,12 +124,13 @@ async fn run(args: &Args, config: Config, writing: runtime::Handle) -> Result<se
 
 /// Changes the backend at the rate asked for, and waits until every host knows.
 async fn change(
-    args: &Args,
+    args: &Follow,
     mut writer: Writer,
     watchers: &Watchers,
     writing: &runtime::Handle,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
     let (rate, changes) = (args.rate, args.rate * args.seconds);
+    println!("changing");
     let before = Usage::now()?;
     let changed = writing.spawn(async move {
         // A change that waits for the one before is late from when it was due.
@@ -141,12 +160,12 @@ async fn change(
     Ok(report.as_object().context("no object")?.clone())
 }
 
-fn round(number: f64) -> f64 {
+pub(crate) fn round(number: f64) -> f64 {
     (number * 100.0).round() / 100.0
 }
 
 /// In milliseconds; of delays in order.
-fn quantile(delays: &[Duration], share: f64) -> f64 {
+pub(crate) fn quantile(delays: &[Duration], share: f64) -> f64 {
     let index = ((delays.len() as f64 - 1.0) * share).max(0.0).round() as usize;
     delays.get(index).map_or(f64::NAN, |delay| delay.as_secs_f64() * 1000.0)
 }

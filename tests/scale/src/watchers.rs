@@ -11,7 +11,7 @@ use meshd_identity::TrustDomain;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::Args;
+use crate::Follow;
 use crate::write::{Board, service_name};
 
 /// What a failing run is bounded by.
@@ -32,7 +32,7 @@ struct Host {
 impl Watchers {
     /// One host after the other, as hosts boot: what they do all at once is not what is measured.
     pub(crate) async fn start(
-        args: &Args,
+        args: &Follow,
         source: &SourceConfig,
         trust_domain: &TrustDomain,
         board: Arc<Board>,
@@ -48,7 +48,7 @@ impl Watchers {
             };
             let names = match args.imports {
                 0 => vec!["*".to_owned()],
-                _ => imports.iter().map(|service| format!("{}.scale", service_name(*service))).collect(),
+                _ => imports.iter().map(|service| service_name(*service).to_string()).collect(),
             };
             let configured = source.open(trust_domain)?;
             let wanted = Imports::try_from(names).map_err(anyhow::Error::msg)?.declared().cloned().unwrap_or_default();

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use http::Method;
-use meshd_discovery::SourceKind;
+use meshd_discovery::{ServiceName, SourceKind};
 use meshd_etcd::api::TxnRequest;
 use meshd_etcd::{Client as Etcd, Settings, put};
 use serde::Deserialize;
@@ -18,8 +18,7 @@ use crate::http::{Access, Client as Http};
 
 const JSON: &str = "application/json";
 const JSON_PATCH: &str = "application/json-patch+json";
-const SERVICES: &str = "/api/v1/namespaces/scale/services";
-const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/scale/endpointslices";
+const NAMESPACE: &str = "scale";
 
 /// Who may write, which the source is not.
 #[derive(Debug, Deserialize)]
@@ -59,11 +58,11 @@ impl Board {
     }
 }
 
-pub(crate) fn service_name(service: usize) -> String {
-    format!("s{service}")
+pub(crate) fn service_name(service: usize) -> ServiceName {
+    ServiceName::new(&format!("s{service}"), NAMESPACE).expect("two labels")
 }
 
-enum Backend {
+pub(crate) enum Backend {
     Etcd(Etcd),
     Consul(Http),
     Kubernetes(Http),
@@ -79,16 +78,7 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub(crate) fn open(config: WriterConfig) -> Result<Self> {
-        let WriterConfig { kind, url, ca, cert, key, token } = config;
-        let backend = match kind {
-            SourceKind::Etcd => {
-                let settings = Settings { endpoints: vec![url], ca: Some(ca), cert, key, ..Settings::default() };
-                Backend::Etcd(Etcd::new(settings)?)
-            }
-            SourceKind::Consul => Backend::Consul(Http::new(Access { url, ca, cert, key, token })),
-            SourceKind::Kubernetes => Backend::Kubernetes(Http::new(Access { url, ca, cert, key, token })),
-            SourceKind::Files => anyhow::bail!("files change by themselves; name a backend"),
-        };
+        let backend = Backend::open(config)?;
         Ok(Self { backend, board: Arc::default(), random: fastrand::Rng::with_seed(7), addresses: 0 })
     }
 
@@ -97,9 +87,10 @@ impl Writer {
     }
 
     pub(crate) async fn fill(&mut self, services: usize, endpoints: usize) -> Result<()> {
+        self.backend.create_namespace(NAMESPACE).await?;
         for service in 0..services {
             let addresses: Vec<IpAddr> = (0..endpoints).map(|_| self.next_address()).collect();
-            self.backend.create(service, &addresses).await?;
+            self.backend.create(&service_name(service), &addresses).await?;
             self.board.lock().current.push(addresses);
         }
         Ok(())
@@ -117,7 +108,7 @@ impl Writer {
             written.changed_at.insert(address, due);
             (service, endpoint)
         };
-        self.backend.replace(service, endpoint, address).await?;
+        self.backend.replace(&service_name(service), endpoint, address).await?;
         Ok(service)
     }
 
@@ -128,89 +119,128 @@ impl Writer {
 }
 
 impl Backend {
-    async fn create(&mut self, service: usize, addresses: &[IpAddr]) -> Result<()> {
-        let name = service_name(service);
+    pub(crate) fn open(config: WriterConfig) -> Result<Self> {
+        let WriterConfig { kind, url, ca, cert, key, token } = config;
+        Ok(match kind {
+            SourceKind::Etcd => {
+                let settings = Settings { endpoints: vec![url], ca: Some(ca), cert, key, ..Settings::default() };
+                Backend::Etcd(Etcd::new(settings)?)
+            }
+            SourceKind::Consul => Backend::Consul(Http::new(Access { url, ca, cert, key, token })),
+            SourceKind::Kubernetes => Backend::Kubernetes(Http::new(Access { url, ca, cert, key, token })),
+            SourceKind::Files => anyhow::bail!("files change by themselves; name a backend"),
+        })
+    }
+
+    pub(crate) async fn create_namespace(&mut self, namespace: &str) -> Result<()> {
+        if let Self::Kubernetes(kubernetes) = self {
+            let namespace = json!({ "metadata": { "name": namespace } });
+            kubernetes.must(Method::POST, "/api/v1/namespaces", JSON, namespace.to_string()).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn create(&mut self, service: &ServiceName, addresses: &[IpAddr]) -> Result<()> {
+        let endpoints = addresses.iter().enumerate();
         match self {
             Self::Etcd(etcd) => {
-                let document = put(format!("/meshd-discovery/v1/scale/{name}/service"), document(&name), 0);
-                let endpoints = addresses.iter().enumerate();
-                let endpoints = endpoints.map(|(endpoint, address)| registration(&name, endpoint, *address));
+                let document = put(key(service, "service"), document(service), 0);
+                let endpoints = endpoints.map(|(endpoint, address)| registration(service, endpoint, *address));
                 let success = std::iter::once(document).chain(endpoints).collect();
                 etcd.txn(TxnRequest { success, ..TxnRequest::default() }).await?;
             }
             Self::Consul(consul) => {
-                let path = format!("/v1/kv/meshd-discovery/v1/scale/{name}/service");
-                consul.must(Method::PUT, &path, JSON, document(&name)).await?;
-                for (endpoint, address) in addresses.iter().enumerate() {
-                    register(consul, &name, endpoint, *address).await?;
+                let path = format!("/v1/kv{}", key(service, "service"));
+                consul.must(Method::PUT, &path, JSON, document(service)).await?;
+                for (endpoint, address) in endpoints {
+                    register(consul, service, endpoint, *address, Node::New).await?;
                 }
             }
             Self::Kubernetes(kubernetes) => {
-                if service == 0 {
-                    let namespace = json!({ "metadata": { "name": "scale" } });
-                    kubernetes.must(Method::POST, "/api/v1/namespaces", JSON, namespace.to_string()).await?;
-                }
                 let document = json!({
-                    "metadata": { "name": name, "annotations": { "meshd.dev/identities": identity(&name) } },
+                    "metadata": { "name": service.name(), "annotations": { "meshd.dev/identities": identity(service) } },
                     "spec": { "ports": [{ "port": 80 }] },
                 });
-                kubernetes.must(Method::POST, SERVICES, JSON, document.to_string()).await?;
-                kubernetes.must(Method::POST, SLICES, JSON, slice(&name, addresses).to_string()).await?;
+                let services = format!("/api/v1/namespaces/{}/services", service.namespace());
+                kubernetes.must(Method::POST, &services, JSON, document.to_string()).await?;
+                kubernetes.must(Method::POST, &slices(service), JSON, slice(service, addresses).to_string()).await?;
             }
         }
         Ok(())
     }
 
-    async fn replace(&mut self, service: usize, endpoint: usize, address: IpAddr) -> Result<()> {
-        let name = service_name(service);
+    pub(crate) async fn replace(&mut self, service: &ServiceName, endpoint: usize, address: IpAddr) -> Result<()> {
         match self {
             Self::Etcd(etcd) => {
-                let success = vec![registration(&name, endpoint, address)];
+                let success = vec![registration(service, endpoint, address)];
                 let done = etcd.txn(TxnRequest { success, ..TxnRequest::default() }).await?;
                 ensure!(done.succeeded, "etcd did not write");
                 Ok(())
             }
-            Self::Consul(consul) => register(consul, &name, endpoint, address).await,
+            Self::Consul(consul) => register(consul, service, endpoint, address, Node::Known).await,
             Self::Kubernetes(kubernetes) => {
                 let path = format!("/endpoints/{endpoint}/addresses/0");
                 let patch = json!([{ "op": "replace", "path": path, "value": address }]);
-                kubernetes.must(Method::PATCH, &format!("{SLICES}/{name}"), JSON_PATCH, patch.to_string()).await
+                let slice = format!("{}/{}", slices(service), service.name());
+                kubernetes.must(Method::PATCH, &slice, JSON_PATCH, patch.to_string()).await
             }
         }
     }
 }
 
-fn identity(name: &str) -> String {
-    format!("ns/scale/sa/{name}")
+/// Of etcd, and of Consul's store.
+fn key(service: &ServiceName, what: &str) -> String {
+    format!("/meshd-discovery/v1/{}/{}/{what}", service.namespace(), service.name())
 }
 
-fn document(name: &str) -> String {
+fn slices(service: &ServiceName) -> String {
+    format!("/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices", service.namespace())
+}
+
+fn identity(service: &ServiceName) -> String {
+    format!("ns/{}/sa/{}", service.namespace(), service.name())
+}
+
+fn document(service: &ServiceName) -> String {
     let document = json!({
         "apiVersion": "meshd.dev/v1alpha1", "kind": "MeshService",
-        "metadata": { "name": name, "namespace": "scale" }, "spec": { "ports": [{ "port": 80 }] },
+        "metadata": { "name": service.name(), "namespace": service.namespace() },
+        "spec": { "ports": [{ "port": 80 }] },
     });
     document.to_string()
 }
 
-fn registration(name: &str, endpoint: usize, address: IpAddr) -> meshd_etcd::api::RequestOp {
+fn registration(service: &ServiceName, endpoint: usize, address: IpAddr) -> meshd_etcd::api::RequestOp {
     let registration = json!({ "address": address, "ports": [{ "port": 80, "target": 80 }] });
-    put(format!("/meshd-discovery/v1/scale/{name}/endpoints/h{endpoint}"), registration.to_string(), 0)
+    put(key(service, &format!("endpoints/h{endpoint}")), registration.to_string(), 0)
 }
 
-async fn register(consul: &mut Http, name: &str, endpoint: usize, address: IpAddr) -> Result<()> {
+#[derive(PartialEq, Eq)]
+enum Node {
+    New,
+    Known,
+}
+
+async fn register(
+    consul: &mut Http,
+    service: &ServiceName,
+    endpoint: usize,
+    address: IpAddr,
+    node_is: Node,
+) -> Result<()> {
     let node = json!({
-        "Node": format!("n{endpoint}"), "Address": "10.0.0.1", "SkipNodeUpdate": name != "s0",
-        "Service": { "Service": name, "Address": address, "Port": 80,
-            "Meta": { "meshd-namespace": "scale", "meshd-transport": "meshd" } },
+        "Node": format!("n{endpoint}"), "Address": "10.0.0.1", "SkipNodeUpdate": node_is == Node::Known,
+        "Service": { "Service": service.name(), "Address": address, "Port": 80,
+            "Meta": { "meshd-namespace": service.namespace(), "meshd-transport": "meshd" } },
     });
     consul.must(Method::PUT, "/v1/catalog/register", JSON, node.to_string()).await
 }
 
-fn slice(name: &str, addresses: &[IpAddr]) -> Value {
+fn slice(service: &ServiceName, addresses: &[IpAddr]) -> Value {
     let endpoints: Vec<Value> = addresses.iter().map(|address| json!({ "addresses": [address] })).collect();
     json!({
-        "metadata": { "name": name, "labels": { "kubernetes.io/service-name": name },
-            "annotations": { "meshd.dev/transport": "meshd", "meshd.dev/identity": identity(name) } },
+        "metadata": { "name": service.name(), "labels": { "kubernetes.io/service-name": service.name() },
+            "annotations": { "meshd.dev/transport": "meshd", "meshd.dev/identity": identity(service) } },
         "addressType": "IPv4", "ports": [{ "port": 80 }], "endpoints": endpoints,
     })
 }
