@@ -26,8 +26,10 @@ pub(super) enum Sign {
     Lost(Error),
 }
 
+type Answer = Result<Option<Arc<str>>, Error>;
+
 pub(super) struct Probe<R> {
-    tasks: JoinSet<(R, Result<Option<Arc<str>>, Error>)>,
+    tasks: JoinSet<(R, Answer)>,
     /// Unless it asks.
     idle: Option<R>,
     at: Instant,
@@ -56,7 +58,7 @@ impl<R: Remote> Probe<R> {
         }
     }
 
-    fn judge(&mut self, remote: R, said: Result<Option<Arc<str>>, Error>) -> Sign {
+    fn judge(&mut self, remote: R, said: Answer) -> Sign {
         let pause = if said.as_ref().is_err_and(|error| !error.is_busy()) { AGAIN_AFTER } else { PROBE_EVERY };
         self.at = Instant::now() + jittered(pause, fastrand::f64() / 2.0);
         match said {

@@ -44,6 +44,8 @@ const MOST_SAID: usize = 300;
 pub(crate) struct ConsulRegistrar {
     name: String,
     settings: Arc<Settings>,
+    /// Shares its connection, where one is enough.
+    client: Client,
     nonce: u32,
     look_every: Duration,
     idle: Mutex<Vec<Client>>,
@@ -205,7 +207,8 @@ fn may_write(service: &ServiceName) -> String {
 impl ConsulRegistrar {
     pub(super) fn new(name: String, settings: Arc<Settings>) -> ConsulRegistrar {
         let (nonce, look_every) = (fastrand::u32(..), LOOK_EVERY);
-        ConsulRegistrar { name, settings, nonce, look_every, idle: Mutex::default(), written: Mutex::default() }
+        let (client, idle, written) = (Client::new(settings.clone()), Mutex::default(), Mutex::default());
+        ConsulRegistrar { name, settings, client, nonce, look_every, idle, written }
     }
 
     fn stamp(&self, epoch: u64) -> Stamp {
@@ -222,7 +225,7 @@ impl ConsulRegistrar {
 
     async fn call(&self, method: Method, path: &str, body: Option<Value>) -> Result<Reply, RegistrarError> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut client = idle.unwrap_or_else(|| Client::new(self.settings.clone()));
+        let mut client = idle.unwrap_or_else(|| self.client.another());
         let token = client.token()?;
         let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
         let reply = client.call(&Call { method, path, body }, token.as_ref(), DEADLINE).await?;

@@ -110,6 +110,7 @@ impl Settings {
         };
         // Connections last; what it takes to resume them would be kept for each.
         config.resumption = Resumption::disabled();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(Arc::new(config))
     }
 
