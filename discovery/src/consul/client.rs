@@ -174,7 +174,8 @@ impl Client {
             return Ok(reply);
         }
         let began = Instant::now();
-        let connection = self.connect(&question.address).await?;
+        // In a place of its own: each question under way would hold the room for it.
+        let connection = Box::pin(self.connect(&question.address)).await?;
         let reply = self.ask(connection, &question, began).await?;
         reply.map_err(|reason| unreachable(&question.address, &reason))
     }

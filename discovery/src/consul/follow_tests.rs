@@ -567,3 +567,15 @@ async fn of_two_probes_that_fail_the_second_has_all_begun_anew_unless_consul_is_
     assert_eq!(running.changed().await.0, shop("a"));
     assert!(from_zero(&running.consul.asked()) >= 2);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_well_again_says_so_at_once_though_nothing_changed() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.consul.fail("a", Some("cut"));
+    assert_eq!(running.trouble().await, "cut");
+    let mended_at = Instant::now();
+    running.consul.fail("a", None);
+    running.in_sync().await;
+    assert!(mended_at.elapsed() <= Duration::from_secs(1), "{:?}", mended_at.elapsed());
+}

@@ -1,7 +1,7 @@
 //! `kind = "consul"`: services of a Consul catalog, and documents in its store.
 //!
 //! ```text
-//!            +--- no answer, no leader: back off (the probe alone asks then) <---+
+//!            +--- no answer twice: back off (the probe alone asks then) <---------+
 //!            v                                                                   |
 //!   which cluster is it? ---> a watch for each query ---> answers, a probe every 10 s
 //!            ^                                                 |         |
@@ -10,7 +10,7 @@
 //!
 //!   a watch:  ask from 0 ---> answer ---> ask from its index, for up to a minute ---> answer ...
 //!                 ^                                   |
-//!                 +------- index went back -----------+     error: back off, from the same index
+//!                 +-- index went back, error (back off) +
 //! ```
 //! Queries: the documents in the store, the instances of each service that is wanted and, where all services or those of
 //! a namespace are, their names. A scope is listed once all its queries were answered; then answers are told as changes.

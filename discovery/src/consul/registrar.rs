@@ -39,6 +39,8 @@ const MOST_IDLE: usize = 8;
 /// For a later life of the same registration. Servers look through all instances of a service for that, so that each beat of
 /// a thousand hosts would be a million of them.
 const LOOK_EVERY: Duration = TTL;
+/// An agent has another address only after it was started anew.
+const ADDRESS_FOR: Duration = Duration::from_secs(60);
 const MOST_SAID: usize = 300;
 
 pub(crate) struct ConsulRegistrar {
@@ -50,6 +52,8 @@ pub(crate) struct ConsulRegistrar {
     look_every: Duration,
     idle: Mutex<Vec<Client>>,
     written: Mutex<BTreeMap<Key, Written>>,
+    /// What the agent said its address is, and when.
+    address: Mutex<Option<(Instant, IpAddr)>>,
 }
 
 /// The last of a registration. An agent tells the catalog of it by the token shown then, whoever keeps it since.
@@ -207,8 +211,9 @@ fn may_write(service: &ServiceName) -> String {
 impl ConsulRegistrar {
     pub(super) fn new(name: String, settings: Arc<Settings>) -> ConsulRegistrar {
         let (nonce, look_every) = (fastrand::u32(..), LOOK_EVERY);
-        let (client, idle, written) = (Client::new(settings.clone()), Mutex::default(), Mutex::default());
-        ConsulRegistrar { name, settings, client, nonce, look_every, idle, written }
+        let client = Client::new(settings.clone());
+        let (idle, written, address) = (Mutex::default(), Mutex::default(), Mutex::default());
+        ConsulRegistrar { name, settings, client, nonce, look_every, idle, written, address }
     }
 
     fn stamp(&self, epoch: u64) -> Stamp {
@@ -339,7 +344,20 @@ impl ConsulRegistrar {
         Ok(())
     }
 
+    /// With all of the agent's configuration, so not with each beat.
     async fn agents_address(&self) -> Result<IpAddr, RegistrarError> {
+        let said = *self.address.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, address)) = said
+            && at.elapsed() < ADDRESS_FOR
+        {
+            return Ok(address);
+        }
+        let address = self.ask_address().await?;
+        *self.address.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), address));
+        Ok(address)
+    }
+
+    async fn ask_address(&self) -> Result<IpAddr, RegistrarError> {
         let reply = self.call(Method::GET, "/v1/agent/self", None).await?;
         if reply.status != StatusCode::OK {
             return Err(refused(&reply, "tell its agent's address", "agent_prefix \"\" { policy = \"read\" }"));
