@@ -20,10 +20,16 @@ pub fn trust_domain() -> TrustDomain {
 
 /// A scripted source with authority over everything, believed at once. It ends when its script is dropped.
 pub fn source(name: &str) -> (Script, Configured) {
+    source_of_resources(name, &[])
+}
+
+/// The same, which says routes and policies below these prefixes as well.
+pub fn source_of_resources(name: &str, prefixes: &[&str]) -> (Script, Configured) {
     let (events, inbox) = mpsc::channel(16);
     let (tell, wanted) = oneshot::channel();
     let source = Box::new(Scripted {
         name: name.to_owned(),
+        prefixes: prefixes.iter().map(|prefix| Arc::from(*prefix)).collect(),
         inbox: Arc::new(tokio::sync::Mutex::new(inbox)),
         tell: Mutex::new(Some(tell)),
     });
@@ -64,6 +70,7 @@ impl Script {
 
 struct Scripted {
     name: String,
+    prefixes: Vec<Arc<str>>,
     inbox: Arc<tokio::sync::Mutex<mpsc::Receiver<SourceEvent>>>,
     tell: Mutex<Option<oneshot::Sender<watch::Receiver<Wanted>>>>,
 }
@@ -75,6 +82,10 @@ impl Source for Scripted {
 
     fn kind(&self) -> &'static str {
         "fake"
+    }
+
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        self.prefixes.clone()
     }
 
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::merge::duplicate;
-use crate::resources::{self, Document, Id, ResourceNews, ResourceRecord, Said};
+use crate::resources::{self, Document, Id, Resource, ResourceNews, ResourceRecord, ResourceRefusal, Said};
 use crate::yaml::Problem;
 use crate::{Epoch, Listing, Record, Refused, Scope, Sink, Source, SourceEvent, SourceFuture, Wanted};
 
@@ -53,6 +53,10 @@ impl Source for FilesSource {
 
     fn kind(&self) -> &'static str {
         FilesSource::KIND
+    }
+
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        vec!["".into()]
     }
 
     /// Says everything, wanted or not: it is here already.
@@ -109,7 +113,7 @@ struct Seen {
     refused: Vec<Refused>,
     resources: Vec<ResourceRecord>,
     /// What is wrong with them is told with the files.
-    refused_resources: Vec<Refused>,
+    refused_resources: Vec<ResourceRefusal>,
 }
 
 /// The directory as last believed.
@@ -176,10 +180,12 @@ impl Files {
             if !problems.is_empty() {
                 seen.refused.push(Refused { key: path.display().to_string().into(), problems });
             }
-            for id in file.failed.iter().filter(|id| !file.holds(id)) {
+            for id in file.failed.keys().filter(|id| !file.holds(id)) {
                 let refused = Refused { key: key_of(id), problems: Vec::new() };
-                let resource = id.kind != resources::Kind::MeshService;
-                if resource { &mut seen.refused_resources } else { &mut seen.refused }.push(refused);
+                match id.kind {
+                    resources::Kind::MeshService => seen.refused.push(refused),
+                    _ => seen.refused_resources.push(file.refusal(refused, id, &path)),
+                }
             }
         }
         seen
@@ -223,8 +229,9 @@ struct File {
     applied: Option<Fingerprint>,
     missing: bool,
     good: Vec<Good>,
-    /// Documents of which only the name is good: what is known of them stays, also what an earlier life knew.
-    failed: BTreeSet<Id>,
+    /// Documents of which only the name is good: what is known of them stays, also what an earlier life knew. Each with what
+    /// stands for it where nothing is known.
+    failed: BTreeMap<Id, Option<Resource>>,
     problems: Vec<String>,
 }
 
@@ -307,8 +314,10 @@ impl File {
         let named: BTreeSet<Id> = documents.iter().filter_map(|document| document.id.clone()).collect();
         // A document whose name cannot be read might be any of those that are missing now.
         let nameless = documents.iter().any(|document| document.id.is_none());
-        let (mut good, mut failed, mut problems) = (Vec::new(), BTreeSet::new(), Vec::new());
-        for Document { line, id, outcome } in documents {
+        let (mut good, mut failed, mut problems) = (Vec::new(), BTreeMap::new(), Vec::new());
+        for document in documents {
+            let meanwhile = document.id.as_ref().and_then(|id| document.meanwhile(id));
+            let Document { line, id, outcome, .. } = document;
             match (outcome, id) {
                 (Ok(said), Some(id)) => good.push(Good { line, id, said }),
                 // What is good has a name.
@@ -316,16 +325,23 @@ impl File {
                 (Err(found), id) => {
                     let kept = id.as_ref().map_or(!self.good.is_empty(), |id| self.holds(id));
                     problems.extend(found.iter().map(|problem| message(path, problem, kept)));
-                    failed.extend(id);
+                    failed.extend(id.map(|id| (id, meanwhile)));
                 }
             }
         }
         let replaced: BTreeSet<Id> = good.iter().map(|good| good.id.clone()).collect();
-        let stays = |id: &Id| !replaced.contains(id) && (failed.contains(id) || (nameless && !named.contains(id)));
+        let stays = |id: &Id| !replaced.contains(id) && (failed.contains_key(id) || (nameless && !named.contains(id)));
         good.extend(std::mem::take(&mut self.good).into_iter().filter(|old| stays(&old.id)));
         self.good = good;
         self.failed = failed;
         self.problems = capped(path, problems);
+    }
+
+    fn refusal(&self, refused: Refused, id: &Id, path: &Path) -> ResourceRefusal {
+        let meanwhile = self.failed.get(id).and_then(Clone::clone);
+        let origin: Arc<str> = path.display().to_string().into();
+        let record = |resource| ResourceRecord { key: refused.key.clone(), origin, resources: vec![resource] };
+        ResourceRefusal { meanwhile: meanwhile.map(record), ..refused.clone().into() }
     }
 
     fn holds(&self, id: &Id) -> bool {

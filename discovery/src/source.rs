@@ -38,6 +38,10 @@ pub type SourceFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub trait Source: Send + Sync {
     fn name(&self) -> &str;
     fn kind(&self) -> &'static str;
+    /// Below which it says routes and policies: each is listed, or why it cannot be is told, once it can be reached.
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        Vec::new()
+    }
     /// A source that reads from another machine keeps to what is `wanted`.
     /// Called again when it ended, which only a defect does.
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture;

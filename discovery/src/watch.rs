@@ -18,7 +18,7 @@ use crate::merge::{Layer, merge};
 use crate::resources::{ResourceLayer, TouchedResources};
 use crate::saved::{self, Keep, SAVE_EVERY};
 use crate::watched::{SourceHealth, Watched, log_difference};
-use crate::{Directory, FilesSource, ServiceName, Sink, Source, SourceEvent, Wanted};
+use crate::{Directory, ServiceName, Sink, Source, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
@@ -130,6 +130,7 @@ impl Watcher {
             match saved::restore(&*keep, &layer.name, layer.kind, &mut layer.held, &mut layer.resources) {
                 Ok((known, resources)) => {
                     layer.from_disk = !(known.is_empty() && resources.is_empty());
+                    layer.was_known = layer.from_disk;
                     touched.extend(known);
                     layer.changed.extend(resources);
                 }
@@ -438,13 +439,11 @@ async fn keep_watching(source: Box<dyn Source>, wanted: watch::Receiver<Wanted>,
     }
 }
 
-/// Waits until every source has said something, good or bad, or is known from before: until then an empty directory
-/// means nothing. Files are waited for in any case, which takes a moment only.
+/// Waits until every source has answered, good or bad, also of each kind of routes and policies, or is known from before:
+/// until then an empty directory means nothing.
 pub async fn settled(health: &mut watch::Receiver<Arc<Vec<SourceHealth>>>) {
-    let known = |source: &SourceHealth| source.from_disk && source.kind != FilesSource::KIND;
-    let answered = |source: &SourceHealth| source.last_ok.is_some() || !source.errors.is_empty() || known(source);
     // An error means the watcher is gone, and nothing will be said any more.
-    let _ = health.wait_for(|sources| sources.iter().all(answered)).await;
+    let _ = health.wait_for(|sources| sources.iter().all(|source| source.has_answered)).await;
 }
 
 #[cfg(test)]

@@ -176,6 +176,47 @@ async fn settled_waits_for_every_source_to_speak_be_it_bad_news() {
     settled(&mut running.health).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn settled_waits_for_each_kind_of_routes_and_policies_also_where_services_are_known() {
+    let (script, source) = fake::source_of_resources("cluster", &["httproutes/", "authorizationpolicies/"]);
+    let mut running = start(vec![source]);
+    let prefix = |text: &str| Arc::<str>::from(text);
+    let listed = ResourceNews::listed(prefix("authorizationpolicies/"), Epoch::default(), std::iter::empty());
+    let (problems, key) = (vec!["HTTPRoute: forbidden".to_owned()], "httproutes/access".into());
+    let refused = crate::resources::ResourceChange::Refused(crate::Refused { key, problems }.into());
+    let trouble = ResourceNews::Changed { prefix: prefix("httproutes/"), position: 0, changes: vec![refused] };
+    let none = SourceEvent::Listed(Listing::empty(Scope::Everything, Epoch::default()));
+    for event in [SourceEvent::Resources(listed), none, SourceEvent::Resources(trouble)] {
+        let waiting = tokio::time::timeout(Duration::from_secs(3600), settled(&mut running.health));
+        assert!(waiting.await.is_err(), "before {event:?}");
+        script.send(event).await;
+    }
+    settled(&mut running.health).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_restart_settled_waits_only_for_kinds_that_were_never_heard_of() {
+    let keep = Arc::new(Memory::default());
+    let remote = |prefixes: &[&str]| {
+        let (script, source) = fake::source_of_resources("etcd", prefixes);
+        (script, Configured { belief: Belief::Guarded, ..source })
+    };
+    let (script, source) = remote(&["a/"]);
+    let mut running = start_keeping(vec![source], keep.clone());
+    let epoch = Epoch { store: "one".into(), position: 1 };
+    script.send(SourceEvent::Resources(ResourceNews::listed("a/".into(), epoch, std::iter::empty()))).await;
+    script.publish([fake::record("a.shop", &["10.0.0.1"])]).await;
+    running.directory_with(|directory| directory.find("a.shop").is_some()).await;
+    sleep(SAVE_EVERY * 2).await;
+    drop((running, script));
+    let (_away, source) = remote(&["a/"]);
+    settled(&mut start_keeping(vec![source], keep.clone()).health).await;
+    let (_away, source) = remote(&["a/", "b/"]);
+    let mut running = start_keeping(vec![source], keep);
+    let waiting = tokio::time::timeout(Duration::from_secs(3600), settled(&mut running.health));
+    assert!(waiting.await.is_err());
+}
+
 #[test]
 fn health_is_shown_with_times_in_unix_seconds() {
     let health = SourceHealth {
@@ -193,6 +234,7 @@ fn health_is_shown_with_times_in_unix_seconds() {
         last_listed: None,
         suspected: 3,
         errors: vec!["x".into()],
+        has_answered: true,
     };
     let expected = r#"{"name":"files","kind":"files","services":1,"endpoints":4,"resources":0,"refused_resources":0,"stale":2,"from_disk":false,"shadowed":["a.shop"],"last_change":12,"last_ok":null,"last_listed":null,"suspected":3,"errors":["x"]}"#;
     assert_eq!(serde_json::to_string(&health).unwrap(), expected);
@@ -541,7 +583,7 @@ async fn trouble_with_one_kind_says_nothing_of_how_the_source_is() {
     script.fail("cannot be reached").await;
     let problems = vec!["HTTPRoute: cannot be reached".to_owned()];
     let refused =
-        crate::resources::ResourceChange::Refused(crate::Refused { key: "httproutes/access".into(), problems });
+        crate::resources::ResourceChange::Refused(crate::Refused { key: "httproutes/access".into(), problems }.into());
     let (prefix, changes) = ("httproutes/".into(), vec![refused]);
     script.send(SourceEvent::Resources(ResourceNews::Changed { prefix, position: 0, changes })).await;
     let health = running.health_with(|health| health[0].refused_resources == 1).await;

@@ -13,7 +13,7 @@ use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part};
 use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
 use crate::suspicion::Suspicion;
-use crate::{Belief, Namespaces, Scope, ServiceName, SourceEvent, Wanted};
+use crate::{Belief, FilesSource, Namespaces, Scope, ServiceName, SourceEvent, Wanted};
 
 /// More messages than this tell an operator nothing; the rest is counted.
 const MOST_ERRORS: usize = 50;
@@ -50,6 +50,10 @@ pub struct SourceHealth {
     pub suspected: u64,
     /// All that is wrong now; empty when healthy. Each says where and what to do.
     pub errors: Vec<String>,
+    /// It said something, good or bad, of services and of each kind of routes and policies that it is asked for, now or in
+    /// an earlier life: what it lacks, it does not know.
+    #[serde(skip)]
+    pub has_answered: bool,
 }
 
 fn unix_seconds<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -82,6 +86,12 @@ pub(crate) struct Watched {
     pub(crate) unavailable: Option<String>,
     /// All that is known of it is what an earlier life knew.
     pub(crate) from_disk: bool,
+    /// An earlier life knew something of it.
+    pub(crate) was_known: bool,
+    /// It was reached in this one.
+    pub(crate) is_heard: bool,
+    /// Below which it says resources.
+    pub(crate) prefixes: Vec<Arc<str>>,
     /// It changed since it was saved.
     pub(crate) unsaved: bool,
     pub(crate) last_change: Option<SystemTime>,
@@ -109,6 +119,9 @@ impl Watched {
             parts: BTreeMap::new(),
             unavailable: None,
             from_disk: false,
+            was_known: false,
+            is_heard: false,
+            prefixes: configured.source.resource_prefixes(),
             unsaved: false,
             last_change: None,
             last_ok: None,
@@ -125,7 +138,8 @@ impl Watched {
 
     pub(crate) fn wrong_resources(&self) -> Vec<String> {
         let not_granted = self.resource_layer().not_granted().take(MOST_ERRORS).collect::<Vec<_>>();
-        self.resources.refused().cloned().chain(self.resources.duplicates()).chain(not_granted).collect()
+        let closed = self.resource_layer().closed().collect::<Vec<_>>();
+        self.resources.refused().cloned().chain(closed).chain(self.resources.duplicates()).chain(not_granted).collect()
     }
 
     fn note_resources(&mut self, event: &mut SourceEvent) {
@@ -153,6 +167,7 @@ impl Watched {
             SourceEvent::Narrowed(_) => {}
             _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),
         }
+        self.is_heard |= matches!(&event, SourceEvent::Listed(_) | SourceEvent::Changed { .. } | SourceEvent::InSync);
         self.note_lists(&event);
         let listed = matches!(event, SourceEvent::Listed(_));
         self.from_disk &= !listed;
@@ -208,6 +223,13 @@ impl Watched {
         self.held.stale() + self.resources.stale() > 0 && self.unavailable.is_none()
     }
 
+    /// Files are waited for in any case, which takes a moment only.
+    fn has_answered(&self) -> bool {
+        let is_known = self.is_heard || (self.was_known && self.kind != FilesSource::KIND);
+        let says = |prefix| self.resources.has_heard_of(prefix);
+        self.unavailable.is_some() || (is_known && self.prefixes.iter().all(says))
+    }
+
     pub(crate) fn take_part(&mut self, name: &ServiceName, part: Part) {
         if part == Part::default() {
             self.parts.remove(name);
@@ -244,6 +266,7 @@ impl Watched {
             last_listed: self.lists.values().min().copied(),
             suspected: self.suspected,
             errors,
+            has_answered: self.has_answered(),
         }
     }
 

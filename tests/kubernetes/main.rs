@@ -6,6 +6,7 @@ mod bridge;
 mod consul;
 mod consul_agents;
 mod controllers;
+mod definitions;
 mod etcd;
 mod first_lookup;
 mod from_consul;

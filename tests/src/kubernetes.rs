@@ -186,9 +186,15 @@ impl Cluster {
                 "CustomResourceDefinition" => "/apis/apiextensions.k8s.io/v1/customresourcedefinitions".to_owned(),
                 other => anyhow::bail!("{}: {other} is not known here", file.display()),
             };
-            let url = format!("{}{path}", self.url());
-            self.curl(&["-H", "Content-Type: application/yaml", "--data-binary", document, &url])?;
+            self.create_yaml(&path, document)?;
         }
+        Ok(())
+    }
+
+    /// Creates what a document says as it is written.
+    pub fn create_yaml(&self, path: &str, document: &str) -> Result<()> {
+        let url = format!("{}{path}", self.url());
+        self.curl(&["-H", "Content-Type: application/yaml", "--data-binary", document, &url])?;
         Ok(())
     }
 

@@ -105,6 +105,10 @@ impl Source for ConsulSource {
         "consul"
     }
 
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        self.reading.resources.iter().map(|(base, _)| base.clone()).collect()
+    }
+
     fn watch(&self, wanted: channel::Receiver<Wanted>, sink: Sink) -> SourceFuture {
         let client = client::Client::new(self.settings.clone());
         let remote = remote::Consul::new(client, self.reading.base.clone());

@@ -208,8 +208,9 @@ impl Known {
             "routes and policies cannot be read: {error}; grant the user of this host to read keys below {prefix}/, or \
              take `routes` and `policies` out of `provides`"
         );
-        let refused = ResourceChange::Refused(Refused { key: prefix.clone(), problems: vec![reason] });
-        SourceEvent::Resources(ResourceNews::Changed { prefix, position: 0, changes: vec![refused] })
+        let refused = Refused { key: prefix.clone(), problems: vec![reason] };
+        let changes = vec![ResourceChange::Refused(refused.into())];
+        SourceEvent::Resources(ResourceNews::Changed { prefix, position: 0, changes })
     }
 
     fn of_concern(&self, event: SourceEvent) -> SourceEvent {

@@ -79,6 +79,10 @@ impl Source for EtcdSource {
         "etcd"
     }
 
+    fn resource_prefixes(&self) -> Vec<Arc<str>> {
+        self.resources.iter().cloned().collect()
+    }
+
     fn watch(&self, wanted: watch::Receiver<Wanted>, sink: Sink) -> SourceFuture {
         let keys = remote::Keys {
             base: self.base.clone(),

@@ -23,7 +23,7 @@ use super::client::{Asked, Client, Lines};
 use super::error::Error;
 use super::remote::encode;
 use crate::backoff::{Backoff, jittered};
-use crate::resources::{self, Document, Kind, ResourceChange, ResourceNews, ResourceRecord, Said};
+use crate::resources::{self, Id, Kind, ResourceChange, ResourceNews, ResourceRecord, ResourceRefusal, Said};
 use crate::resync::RESYNC_EVERY;
 use crate::{Epoch, Provides, Refused, Sink, SourceEvent, Wanted};
 
@@ -91,6 +91,10 @@ pub(super) async fn run<S: Server>(server: impl Fn() -> S, followed: Followed) {
         std::future::pending::<()>().await;
     }
     tasks.join_next().await;
+}
+
+pub(super) fn prefix(kind: Kind) -> Arc<str> {
+    format!("{}/", kind.plural()).into()
 }
 
 struct Follower {
@@ -178,7 +182,7 @@ impl Follower {
     }
 
     fn prefix(&self) -> Arc<str> {
-        format!("{}/", self.kind.plural()).into()
+        prefix(self.kind)
     }
 
     /// False where the history that the watch needs is gone.
@@ -206,8 +210,9 @@ impl Follower {
 
     async fn tell_trouble(&self, error: &Error) {
         let problems = vec![format!("{}: {error} (what was said last stays in force)", self.kind)];
-        let refused = ResourceChange::Refused(Refused { key: format!("{}access", self.prefix()).into(), problems });
-        self.tell(ResourceNews::Changed { prefix: self.prefix(), position: 0, changes: vec![refused] }).await;
+        let refused = Refused { key: format!("{}access", self.prefix()).into(), problems };
+        let changes = vec![ResourceChange::Refused(refused.into())];
+        self.tell(ResourceNews::Changed { prefix: self.prefix(), position: 0, changes }).await;
     }
 
     async fn tell(&self, news: ResourceNews) {
@@ -232,14 +237,19 @@ impl Follower {
             return ResourceChange::Removed(key);
         }
         let origin: Arc<str> = format!("{} {}", self.kind, &key[self.prefix().len()..]).into();
-        let Document { outcome, .. } = resources::read_json(object, &self.trust_domain);
-        match outcome {
+        let document = resources::read_json(object, &self.trust_domain);
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let id = Id { kind: self.kind, namespace: namespace.into(), name: name.into() };
+        let meanwhile = document.meanwhile(&id);
+        match document.outcome {
             Ok(Said::Resources(resources)) => ResourceChange::Set(ResourceRecord { key, origin, resources }),
             // A kind that is not asked for.
             Ok(Said::Service(_)) => ResourceChange::Removed(key),
             Err(problems) => {
                 let problems = problems.iter().map(|problem| format!("{}: {}", problem.field, problem.reason));
-                ResourceChange::Refused(crate::stored::refused(&key, &origin, &problems.collect::<Vec<_>>()))
+                let refused = crate::stored::refused(&key, &origin, &problems.collect::<Vec<_>>());
+                let meanwhile = meanwhile.map(|resource| ResourceRecord { key, origin, resources: vec![resource] });
+                ResourceChange::Refused(ResourceRefusal { meanwhile, ..refused.into() })
             }
         }
     }
@@ -300,7 +310,7 @@ async fn list_version(client: &mut Client, kind: Kind, version: &str) -> Result<
             // Who may not read what is not there has no trouble.
             Err(Error::Forbidden { verb, resource, reason }) if is_absent(client, kind, version).await => {
                 tracing::debug!(verb, resource, reason, "a kind that the cluster does not have");
-                return Err(Error::Refused { status: 404, reason });
+                return Err(Error::Refused { status: 404, asked: asked("list", kind).to_string(), reason });
             }
             page => read_page(&page?)?,
         };

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 
-use super::{AuthorizationPolicy, GrpcRoute, HeldResources, HttpRoute, Id, Resource, ServicePolicy, Target, TcpRoute};
+use super::{
+    AuthorizationPolicy, GrpcRoute, HeldResources, HttpRoute, Id, Resource, ResourceRecord, ServicePolicy, Target,
+    TcpRoute, UnclearPolicy,
+};
 use crate::{Namespaces, ServiceName, Wanted};
 
 /// All there is of one service. Each list is in the order of precedence, the first before the others.
@@ -17,6 +20,15 @@ pub struct Attached {
     pub consumers: BTreeMap<Arc<str>, Routes>,
     pub policy: Option<Arc<ServicePolicy>>,
     pub authorization: Vec<Arc<AuthorizationPolicy>>,
+    /// What stands for policies that cannot be understood.
+    pub unclear: Vec<Arc<UnclearPolicy>>,
+}
+
+/// Of a namespace, or of everybody.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Policies {
+    authorization: Vec<Arc<AuthorizationPolicy>>,
+    unclear: Vec<Arc<UnclearPolicy>>,
 }
 
 /// On one port of a service the first kind of which there is a route counts: gRPC, HTTP, TCP. A port that is carried as
@@ -55,8 +67,9 @@ impl Attached {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attachments {
     services: RedBlackTreeMapSync<ServiceName, Arc<Attached>>,
-    namespaces: RedBlackTreeMapSync<Arc<str>, Arc<[Arc<AuthorizationPolicy>]>>,
-    everywhere: Arc<[Arc<AuthorizationPolicy>]>,
+    namespaces: RedBlackTreeMapSync<Arc<str>, Arc<Policies>>,
+    everywhere: Arc<Policies>,
+    unclear: Arc<[Arc<UnclearPolicy>]>,
 }
 
 impl Attachments {
@@ -75,8 +88,24 @@ impl Attachments {
         service: &ServiceName,
     ) -> impl Iterator<Item = &'a Arc<AuthorizationPolicy>> + use<'a> {
         let own = self.of(service).map(|attached| attached.authorization.as_slice()).unwrap_or_default();
-        let namespace = self.namespaces.get(service.namespace()).map(|policies| &**policies).unwrap_or_default();
-        own.iter().chain(namespace).chain(&*self.everywhere)
+        let namespace = self.namespaces.get(service.namespace());
+        let namespace = namespace.map(|policies| policies.authorization.as_slice()).unwrap_or_default();
+        own.iter().chain(namespace).chain(&self.everywhere.authorization)
+    }
+
+    /// Policies that would decide about a service and cannot be understood, where nothing good is known of them: its own,
+    /// those of its namespace, those for everybody. Whom they would have let in nobody knows, so as long as there is one,
+    /// nobody may come in.
+    pub fn closed_by<'a>(&'a self, service: &ServiceName) -> impl Iterator<Item = &'a Arc<UnclearPolicy>> + use<'a> {
+        let own = self.of(service).map(|attached| attached.unclear.as_slice()).unwrap_or_default();
+        let namespace = self.namespaces.get(service.namespace());
+        let namespace = namespace.map(|policies| policies.unclear.as_slice()).unwrap_or_default();
+        own.iter().chain(namespace).chain(&self.everywhere.unclear)
+    }
+
+    /// Policies of which cannot even be read what they are for: anything of their namespace.
+    pub fn unclear(&self) -> &[Arc<UnclearPolicy>] {
+        &self.unclear
     }
 
     /// The same with what is attached to a target put together anew.
@@ -96,15 +125,12 @@ impl Attachments {
                     }
                 };
             }
-            Target::Namespace(namespace) => {
-                let policies = policies(resources);
-                if policies.is_empty() {
-                    now.namespaces.remove_mut(namespace);
-                } else {
-                    now.namespaces.insert_mut(namespace.clone(), policies.into());
-                }
-            }
+            Target::Namespace(namespace) => match policies(resources) {
+                none if none == Policies::default() => drop(now.namespaces.remove_mut(namespace)),
+                some => now.namespaces.insert_mut(namespace.clone(), some.into()),
+            },
             Target::TrustDomain => now.everywhere = policies(resources).into(),
+            Target::Unknown => now.unclear = policies(resources).unclear.into(),
         }
         now
     }
@@ -131,6 +157,22 @@ impl Layer<'_> {
         let used =
             resources.filter(|resource| self.may_say(&resource.id()) && resource.targets().into_iter().any(is_wanted));
         used.flat_map(Resource::backends).collect()
+    }
+
+    /// What it closes by documents that cannot be understood. Full messages.
+    pub(crate) fn closed(&self) -> impl Iterator<Item = String> {
+        let granted = |record: &&ResourceRecord| record.resources.iter().all(|resource| self.may_say(&resource.id()));
+        let message = |record: &ResourceRecord| {
+            let targets: Vec<String> =
+                record.resources.iter().flat_map(Resource::targets).map(|target| target.to_string()).collect();
+            let id = record.resources.first().map(|resource| resource.id().to_string()).unwrap_or_default();
+            format!(
+                "{}: {id} cannot be understood and never was, so what it is for counts as closed ({}); correct or remove it",
+                record.origin,
+                targets.join(", ")
+            )
+        };
+        self.held.unclear().filter(granted).map(message)
     }
 
     /// What the source says without being granted it. Full messages.
@@ -166,12 +208,16 @@ fn believed<'a>(target: &Target, layers: &[Layer<'a>]) -> Vec<&'a Resource> {
     resources.into_iter().map(|(_, resource)| resource).collect()
 }
 
-fn policies(resources: Vec<&Resource>) -> Vec<Arc<AuthorizationPolicy>> {
-    let policy = |resource: &Resource| match resource {
-        Resource::Authorization(policy) => Some(policy.clone()),
-        _ => None,
-    };
-    resources.into_iter().filter_map(policy).collect()
+fn policies(resources: Vec<&Resource>) -> Policies {
+    let mut policies = Policies::default();
+    for resource in resources {
+        match resource {
+            Resource::Authorization(policy) => policies.authorization.push(policy.clone()),
+            Resource::Unclear(policy) => policies.unclear.push(policy.clone()),
+            _ => {}
+        }
+    }
+    policies
 }
 
 fn attach(service: &ServiceName, resources: Vec<&Resource>) -> Attached {
@@ -185,6 +231,7 @@ fn attach(service: &ServiceName, resources: Vec<&Resource>) -> Attached {
             // The first of them holds.
             Resource::Service(policy) => drop(attached.policy.get_or_insert_with(|| policy.clone())),
             Resource::Authorization(policy) => attached.authorization.push(policy.clone()),
+            Resource::Unclear(policy) => attached.unclear.push(policy.clone()),
         }
     }
     attached

@@ -16,6 +16,23 @@ fn service(name: &str) -> Target {
     Target::Service(name.parse().unwrap())
 }
 
+/// A source whose documents cannot be understood.
+fn refusing(texts: &[&str]) -> HeldResources {
+    let refusal = |(n, text): (usize, &&str)| {
+        let document = crate::resources::read(text, &fake::trust_domain()).remove(0);
+        let id = document.id.clone().unwrap();
+        let key: Arc<str> = n.to_string().into();
+        let record = |resource| ResourceRecord { key: key.clone(), origin: key.clone(), resources: vec![resource] };
+        let meanwhile = document.meanwhile(&id).map(record);
+        crate::resources::ResourceRefusal { key: key.clone(), problems: vec![], meanwhile }
+    };
+    let refused = texts.iter().enumerate().map(refusal).collect();
+    let mut held = HeldResources::new(Belief::Always);
+    let (prefix, epoch) = ("".into(), Epoch::default());
+    held.apply(ResourceNews::Listed { prefix, epoch, records: vec![], refused }, Instant::now());
+    held
+}
+
 struct Granted {
     source: Arc<str>,
     routes: Namespaces,
@@ -119,4 +136,38 @@ fn what_did_not_change_is_the_same_allocation() {
     }
     let empty = Granted::everything("files", &[]);
     assert!(before.with(&service("payments.shop"), &[empty.layer()]).of(&name).is_none());
+}
+
+#[test]
+fn a_policy_that_cannot_be_understood_closes_what_it_is_for_and_nothing_else() {
+    let own = fake::allowing("payments.shop", "web").replace("rules", "rulez");
+    let namespace = NAMESPACE.replace("spec: {", "spec: { actoin: allow,").replace("shop", "bank");
+    let lost = fake::allowing("payments.shop", "lost").replace("kind: Service, name: payments", "kind: Gateway");
+    let mut source = Granted { held: refusing(&[&own, &namespace, &lost]), ..Granted::everything("etcd", &[]) };
+    let closed = |attached: &Attachments, service: &str| {
+        let names = attached.closed_by(&service.parse().unwrap()).map(|policy| policy.metadata.name.to_string());
+        names.collect::<Vec<_>>()
+    };
+    let attached = all(&[source.layer()]);
+    assert_eq!(closed(&attached, "payments.shop"), ["web"]);
+    assert_eq!(closed(&attached, "anything.bank"), ["closed"]);
+    assert_eq!(closed(&attached, "other.shop"), [""; 0]);
+    assert_eq!(attached.unclear().iter().map(|policy| &*policy.metadata.name).collect::<Vec<_>>(), ["lost"]);
+    let said: Vec<String> = source.layer().closed().collect();
+    assert!(said[0].contains("shop/web cannot be understood and never was") && said[0].contains("(payments.shop)"));
+    // Where the source may not say so, it closes nothing either.
+    source.policies = Namespaces::new(["bank"]).unwrap();
+    let attached = all(&[source.layer()]);
+    assert_eq!(
+        (closed(&attached, "payments.shop"), closed(&attached, "anything.bank")),
+        (vec![], vec!["closed".into()])
+    );
+    assert!(attached.unclear().is_empty() && source.layer().closed().count() == 1);
+}
+
+#[test]
+fn for_everybody_a_bad_policy_closes_everything() {
+    let text = EVERYBODY.replace("action: deny", "action: dney");
+    let source = Granted { held: refusing(&[&text]), ..Granted::everything("etcd", &[]) };
+    assert_eq!(all(&[source.layer()]).closed_by(&"any.where".parse().unwrap()).count(), 1);
 }

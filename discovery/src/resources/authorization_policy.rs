@@ -153,7 +153,7 @@ pub(super) fn spec() -> Object {
             "`ns/NAMESPACE/sa/NAME`, a `spiffe://` URI, or `*` for whoever proved one",
         )
         .may("namespaces", Shape::list_of_some(&LABEL, 256), "of the own trust domain")
-        .may("networks", Shape::list_of_some(&NETWORK, 256), "where the client's host is, such as 10.0.0.0/8")
+        .may("networks", Shape::list_of_some(&NETWORK, 100), "where the client's host is, such as 10.0.0.0/8")
         .rule(Rule::AtLeastOne(&["identities", "namespaces", "networks"]));
     let header = Object::new().must("name", &HEADER, "name: x-tenant", "of the header").may(
         "values",
@@ -166,7 +166,7 @@ pub(super) fn spec() -> Object {
         .may("paths", Shape::list_of_some(&PATH_PATTERN, 256), "exact, or everything below with `*` at the end")
         .may("headers", Shape::list_of_some(header, 16), "all of them")
         .rule(Rule::AtLeastOne(&["ports", "methods", "paths", "headers"]));
-    let rule = Object::new().may("from", Shape::list_of_some(from, 64), "any of them; everybody by default").may(
+    let rule = Object::new().may("from", Shape::list_of_some(from, 16), "any of them; everybody by default").may(
         "to",
         Shape::list_of_some(to, 64),
         "any of them; everything by default",
@@ -177,6 +177,10 @@ pub(super) fn spec() -> Object {
         .may("action", Shape::words(&["allow", "deny", "audit"]), "allow by default")
         .may("dryRun", Shape::Boolean, "counted and logged, and nothing else; false by default")
         .may("rules", Shape::list(rule, 64), "any of them; an allow without rules allows nothing")
+        .cel(
+            "!has(self.action) || self.action != 'deny' || (has(self.rules) && size(self.rules) > 0)",
+            "denies nothing; say what in `rules`, or write `rules: [ {} ]` to deny everything",
+        )
 }
 
 pub(super) fn check(

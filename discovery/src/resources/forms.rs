@@ -8,6 +8,7 @@ use meshd_identity::SpiffeId;
 use crate::name::check_label;
 use crate::yaml::printable;
 
+use super::shape::Cel;
 use super::values::{never_in_a_path, pattern_of, span_of};
 
 pub(crate) struct Form {
@@ -15,6 +16,8 @@ pub(crate) struct Form {
     pub(crate) pattern: &'static str,
     pub(crate) least: usize,
     pub(crate) most: usize,
+    /// What a pattern cannot say, for API servers.
+    pub(crate) cel: Option<Cel>,
     check: fn(&str) -> Result<(), String>,
 }
 
@@ -32,7 +35,13 @@ impl Form {
 }
 
 const fn form(pattern: &'static str, most: usize, check: fn(&str) -> Result<(), String>) -> Form {
-    Form { pattern, least: 1, most, check }
+    Form { pattern, least: 1, most, cel: None, check }
+}
+
+/// A length of time with bounds.
+const fn time(rule: &'static str, message: &'static str, check: fn(&str) -> Result<(), String>) -> Form {
+    let form = form(TIME, 32, check);
+    Form { cel: Some(Cel { rule, message }), ..form }
 }
 
 fn anything(_: &str) -> Result<(), String> {
@@ -45,17 +54,30 @@ pub(crate) static SUBDOMAIN: Form =
     form(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", 253, subdomain);
 pub(crate) static WORD: Form = form("", 253, anything);
 /// The groups of objects that stand for services; `core` is how Linkerd's documents write the empty group.
-pub(crate) static GROUP: Form = Form { pattern: "", least: 0, most: 253, check: anything };
+pub(crate) static GROUP: Form = Form { pattern: "", least: 0, most: 253, cel: None, check: anything };
 /// GEP-2257.
-pub(crate) static DURATION: Form = form("^([0-9]{1,5}(h|m|s|ms)){1,4}$", 32, duration);
+const TIME: &str = "^([0-9]{1,5}(h|m|s|ms)){1,4}$";
+pub(crate) static DURATION: Form = form(TIME, 32, duration);
 /// A duration that is not zero.
-pub(crate) static SOME_TIME: Form = form("^([0-9]{1,5}(h|m|s|ms)){1,4}$", 32, some_time);
+pub(crate) static SOME_TIME: Form = time("duration(self) > duration('0s')", "must be longer than nothing", some_time);
+/// For how long what happened counts: Linkerd's bounds of a retry budget.
+pub(crate) static BUDGET_WINDOW: Form = time(
+    "duration(self) >= duration('1s') && duration(self) <= duration('60s')",
+    "must be from 1s to 60s",
+    budget_window,
+);
+/// The same of shares of success, which take longer to be seen of services that are asked rarely.
+pub(crate) static RATE_WINDOW: Form = time(
+    "duration(self) >= duration('1s') && duration(self) <= duration('10m')",
+    "must be from 1s to 10m",
+    rate_window,
+);
 /// RFC 9110 5.6.2, as the Gateway API has it.
 pub(crate) static HEADER: Form = form("^[A-Za-z0-9!#$%&'*+\\-.^_\\x60|~]+$", 256, header);
 pub(crate) static HEADER_VALUE: Form = form("", 4096, header_value);
 /// What a header is set to may be empty only where it is matched by presence, which has a field of its own.
 pub(crate) static QUERY_VALUE: Form = form("", 1024, anything);
-pub(crate) static PATH: Form = Form { pattern: "", least: 0, most: 1024, check: anything };
+pub(crate) static PATH: Form = Form { pattern: "", least: 0, most: 1024, cel: None, check: anything };
 pub(crate) static HOSTNAME: Form =
     form(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", 253, hostname);
 pub(crate) static GRPC_NAME: Form = form("", 1024, anything);
@@ -67,11 +89,17 @@ pub(crate) static IDENTITY: Form =
     form("^(\\*|(spiffe://[a-z0-9._-]+/)?ns/[A-Za-z0-9._-]+/sa/[A-Za-z0-9._-]+)$", 2048, identity);
 /// Who may serve: somebody in particular.
 pub(crate) static MEMBER: Form = form("^(spiffe://[a-z0-9._-]+/)?ns/[A-Za-z0-9._-]+/sa/[A-Za-z0-9._-]+$", 2048, member);
-pub(crate) static NETWORK: Form = form("^[0-9a-fA-F.:]+(/[0-9]{1,3})?$", 49, network);
+pub(crate) static NETWORK: Form = Form {
+    cel: Some(Cel {
+        rule: "isIP(self) || (isCIDR(self) && cidr(self).masked() == cidr(self))",
+        message: "must be an address, or a network without bits beyond its length, such as 10.0.0.0/8",
+    }),
+    ..form("^[0-9a-fA-F.:]+(/[0-9]{1,3})?$", 49, network)
+};
 pub(crate) static EXPRESSION: Form = form("", 1024, expression);
 pub(crate) static IP_ADDRESS: Form = form("^[0-9a-fA-F.:]+$", 45, ip_address);
 /// `zone` and `network`, which end up in metrics.
-pub(crate) static TAG: Form = Form { pattern: "^[A-Za-z0-9._-]*$", least: 0, most: 63, check: anything };
+pub(crate) static TAG: Form = Form { pattern: "^[A-Za-z0-9._-]*$", least: 0, most: 63, cel: None, check: anything };
 
 fn label(text: &str) -> Result<(), String> {
     check_label("name", text).map_err(|error| error.to_string())
@@ -90,6 +118,20 @@ fn some_time(text: &str) -> Result<(), String> {
         Duration::ZERO => Err("must be longer than nothing; leave the field out for the default".to_owned()),
         _ => Ok(()),
     }
+}
+
+fn budget_window(text: &str) -> Result<(), String> {
+    within(text, 60, "must be from 1s to 60s")
+}
+
+fn rate_window(text: &str) -> Result<(), String> {
+    within(text, 600, "must be from 1s to 10m")
+}
+
+fn within(text: &str, most: u64, bounds: &str) -> Result<(), String> {
+    let span = span_of(text)?;
+    let is_within = span >= Duration::from_secs(1) && span <= Duration::from_secs(most);
+    if is_within { Ok(()) } else { Err(bounds.to_owned()) }
 }
 
 fn header(text: &str) -> Result<(), String> {

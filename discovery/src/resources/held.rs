@@ -5,104 +5,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::news::{Change, News, Record, Refusal, is_wanted};
 use super::{Id, Kind, Resource, Target};
 use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
-use crate::{Epoch, Refused, Wanted};
-
-/// Something a source says under a key of its own. An import is several resources.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    pub key: Arc<str>,
-    /// Where to look for it, in messages.
-    pub origin: Arc<str>,
-    pub resources: Vec<Resource>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    Set(Record),
-    /// By its key.
-    Removed(Arc<str>),
-    Refused(Refused),
-}
-
-/// What a source tells of resources.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum News {
-    /// All there is below a prefix of keys. What was said before of it, and is not in it, is gone.
-    Listed { prefix: Arc<str>, epoch: Epoch, records: Vec<Record>, refused: Vec<Refused> },
-    /// What happened since the list of that prefix, up to a position.
-    Changed { prefix: Arc<str>, position: u64, changes: Vec<Change> },
-}
-
-impl Change {
-    /// Whether it is this host's concern. What cannot be understood may be.
-    pub(crate) fn is_wanted(&self, wanted: &Wanted) -> bool {
-        match self {
-            Change::Set(record) => is_wanted(&record.resources, wanted),
-            Change::Removed(_) | Change::Refused(_) => true,
-        }
-    }
-}
-
-impl News {
-    /// All there is, out of what was read of each key.
-    pub(crate) fn listed(prefix: Arc<str>, epoch: Epoch, read: impl Iterator<Item = Change>) -> News {
-        let (mut records, mut refused) = (Vec::new(), Vec::new());
-        for change in read {
-            match change {
-                Change::Set(record) => records.push(record),
-                Change::Refused(key) => refused.push(key),
-                Change::Removed(_) => {}
-            }
-        }
-        News::Listed { prefix, epoch, records, refused }
-    }
-
-    /// Without what is no concern of this host.
-    pub(crate) fn wanted(self, wanted: &Wanted) -> News {
-        match self {
-            News::Listed { prefix, epoch, mut records, refused } => {
-                records.retain(|record| is_wanted(&record.resources, wanted));
-                News::Listed { prefix, epoch, records, refused }
-            }
-            News::Changed { prefix, position, changes } => {
-                let left_out = |change| match change {
-                    // It may have been before.
-                    Change::Set(record) if !is_wanted(&record.resources, wanted) => Change::Removed(record.key),
-                    change => change,
-                };
-                News::Changed { prefix, position, changes: changes.into_iter().map(left_out).collect() }
-            }
-        }
-    }
-}
-
-impl News {
-    /// Nothing but what cannot be read or understood, which says nothing of how the source is.
-    pub(crate) fn is_trouble(&self) -> bool {
-        let refused = |change: &Change| matches!(change, Change::Refused(_));
-        matches!(self, News::Changed { changes, .. } if !changes.is_empty() && changes.iter().all(refused))
-    }
-}
-
-impl Default for News {
-    fn default() -> News {
-        News::Changed { prefix: "".into(), position: 0, changes: Vec::new() }
-    }
-}
-
-/// Policies decide here, too, about what is served here and imported nowhere; routes are for those who import.
-fn is_wanted(resources: &[Resource], wanted: &Wanted) -> bool {
-    resources.iter().any(|resource| {
-        let targets = || resource.targets().into_iter();
-        !resource.kind().is_route()
-            || targets().any(|target| matches!(target, Target::Service(service) if wanted.covers(&service)))
-    })
-}
+use crate::{Epoch, Wanted};
 
 #[derive(Debug)]
 pub(crate) struct HeldResources {
@@ -116,6 +24,10 @@ pub(crate) struct HeldResources {
     settled: BTreeMap<Arc<str>, Epoch>,
     stale: usize,
     peaks: BTreeMap<Measured, Peak>,
+    /// The keys of records that stand for documents nobody understands.
+    unclear: BTreeSet<Arc<str>>,
+    /// Prefixes of which something was said, good or bad.
+    heard: BTreeSet<Arc<str>>,
 }
 
 /// What a loss is measured against: all below a prefix, and a kind alone, so that much of one does not hide that all of
@@ -170,11 +82,14 @@ impl HeldResources {
             settled: BTreeMap::new(),
             stale: 0,
             peaks: BTreeMap::new(),
+            unclear: BTreeSet::new(),
+            heard: BTreeSet::new(),
         }
     }
 
     pub(crate) fn apply(&mut self, news: News, now: Instant) -> Touched {
         let doubted = self.stale > 0;
+        self.heard.insert(news.prefix().clone());
         let touched = match news {
             News::Listed { prefix, epoch, records, refused } => self.list(&prefix, epoch, records, refused, now),
             News::Changed { prefix, position, changes } => self.change(&prefix, position, changes, now),
@@ -196,6 +111,7 @@ impl HeldResources {
     pub(crate) fn restore(&mut self, epochs: Vec<(Arc<str>, Epoch)>, records: Vec<Record>) -> Touched {
         self.epochs = epochs.into_iter().collect();
         self.settled.clone_from(&self.epochs);
+        self.heard.extend(self.epochs.keys().cloned());
         let mut touched = Touched::default();
         records.into_iter().for_each(|record| self.set(record, &mut touched));
         touched
@@ -216,6 +132,11 @@ impl HeldResources {
         self.settled.iter()
     }
 
+    /// Until then nobody knows whether there is anything below a prefix.
+    pub(crate) fn has_heard_of(&self, prefix: &Arc<str>) -> bool {
+        self.heard.contains(prefix)
+    }
+
     pub(crate) fn stale(&self) -> usize {
         self.stale
     }
@@ -228,8 +149,14 @@ impl HeldResources {
         self.refused.len()
     }
 
+    /// Without what stands for documents that are refused.
     pub(crate) fn len(&self) -> usize {
-        self.by_id.len()
+        self.by_id.len() - self.unclear().count()
+    }
+
+    /// What stands for documents of which nothing good was ever known.
+    pub(crate) fn unclear(&self) -> impl Iterator<Item = &Record> {
+        self.unclear.iter().filter_map(|key| Some(&self.records.get(key)?.record))
     }
 
     /// The resource of that name and where it was read. Of two keys that say the same name, the first holds.
@@ -261,7 +188,7 @@ impl HeldResources {
         prefix: &Arc<str>,
         epoch: Epoch,
         records: Vec<Record>,
-        refused: Vec<Refused>,
+        refused: Vec<Refusal>,
         now: Instant,
     ) -> Touched {
         let before = self.epochs.insert(prefix.clone(), epoch.clone());
@@ -278,9 +205,7 @@ impl HeldResources {
         let gone: Vec<_> = self.below(prefix).filter(|key| !said.contains(key)).collect();
         self.refused.retain(|key, _| !key.starts_with(&**prefix));
         let mut touched = Touched::default();
-        for refused in refused {
-            self.refuse(refused);
-        }
+        refused.into_iter().for_each(|refused| self.refuse(refused, &mut touched));
         self.take(
             prefix,
             records,
@@ -312,7 +237,7 @@ impl HeldResources {
                     set.retain(|record| record.key != key);
                     gone.extend(self.records.contains_key(&key).then_some(key));
                 }
-                Change::Refused(refused) => self.refuse(refused),
+                Change::Refused(refused) => self.refuse(refused, &mut touched),
             }
         }
         if let Some(known) = self.epochs.get_mut(prefix) {
@@ -397,6 +322,9 @@ impl HeldResources {
             touched.extend(self.remove_all(std::slice::from_ref(&record.key)));
         }
         touched.add(&record);
+        if record.is_unclear() {
+            self.unclear.insert(record.key.clone());
+        }
         for resource in &record.resources {
             self.by_id.entry(resource.id()).or_default().insert(record.key.clone());
             for target in resource.targets() {
@@ -407,9 +335,15 @@ impl HeldResources {
     }
 
     /// What its key said before stays, and is there again if that was doubted.
-    fn refuse(&mut self, refused: Refused) {
-        self.back(&refused.key);
-        self.refused.insert(refused.key, refused.problems);
+    fn refuse(&mut self, Refusal { key, problems, meanwhile }: Refusal, touched: &mut Touched) {
+        self.back(&key);
+        let was_good = self.records.get(&key).is_some_and(|entry| !entry.record.is_unclear());
+        match meanwhile {
+            Some(record) if !was_good => self.set(record, touched),
+            None if self.unclear.contains(&key) => touched.extend(self.remove_all(std::slice::from_ref(&key))),
+            _ => {}
+        }
+        self.refused.insert(key, problems);
     }
 
     fn back(&mut self, key: &Arc<str>) {
@@ -431,6 +365,7 @@ impl HeldResources {
         for key in keys {
             let Some(Entry { record, gone }) = self.records.remove(key) else { continue };
             self.stale -= usize::from(gone.is_some());
+            self.unclear.remove(key);
             touched.add(&record);
             for resource in &record.resources {
                 self.forget(key, resource);

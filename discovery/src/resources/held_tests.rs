@@ -21,6 +21,18 @@ fn removed(names: &[&str]) -> Vec<Change> {
     names.iter().map(|name| Change::Removed((*name).into())).collect()
 }
 
+fn refusal(key: &str, meanwhile: Option<Record>) -> Refusal {
+    Refusal { key: key.into(), problems: vec![format!("{key}: bad")], meanwhile }
+}
+
+/// What stands for a policy of a service that cannot be understood.
+fn unclear(name: &str) -> Record {
+    let text = fake::allowing("payments.shop", name).replace("rules", "rulez");
+    let [document] = &crate::resources::read(&text, &fake::trust_domain())[..] else { panic!("one document") };
+    let resources = document.meanwhile(document.id.as_ref().unwrap()).into_iter().collect();
+    Record { key: name.into(), origin: name.into(), resources }
+}
+
 struct Fixture {
     held: HeldResources,
     now: Instant,
@@ -96,7 +108,7 @@ fn an_operator_can_say_that_what_is_doubted_is_gone() {
 #[test]
 fn a_bad_version_leaves_the_good_one_in_force_and_is_told() {
     let mut fixture = Fixture::new(&["a", "b"]);
-    let refused = || Refused { key: "a".into(), problems: vec!["a: bad".to_owned()] };
+    let refused = || refusal("a", None);
     assert!(fixture.after(1, changed(11, vec![Change::Refused(refused())])).is_empty());
     assert_eq!(
         (fixture.names().len(), fixture.held.refused().map(String::as_str).collect::<Vec<_>>()),
@@ -180,4 +192,42 @@ fn a_loss_is_doubted_where_no_earlier_list_is_known() {
     held.restore(vec![], vec![policy("a"), policy("b"), policy("c")]);
     held.apply(listed("one", 1, &["a", "b"]), Instant::now());
     assert_eq!((held.len(), held.stale()), (3, 1));
+}
+
+#[test]
+fn what_was_never_good_stands_for_itself_until_it_is_and_is_doubted_like_the_rest_when_it_goes() {
+    let mut fixture = Fixture::new(&["b"]);
+    let target = Target::Service("payments.shop".parse().unwrap());
+    let touched = fixture.after(1, changed(11, vec![Change::Refused(refusal("a", Some(unclear("a"))))]));
+    assert!(touched.targets.contains(&target) && fixture.held.unclear().count() == 1);
+    assert_eq!((fixture.held.len(), fixture.held.count_refused()), (1, 1));
+    // An answer of nothing takes neither away.
+    fixture.after(1, listed("one", 12, &[]));
+    assert_eq!((fixture.held.unclear().count(), fixture.held.stale()), (1, 2));
+    let records: Vec<Record> = fixture.held.records().cloned().collect();
+    let saved: Vec<Record> = serde_json::from_str(&serde_json::to_string(&records).unwrap()).unwrap();
+    let mut restarted = HeldResources::new(Belief::Guarded);
+    restarted.restore(vec![], saved);
+    assert_eq!((restarted.unclear().count(), restarted.len()), (1, 1));
+    fixture.after(1, changed(13, vec![Change::Set(policy("a"))]));
+    assert_eq!((fixture.held.unclear().count(), fixture.held.count_refused()), (0, 0));
+    assert!(fixture.held.get(&policy("a").resources[0].id()).is_some());
+}
+
+#[test]
+fn what_was_good_is_not_replaced_by_what_stands_for_a_bad_one() {
+    let mut fixture = Fixture::new(&["a"]);
+    fixture.after(1, changed(11, vec![Change::Refused(refusal("a", Some(unclear("a"))))]));
+    assert_eq!((fixture.held.unclear().count(), fixture.held.len()), (0, 1));
+    let News::Listed { prefix, epoch, records, .. } = listed("one", 12, &[]) else { unreachable!() };
+    fixture.after(1, News::Listed { prefix, epoch, records, refused: vec![refusal("a", Some(unclear("a")))] });
+    assert_eq!((fixture.held.unclear().count(), fixture.held.len(), fixture.held.stale()), (0, 1, 0));
+}
+
+#[test]
+fn a_document_that_says_it_is_a_trial_closes_nothing_any_more() {
+    let mut fixture = Fixture::new(&[]);
+    fixture.after(1, changed(11, vec![Change::Refused(refusal("a", Some(unclear("a"))))]));
+    fixture.after(1, changed(12, vec![Change::Refused(refusal("a", None))]));
+    assert_eq!((fixture.names(), fixture.held.count_refused()), (vec![], 1));
 }

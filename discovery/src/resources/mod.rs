@@ -15,6 +15,7 @@ mod grpc_route;
 mod held;
 mod http_route;
 mod mesh_service;
+mod news;
 mod read;
 mod references;
 mod schema;
@@ -24,6 +25,7 @@ mod shape;
 mod store;
 mod tcp_route;
 mod traffic_split;
+mod unclear_policy;
 mod validate;
 mod values;
 
@@ -42,9 +44,9 @@ pub use authorization_policy::{
 pub use conflicts::{Conflict, conflicts};
 pub use filters::{Filter, HeaderChange, HeaderValue, PathChange, Redirect, Rewrite, Sampled};
 pub use grpc_route::{GrpcMatch, GrpcMethod, GrpcRoute, GrpcRule, GrpcSpec};
-pub use held::{Change as ResourceChange, News as ResourceNews, Record as ResourceRecord};
 pub(crate) use held::{HeldResources, Touched as TouchedResources};
 pub use http_route::{HttpMatch, HttpRoute, HttpRule, HttpSpec, PathMatch, Retry, RouteTimeouts, ValueMatch};
+pub use news::{Change as ResourceChange, News as ResourceNews, Record as ResourceRecord, Refusal as ResourceRefusal};
 pub use read::{Document, read, read_json};
 pub(crate) use read::{Said, WRITTEN_BY_KUBERNETES, is_between_services, mesh_service_shape, read_one};
 pub use references::{Backend, Parent, PolicyTarget, ServiceKind};
@@ -55,6 +57,7 @@ pub use service_policy::{
 };
 pub(crate) use store::{BASE, MOST_BYTES, StoredKey, base_for};
 pub use tcp_route::{TcpRoute, TcpRule, TcpSpec};
+pub use unclear_policy::{UnclearPolicy, UnclearSpec};
 pub use validate::{Finding, Severity, Text, validate};
 pub use values::{Network, PathPattern, Pattern, Peer, Span};
 
@@ -218,6 +221,9 @@ pub enum Resource {
     Service(Arc<ServicePolicy>),
     #[serde(rename = "AuthorizationPolicy")]
     Authorization(Arc<AuthorizationPolicy>),
+    /// Instead of an AuthorizationPolicy that cannot be understood.
+    #[serde(rename = "UnclearPolicy")]
+    Unclear(Arc<UnclearPolicy>),
 }
 
 /// What a resource is attached to.
@@ -226,6 +232,19 @@ pub enum Target {
     Service(ServiceName),
     Namespace(Arc<str>),
     TrustDomain,
+    /// Of a document that cannot be understood: nobody knows what it is for.
+    Unknown,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Service(service) => service.fmt(f),
+            Target::Namespace(namespace) => write!(f, "namespace {namespace}"),
+            Target::TrustDomain => f.write_str("everybody"),
+            Target::Unknown => f.write_str("something that cannot be read"),
+        }
+    }
 }
 
 impl Resource {
@@ -235,7 +254,7 @@ impl Resource {
             Resource::Grpc(_) => Kind::GRPCRoute,
             Resource::Tcp(_) => Kind::TCPRoute,
             Resource::Service(_) => Kind::ServicePolicy,
-            Resource::Authorization(_) => Kind::AuthorizationPolicy,
+            Resource::Authorization(_) | Resource::Unclear(_) => Kind::AuthorizationPolicy,
         }
     }
 
@@ -246,6 +265,7 @@ impl Resource {
             Resource::Tcp(route) => &route.metadata,
             Resource::Service(policy) => &policy.metadata,
             Resource::Authorization(policy) => &policy.metadata,
+            Resource::Unclear(policy) => &policy.metadata,
         }
     }
 
@@ -259,7 +279,7 @@ impl Resource {
             Resource::Http(route) => &route.spec.parent_refs,
             Resource::Grpc(route) => &route.spec.parent_refs,
             Resource::Tcp(route) => &route.spec.parent_refs,
-            Resource::Service(_) | Resource::Authorization(_) => &[],
+            Resource::Service(_) | Resource::Authorization(_) | Resource::Unclear(_) => &[],
         }
     }
 
@@ -269,6 +289,10 @@ impl Resource {
         let mut targets: Vec<Target> = match self {
             Resource::Service(policy) => policy.spec.target_ref.target(namespace).into_iter().collect(),
             Resource::Authorization(policy) => policy.spec.target_ref.target(namespace).into_iter().collect(),
+            Resource::Unclear(policy) => {
+                let target = policy.spec.target_ref.as_ref().and_then(|target| target.target(namespace));
+                vec![target.unwrap_or(Target::Unknown)]
+            }
             _ => self.parents().iter().filter_map(|parent| parent.service(namespace)).map(Target::Service).collect(),
         };
         targets.sort();
@@ -298,7 +322,7 @@ impl Resource {
             Resource::Service(policy) => {
                 policy.spec.failover.as_ref().map_or_else(Vec::new, |failover| of(&failover.backend_refs))
             }
-            Resource::Authorization(_) => Vec::new(),
+            Resource::Authorization(_) | Resource::Unclear(_) => Vec::new(),
         }
     }
 }

@@ -9,8 +9,8 @@ use super::forms::{LABEL, SUBDOMAIN};
 use super::references::{is_service_parent, keep_services};
 use super::shape::{Object, Shape};
 use super::{
-    Id, Kind, Resource, authorization_policy, grpc_route, http_route, service_policy, service_profile, tcp_route,
-    traffic_split,
+    Id, Kind, Resource, UnclearSpec, authorization_policy, grpc_route, http_route, service_policy, service_profile,
+    tcp_route, traffic_split, unclear_policy,
 };
 use crate::documents;
 use crate::yaml::{self, Field, Node, Problem, Value};
@@ -37,6 +37,28 @@ pub struct Document {
     /// Known even of a bad document, as long as it can be read.
     pub id: Option<Id>,
     pub(crate) outcome: Result<Said, Vec<Problem>>,
+    /// Of an AuthorizationPolicy that decides something: what of it can be read also where it is bad.
+    unclear: Option<UnclearSpec>,
+}
+
+impl Document {
+    fn bad(line: u64, problems: Vec<Problem>) -> Document {
+        Document { line, id: None, outcome: Err(problems), unclear: None }
+    }
+
+    /// As what it counts, if it is bad and its key was never good.
+    pub(crate) fn meanwhile(&self, key: &Id) -> Option<Resource> {
+        let is_of_the_key = |id: &&Id| id.kind == key.kind && id.namespace == key.namespace;
+        match self.id.as_ref().filter(is_of_the_key) {
+            Some(_) => self.unclear.clone().and_then(|spec| unclear_policy::stands_for(key, Some(spec))),
+            None => meanwhile(key),
+        }
+    }
+}
+
+/// As what something counts that is no document at all, if its key was never good.
+pub(crate) fn meanwhile(key: &Id) -> Option<Resource> {
+    unclear_policy::stands_for(key, None)
 }
 
 /// What a good document says.
@@ -56,7 +78,7 @@ pub fn read(text: &str, trust_domain: &TrustDomain) -> Vec<Document> {
 fn read_chunk(text: &str, line: u64, trust_domain: &TrustDomain) -> Vec<Document> {
     let node = match yaml::parse(text, line) {
         Ok(node) => node,
-        Err(problem) => return vec![Document { line: problem.line, id: None, outcome: Err(vec![problem]) }],
+        Err(problem) => return vec![Document::bad(problem.line, vec![problem])],
     };
     match items_of_list(node) {
         Ok(items) => items.iter().map(|item| read_node(item, trust_domain)).collect(),
@@ -68,7 +90,7 @@ fn read_chunk(text: &str, line: u64, trust_domain: &TrustDomain) -> Vec<Document
 pub(crate) fn read_one(text: &str, line: u64, trust_domain: &TrustDomain) -> Document {
     match yaml::parse(text, line) {
         Ok(node) => read_node(&node, trust_domain),
-        Err(problem) => Document { line: problem.line, id: None, outcome: Err(vec![problem]) },
+        Err(problem) => Document::bad(problem.line, vec![problem]),
     }
 }
 
@@ -100,14 +122,17 @@ pub(crate) fn read_node(node: &Node, trust_domain: &TrustDomain) -> Document {
                 namespace: name.namespace().into(),
                 name: name.name().into(),
             });
-            Document { line: document.line, id, outcome: document.outcome.map(|found| Said::Service(Box::new(found))) }
+            let outcome = document.outcome.map(|found| Said::Service(Box::new(found)));
+            Document { line: document.line, id, outcome, unclear: None }
         }
         Some(kind) => {
             let id = id_of(kind, &root);
             let outcome = read_resource(kind, &root, trust_domain, problems);
-            Document { line: node.line, id, outcome: outcome.map(Said::Resources) }
+            let is_policy = kind == Kind::AuthorizationPolicy;
+            let unclear = is_policy.then(|| unclear_policy::read(&root, trust_domain)).flatten();
+            Document { line: node.line, id, outcome: outcome.map(Said::Resources), unclear }
         }
-        None => Document { line: node.line, id: None, outcome: Err(problems) },
+        None => Document::bad(node.line, problems),
     }
 }
 

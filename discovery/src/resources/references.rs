@@ -12,6 +12,8 @@ use crate::ServiceName;
 use crate::yaml::{Field, Problem, Value};
 
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
+const GROUPS: &str =
+    "a Service or Namespace is of the empty group, a MeshService or TrustDomain of group `meshd.dev`; write that";
 const HOSTNAMES: &str =
     "routes between services apply whatever the host is (GEP-1426); match the header `Host` where it matters";
 
@@ -119,6 +121,11 @@ fn backend_object() -> Object {
         .may("namespace", &LABEL, "of the service; that of this document by default")
         .must("name", &LABEL, "name: payments-v2", "of the service")
         .may("port", Shape::integer(1, 65535), "of the service; the one asked for by default")
+        .cel(
+            "has(self.kind) && self.kind == 'MeshService' ? has(self.group) && self.group == 'meshd.dev' : \
+             !has(self.group) || self.group in ['', 'core']",
+            GROUPS,
+        )
 }
 
 /// Without a share: where copies go.
@@ -141,6 +148,15 @@ pub(super) fn policy_target(kinds: &'static [&'static str]) -> Object {
         .may("name", &LABEL, "of the service, which is of the policy's own namespace")
         .refused("namespace", "a policy is for what is in its own namespace; move it there")
         .refused("sectionName", "name ports in the policy's own rules")
+        .cel(
+            "self.kind in ['MeshService', 'TrustDomain'] ? has(self.group) && self.group == 'meshd.dev' : \
+             !has(self.group) || self.group in ['', 'core']",
+            GROUPS,
+        )
+        .cel(
+            "!(self.kind in ['Service', 'MeshService']) || has(self.name)",
+            "names no service; add `name`, or use kind Namespace for all of them",
+        )
 }
 
 /// Which group goes with a kind.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value as Json, json};
 use super::Kind;
 use super::forms::Form;
 use super::read::shape;
-use super::shape::{Need, Object, Rule, Shape};
+use super::shape::{Cel, Need, Object, Rule, Shape, Unique};
 
 const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
 /// Those that are ours to publish.
@@ -79,14 +79,24 @@ fn of(shape: &Shape, dialect: Dialect) -> Json {
     match shape {
         Shape::Object(members) => object(members, dialect),
         Shape::Texts => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
-        Shape::List { of: item, least, most } => {
+        Shape::List { of: item, least, most, unique } => {
             let mut list = json!({ "type": "array", "items": of(item, dialect), "maxItems": most });
             if *least > 0 {
                 list["minItems"] = (*least).into();
             }
+            match (unique, dialect) {
+                (Some(Unique::Elements), Dialect::JsonSchema) => list["uniqueItems"] = true.into(),
+                (Some(Unique::Elements), Dialect::Kubernetes) => list["x-kubernetes-list-type"] = "set".into(),
+                (Some(Unique::By(name)), Dialect::Kubernetes) => {
+                    list["x-kubernetes-list-type"] = "map".into();
+                    list["x-kubernetes-list-map-keys"] = json!([name]);
+                }
+                // Said in words by the parser.
+                (Some(Unique::By(_)), Dialect::JsonSchema) | (None, _) => {}
+            }
             list
         }
-        Shape::Text(form) => text(form),
+        Shape::Text(form) => text(form, dialect),
         Shape::Choice { words, .. } => json!({ "type": "string", "enum": words }),
         Shape::Integer { least, most } => json!({ "type": "integer", "minimum": least, "maximum": most }),
         Shape::Boolean => json!({ "type": "boolean" }),
@@ -95,7 +105,7 @@ fn of(shape: &Shape, dialect: Dialect) -> Json {
     }
 }
 
-fn text(form: &Form) -> Json {
+fn text(form: &Form, dialect: Dialect) -> Json {
     let mut text = json!({ "type": "string", "maxLength": form.most });
     if form.least > 0 {
         text["minLength"] = form.least.into();
@@ -103,7 +113,15 @@ fn text(form: &Form) -> Json {
     if !form.pattern.is_empty() {
         text["pattern"] = form.pattern.into();
     }
+    add_cel(&mut text, form.cel.as_slice(), dialect);
     text
+}
+
+fn add_cel(schema: &mut Json, rules: &[Cel], dialect: Dialect) {
+    if dialect == Dialect::Kubernetes && !rules.is_empty() {
+        let rule = |Cel { rule, message }: &Cel| json!({ "rule": rule, "message": message });
+        schema["x-kubernetes-validations"] = rules.iter().map(rule).collect();
+    }
 }
 
 fn object(shape: &Object, dialect: Dialect) -> Json {
@@ -132,6 +150,7 @@ fn object(shape: &Object, dialect: Dialect) -> Json {
             Rule::Tagged(..) => {}
         }
     }
+    add_cel(&mut object, &shape.cel, dialect);
     object
 }
 

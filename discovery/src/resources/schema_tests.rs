@@ -166,3 +166,14 @@ fn the_parser_and_the_schema_agree() {
         assert_eq!(taken(&document), (false, false), "{document}");
     }
 }
+
+/// What a real API server refuses by our rules, too.
+#[test]
+fn what_contradicts_itself_is_refused_by_the_parser_as_well() {
+    let text = include_str!("../../../tests/kubernetes/contradictions.yaml");
+    let documents = crate::resources::read(text, &trust_domain());
+    assert!(documents.len() > 20);
+    for document in documents {
+        assert!(document.outcome.is_err(), "line {} is taken", document.line);
+    }
+}

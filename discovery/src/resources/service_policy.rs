@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::forms::{DURATION, HEADER, SOME_TIME};
+use super::forms::{BUDGET_WINDOW, DURATION, HEADER, RATE_WINDOW, SOME_TIME};
 use super::http_route::{items, word};
 use super::references::{backend, backends, check_backend, check_policy_target, policy_target};
-use super::shape::{Object, Rule, Shape};
+use super::shape::{Object, Rule, Shape, Unique};
 use super::values::span_of;
 use super::{Backend, PolicyTarget, Span};
 use crate::yaml::{Field, Problem, Value};
@@ -231,24 +231,34 @@ pub(super) fn spec() -> Object {
         .may("retries", retries(), "what is tried again where no route says; nothing by default")
         .may("outlierEjection", outlier_ejection(), "when endpoints that fail are left alone")
         .may("timeouts", timeouts(), "how long things may take")
-        .may("rateLimits", Shape::list_of_some(rate_limit(), 3), "how much each serving host takes; beyond it 429")
+        .may(
+            "rateLimits",
+            Shape::list_of_some(rate_limit(), 3).unique(Unique::By("per")),
+            "how much each serving host takes; beyond it 429",
+        )
         .may("limits", limits(), "how much at once, for each endpoint as each client host counts")
         .may("failover", failover(), "when farther endpoints or other services take over")
 }
 
 fn balancing() -> Object {
-    Object::new().may("algorithm", Shape::words(&["peakEwma", "leastRequest", "ringHash"]), "peakEwma by default").may(
-        "hashHeader",
-        &HEADER,
-        "with ringHash: the header requests are sorted by; the client's identity by default",
-    )
+    Object::new()
+        .may("algorithm", Shape::words(&["peakEwma", "leastRequest", "ringHash"]), "peakEwma by default")
+        .may(
+            "hashHeader",
+            &HEADER,
+            "with ringHash: the header requests are sorted by; the client's identity by default",
+        )
+        .cel(
+            "!has(self.hashHeader) || (has(self.algorithm) && self.algorithm == 'ringHash')",
+            "`hashHeader` has a meaning with `algorithm: ringHash` only; add that, or remove it",
+        )
 }
 
 fn retry_budget() -> Object {
     Object::new()
         .may("percent", Shape::integer(0, 100), "of requests; 20 by default")
         .may("minPerSecond", Shape::integer(0, 1000), "retries a second that are free; 10 by default")
-        .may("window", &SOME_TIME, "requests of so long ago still count, 1s to 60s; 10s by default")
+        .may("window", &BUDGET_WINDOW, "requests of so long ago still count, 1s to 60s; 10s by default")
 }
 
 fn retries() -> Object {
@@ -268,13 +278,17 @@ fn outlier_ejection() -> Object {
     let rate = Object::new()
         .may("minPercent", Shape::integer(1, 100), "below it an endpoint is ejected; 80 by default")
         .may("minRequests", Shape::integer(1, 100_000), "with fewer nothing is concluded; 20 by default")
-        .may("window", &SOME_TIME, "10s by default");
+        .may("window", &RATE_WINDOW, "1s to 10m; 10s by default");
     Object::new()
         .may("consecutiveFailures", Shape::integer(0, 1000), "in a row that eject, 0 for never; 7 by default")
         .may("successRate", rate, "ejects by share; off by default")
         .may("minTime", &SOME_TIME, "of the first ejection; 1s by default")
         .may("maxTime", &SOME_TIME, "of any; 60s by default")
         .may("maxPercent", Shape::integer(0, 100), "of the endpoints, and never all; 50 by default")
+        .cel(
+            "duration(has(self.minTime) ? self.minTime : '1s') <= duration(has(self.maxTime) ? self.maxTime : '60s')",
+            "`minTime` is longer than `maxTime`; shorten it, or lengthen the other",
+        )
 }
 
 fn timeouts() -> Object {
@@ -311,6 +325,10 @@ fn failover() -> Object {
         .may("abovePercent", Shape::integer(1, 100), "of it working: they are left again; 70 by default")
         .may("holdFor", &DURATION, "for so long without a break; 10s by default")
         .may("backendRefs", backends(backend()), "services that take over, in this order")
+        .cel(
+            "(has(self.belowPercent) ? self.belowPercent : 50) <= (has(self.abovePercent) ? self.abovePercent : 70)",
+            "`belowPercent` is more than `abovePercent`, so that traffic would go to and fro; lower it",
+        )
 }
 
 pub(super) fn check(spec: &Field<'_>, namespace: Option<&str>, problems: &mut Vec<Problem>) {
@@ -331,14 +349,6 @@ pub(super) fn check(spec: &Field<'_>, namespace: Option<&str>, problems: &mut Ve
         }
     }
     check_failover(spec, problems);
-    let mut seen: Vec<&str> = Vec::new();
-    for limit in items(spec, "rateLimits") {
-        let Some(per) = word(&limit, "per") else { continue };
-        if seen.contains(&per) {
-            limit.refuse(problems, format!("there are two limits per {per}; remove one of them"));
-        }
-        seen.push(per);
-    }
 }
 
 fn check_failover(spec: &Field<'_>, problems: &mut Vec<Problem>) {

@@ -1,7 +1,9 @@
 //! What may be in a document, as data: the parser checks by it, and the published schemas are made of it (`schema.rs`).
 
+use std::collections::HashSet;
+
 use super::forms::Form;
-use crate::yaml::{Field, Problem, Value, unknown};
+use crate::yaml::{Field, Problem, Value, printable, unknown};
 
 pub(crate) enum Shape {
     Object(Object),
@@ -11,6 +13,7 @@ pub(crate) enum Shape {
         of: Box<Shape>,
         least: usize,
         most: usize,
+        unique: Option<Unique>,
     },
     Text(&'static Form),
     /// One of these words; of others that are known it is said why they are refused.
@@ -31,6 +34,23 @@ pub(crate) enum Shape {
 pub(crate) struct Object {
     pub(crate) members: Vec<Member>,
     pub(crate) rules: Vec<Rule>,
+    pub(crate) cel: Vec<Cel>,
+}
+
+/// Of which each may be in a list once.
+#[derive(Clone, Copy)]
+pub(crate) enum Unique {
+    /// The elements.
+    Elements,
+    /// What they say in this member.
+    By(&'static str),
+}
+
+/// What an API server checks by an expression. The parser does so in code, which knows more.
+#[derive(Clone, Copy)]
+pub(crate) struct Cel {
+    pub(crate) rule: &'static str,
+    pub(crate) message: &'static str,
 }
 
 pub(crate) struct Member {
@@ -80,6 +100,11 @@ impl Object {
 
     pub(crate) fn refused(mut self, name: &'static str, instead: &'static str) -> Object {
         self.members.push(Member { name, need: Need::Refused(instead), shape: Shape::Anything, about: "" });
+        self
+    }
+
+    pub(crate) fn cel(mut self, rule: &'static str, message: &'static str) -> Object {
+        self.cel.push(Cel { rule, message });
         self
     }
 
@@ -144,11 +169,18 @@ impl Shape {
     }
 
     pub(crate) fn list(of: impl Into<Shape>, most: usize) -> Shape {
-        Shape::List { of: Box::new(of.into()), least: 0, most }
+        Shape::List { of: Box::new(of.into()), least: 0, most, unique: None }
     }
 
     pub(crate) fn list_of_some(of: impl Into<Shape>, most: usize) -> Shape {
-        Shape::List { of: Box::new(of.into()), least: 1, most }
+        Shape::List { of: Box::new(of.into()), least: 1, most, unique: None }
+    }
+
+    pub(crate) fn unique(mut self, each: Unique) -> Shape {
+        if let Shape::List { unique, .. } = &mut self {
+            *unique = Some(each);
+        }
+        self
     }
 
     pub(crate) fn integer(least: u32, most: u32) -> Shape {
@@ -160,7 +192,10 @@ impl Shape {
         match self {
             Shape::Object(object) => object.check(field, problems),
             Shape::Texts => check_texts(field, problems),
-            Shape::List { of, least, most } => check_list(field, of, *least, *most, problems),
+            Shape::List { of, least, most, unique } => {
+                check_list(field, of, *least, *most, problems);
+                unique.iter().for_each(|unique| unique.check(field, problems));
+            }
             Shape::Text(form) => check_text(field, form, problems),
             Shape::Choice { words, refused } => check_choice(field, words, refused, problems),
             Shape::Integer { least, most } => drop(field.integer(*least..=*most, problems)),
@@ -188,6 +223,22 @@ fn check_list(field: &Field<'_>, of: &Shape, least: usize, most: usize, problems
         field.refuse(problems, format!("has {} elements and {most} are allowed", items.len()));
     }
     items.iter().for_each(|item| of.check(item, problems));
+}
+
+impl Unique {
+    fn check(self, field: &Field<'_>, problems: &mut Vec<Problem>) {
+        let mut seen = HashSet::new();
+        for item in field.list(&mut Vec::new()).unwrap_or_default() {
+            let said = match self {
+                Unique::Elements => Some(item.node.to_json()),
+                Unique::By(name) => item.entry(name).map(|field| field.node.to_json()),
+            };
+            let Some(said) = said.map(|json| json.to_string()) else { continue };
+            if !seen.insert(said.clone()) {
+                item.refuse(problems, format!("{} is listed twice; remove one of them", printable(&said)));
+            }
+        }
+    }
 }
 
 fn check_text(field: &Field<'_>, form: &Form, problems: &mut Vec<Problem>) {

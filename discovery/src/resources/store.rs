@@ -9,7 +9,7 @@ use std::sync::Arc;
 use meshd_identity::TrustDomain;
 
 use super::read::{self, Document, Said};
-use super::{Id, Kind, ResourceChange, ResourceRecord};
+use super::{Id, Kind, Resource, ResourceChange, ResourceRecord, ResourceRefusal};
 use crate::stored::refused;
 
 /// Below which all keys lie, unless told otherwise.
@@ -38,26 +38,38 @@ impl StoredKey {
 
     /// What was written to it. `key` as the store has it.
     pub(crate) fn document(&self, key: &str, value: &[u8], trust_domain: &TrustDomain) -> ResourceChange {
+        let key: Arc<str> = key.into();
+        let of_key = |resources| ResourceRecord { key: key.clone(), origin: key.clone(), resources };
         match self.understand(value, trust_domain) {
-            Ok(resources) => {
-                let key: Arc<str> = key.into();
-                ResourceChange::Set(ResourceRecord { origin: key.clone(), key, resources })
+            Ok(resources) => ResourceChange::Set(of_key(resources)),
+            Err(Bad { problems, meanwhile }) => {
+                let meanwhile = meanwhile.map(|resource| of_key(vec![resource]));
+                ResourceChange::Refused(ResourceRefusal { meanwhile, ..refused(&key, &key, &problems).into() })
             }
-            Err(problems) => ResourceChange::Refused(refused(key, key, &problems)),
         }
     }
 
-    fn understand(&self, value: &[u8], trust_domain: &TrustDomain) -> Result<Vec<super::Resource>, Vec<String>> {
+    fn understand(&self, value: &[u8], trust_domain: &TrustDomain) -> Result<Vec<Resource>, Bad> {
+        let is_no_document = |problem: String| Bad { problems: vec![problem], meanwhile: read::meanwhile(&self.0) };
+        let document = self.one(value, trust_domain).map_err(is_no_document)?;
+        let meanwhile = document.meanwhile(&self.0);
+        self.said(document).map_err(|problems| Bad { problems, meanwhile })
+    }
+
+    fn one(&self, value: &[u8], trust_domain: &TrustDomain) -> Result<Document, String> {
         if value.len() > MOST_BYTES {
-            return Err(vec![format!("has {} bytes and {MOST_BYTES} are allowed", value.len())]);
+            return Err(format!("has {} bytes and {MOST_BYTES} are allowed", value.len()));
         }
-        let text = std::str::from_utf8(value).map_err(|_| vec!["is not UTF-8".to_owned()])?;
+        let text = std::str::from_utf8(value).map_err(|_| "is not UTF-8".to_owned())?;
         let mut found = read::read(text, trust_domain);
-        let Document { id, outcome, .. } = match (found.pop(), found.is_empty()) {
-            (Some(document), true) => document,
-            (None, _) => return Err(vec![format!("is empty; it holds one {} document", self.0.kind)]),
-            (Some(_), false) => return Err(vec!["holds several documents; give each a key of its own".to_owned()]),
-        };
+        match (found.pop(), found.is_empty()) {
+            (Some(document), true) => Ok(document),
+            (None, _) => Err(format!("is empty; it holds one {} document", self.0.kind)),
+            (Some(_), false) => Err("holds several documents; give each a key of its own".to_owned()),
+        }
+    }
+
+    fn said(&self, Document { id, outcome, .. }: Document) -> Result<Vec<Resource>, Vec<String>> {
         let said = outcome.map_err(|problems| problems.iter().map(read::shown).collect::<Vec<_>>())?;
         if id.as_ref() != Some(&self.0) {
             let found = id.map_or_else(|| "another".to_owned(), |id| id.to_string());
@@ -72,4 +84,10 @@ impl StoredKey {
             Said::Service(_) => Err(vec!["is a MeshService, which has keys of its own".to_owned()]),
         }
     }
+}
+
+/// What is wrong, and what stands for it.
+struct Bad {
+    problems: Vec<String>,
+    meanwhile: Option<Resource>,
 }

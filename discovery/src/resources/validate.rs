@@ -196,7 +196,7 @@ fn backends(resource: &Resource) -> Vec<(String, ServiceName, Option<u16>)> {
         Resource::Tcp(route) => {
             route.spec.rules.iter().enumerate().flat_map(|(n, rule)| of(n, &rule.backend_refs)).collect()
         }
-        Resource::Service(_) | Resource::Authorization(_) => resource
+        Resource::Service(_) | Resource::Authorization(_) | Resource::Unclear(_) => resource
             .backends()
             .into_iter()
             .map(|service| ("spec.failover.backendRefs".to_owned(), service, None))

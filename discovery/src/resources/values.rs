@@ -15,6 +15,9 @@ use crate::yaml::printable;
 /// Of a compiled expression. What people write takes some KiB; more is an attack or a mistake.
 const MOST_OF_AN_EXPRESSION: usize = 32 * 1024;
 
+/// Of which every sum can be written again.
+const LONGEST: Duration = Duration::from_secs(99_999 * 3600);
+
 /// A length of time as the Gateway API writes it (GEP-2257): up to four of `h`, `m`, `s`, `ms`, each with a number of at
 /// most five digits. `0s` is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -51,7 +54,11 @@ pub(crate) fn span_of(text: &str) -> Result<Duration, String> {
         sum += Duration::from_millis(number * millis);
         parts += 1;
     }
-    if (1..=4).contains(&parts) { Ok(sum) } else { Err(wrong()) }
+    match (1..=4).contains(&parts) {
+        true if sum > LONGEST => Err(format!("`{text}` is longer than 99999h, the longest that can be written")),
+        true => Ok(sum),
+        false => Err(wrong()),
+    }
 }
 
 impl TryFrom<String> for Span {
@@ -148,7 +155,7 @@ pub struct Network(IpNet);
 
 pub(crate) fn network_of(text: &str) -> Result<IpNet, String> {
     let network = match text.parse::<IpAddr>() {
-        Ok(address) => IpNet::from(address.to_canonical()),
+        Ok(address) => IpNet::from(address),
         Err(_) => text.parse().map_err(|_| {
             format!("`{}` is not a network; write an address and how many bits count, like 10.0.0.0/8", printable(text))
         })?,
@@ -272,10 +279,10 @@ mod tests {
         {
             assert_eq!(span_of(text).unwrap(), Duration::from_millis(millis), "{text}");
         }
-        for text in ["", "1", "1d", "-1s", "1.5s", "100000s", "1s1s1s1s1s", "s", "1 s"] {
+        for text in ["", "1", "1d", "-1s", "1.5s", "100000s", "1s1s1s1s1s", "s", "1 s", "99999h1ms"] {
             assert!(span_of(text).is_err(), "{text}");
         }
-        for text in ["0s", "1h30m", "1m1s500ms"] {
+        for text in ["0s", "1h30m", "1m1s500ms", "99998h59m59s999ms"] {
             assert_eq!(Span::try_from(text.to_owned()).unwrap().to_string(), text);
         }
     }
@@ -297,10 +304,14 @@ mod tests {
         assert!(network.contains("10.1.2.3".parse().unwrap()) && network.contains("::ffff:10.1.2.3".parse().unwrap()));
         assert!(!network.contains("11.0.0.1".parse().unwrap()));
         assert!(network_of("10.0.0.1/8").unwrap_err().contains("10.0.0.0/8"));
-        for (mapped, form) in [("::ffff:10.0.0.0/104", "write 10.0.0.0/8"), ("::ffff:0:0/96", "write 0.0.0.0/0")] {
+        for (mapped, form) in [
+            ("::ffff:10.0.0.0/104", "write 10.0.0.0/8"),
+            ("::ffff:0:0/96", "write 0.0.0.0/0"),
+            ("::ffff:10.0.0.1", "write 10.0.0.1/32"),
+        ] {
             assert!(network_of(mapped).unwrap_err().contains(form), "{mapped}");
         }
-        assert!(network_of("::/0").is_ok() && network_of("::ffff:10.0.0.1").is_ok());
+        assert!(network_of("::/0").is_ok());
         assert!(network_of("2001:db8::1").is_ok() && network_of("10.0.0.0/33").is_err() && network_of("x").is_err());
     }
 }
