@@ -1,7 +1,9 @@
-//! Questions to Consul. By TLS all go through one HTTP/2 connection, also while they block; in clear, which Consul speaks
-//! HTTP/1.1 only by, each takes a connection for as long as it blocks.
+//! Questions to Consul. By TLS they share HTTP/2 connections, also while they block; in clear, which Consul speaks HTTP/1.1
+//! only by, each takes a connection for as long as it blocks.
 
 use std::hash::RandomState;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +27,8 @@ use crate::yaml::printable;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// Who waits to open a connection while that fails for another fails as well.
 const SAME_FAILURE: Duration = Duration::from_secs(1);
+/// Of a connection. Consul takes 250 (Go's default), and a question beyond them would wait for others to end.
+const MOST_STREAMS: usize = 100;
 /// A connection of blocked questions that stands still is noticed within both together, as soon as Consul by probes.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_ANSWER: Duration = Duration::from_secs(5);
@@ -89,16 +93,53 @@ pub(super) struct Client {
 #[derive(Default)]
 struct Shared {
     tls: SharedTls,
-    multiplexed: Mutex<Option<Multiplexed>>,
+    multiplexed: Mutex<Vec<Multiplexed>>,
     /// Held by who opens one, so that the others use it; and why that failed, and when.
     opening: tokio::sync::Mutex<Option<(Instant, String)>>,
 }
 
-/// An HTTP/2 connection, by its number.
+/// An HTTP/2 connection.
 #[derive(Clone)]
 struct Multiplexed {
-    number: u64,
     sender: http2::SendRequest<Full<Bytes>>,
+    load: Arc<Load>,
+}
+
+#[derive(Default)]
+struct Load {
+    under_way: AtomicUsize,
+    /// Questions nobody waits for any more. Consul does until their time is over, and counts them.
+    given_up: AtomicUsize,
+}
+
+impl Load {
+    fn has_room(&self) -> bool {
+        self.under_way.load(Relaxed) + self.given_up.load(Relaxed) < MOST_STREAMS
+    }
+
+    fn is_worn(&self) -> bool {
+        self.given_up.load(Relaxed) >= MOST_STREAMS / 2
+    }
+}
+
+/// Counts while it is there, and for good if it is dropped without an answer.
+struct UnderWay {
+    load: Arc<Load>,
+    answered: bool,
+}
+
+impl UnderWay {
+    fn begin(load: &Arc<Load>) -> UnderWay {
+        load.under_way.fetch_add(1, Relaxed);
+        UnderWay { load: load.clone(), answered: false }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.load.under_way.fetch_sub(1, Relaxed);
+        self.load.given_up.fetch_add(usize::from(!self.answered), Relaxed);
+    }
 }
 
 enum Connection {
@@ -107,8 +148,14 @@ enum Connection {
 }
 
 impl Shared {
-    fn multiplexed(&self) -> MutexGuard<'_, Option<Multiplexed>> {
+    fn multiplexed(&self) -> MutexGuard<'_, Vec<Multiplexed>> {
         self.multiplexed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_room(&self) -> Option<Multiplexed> {
+        let mut all = self.multiplexed();
+        all.retain(|one| !one.sender.is_closed() && !one.load.is_worn());
+        all.iter().find(|one| one.load.has_room()).cloned()
     }
 }
 
@@ -187,23 +234,22 @@ impl Client {
         question: &Question<'_>,
         began: Instant,
     ) -> Result<Result<Reply, String>, CallError> {
-        let number = match &connection {
-            Connection::Shared(one) => Some(one.number),
+        let load = match &connection {
+            Connection::Shared(one) => Some(one.load.clone()),
             Connection::Own(_) => None,
         };
         let reply = timeout_at(began + question.deadline, self.send(connection, question)).await;
         if !matches!(reply, Ok(Ok(_)))
-            && let Some(number) = number
+            && let Some(load) = load
         {
-            self.shared.multiplexed().take_if(|one| one.number == number);
+            self.shared.multiplexed().retain(|one| !Arc::ptr_eq(&one.load, &load));
         }
         let late = |_| CallError::Deadline { authority: question.address.authority.clone(), after: question.deadline };
         reply.map_err(late)
     }
 
     fn opened(&mut self) -> Option<Connection> {
-        let shared = || self.shared.multiplexed().clone().filter(|one| !one.sender.is_closed());
-        self.own.take().map(Connection::Own).or_else(|| shared().map(Connection::Shared))
+        self.own.take().map(Connection::Own).or_else(|| self.shared.with_room().map(Connection::Shared))
     }
 
     async fn send(&mut self, connection: Connection, question: &Question<'_>) -> Result<Reply, String> {
@@ -218,9 +264,12 @@ impl Client {
                 self.own = Some(sender);
                 Ok(reply)
             }
-            Connection::Shared(Multiplexed { mut sender, .. }) => {
+            Connection::Shared(Multiplexed { mut sender, load }) => {
                 let request = question.request(format!("https://{authority}{path}"))?;
-                read(sender.send_request(request).await).await
+                let mut under_way = UnderWay::begin(&load);
+                let reply = read(sender.send_request(request).await).await;
+                under_way.answered = reply.is_ok();
+                reply
             }
         }
     }
@@ -233,7 +282,7 @@ impl Client {
             return opened.map_err(late)?.map(Connection::Own);
         }
         let mut opening = self.shared.opening.lock().await;
-        if let Some(one) = self.shared.multiplexed().clone().filter(|one| !one.sender.is_closed()) {
+        if let Some(one) = self.shared.with_room() {
             return Ok(Connection::Shared(one));
         }
         if let Some((at, reason)) = &*opening
@@ -280,8 +329,8 @@ impl Client {
                 tracing::debug!(%error, "connection to Consul ended");
             }
         });
-        let one = Multiplexed { number: fastrand::u64(..), sender };
-        *self.shared.multiplexed() = Some(one.clone());
+        let one = Multiplexed { sender, load: Arc::default() };
+        self.shared.multiplexed().push(one.clone());
         Ok(Connection::Shared(one))
     }
 }
@@ -401,6 +450,19 @@ mod tests {
             client.get("/b", None, DEADLINE).await.unwrap();
         };
         tokio::join!(server, asks);
+    }
+
+    #[test]
+    fn questions_that_were_given_up_wear_a_connection_and_answered_ones_do_not() {
+        let load = Arc::<Load>::default();
+        for _ in 0..MOST_STREAMS {
+            UnderWay::begin(&load).answered = true;
+        }
+        assert!(load.has_room() && !load.is_worn());
+        let waiting: Vec<UnderWay> = (0..MOST_STREAMS).map(|_| UnderWay::begin(&load)).collect();
+        assert!(!load.has_room() && !load.is_worn());
+        drop(waiting);
+        assert!(!load.has_room() && load.is_worn());
     }
 
     #[test]
