@@ -140,7 +140,7 @@ async fn change(
         let mut changed = Vec::new();
         for _ in 0..changes {
             let due = pace.tick().await;
-            changed.push(writer.change(due.into_std()));
+            changed.push(writer.change(due.into_std()).await);
         }
         drop(writer);
         while let Some(lane) = lanes.join_next().await {

@@ -13,7 +13,7 @@ use meshd_etcd::api::TxnRequest;
 use meshd_etcd::{Client as Etcd, Settings, put};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Sender, channel};
 use tokio::task::JoinSet;
 
 use crate::http::{Access, Client as Http};
@@ -24,6 +24,8 @@ const NAMESPACE: &str = "scale";
 
 /// Changes come from many hosts: one that a backend takes its time for holds up those of the same service only.
 const LANES: usize = 8;
+/// In each lane. Then all wait, and are late from when they were due.
+const MOST_WAITING: usize = 1000;
 
 /// Who may write, which the source is not.
 #[derive(Debug, Clone, Deserialize)]
@@ -84,7 +86,7 @@ pub(crate) struct Writer {
     /// Connections.
     backends: Vec<Backend>,
     /// To each of them, once changes are written.
-    lanes: Vec<UnboundedSender<Change>>,
+    lanes: Vec<Sender<Change>>,
     board: Arc<Board>,
     random: fastrand::Rng,
     /// How many addresses were given away.
@@ -116,7 +118,7 @@ impl Writer {
     pub(crate) fn begin(&mut self) -> JoinSet<Result<()>> {
         let mut writing = JoinSet::new();
         for mut backend in self.backends.drain(..) {
-            let (lane, mut changes) = unbounded_channel();
+            let (lane, mut changes) = channel(MOST_WAITING);
             self.lanes.push(lane);
             writing.spawn(async move {
                 while let Some(Change { service, endpoint, address }) = changes.recv().await {
@@ -129,16 +131,19 @@ impl Writer {
     }
 
     /// Replaces an endpoint of some service by a new one; of which.
-    pub(crate) fn change(&mut self, due: Instant) -> usize {
+    pub(crate) async fn change(&mut self, due: Instant) -> usize {
         let address = self.next_address();
-        let mut written = self.board.lock();
-        let service = self.random.usize(..written.current.len());
-        let endpoint = self.random.usize(..written.current[service].len());
-        written.current[service][endpoint] = address;
-        // Before it is sent: what the backend itself takes is part of it.
-        written.changed_at.insert(address, due);
+        let (service, endpoint) = {
+            let mut written = self.board.lock();
+            let service = self.random.usize(..written.current.len());
+            let endpoint = self.random.usize(..written.current[service].len());
+            written.current[service][endpoint] = address;
+            // Before it is sent: what the backend itself takes is part of it.
+            written.changed_at.insert(address, due);
+            (service, endpoint)
+        };
         // A lane that failed ends the run.
-        let _ = self.lanes[service % LANES].send(Change { service, endpoint, address });
+        let _ = self.lanes[service % LANES].send(Change { service, endpoint, address }).await;
         service
     }
 
