@@ -29,7 +29,11 @@ pub(super) struct Known {
     documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
     instances: BTreeMap<Arc<str>, Vec<Understood>>,
     hashing: RandomState,
+    /// Whose last answer was not to be understood: nobody but its watch asks before there is another.
+    garbled: BTreeSet<Query>,
     resources: Option<Resources>,
+    /// To be read once more, as it is from then on.
+    suspects: BTreeMap<Query, Instant>,
 }
 
 /// An instance, and the hash of what Consul said of it: of those of a service, most are as they were.
@@ -77,6 +81,8 @@ impl Known {
             documents: BTreeMap::new(),
             instances: BTreeMap::new(),
             hashing: RandomState::new(),
+            garbled: BTreeSet::new(),
+            suspects: BTreeMap::new(),
         }
     }
 
@@ -130,6 +136,8 @@ impl Known {
         self.resources.iter_mut().for_each(|resources| resources.adjust(wanted));
         let queries = self.queries();
         self.parts.retain(|query, _| queries.contains(query));
+        self.suspects.retain(|query, _| queries.contains(query));
+        self.garbled.retain(|query| queries.contains(query));
         self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
         let scopes = &self.scopes;
         self.documents.retain(|_, documents| {
@@ -147,6 +155,23 @@ impl Known {
         }
     }
 
+    /// A service is to be read again: its instances, and documents where one says where it runs.
+    pub(super) fn suspect(&mut self, service: &ServiceName, now: Instant) {
+        let documents = self.documents.get(service.name()).into_iter().flat_map(BTreeMap::values);
+        let has_places = |said: &Change| matches!(said, Change::Set(record) if !record.places.is_empty());
+        let described =
+            documents.filter(|document| document.service == *service).any(|it| has_places(it.said.as_ref()));
+        let of_it = |query: &Query| match query {
+            Query::Instances(name) => **name == *service.name(),
+            Query::Names | Query::Resources(_) => false,
+            _ => described,
+        };
+        let holding = self.scopes.keys().filter(|scope| scope.holds(service));
+        let queries = holding.flat_map(|scope| self.needed(scope)).filter(of_it);
+        let suspects: Vec<_> = queries.map(|query| (query, now)).collect();
+        self.suspects.extend(suspects);
+    }
+
     /// What is followed.
     pub(super) fn queries(&self) -> BTreeSet<Query> {
         let mut queries: BTreeSet<Query> = self.scopes.keys().flat_map(|scope| self.needed(scope)).collect();
@@ -154,12 +179,14 @@ impl Known {
         queries
     }
 
-    /// What was read before a list that is due, and has to be read again for it.
+    /// What was read before a list that is due, and has to be read again for it; and what is suspected since it was read.
     pub(super) fn overdue(&self) -> BTreeSet<Query> {
         let due = self.scopes.iter().filter_map(|(scope, state)| Some((scope, state.list_from?)));
         let late = |from: Instant| move |query: &Query| self.parts.get(query).is_some_and(|part| part.as_of < from);
         let resources = self.resources.iter().filter(|resources| resources.is_due()).map(Resources::query);
-        due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from))).chain(resources).collect()
+        let suspects = self.suspects.iter().filter(|(query, from)| late(**from)(query)).map(|(query, _)| query.clone());
+        let due = due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from)));
+        due.chain(suspects).chain(resources).filter(|query| !self.garbled.contains(query)).collect()
     }
 
     /// How far a query was read.
@@ -181,10 +208,13 @@ impl Known {
         // Of two questions under way together the earlier answer may come last.
         let is_newer = answer.index >= known;
         let understood = match &answer.content {
-            Content::Instances(texts) if is_newer => self.understand(query, texts)?,
-            _ => Vec::new(),
+            Content::Instances(texts) if is_newer => self.understand(query, texts),
+            _ => Ok(Vec::new()),
         };
+        let understood = understood.inspect_err(|_| drop(self.garbled.insert(query.clone())))?;
+        self.garbled.remove(query);
         self.parts.insert(query.clone(), Part { index: known.max(answer.index), as_of: now });
+        self.suspects.remove(query);
         if let (Content::Resources(pairs), Some(resources)) = (&answer.content, &mut self.resources) {
             let pairs = is_newer.then_some(pairs);
             return Ok(pairs.map_or_else(Vec::new, |pairs| resources.take(pairs, answer.index, self.cluster.as_ref())));

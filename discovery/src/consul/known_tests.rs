@@ -309,5 +309,7 @@ fn an_answer_with_an_entry_that_has_no_name_changes_nothing() {
     let error = bed.known.take(&instances("a"), odd, bed.now).unwrap_err().to_string();
     assert!(error.contains("service `a` cannot be understood"), "{error}");
     assert_eq!(bed.known.index(&instances("a")), 12);
+    bed.known.resync(bed.now + Duration::from_secs(1));
+    assert_eq!(bed.known.overdue(), BTreeSet::from([documents()]), "to ask again would not help");
     assert_eq!(changed(&bed.take_at(&instances("a"), entries("a", &[]), 51)), ["removed catalog:a.shop/node-1/a-1"]);
 }

@@ -113,9 +113,9 @@ pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<
                 before = answer.index;
             }
             Err(_) => {
-                next = Instant::now() + backoff.pause(started.elapsed(), fastrand::f64());
-                // That it is well again is to be seen at once, also where nothing changes.
+                // One that blocks would tell only when something changes that all is well again.
                 index = 0;
+                next = Instant::now() + backoff.pause(started.elapsed(), fastrand::f64());
             }
         }
         if news.send(said).await.is_err() {

@@ -12,6 +12,7 @@ use super::objects::{Kind, Object};
 use super::pick::Pick;
 use super::read::{self, Learned, Reader};
 use super::remote::Collection;
+use super::reread::{self, Reread};
 use super::work::Task;
 use crate::{Change, Epoch, Listing, Refused, Scope, ServiceName, Wanted};
 
@@ -121,6 +122,8 @@ pub(super) struct Area {
     /// To be listed, for the first time or again.
     due: bool,
     listing: Option<Awaited>,
+    /// Services that are read again by themselves.
+    rereads: BTreeMap<ServiceName, Reread>,
     /// Until when nothing is asked: it may not be read, or not now.
     pub(super) put_off: Option<Instant>,
     listed_at: Option<Instant>,
@@ -150,6 +153,7 @@ impl Area {
             looked_up: BTreeSet::new(),
             due: true,
             listing: None,
+            rereads: BTreeMap::new(),
             put_off: None,
             listed_at: None,
             was_too_old: false,
@@ -190,6 +194,7 @@ impl Area {
     /// What was under way ended with its connection.
     pub(super) fn end_tasks(&mut self) {
         self.due |= self.listing.take().is_some();
+        self.rereads.clear();
         self.feeds.values_mut().for_each(|feed| feed.watch = None);
     }
 
@@ -217,6 +222,39 @@ impl Area {
         }
         let known = self.feeds.iter().filter_map(|(kind, feed)| Some((*kind, feed.position.clone()?)));
         Some(Plan { scope: self.scope.clone(), pick: Pick::of(&self.scope, &self.told_as), known: known.collect() })
+    }
+
+    /// An endpoint of the service cannot be reached. What to ask the server for, unless all of it is read again.
+    pub(super) fn suspect(&mut self, name: &ServiceName) -> Option<Plan> {
+        if self.pick.is_one() {
+            self.read_again();
+        }
+        let is_enough = self.due || self.listing.is_some() || !self.is_whole || self.rereads.contains_key(name);
+        if is_enough || self.index_of(name).is_none() {
+            return None;
+        }
+        let known = self.feeds.iter().filter_map(|(kind, feed)| Some((*kind, feed.position.clone()?)));
+        Some(reread::plan(name, known.collect()))
+    }
+
+    pub(super) fn awaits_service(&mut self, name: &ServiceName, reread: Reread) {
+        self.rereads.insert(name.clone(), reread);
+    }
+
+    pub(super) fn awaits_service_of(&self, name: &ServiceName, number: u64) -> bool {
+        self.rereads.get(name).is_some_and(|reread| reread.is(number))
+    }
+
+    /// Takes what was listed of it, if it could be. The services that it may matter to.
+    pub(super) fn take_service(&mut self, name: &ServiceName, lists: Option<Lists>) -> Names {
+        let (Some(reread), Some(lists)) = (self.rereads.remove(name), lists) else { return Names::new() };
+        match reread.news(name, lists, &self.kept) {
+            Some(news) => news.into_iter().flat_map(|happened| self.hear(happened)).collect(),
+            None => {
+                self.read_again();
+                Names::new()
+            }
+        }
     }
 
     pub(super) fn awaits(&mut self, plan: &Plan, task: Task) {
@@ -295,6 +333,7 @@ impl Area {
         if !self.feed(kind).moves(&position) {
             return Names::new();
         }
+        self.rereads.values_mut().for_each(|reread| reread.hears(&happened));
         if let Some(listing) = &mut self.listing {
             listing.since.push((kind, position, happened.clone()));
         }

@@ -13,9 +13,10 @@ use super::kept::Names;
 use super::lists::Lists;
 use super::objects::{Event, Kind};
 use super::remote::Remote;
+use super::reread::Reread;
 use super::work::{News, Origin};
 use crate::backoff::jittered;
-use crate::{Scope, SourceEvent};
+use crate::{Scope, ServiceName, SourceEvent};
 
 /// How soon a role that was granted is noticed, and who has too much to do is asked again.
 pub(super) const PUT_OFF: Duration = Duration::from_secs(15);
@@ -50,7 +51,40 @@ impl<R: Remote> Follower<R> {
         }
     }
 
-    pub(super) async fn take(&mut self, news: News, touched: &mut Touched) -> Result<(), Error> {
+    /// Without the rest of its area, if there is any.
+    pub(super) fn read_service_again(&mut self, name: &ServiceName) {
+        let Some(area) = self.areas.iter_mut().find(|(scope, _)| scope.holds(name)).map(|(_, area)| area) else {
+            return;
+        };
+        if let Some(plan) = area.suspect(name).map(Arc::new) {
+            let task = self.work.list(&self.remote, plan.clone());
+            area.awaits_service(name, Reread::new(&plan, task));
+        }
+    }
+
+    /// True when that was one service of an area. One that cannot be read is not read: its watches and probes say why.
+    fn take_service(
+        &mut self,
+        of: &Scope,
+        number: u64,
+        lists: &mut Result<Lists, Error>,
+        touched: &mut Touched,
+    ) -> bool {
+        let Scope::Service(name) = of else { return false };
+        let Some((scope, area)) = self.areas.iter_mut().find(|(_, area)| area.awaits_service_of(name, number)) else {
+            return false;
+        };
+        let lists = std::mem::replace(lists, Ok(Lists::new()));
+        touched.entry(scope.clone()).or_default().extend(area.take_service(name, lists.ok()));
+        true
+    }
+
+    pub(super) async fn take(&mut self, mut news: News, touched: &mut Touched) -> Result<(), Error> {
+        if let News::Listed { area, number, lists } = &mut news
+            && self.take_service(area, *number, lists, touched)
+        {
+            return Ok(());
+        }
         match news {
             News::Probed(answer) => self.take_probe(answer).await,
             News::Listed { area, number, lists } => self.take_lists(&area, number, lists).await,

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use super::area::{Area, areas};
 use super::error::Error;
@@ -54,7 +54,7 @@ pub(super) async fn run<R: Remote>(
         let Err(error) = follower.follow(&mut wanted).await;
         follower.sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
         follower.leave();
-        sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+        backoff.rest(started).await;
     }
 }
 
@@ -161,8 +161,9 @@ impl<R: Remote> Follower<R> {
 
     async fn want(&mut self, wanted: &mut watch::Receiver<Wanted>) {
         let asked = wanted.borrow_and_update().clone();
-        self.resync.heed(&asked);
+        let suspects = self.resync.heed(&asked);
         self.adjust(&asked).await;
+        suspects.iter().for_each(|service| self.read_service_again(service));
     }
 
     /// Follows what is wanted and nothing else.

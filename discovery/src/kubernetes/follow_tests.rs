@@ -1,5 +1,5 @@
 use super::super::catch_up::PUT_OFF;
-use super::super::fake_server::{Fake, Script, addresses, payments, running, start};
+use super::super::fake_server::{Fake, Running, Script, addresses, payments, running, start};
 use super::super::objects::{Event, Kind};
 use super::super::samples::{mesh, object, pod, service, slice};
 use super::*;
@@ -333,4 +333,74 @@ async fn documents_that_may_not_be_read_are_named_and_services_go_on() {
     running.watched().await;
     running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
     assert_eq!(running.changed().await, ["10.0.0.6"]);
+}
+
+/// Two services of a namespace, followed as a whole.
+async fn following_a_namespace() -> Running {
+    let server = Fake::new();
+    server.change(|script| {
+        script.objects.get_mut(&Kind::Service).unwrap().push(service("ledger", &[]));
+        script.objects.get_mut(&Kind::Slice).unwrap().push(slice("ledger-x", &["10.0.0.5"]));
+        script.objects.get_mut(&Kind::Pod).unwrap().push(pod("ledger-0", "ledger", true));
+    });
+    let mut running = start(Wanted { namespaces: ["shop".to_owned()].into(), ..Wanted::default() }, server);
+    assert_eq!(running.listed().await.1.len(), 2);
+    running.watched().await;
+    running.server.asked();
+    running
+}
+
+fn suspect(running: &Running, service: &str) {
+    running.wanted.send_modify(|wanted| wanted.reread = [(service.parse().unwrap(), 1)].into());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_of_a_namespace_is_read_again_without_the_rest_of_it_and_beside_the_watches() {
+    let mut running = following_a_namespace().await;
+    // The watch of slices is deaf to that: one has moved, and one has gone.
+    running.server.change(|script| {
+        script.position = 20;
+        let slices = vec![slice("payments-y", &["10.0.0.9"]), slice("ledger-x", &["10.0.0.6"])];
+        script.objects.insert(Kind::Slice, slices);
+    });
+    suspect(&running, "payments.shop");
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no change") };
+    let told = |change: &Change| matches!(change, Change::Set(record) if addresses([record]) == ["10.0.0.9"]);
+    assert!(
+        changes.iter().any(told) && changes.contains(&Change::Removed("slice/shop/payments-x".into())),
+        "{changes:?}"
+    );
+    let asked = running.asked_until_probed(1).await;
+    let expected = [
+        "list Service [] known Some(\"10\")",
+        "list Slice [] known Some(\"10\")",
+        "list Pod [app=payments] known Some(\"10\")",
+        "probe",
+    ];
+    assert_eq!(asked, expected);
+    running.server.set(Kind::Slice, slice("ledger-x", &["10.0.0.7"]), "21").await;
+    assert_eq!(running.changed().await, ["10.0.0.7"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_watch_tells_while_a_service_is_read_again_is_told_first_and_holds() {
+    let mut running = following_a_namespace().await;
+    running.server.change(|script| script.stands_still.send_replace(true));
+    suspect(&running, "payments.shop");
+    running.server.asks("list Service").await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.8"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.8"]);
+    running.server.change(|script| script.stands_still.send_replace(false));
+    running.asked_until_probed(2).await;
+    running.server.set(Kind::Slice, slice("ledger-x", &["10.0.0.7"]), "21").await;
+    assert_eq!(running.changed().await, ["10.0.0.7"], "the older list of the first took nothing back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_that_is_followed_by_itself_is_listed_again() {
+    let mut running = running().await;
+    suspect(&running, "payments.shop");
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    let asked = running.asked_until_probed(1).await;
+    assert_eq!(asked.iter().filter(|call| call.starts_with("list")).count(), 3, "{asked:?}");
 }

@@ -14,7 +14,8 @@
 //! are selected by the names of the services and by a label their selectors share, as far as that goes: `pick.rs`). All
 //! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there, also while
 //! the area is listed again: its watches go on, and what they told meanwhile is not taken back. A pod that a slice names and
-//! that is not known yet is left out until its own watch tells of it, milliseconds later.
+//! that is not known yet is left out until its own watch tells of it, milliseconds later. Of an endpoint that cannot be
+//! reached, its service alone is read again (`reread.rs`).
 //!
 //! How far the store is comes from the probe, a consistent read of one namespace, and not from the objects: kinds may lie in
 //! different etcds. It goes by every connection that carries watches: each may lead to another server. What may not be read
@@ -39,6 +40,7 @@ mod pick;
 mod read;
 mod registrar;
 mod remote;
+mod reread;
 mod resources;
 #[cfg(test)]
 mod samples;

@@ -45,6 +45,10 @@ impl Pick {
         }
     }
 
+    pub(super) fn is_one(&self) -> bool {
+        matches!(self.area, Scope::Service(_))
+    }
+
     /// Which pods are there depends on which Services are.
     pub(super) fn is_by_selectors(&self) -> bool {
         self.names.is_some() || matches!(self.area, Scope::Service(_))
