@@ -211,8 +211,12 @@ impl Known {
             Content::Instances(texts) if is_newer => self.understand(query, texts),
             _ => Ok(Vec::new()),
         };
-        let understood = understood.inspect_err(|_| drop(self.garbled.insert(query.clone())))?;
-        self.garbled.remove(query);
+        if understood.is_err() {
+            self.garbled.insert(query.clone());
+        } else {
+            self.garbled.remove(query);
+        }
+        let understood = understood?;
         self.parts.insert(query.clone(), Part { index: known.max(answer.index), as_of: now });
         self.suspects.remove(query);
         if let (Content::Resources(pairs), Some(resources)) = (&answer.content, &mut self.resources) {
