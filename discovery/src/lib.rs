@@ -34,6 +34,7 @@ mod shared;
 mod source;
 mod stored;
 mod suspicion;
+mod tls;
 mod types;
 mod unix_time;
 mod watch;

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hyper::header::HeaderValue;
-use rustls::client::Resumption;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
+
+use crate::tls::{self, MaterialError};
 
 /// Where a Consul agent listens unless told otherwise.
 const DEFAULT_ADDRESS: &str = "http://127.0.0.1:8500";
@@ -24,7 +23,7 @@ pub enum SettingsError {
     NoAuthority,
     #[error("cert, key: a client certificate and its key go together; give both or neither")]
     HalfCertificate,
-    #[error("{field}: {}: {detail}; PEM is needed", path.display())]
+    #[error("{field}: {}: {detail}", path.display())]
     Pem { field: &'static str, path: PathBuf, detail: String },
     #[error("ca, cert, key: TLS to Consul is not possible with this material: {0}")]
     Tls(#[from] rustls::Error),
@@ -91,27 +90,17 @@ impl Settings {
     }
 
     pub(super) fn tls(&self) -> Result<Arc<ClientConfig>, SettingsError> {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates("ca", self.ca.as_deref().ok_or(SettingsError::NoAuthority)?)? {
-            roots.add(certificate)?;
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_root_certificates(roots);
-        let mut config = match (&self.cert, &self.key) {
-            (None, None) => builder.with_no_client_auth(),
+        let read = |field, path: &Path| tls::certificates_of(path).map_err(|error| pem(field, path, &error));
+        let roots = read("ca", self.ca.as_deref().ok_or(SettingsError::NoAuthority)?)?;
+        let identity = match (&self.cert, &self.key) {
+            (None, None) => None,
             (Some(cert), Some(key)) => {
-                let read = PrivateKeyDer::from_pem_file(key);
-                let private = read.map_err(|error| pem("key", key, &error))?;
-                builder.with_client_auth_cert(certificates("cert", cert)?, private)?
+                let private = tls::key_of(key).map_err(|error| pem("key", key, &error))?;
+                Some((read("cert", cert)?, private))
             }
             _ => return Err(SettingsError::HalfCertificate),
         };
-        // Connections last; what it takes to resume them would be kept for each.
-        config.resumption = Resumption::disabled();
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Arc::new(config))
+        Ok(tls::client(roots, identity, &[b"h2".as_slice(), b"http/1.1"])?)
     }
 
     /// What to show; `None`: nothing, so that the agent shows its own.
@@ -128,14 +117,7 @@ impl Settings {
     }
 }
 
-fn certificates(field: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, SettingsError> {
-    let found: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(path).map_err(|error| pem(field, path, &error))?.collect();
-    let found = found.map_err(|error| pem(field, path, &error))?;
-    if found.is_empty() { Err(pem(field, path, &"no certificate in it")) } else { Ok(found) }
-}
-
-fn pem(field: &'static str, path: &Path, detail: &dyn std::fmt::Display) -> SettingsError {
+fn pem(field: &'static str, path: &Path, detail: &MaterialError) -> SettingsError {
     SettingsError::Pem { field, path: path.to_owned(), detail: detail.to_string() }
 }
 

@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::feed::{Feed, is_before};
 use super::kept::{Changed, Kept, Names};
 use super::lists::{Answer, Lists, Plan};
 use super::objects::{Kind, Object};
 use super::pick::Pick;
-use super::read::{self, Learned, Reader};
-use super::remote::Collection;
+use super::read::Learned;
 use super::reread::{self, Reread};
 use super::work::Task;
-use crate::{Change, Epoch, Listing, Refused, Scope, ServiceName, Wanted};
+use crate::{Scope, ServiceName, Wanted};
 
 /// More services of a namespace than this are cheaper to follow together: three watches instead of three for each.
 const MOST_ALONE: usize = 8;
@@ -40,60 +40,6 @@ pub(super) fn areas(wanted: &Wanted) -> BTreeMap<Scope, Vec<Scope>> {
     areas
 }
 
-/// Objects of one kind.
-#[derive(Debug, Default)]
-pub(super) struct Feed {
-    pub(super) what: Option<Collection>,
-    /// As of where they are known.
-    pub(super) position: Option<String>,
-    /// What a watch says of before its list is old.
-    listed: u64,
-    pub(super) watch: Option<Task>,
-    /// It cannot be followed, until it is listed again: the cluster has no such kind, does not show it, or has forgotten
-    /// what a watch from there needs.
-    pub(super) is_away: bool,
-}
-
-impl Feed {
-    /// False for what is known already.
-    pub(super) fn moves(&mut self, position: &str) -> bool {
-        let is_news = position.parse().map_or(!position.is_empty(), |position: u64| position > self.listed);
-        if is_news {
-            self.position = Some(position.to_owned());
-        }
-        is_news
-    }
-
-    pub(super) fn says(&self, number: u64) -> bool {
-        self.watch.as_ref().is_some_and(|watch| watch.number == number)
-    }
-
-    /// It is watched again when it was listed again.
-    pub(super) fn give_up(&mut self) {
-        (self.watch, self.is_away) = (None, true);
-    }
-
-    pub(super) fn is_watched(&self) -> bool {
-        self.is_away || self.watch.as_ref().is_some_and(|watch| watch.is_begun)
-    }
-
-    /// A watch that goes on tells the same once more at most.
-    pub(super) fn listed(&mut self, what: Collection, position: String, goes_on: bool) {
-        if !goes_on || self.what.as_ref() != Some(&what) {
-            self.watch = None;
-        }
-        let known = self.position.take().filter(|known| self.watch.is_some() && is_before(&position, known));
-        self.listed = position.parse().unwrap_or(0);
-        self.position = Some(known.unwrap_or(position));
-        (self.what, self.is_away) = (Some(what), false);
-    }
-}
-
-/// Numbers in all versions of Kubernetes there are.
-pub(super) fn is_before(position: &str, known: &str) -> bool {
-    matches!((position.parse::<u64>(), known.parse::<u64>()), (Ok(position), Ok(known)) if position < known)
-}
-
 /// A list that is awaited.
 #[derive(Debug)]
 struct Awaited {
@@ -115,7 +61,7 @@ pub(super) enum Happened {
 #[derive(Debug)]
 pub(super) struct Area {
     scope: Scope,
-    /// What it is read for.
+    /// What it is read for, in order.
     pub(super) told_as: Vec<Scope>,
     /// Of these, what is read as a pattern would read it.
     pub(super) looked_up: BTreeSet<ServiceName>,
@@ -130,18 +76,18 @@ pub(super) struct Area {
     /// A watch was too old as soon as it was listed.
     was_too_old: bool,
     /// What is followed, as of the last list.
-    pick: Pick,
+    pub(super) pick: Pick,
     feeds: BTreeMap<Kind, Feed>,
     pub(super) kept: Kept,
     /// False before the first list in this life of the store: nothing is told.
-    is_whole: bool,
+    pub(super) is_whole: bool,
     /// Nothing is told of these before the next list: their pods are not known.
-    held_back: Names,
+    pub(super) held_back: Names,
     /// Why documents may not be read.
-    denied: Option<String>,
-    learned: HashMap<ServiceName, Learned>,
+    pub(super) denied: Option<String>,
+    pub(super) learned: HashMap<ServiceName, Learned>,
     /// Which keys of a service were told.
-    told: HashMap<ServiceName, BTreeSet<Arc<str>>>,
+    pub(super) told: HashMap<ServiceName, BTreeSet<Arc<str>>>,
 }
 
 impl Area {
@@ -169,16 +115,22 @@ impl Area {
 
     /// True where less is read than before.
     pub(super) fn want(&mut self, told_as: Vec<Scope>) -> bool {
-        let narrowed = self.told_as.iter().any(|told| !told_as.contains(told));
-        let wider = told_as.iter().any(|told| !self.told_as.contains(told) && !self.pick.covers(told));
-        self.told_as = told_as;
-        if wider {
-            // One that is under way does not know of it.
-            self.read_again();
+        if self.told_as == told_as {
+            return false;
         }
+        let narrowed = self.told_as.iter().any(|told| told_as.binary_search(told).is_err());
+        let asked = self.listing.as_ref().map_or(&self.pick, |listing| &listing.pick);
+        self.due |= told_as.iter().any(|told| !asked.covers(told));
+        self.told_as = told_as;
         narrowed
     }
 
+    /// What is under way goes on.
+    pub(super) fn list_again(&mut self) {
+        self.due = true;
+    }
+
+    /// What is under way does not do.
     pub(super) fn read_again(&mut self) {
         (self.due, self.listing) = (true, None);
     }
@@ -227,7 +179,7 @@ impl Area {
     /// An endpoint of the service cannot be reached. What to ask the server for, unless all of it is read again.
     pub(super) fn suspect(&mut self, name: &ServiceName) -> Option<Plan> {
         if self.pick.is_one() {
-            self.read_again();
+            self.list_again();
         }
         let is_enough = self.due || self.listing.is_some() || !self.is_whole || self.rereads.contains_key(name);
         if is_enough || self.index_of(name).is_none() {
@@ -309,12 +261,12 @@ impl Area {
                 }
                 Answer::Nothing => {
                     self.kept.clear(kind);
-                    *self.feed(kind) = Feed { is_away: true, ..Feed::default() };
+                    *self.feed(kind) = Feed::away();
                 }
                 // Documents are there and may not be read. What was read before stays, and so does everything else.
                 Answer::Denied(reason) => {
                     self.denied = Some(reason);
-                    *self.feed(kind) = Feed { is_away: true, ..Feed::default() };
+                    *self.feed(kind) = Feed::away();
                 }
             }
         }
@@ -376,103 +328,6 @@ impl Area {
             }
             Object::Lease(_) => true,
         }
-    }
-
-    fn read(&mut self, reader: &Reader, name: &ServiceName) -> Vec<Change> {
-        let document = self.kept.document(name);
-        let mut changes: Vec<Change> = document.into_iter().filter_map(|document| reader.document(document)).collect();
-        let Some(service) = self.kept.service(name) else { return changes };
-        let is_alone = self.told_as.iter().any(|scope| *scope == Scope::Service(name.clone()));
-        let is_named = is_alone && !self.looked_up.contains(name);
-        let slices = self.kept.slices_of(name).collect();
-        let known = read::Known { service, slices, pods: &self.kept.pods, is_named, is_described: document.is_some() };
-        changes.extend(reader.read(&known, self.learned.entry(name.clone()).or_default()));
-        changes
-    }
-
-    /// For which scope it is read.
-    fn index_of(&self, name: &ServiceName) -> Option<usize> {
-        self.told_as.iter().position(|scope| scope.holds(name))
-    }
-
-    /// What there is of each scope, as of `epoch`.
-    pub(super) fn listings(&mut self, reader: &Reader, epoch: &Epoch) -> Vec<Listing> {
-        if !self.held_back.is_empty() {
-            return Vec::new();
-        }
-        let mut listings: Vec<Listing> =
-            self.told_as.iter().map(|scope| Listing::empty(scope.clone(), epoch.clone())).collect();
-        self.told.clear();
-        self.learned.retain(|name, _| self.kept.service(name).is_some());
-        for name in self.kept.names() {
-            let Some(index) = self.index_of(&name) else { continue };
-            let changes = self.read(reader, &name);
-            self.told.insert(name, changes.iter().map(|change| change_key(change).clone()).collect());
-            for change in changes {
-                match change {
-                    Change::Set(record) => listings[index].records.push(record),
-                    Change::Refused(refused) => listings[index].refused.push(refused),
-                    Change::Removed(_) => {}
-                }
-            }
-        }
-        for (listing, reason) in listings.iter_mut().zip(self.denied.iter().cycle()) {
-            let key = format!("{}/documents", access_key(&listing.scope)).into();
-            listing.refused.push(Refused { key, problems: vec![reason.clone()] });
-        }
-        listings
-    }
-
-    /// What is to be told of services that may have changed, by scope.
-    pub(super) fn changes(&mut self, reader: &Reader, touched: &Names) -> BTreeMap<Scope, Vec<Change>> {
-        let mut all: BTreeMap<Scope, Vec<Change>> = BTreeMap::new();
-        // What is listed next says all of it.
-        if !self.is_whole {
-            return all;
-        }
-        for name in touched.difference(&self.held_back.clone()) {
-            let Some(scope) = self.index_of(name).map(|index| self.told_as[index].clone()) else { continue };
-            let mut changes = self.read(reader, name);
-            let now: BTreeSet<Arc<str>> = changes.iter().map(|change| change_key(change).clone()).collect();
-            let before = self.told.remove(name).unwrap_or_default();
-            changes.extend(before.difference(&now).cloned().map(Change::Removed));
-            if self.kept.service(name).is_none() {
-                self.learned.remove(name);
-            }
-            if !now.is_empty() {
-                self.told.insert(name.clone(), now);
-            }
-            if !changes.is_empty() {
-                all.entry(scope).or_default().extend(changes);
-            }
-        }
-        all
-    }
-
-    /// What we may not read stays as it was, and is told under a key of its own.
-    pub(super) fn forbidden(&self, reason: &str) -> Vec<(Scope, Change)> {
-        let refused = |scope: &Scope| {
-            let key = access_key(scope).into();
-            (scope.clone(), Change::Refused(Refused { key, problems: vec![reason.to_owned()] }))
-        };
-        self.told_as.iter().map(refused).collect()
-    }
-}
-
-/// Of what may not be read.
-fn access_key(scope: &Scope) -> String {
-    match scope {
-        Scope::Everything => "access".to_owned(),
-        Scope::Namespace(namespace) => format!("access/{namespace}"),
-        Scope::Service(service) => format!("access/{}/{}", service.namespace(), service.name()),
-    }
-}
-
-fn change_key(change: &Change) -> &Arc<str> {
-    match change {
-        Change::Set(record) => &record.key,
-        Change::Removed(key) => key,
-        Change::Refused(refused) => &refused.key,
     }
 }
 

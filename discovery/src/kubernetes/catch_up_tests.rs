@@ -6,7 +6,7 @@ use super::super::fake_server::{Fake, addresses, payments, running, start};
 use super::super::objects::Kind;
 use super::super::samples::{object, pod, service, slice};
 use super::*;
-use crate::{ServiceName, Wanted};
+use crate::{Change, ServiceName, Wanted};
 
 #[tokio::test(start_paused = true)]
 async fn an_event_is_told_while_a_probe_and_a_list_are_not_answered() {
@@ -111,6 +111,29 @@ async fn one_more_service_of_a_namespace_is_asked_for_and_the_others_go_on() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn one_more_service_that_is_wanted_while_a_list_is_awaited_is_told_by_the_next() {
+    let mut running = start(nine(), Fake::new());
+    for _ in 0..9 {
+        running.listed().await;
+    }
+    running.watched().await;
+    running.server.asked();
+    running.server.change(|script| script.stands_still.send_replace(true));
+    running.wanted.send_modify(|wanted| wanted.resync += 1);
+    running.server.asks("list Service").await;
+    let mut told = Vec::new();
+    running.wanted.send_modify(|wanted| wanted.services.extend(["s9.shop".parse().unwrap()]));
+    running.server.asks("probe").await;
+    running.server.change(|script| script.stands_still.send_replace(false));
+    for _ in 0..19 {
+        let SourceEvent::Listed(listing) = running.next().await else { panic!("no list") };
+        told.push(listing.scope);
+    }
+    let new = Scope::Service("s9.shop".parse().unwrap());
+    assert!(!told[..9].contains(&new) && told[9..].contains(&new), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn nothing_is_told_of_a_service_of_many_before_the_pods_of_its_new_selector_are_known() {
     let mut running = start(nine(), Fake::new());
     for _ in 0..9 {
@@ -156,7 +179,7 @@ async fn what_may_no_longer_be_read_keeps_what_it_said() {
     running.server.change(|script| script.forbidden = Some(Kind::Slice));
     running.wanted.send_modify(|wanted| wanted.resync += 1);
     let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no trouble") };
-    assert!(matches!(&changes[..], [crate::Change::Refused(_)]), "{changes:?}");
+    assert!(matches!(&changes[..], [Change::Refused(_)]), "{changes:?}");
     running.server.change(|script| script.forbidden = None);
     assert_eq!(running.listed().await.1, ["10.0.0.1"]);
     let asked = running.asked_until_probed(1).await;

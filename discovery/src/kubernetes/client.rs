@@ -1,7 +1,7 @@
 //! HTTP/2 to the API server, many requests at once on few connections.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::error::{CALL_DEADLINE, Error};
-use super::objects;
+use super::json;
 use super::settings::{Access, Settings};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -45,6 +45,8 @@ const WATCHES_WINDOW: u32 = (MOST_STREAMS as u32 + 4) * WATCH_WINDOW;
 pub(super) struct Client {
     settings: Settings,
     opened: Arc<Mutex<Opened>>,
+    /// What clones that leave go over to.
+    newest: Arc<std::sync::Mutex<Arc<Mutex<Opened>>>>,
 }
 
 type Sender = SendRequest<Full<Bytes>>;
@@ -127,12 +129,17 @@ impl Caller {
 
 impl Client {
     pub(super) fn new(settings: Settings) -> Client {
-        Client { settings, opened: Arc::default() }
+        let opened: Arc<Mutex<Opened>> = Arc::default();
+        Client { settings, newest: Arc::new(std::sync::Mutex::new(opened.clone())), opened }
     }
 
-    /// The next request goes by a new connection, with what the files say then.
+    /// The next request goes by a new connection, with what the files say then; or by one that another clone opened since.
     pub(super) fn leave(&mut self) {
-        self.opened = Arc::default();
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&newest, &self.opened) {
+            *newest = Arc::default();
+        }
+        self.opened = newest.clone();
     }
 
     pub(super) async fn caller(&self) -> Result<Caller, Error> {
@@ -242,7 +249,7 @@ async fn request(
     }
     let (status, after) = (response.status(), retry_after(response.headers()));
     let refusal = read_all(response.into_body(), LARGEST_REFUSAL, &label(access, asked)).await?;
-    let (asked, reason) = (asked.clone(), objects::read_refusal(&refusal));
+    let (asked, reason) = (asked.clone(), json::read_refusal(&refusal));
     Err(match status {
         StatusCode::UNAUTHORIZED => Error::Unauthorized { by: access.credential(), reason },
         StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource, reason },
@@ -345,3 +352,7 @@ impl Lines {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;

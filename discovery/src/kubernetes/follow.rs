@@ -156,7 +156,7 @@ impl<R: Remote> Follower<R> {
 
     fn list_all_again(&mut self) {
         self.resync.begins();
-        self.areas.values_mut().for_each(Area::read_again);
+        self.areas.values_mut().for_each(Area::list_again);
     }
 
     async fn want(&mut self, wanted: &mut watch::Receiver<Wanted>) {

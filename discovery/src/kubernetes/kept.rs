@@ -226,3 +226,71 @@ pub(super) fn keeper(slice: &Slice) -> Option<Keeper> {
     let holder = slice.notes.get(LEASE_HOLDER).cloned().unwrap_or_default();
     Some((slice.notes.get(LEASE)?.clone(), holder))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::samples::{object, pod, service, slice};
+    use super::*;
+
+    fn kept() -> Kept {
+        let mut kept = Kept::default();
+        kept.set(object(Kind::Service, service("payments", &[])));
+        kept.set(object(Kind::Slice, slice("payments-x", &["10.0.0.1", "10.0.0.2"])));
+        kept.set(object(Kind::Slice, slice("payments-y", &["10.0.0.3"])));
+        kept
+    }
+
+    fn texts(changed: &Changed) -> Vec<&str> {
+        changed.services.iter().map(ServiceName::as_str).collect()
+    }
+
+    #[test]
+    fn a_pod_matters_to_services_whose_slices_name_it_and_to_no_others() {
+        let mut kept = kept();
+        assert_eq!(texts(&kept.set(object(Kind::Pod, pod("payments-1", "payer", true)))), ["payments.shop"]);
+        assert!(texts(&kept.set(object(Kind::Pod, pod("payments-1", "payer", true)))).is_empty(), "nothing is new");
+        assert!(texts(&kept.set(object(Kind::Pod, pod("payments-7", "payer", true)))).is_empty());
+        // Named by two slices, then by one, then by none.
+        for (slice_of_it, is_named) in [("payments-x", true), ("payments-y", false)] {
+            kept.remove(object(Kind::Slice, slice(slice_of_it, &[])));
+            let changed = kept.set(object(Kind::Pod, pod("payments-0", slice_of_it, true)));
+            assert_eq!(!changed.services.is_empty(), is_named, "{slice_of_it}");
+        }
+        assert!(kept.named_by.is_empty() && kept.owners.is_empty() && kept.slices.is_empty(), "{kept:?}");
+    }
+
+    #[test]
+    fn a_slice_that_goes_over_to_another_service_is_told_of_both() {
+        let mut kept = kept();
+        let mut moved = slice("payments-y", &["10.0.0.3"]);
+        moved["metadata"]["labels"]["kubernetes.io/service-name"] = "billing".into();
+        assert_eq!(texts(&kept.set(object(Kind::Slice, moved))), ["billing.shop", "payments.shop"]);
+        assert_eq!(kept.slices_of(&"payments.shop".parse().unwrap()).count(), 1);
+        assert_eq!(kept.slices_of(&"billing.shop".parse().unwrap()).count(), 1);
+    }
+
+    #[test]
+    fn only_who_selects_other_pods_than_before_is_told_to() {
+        let mut kept = kept();
+        assert!(!kept.set(object(Kind::Service, service("payments", &[("allow-plaintext", "true")]))).selector);
+        let mut other = service("payments", &[]);
+        other["spec"]["selector"]["tier"] = "web".into();
+        assert!(kept.set(object(Kind::Service, other.clone())).selector);
+        assert!(kept.remove(object(Kind::Service, other)).selector);
+        let mut of_nobody = service("payments", &[]);
+        of_nobody["spec"]["selector"] = serde_json::Value::Null;
+        assert!(!kept.set(object(Kind::Service, of_nobody)).selector);
+    }
+
+    #[test]
+    fn a_name_and_an_account_are_kept_once() {
+        let mut kept = kept();
+        for n in 0..2 {
+            kept.set(object(Kind::Pod, pod(&format!("payments-{n}"), "payer", true)));
+        }
+        let accounts: Vec<&Arc<str>> = kept.pods.values().map(|pod| &pod.account).collect();
+        assert!(Arc::ptr_eq(accounts[0], accounts[1]));
+        let (named, _) = kept.named_by.get_key_value("shop/payments-0").unwrap();
+        assert!(Arc::ptr_eq(named, kept.pods.get_key_value("shop/payments-0").unwrap().0));
+    }
+}

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::area::Feed;
+use super::feed::Feed;
 use super::objects::{Kind, LEASE, Lease, NOTES};
 use super::pick::MOST_NAMED;
 use super::remote::Collection;

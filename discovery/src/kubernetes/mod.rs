@@ -29,14 +29,19 @@ mod catch_up;
 mod client;
 mod error;
 #[cfg(test)]
+mod fake_cluster;
+#[cfg(test)]
 mod fake_server;
+mod feed;
 mod follow;
 mod hosts;
+mod json;
 mod kept;
 mod leases;
 mod lists;
 mod objects;
 mod pick;
+mod places;
 mod read;
 mod registrar;
 mod remote;
@@ -46,6 +51,7 @@ mod resources;
 mod samples;
 mod settings;
 mod store;
+mod told;
 mod work;
 
 use std::collections::BTreeSet;
@@ -77,7 +83,8 @@ pub struct KubernetesSource {
 }
 
 impl KubernetesSource {
-    /// Reads the files that `settings` names, so that a mistake in them ends the start.
+    /// Reads the files that `settings` names, so that a mistake in them ends the start. One that cannot be read may be written
+    /// later, and what was known is served meanwhile.
     pub fn new(
         name: &str,
         settings: KubernetesSettings,
@@ -86,7 +93,10 @@ impl KubernetesSource {
         provides: Provides,
         trust_domain: TrustDomain,
     ) -> Result<KubernetesSource, String> {
-        settings.access().map_err(|error| error.to_string())?;
+        match settings.access() {
+            Err(error) if !error.may_pass() => return Err(error.to_string()),
+            _ => {}
+        }
         let namespace = namespace.unwrap_or(SYSTEM_NAMESPACE);
         check_label("namespace", namespace).map_err(|error| error.to_string())?;
         let (name, namespace) = (name.to_owned(), namespace.to_owned());
@@ -123,7 +133,7 @@ impl Source for KubernetesSource {
             authority: self.authority.clone(),
             dead: BTreeSet::new(),
         };
-        let remote = ApiServer(Client::new(self.settings.clone()));
+        let client = Client::new(self.settings.clone());
         let life = watch::Sender::default();
         let followed = Followed {
             kinds: self.provides.kinds(),
@@ -133,8 +143,8 @@ impl Source for KubernetesSource {
             life: life.subscribe(),
             sink: sink.clone(),
         };
-        let settings = self.settings.clone();
-        let resources = resources::run(move || Client::new(settings.clone()), followed);
+        let remote = ApiServer(client.clone());
+        let resources = resources::run(move || client.clone(), followed);
         let services = follow::run(remote, reader, Leases::new(self.namespace.clone()), wanted, sink, life);
         // Neither ends, except by a defect; both are then begun anew.
         Box::pin(async move {

@@ -1,103 +1,11 @@
 use serde_json::{Value, json};
 
+use super::super::fake_cluster::{Cluster, definition, shorts};
 use super::super::objects::{Kind, Object};
-use super::super::samples;
-use super::super::samples::{object, objects, own_slice, pod, service, slice};
+use super::super::samples::{self, object, own_slice, pod, service};
 use super::*;
 use crate::fake::trust_domain;
-use crate::{Namespaces, Protocol};
-
-/// What is there, and how it is imported.
-struct Cluster {
-    service: Value,
-    slices: Vec<Value>,
-    pods: Vec<Value>,
-    is_named: bool,
-    is_described: bool,
-    authority: Namespaces,
-}
-
-impl Cluster {
-    /// Two pods that take HBONE behind `payments`.
-    fn new() -> Cluster {
-        Cluster {
-            service: service("payments", &[]),
-            slices: vec![slice("payments-x", &["10.0.0.1", "10.0.0.2"])],
-            pods: vec![pod("payments-0", "payer", true), pod("payments-1", "payer", true)],
-            is_named: true,
-            is_described: false,
-            authority: Namespaces::everything(),
-        }
-    }
-
-    fn of_nobody(slices: Vec<Value>) -> Cluster {
-        let mut service = service("payments", &[]);
-        service["spec"]["selector"] = Value::Null;
-        Cluster { service, slices, pods: vec![], ..Cluster::new() }
-    }
-
-    fn read_with(&self, learned: &mut Learned) -> Vec<Change> {
-        let Some(Object::Service(service)) = objects(Kind::Service, std::slice::from_ref(&self.service)).pop() else {
-            panic!("no service")
-        };
-        let slices: Vec<Slice> = objects(Kind::Slice, &self.slices).into_iter().map(only_slice).collect();
-        let pods = objects(Kind::Pod, &self.pods).into_iter().map(|object| match object {
-            Object::Pod(key, pod) => (key, pod),
-            other => panic!("{other:?}"),
-        });
-        let known = Known {
-            service: &service,
-            slices: slices.iter().collect(),
-            pods: &pods.collect(),
-            is_named: self.is_named,
-            is_described: self.is_described,
-        };
-        Reader { trust_domain: trust_domain(), authority: self.authority.clone(), dead: BTreeSet::new() }
-            .read(&known, learned)
-    }
-
-    fn read(&self) -> Vec<Change> {
-        self.read_with(&mut Learned::default())
-    }
-
-    fn definition(&self) -> Option<Definition> {
-        definition(&self.read())
-    }
-
-    fn places(&self) -> Vec<Arc<Place>> {
-        self.read().iter().flat_map(|change| record(change).places.clone()).collect()
-    }
-
-    fn problems(&self) -> Vec<String> {
-        let problems = |change| match change {
-            Change::Refused(refused) => refused.problems,
-            _ => vec![],
-        };
-        self.read().into_iter().flat_map(problems).collect()
-    }
-}
-
-fn only_slice(object: Object) -> Slice {
-    match object {
-        Object::Slice(slice) => slice,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn record(change: &Change) -> &Record {
-    match change {
-        Change::Set(record) => record,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn definition(changes: &[Change]) -> Option<Definition> {
-    changes.iter().find_map(|change| record(change).definition.as_deref().cloned())
-}
-
-fn shorts(definition: &Definition) -> Vec<&str> {
-    definition.identities.iter().map(SpiffeId::short).collect()
-}
+use crate::{Namespaces, Place, PortTarget, Protocol};
 
 #[test]
 fn a_service_is_its_ports_its_addresses_and_the_accounts_of_its_pods() {
@@ -151,11 +59,25 @@ fn a_slice_makes_no_pod_a_server_that_the_service_does_not_select() {
 #[test]
 fn identities_outlive_the_pods_so_that_what_is_doubted_may_still_serve() {
     let (mut cluster, mut learned) = (Cluster::new(), Learned::default());
-    cluster.read_with(&mut learned);
+    cluster.read_at(&mut learned, Instant::now());
     cluster.pods.clear();
     cluster.slices.clear();
-    assert_eq!(shorts(&definition(&cluster.read_with(&mut learned)).unwrap()), ["ns/shop/sa/payer"]);
+    assert_eq!(shorts(&definition(&cluster.read_at(&mut learned, Instant::now())).unwrap()), ["ns/shop/sa/payer"]);
     assert!(cluster.definition().unwrap().identities.is_empty(), "nothing is made up over what others still know");
+}
+
+/// Ten pods of one account lost by accident, while one of another is left.
+#[test]
+fn an_account_stays_beside_others_for_as_long_as_its_loss_may_be_doubted() {
+    let (mut cluster, mut learned, start) = (Cluster::new(), Learned::default(), Instant::now());
+    cluster.pods[1] = pod("payments-1", "other", true);
+    cluster.read_at(&mut learned, start);
+    cluster.pods.remove(0);
+    let lost = start + 10 * LEAVES_AFTER;
+    let mut who = |at: Instant| shorts(&definition(&cluster.read_at(&mut learned, at)).unwrap()).join(" ");
+    assert_eq!(who(lost), "ns/shop/sa/other ns/shop/sa/payer");
+    assert_eq!(who(lost + LEAVES_AFTER / 2), "ns/shop/sa/other ns/shop/sa/payer");
+    assert_eq!(who(lost + LEAVES_AFTER), "ns/shop/sa/other");
 }
 
 #[test]
@@ -168,100 +90,16 @@ fn without_authority_it_says_where_and_not_what() {
 }
 
 #[test]
-fn a_pod_outside_the_mesh_is_plaintext_and_one_that_is_not_known_is_nothing() {
-    let mut cluster = Cluster::new();
-    cluster.pods = vec![pod("payments-0", "payer", false)];
-    let places = cluster.places();
-    assert_eq!(places.iter().map(|place| place.transport).collect::<Vec<_>>(), [Transport::Plaintext]);
-    let mut other_life = pod("payments-1", "payer", true);
-    other_life["metadata"]["uid"] = json!("another");
-    cluster.pods = vec![other_life];
-    assert!(cluster.places().is_empty());
-}
-
-#[test]
 fn by_a_pattern_only_what_takes_part_in_the_mesh_is_imported() {
     let mut plain = Cluster { is_named: false, ..Cluster::new() };
     assert_eq!(plain.read().len(), 2, "its pods take HBONE");
     plain.pods = vec![pod("payments-0", "payer", false)];
     assert_eq!(plain.read(), []);
     let mut learned = Learned { takes_mesh: true, ..Learned::default() };
-    assert_eq!(plain.read_with(&mut learned).len(), 2, "it was of the mesh before");
+    assert_eq!(plain.read_at(&mut learned, Instant::now()).len(), 2, "it was of the mesh before");
     plain.service = service("payments", &[("allow-plaintext", "true")]);
     assert_eq!(plain.places().len(), 1);
     assert!(plain.definition().unwrap().allow_plaintext);
-}
-
-#[test]
-fn one_that_ends_takes_new_connections_only_where_no_other_does() {
-    let weights = |ready: bool| {
-        let mut cluster = Cluster::new();
-        cluster.slices[0]["endpoints"][0]["conditions"] =
-            json!({ "ready": false, "serving": true, "terminating": true });
-        cluster.slices[0]["endpoints"][1]["conditions"] = json!({ "ready": ready });
-        cluster.places().iter().map(|place| (place.weight, place.health)).collect::<Vec<_>>()
-    };
-    assert_eq!(weights(true), [(0, Health::Healthy), (100, Health::Healthy)]);
-    assert_eq!(weights(false), [(100, Health::Healthy), (100, Health::Unhealthy)]);
-}
-
-#[test]
-fn who_writes_a_slice_says_how_its_endpoints_are_reached() {
-    let notes = [
-        ("transport", "meshd"),
-        ("identity", "ns/shop/sa/payments"),
-        ("mesh-port", "15018"),
-        ("weight", "7"),
-        ("network", "vm"),
-        ("epoch", "3"),
-        ("later", "unknown"),
-    ];
-    let places = Cluster::of_nobody(vec![own_slice("payments-web", "10.0.0.9", &notes)]).places();
-    let expected = Place {
-        mesh_port: 15018,
-        ports: vec![PortTarget { port: 80, target: 8080 }],
-        identity: Some("spiffe://example.org/ns/shop/sa/payments".parse().unwrap()),
-        network: "vm".into(),
-        zone: "rack-1".into(),
-        weight: 7,
-        epoch: 3,
-        ..crate::fake::place("10.0.0.9")
-    };
-    assert_eq!(places, [Arc::new(expected)]);
-    let plain = Cluster::of_nobody(vec![own_slice("payments-web", "10.0.0.9", &[])]).places();
-    assert_eq!(plain[0].transport, Transport::Plaintext);
-}
-
-#[test]
-fn annotations_that_mean_nothing_are_named_and_the_others_of_the_service_hold() {
-    for (notes, expected) in [
-        (("transport", "tcp"), "annotation meshd.dev/transport: write meshd, hbone or plaintext"),
-        (("weight", "heavy"), "annotation meshd.dev/weight: `heavy` is no such number"),
-        (("mesh-port", "70000"), "annotation meshd.dev/mesh-port: `70000` is no such number"),
-        (("identity", "payments"), "identity: "),
-        (("network", "a b"), "network: "),
-        (("weight", "9999999"), "weight: 9999999 is too much"),
-    ] {
-        let good = own_slice("payments-a", "10.0.0.8", &[("transport", "meshd")]);
-        let bad = own_slice("payments-b", "10.0.0.9", &[("transport", "meshd"), notes]);
-        let cluster = Cluster::of_nobody(vec![good, bad]);
-        let problems = cluster.problems();
-        assert_eq!(problems.len(), 1, "{problems:?}");
-        assert!(
-            problems[0].starts_with("EndpointSlice shop/payments-b: ") && problems[0].contains(expected),
-            "{problems:?}"
-        );
-        assert_eq!(cluster.read().len(), 3);
-    }
-    for (notes, expected) in [
-        (("identities", ""), "nobody may serve"),
-        (("identities", "payments"), "annotation meshd.dev/identities: "),
-        (("identities", "ns/meshd-system/sa/web"), "is a host"),
-        (("allow-plaintext", "yes"), "write \"true\" or \"false\""),
-    ] {
-        let problems = Cluster { service: service("payments", &[notes]), ..Cluster::new() }.problems();
-        assert!(problems[0].starts_with("Service shop/payments: ") && problems[0].contains(expected), "{problems:?}");
-    }
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::client::{Asked, Caller, Client, Lines};
 use super::error::Error;
-use super::objects::{self, Event, Kind, Listed, SERVICE_NAME};
+use super::json;
+use super::objects::{Event, Kind, Listed, SERVICE_NAME};
 use crate::backoff::jittered;
 use crate::{Epoch, Scope};
 
@@ -105,7 +106,7 @@ async fn life_by(caller: &Caller) -> Result<Epoch, Error> {
     let asked = Asked { verb: "list", resource: "namespaces (kube-system)".to_owned() };
     match caller.get(LIFE, &asked).await {
         Ok(answer) => {
-            let (uid, position) = objects::read_life(&answer)?;
+            let (uid, position) = json::read_life(&answer)?;
             Ok(Epoch { store: uid.into(), position })
         }
         // Who may not know that knows the server by its address, and how far it is by its lists.
@@ -167,7 +168,7 @@ impl ApiServer {
 impl Watch for ServerWatch {
     async fn next(&mut self) -> Result<Option<Event>, Error> {
         match self.lines.next().await? {
-            Some(line) => objects::read_event(self.kind, &line).map(Some),
+            Some(line) => json::read_event(self.kind, &line).map(Some),
             None => Ok(None),
         }
     }
@@ -179,7 +180,7 @@ impl Collection {
             Error::Garbled(reason) => Error::Garbled(format!("{}: {reason}", self.asked("list"))),
             error => error,
         };
-        let listed = objects::read_list(self.kind, answer).map_err(unreadable)?;
+        let listed = json::read_list(self.kind, answer).map_err(unreadable)?;
         if listed.position.is_empty() {
             return Err(Error::Garbled(format!("{}: `metadata.resourceVersion` is missing", self.asked("list"))));
         }

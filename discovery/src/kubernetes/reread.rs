@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::area::{Happened, is_before};
+use super::area::Happened;
+use super::feed::is_before;
 use super::kept::Kept;
 use super::lists::{Answer, Lists, Plan};
 use super::objects::{Kind, Object};

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::objects::{Kind, Object, read_list};
+use super::json::read_list;
+use super::objects::{Kind, Object};
 
 pub(super) fn service(name: &str, notes: &[(&str, &str)]) -> Value {
     let annotations: serde_json::Map<String, Value> =

@@ -2,18 +2,21 @@
 //! connection, and tokens for each request, so that renewed ones are used.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use data_encoding::BASE64;
-use rustls::pki_types::pem::PemObject;
+use rustls::ClientConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
+
+use crate::tls::{self, Identity, MaterialError};
 
 /// Where a pod has its own credentials.
 const IN_CLUSTER: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const HTTPS: u16 = 443;
+const HTTP2: &[&[u8]] = &[b"h2"];
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SettingsError {
@@ -26,12 +29,21 @@ pub(super) enum SettingsError {
     ContextAlone,
     #[error("{}: {reason}", path.display())]
     File { path: PathBuf, reason: String },
+    #[error("{}: {source}", path.display())]
+    Unreadable { path: PathBuf, source: io::Error },
     #[error("{}: there is no {what} `{name}`; there are: {known}", path.display())]
     Missing { path: PathBuf, what: &'static str, name: String, known: String },
     #[error("{}: {what} `{name}`: {reason}", path.display())]
     Entry { path: PathBuf, what: &'static str, name: String, reason: String },
     #[error("TLS to the API server is not possible with this material: {0}")]
     Tls(#[from] rustls::Error),
+}
+
+impl SettingsError {
+    /// Somebody may still write the file: a token that is fetched at boot, an authority that is being replaced.
+    pub(super) fn may_pass(&self) -> bool {
+        matches!(self, SettingsError::Unreadable { .. })
+    }
 }
 
 /// What `[[source]]` says.
@@ -68,7 +80,7 @@ impl Token {
         match self {
             Token::Text(text) => Ok(text.clone()),
             Token::File(path) => {
-                let text = fs::read_to_string(path).map_err(|error| unreadable(path, &error))?;
+                let text = fs::read_to_string(path).map_err(|error| unreadable(path, error))?;
                 Ok(text.trim().to_owned())
             }
         }
@@ -86,8 +98,8 @@ impl Access {
     }
 }
 
-fn unreadable(path: &Path, error: &std::io::Error) -> SettingsError {
-    SettingsError::File { path: path.to_owned(), reason: error.to_string() }
+fn unreadable(path: &Path, source: io::Error) -> SettingsError {
+    SettingsError::Unreadable { path: path.to_owned(), source }
 }
 
 impl Settings {
@@ -115,7 +127,7 @@ fn in_cluster(variable: impl Fn(&str) -> Option<String>, directory: &Path) -> Re
         address,
         base: String::new(),
         name: bare,
-        tls: tls(certificates(&Material::File(directory.join("ca.crt")))?, None)?,
+        tls: tls::client(certificates(&Material::File(directory.join("ca.crt")))?, None, HTTP2)?,
         token: Some(Token::File(directory.join("token"))),
     })
 }
@@ -244,7 +256,10 @@ impl At<'_> {
 }
 
 fn from_kubeconfig(path: &Path, context: Option<&str>) -> Result<Access, SettingsError> {
-    let text = fs::read_to_string(path).map_err(|error| unreadable(path, &error))?;
+    let text = fs::read_to_string(path).map_err(|error| {
+        // As much a mistake in meshd.toml as anything in there.
+        SettingsError::File { path: path.to_owned(), reason: error.to_string() }
+    })?;
     let config: Kubeconfig = serde_saphyr::from_str(&text).map_err(|error| {
         let reason = format!("is no kubeconfig: {}", crate::yaml::printable(&error.to_string()));
         SettingsError::File { path: path.to_owned(), reason }
@@ -269,9 +284,7 @@ fn from_kubeconfig(path: &Path, context: Option<&str>) -> Result<Access, Setting
     reach(cluster, &at_cluster, identity, token)
 }
 
-type ClientCertificate = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
-
-fn credentials(user: &User, at: &At<'_>) -> Result<(Option<ClientCertificate>, Option<Token>), SettingsError> {
+fn credentials(user: &User, at: &At<'_>) -> Result<(Option<Identity>, Option<Token>), SettingsError> {
     let acts_as = "meshd would read with more rights than the user it names";
     let foreign = [
         ("exec", user.exec.is_some(), "meshd runs no credential plugins"),
@@ -305,7 +318,7 @@ fn credentials(user: &User, at: &At<'_>) -> Result<(Option<ClientCertificate>, O
 fn reach(
     cluster: &Cluster,
     at: &At<'_>,
-    identity: Option<ClientCertificate>,
+    identity: Option<Identity>,
     token: Option<Token>,
 ) -> Result<Access, SettingsError> {
     if cluster.insecure_skip_tls_verify == Some(true) {
@@ -332,33 +345,13 @@ fn reach(
         base: uri.path().trim_end_matches('/').to_owned(),
         name: cluster.tls_server_name.clone().unwrap_or(host.trim_matches(['[', ']']).to_owned()),
         address,
-        tls: tls(certificates(&authority)?, identity)?,
+        tls: tls::client(certificates(&authority)?, identity, HTTP2)?,
         token,
     })
 }
 
 fn not_https(cluster: &Cluster, at: &At<'_>) -> SettingsError {
     at.refuse(format!("server `{}` is no https://HOST:PORT", crate::yaml::printable(&cluster.server)))
-}
-
-fn tls(
-    authority: Vec<CertificateDer<'static>>,
-    identity: Option<ClientCertificate>,
-) -> Result<Arc<ClientConfig>, SettingsError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in authority {
-        roots.add(certificate)?;
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots);
-    let mut config = match identity {
-        Some((chain, key)) => builder.with_client_auth_cert(chain, key)?,
-        None => builder.with_no_client_auth(),
-    };
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Arc::new(config))
 }
 
 impl Material {
@@ -368,24 +361,26 @@ impl Material {
         }
     }
 
-    fn refuse(&self, reason: impl std::fmt::Display) -> SettingsError {
-        SettingsError::File { path: self.place().to_owned(), reason: format!("{reason}; PEM is needed") }
+    fn refuse(&self, error: MaterialError) -> SettingsError {
+        match error {
+            MaterialError::Unreadable(error) => unreadable(self.place(), error),
+            error => SettingsError::File { path: self.place().to_owned(), reason: error.to_string() },
+        }
     }
 }
 
 fn certificates(material: &Material) -> Result<Vec<CertificateDer<'static>>, SettingsError> {
-    let found: Result<Vec<_>, _> = match material {
-        Material::File(path) => CertificateDer::pem_file_iter(path).and_then(Iterator::collect),
-        Material::Inline(_, bytes) => CertificateDer::pem_slice_iter(bytes).collect(),
+    let found = match material {
+        Material::File(path) => tls::certificates_of(path),
+        Material::Inline(_, bytes) => tls::certificates_in(bytes),
     };
-    let found = found.map_err(|error| material.refuse(error))?;
-    if found.is_empty() { Err(material.refuse("no certificate in it")) } else { Ok(found) }
+    found.map_err(|error| material.refuse(error))
 }
 
 fn private_key(material: &Material) -> Result<PrivateKeyDer<'static>, SettingsError> {
     let key = match material {
-        Material::File(path) => PrivateKeyDer::from_pem_file(path),
-        Material::Inline(_, bytes) => PrivateKeyDer::from_pem_slice(bytes),
+        Material::File(path) => tls::key_of(path),
+        Material::Inline(_, bytes) => tls::key_in(bytes),
     };
     key.map_err(|error| material.refuse(error))
 }

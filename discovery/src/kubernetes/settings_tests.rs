@@ -115,3 +115,21 @@ fn a_pod_finds_everything_in_itself() {
     assert_eq!((v6.server.as_str(), v6.name.as_str()), ("https://[fd00::1]:6443", "fd00::1"));
     assert!(matches!(access(""), Err(SettingsError::NotInCluster)));
 }
+
+/// A host that boots before its token was fetched has a mesh all the same.
+#[test]
+fn what_is_not_there_yet_may_come_and_what_is_wrong_stays_wrong() {
+    let may_pass = |break_it: &dyn Fn(&Directory)| {
+        let directory = Directory::new();
+        directory.access(CLUSTER, "{ tokenFile: token }", None).unwrap();
+        break_it(&directory);
+        let settings = Settings { kubeconfig: Some(directory.0.path().join("config")), context: None };
+        settings.access().err().expect("an error").may_pass()
+    };
+    for file in ["token", "ca.pem"] {
+        assert!(may_pass(&|directory| fs::remove_file(directory.0.path().join(file)).unwrap()), "{file}");
+    }
+    assert!(!may_pass(&|directory| fs::remove_file(directory.0.path().join("config")).unwrap()));
+    assert!(!may_pass(&|directory| directory.write("ca.pem", "no certificate")));
+    assert!(!may_pass(&|directory| directory.write("config", "clusters: 7")));
+}

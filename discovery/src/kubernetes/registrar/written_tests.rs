@@ -1,5 +1,7 @@
 use std::collections::HashMap;
 
+use tokio::time::Instant;
+
 use super::super::super::objects::{Kind, Object};
 use super::super::super::read::{Known, Learned, Reader};
 use super::super::super::samples;
@@ -42,7 +44,7 @@ fn read_back(said: &Registration, dead: bool) -> Place {
         Reader { trust_domain: trust_domain(), authority: Namespaces::default(), dead: dead.into_iter().collect() };
     let known =
         Known { service: &service, slices: vec![&slice], pods: &HashMap::new(), is_named: true, is_described: false };
-    match reader.read(&known, &mut Learned::default()).pop() {
+    match reader.read(&known, &mut Learned::default(), Instant::now()).pop() {
         Some(Change::Set(record)) => (*record.places[0]).clone(),
         other => panic!("{other:?}"),
     }
