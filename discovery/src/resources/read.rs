@@ -16,9 +16,10 @@ use crate::documents;
 use crate::yaml::{self, Field, Node, Problem, Value};
 
 const MOST_EXPRESSIONS: usize = 64;
+const CREATED: &str = "creationTimestamp";
 /// Into `metadata`, besides what people write.
 pub(crate) const WRITTEN_BY_KUBERNETES: [&str; 11] = [
-    "creationTimestamp",
+    CREATED,
     "deletionGracePeriodSeconds",
     "deletionTimestamp",
     "finalizers",
@@ -81,15 +82,15 @@ fn read_chunk(text: &str, line: u64, trust_domain: &TrustDomain) -> Vec<Document
         Err(problem) => return vec![Document::bad(problem.line, vec![problem])],
     };
     match items_of_list(node) {
-        Ok(items) => items.iter().map(|item| read_node(item, trust_domain)).collect(),
-        Err(node) => vec![read_node(&node, trust_domain)],
+        Ok(items) => items.into_iter().map(|item| read_written(item, trust_domain)).collect(),
+        Err(node) => vec![read_written(node, trust_domain)],
     }
 }
 
 /// A text that is one document.
 pub(crate) fn read_one(text: &str, line: u64, trust_domain: &TrustDomain) -> Document {
     match yaml::parse(text, line) {
-        Ok(node) => read_node(&node, trust_domain),
+        Ok(node) => read_written(node, trust_domain),
         Err(problem) => Document::bad(problem.line, vec![problem]),
     }
 }
@@ -99,10 +100,16 @@ fn items_of_list(mut node: Node) -> Result<Vec<Node>, Node> {
     let is_list = Field::root(&node)
         .entry("kind")
         .is_some_and(|kind| matches!(&kind.node.value, Value::Text(text) if text == "List"));
-    match (is_list, node.take("items")) {
-        (true, Some(Node { value: Value::List(items), .. })) => Ok(items),
+    match is_list.then(|| node.take("items")).flatten() {
+        Some(Node { value: Value::List(items), .. }) => Ok(items),
         _ => Err(node),
     }
+}
+
+/// When it was made only a server knows: what somebody wrote would put it before others.
+fn read_written(mut node: Node, trust_domain: &TrustDomain) -> Document {
+    let _ = node.get_mut("metadata").and_then(|metadata| metadata.take(CREATED));
+    read_node(&node, trust_domain)
 }
 
 /// An object of Kubernetes.
@@ -156,7 +163,7 @@ fn kind_of(root: &Field<'_>, problems: &mut Vec<Problem>) -> Option<Kind> {
 
 fn id_of(kind: Kind, root: &Field<'_>) -> Option<Id> {
     let metadata = root.entry("metadata")?;
-    let text = |name: &str| http_route::word(&metadata, name).map(Arc::from);
+    let text = |name: &str| metadata.word(name).map(Arc::from);
     Some(Id { kind, namespace: text("namespace")?, name: text("name")? })
 }
 
@@ -236,8 +243,7 @@ fn read_resource(
 fn check_namespace(kind: Kind, root: &Field<'_>, spec: &Field<'_>, problems: &mut Vec<Problem>) {
     let Some(namespace) = root.entry("metadata").and_then(|metadata| metadata.entry("namespace")) else { return };
     let is_system = matches!(&namespace.node.value, Value::Text(text) if text == SYSTEM_NAMESPACE);
-    let is_for_all =
-        spec.entry("targetRef").is_some_and(|target| http_route::word(&target, "kind") == Some("TrustDomain"));
+    let is_for_all = spec.entry("targetRef").is_some_and(|target| target.word("kind") == Some("TrustDomain"));
     if is_system && !(kind == Kind::AuthorizationPolicy && is_for_all) {
         namespace.refuse(problems, format!("`{SYSTEM_NAMESPACE}` is reserved for hosts, and for policies of the whole trust domain; choose another namespace"));
     }
@@ -302,8 +308,7 @@ fn expressions(value: &Json) -> usize {
 /// Whether a route of a cluster is any concern of ours: most are of Gateways.
 pub(crate) fn is_between_services(object: &Json) -> bool {
     let node = Node::from(object);
-    let parents =
-        Field::root(&node).entry("spec").map(|spec| http_route::items(&spec, "parentRefs")).unwrap_or_default();
+    let parents = Field::root(&node).entry("spec").map(|spec| spec.items("parentRefs")).unwrap_or_default();
     parents.iter().any(is_service_parent)
 }
 

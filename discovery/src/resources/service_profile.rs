@@ -7,7 +7,6 @@ use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
 use super::forms::{EXPRESSION, METHOD, WORD};
-use super::http_route::{items, word};
 use super::read::resource;
 use super::shape::{Object, Rule, Shape};
 use super::values::span_of;
@@ -173,14 +172,14 @@ impl Converter<'_, '_> {
             }
         };
         let metadata = root.entry("metadata")?;
-        let namespace = word(&metadata, "namespace")?;
-        let Some(service) = service_of(word(&metadata, "name")?) else {
+        let namespace = metadata.word("namespace")?;
+        let Some(service) = service_of(metadata.word("name")?) else {
             self.refuse(&metadata, "its name is not that of a service, NAME.NAMESPACE.svc.cluster.local; correct it");
             return None;
         };
         let backends = self.backends(&spec, &profile);
         let mut rules = Vec::new();
-        for (route, field) in profile.routes.iter().zip(items(&spec, "routes")) {
+        for (route, field) in profile.routes.iter().zip(spec.items("routes")) {
             rules.push(self.rule(route, &field, &backends));
         }
         // What no route of a profile matches goes on all the same.
@@ -250,7 +249,7 @@ impl Converter<'_, '_> {
     }
 
     fn check_classes(&mut self, route: &Route, field: &Field<'_>) {
-        for (class, field) in route.response_classes.iter().zip(items(field, "responseClasses")) {
+        for (class, field) in route.response_classes.iter().zip(field.items("responseClasses")) {
             let statuses = class.statuses();
             if statuses.is_empty() {
                 self.refuse(&field, "`max` is less than `min`; exchange them");
@@ -292,7 +291,7 @@ impl Converter<'_, '_> {
         let written: Vec<Json> = profile.dst_overrides.iter().map(|destination| destination.weight.clone()).collect();
         let weights = weights_of(&written);
         let mut backends = Vec::new();
-        for (n, (destination, field)) in profile.dst_overrides.iter().zip(items(spec, "dstOverrides")).enumerate() {
+        for (n, (destination, field)) in profile.dst_overrides.iter().zip(spec.items("dstOverrides")).enumerate() {
             let (host, port) = match destination.authority.rsplit_once(':') {
                 Some((host, port)) => (host, port.parse::<u16>().ok().filter(|port| *port > 0).map(Some)),
                 None => (destination.authority.as_str(), Some(None)),

@@ -27,6 +27,15 @@ fn resources_of(text: &str) -> Vec<Resource> {
     all
 }
 
+/// As an API server gives it, with the times it wrote.
+fn of_a_server(text: &str) -> Vec<Resource> {
+    let json = crate::yaml::parse(text, 1).ok().unwrap().to_json();
+    match read_json(&json, &trust_domain()).outcome.unwrap() {
+        Said::Resources(resources) => resources,
+        Said::Service(_) => Vec::new(),
+    }
+}
+
 fn problems_of(text: &str) -> Vec<String> {
     let documents = read(text, &trust_domain());
     let problems = documents.into_iter().filter_map(|document| document.outcome.err()).flatten();
@@ -173,6 +182,14 @@ fn what_is_wrong_is_told_with_its_line_its_field_and_what_to_do() {
             "a MeshService is of group `meshd.dev`",
         ),
         (http("rules: [ { backendRefs: [ { name: x, weight: 1000001 } ] } ]"), "from 0 to 1000000"),
+        (http("rules: []"), "spec.rules: is empty, so that nothing would be answered"),
+        (http("rules: [ { name: a }, { name: a } ]"), "spec.rules[1]: \"a\" is listed twice"),
+        (
+            http(
+                "rules: [ { backendRefs: [ { name: x, filters: [ { type: RequestRedirect, requestRedirect: { port: 1 } } ] } ] } ]",
+            ),
+            "a rule that redirects sends nothing",
+        ),
         (
             document("gateway.networking.k8s.io/v1", "HTTPRoute", "{ parentRefs: [ { name: gate } ] }"),
             "none is a Service or MeshService",
@@ -338,7 +355,7 @@ fn the_older_of_two_that_say_the_same_holds_and_then_the_first_by_name() {
     };
     let rules = "rules: [ { matches: [ { path: { value: /a } } ] } ]";
     let of = |texts: &[String]| {
-        let resources: Vec<Resource> = texts.iter().flat_map(|text| resources_of(text)).collect();
+        let resources: Vec<Resource> = texts.iter().flat_map(|text| of_a_server(text)).collect();
         conflicts(&resources)
             .into_iter()
             .map(|conflict| (conflict.winner.name.to_string(), conflict.loser.name.to_string()))
@@ -356,6 +373,26 @@ fn the_older_of_two_that_say_the_same_holds_and_then_the_first_by_name() {
         "{ parentRefs: [ { group: \"\", kind: Service, name: payments, port: 80 } ], rules: [ { backendRefs: [ { name: x } ] } ] }",
     );
     assert_eq!(of(&[tcp, route("b", "", rules)]), pair("b", "web"));
+}
+
+#[test]
+fn when_a_document_was_made_is_believed_of_servers_only() {
+    let text = http("rules: [ {} ]").replace("name: web,", "name: web, creationTimestamp: \"1970-01-01T00:00:00Z\",");
+    assert_eq!(resources_of(&text)[0].meta().created, None);
+    assert_eq!(of_a_server(&text)[0].meta().created.as_deref(), Some("1970-01-01T00:00:00Z"));
+}
+
+#[test]
+fn a_grpc_route_that_says_nothing_is_for_every_call() {
+    let parent = "parentRefs: [ { group: \"\", kind: Service, name: payments } ]";
+    for rules in ["", ", rules: []", ", rules: [ { matches: [ { method: { service: \"\", method: \"\" } } ] } ]"] {
+        let text = document("gateway.networking.k8s.io/v1", "GRPCRoute", &format!("{{ {parent}{rules} }}"));
+        assert_eq!(problems_of(&text), Vec::<String>::new());
+        let [Resource::Grpc(route)] = &resources_of(&text)[..] else { panic!("{text}") };
+        assert_eq!(route.spec.rules.len(), 1, "{rules}");
+        let [found] = route.spec.rules[0].alternatives() else { panic!("{rules}") };
+        assert!(found.specificity() == GrpcMatch::default().specificity(), "{rules}");
+    }
 }
 
 #[test]
