@@ -6,6 +6,7 @@
 //! text --yaml.rs--> tree with lines --shape.rs--> checked --serde--> Resource --held.rs, attach.rs--> Directory
 //! ```
 
+mod alternatives;
 mod attach;
 mod authorization_policy;
 mod conflicts;
@@ -17,6 +18,7 @@ mod http_route;
 mod mesh_service;
 mod news;
 mod precedence;
+mod quantities;
 mod read;
 mod references;
 mod schema;

@@ -40,11 +40,13 @@ pub struct Document {
     pub(crate) outcome: Result<Said, Vec<Problem>>,
     /// Of an AuthorizationPolicy that decides something: what of it can be read also where it is bad.
     unclear: Option<UnclearSpec>,
+    /// What does not mean what it may be meant to.
+    pub(crate) warnings: Vec<Problem>,
 }
 
 impl Document {
     fn bad(line: u64, problems: Vec<Problem>) -> Document {
-        Document { line, id: None, outcome: Err(problems), unclear: None }
+        Document { line, id: None, outcome: Err(problems), unclear: None, warnings: Vec::new() }
     }
 
     /// As what it counts, if it is bad and its key was never good.
@@ -130,14 +132,16 @@ pub(crate) fn read_node(node: &Node, trust_domain: &TrustDomain) -> Document {
                 name: name.name().into(),
             });
             let outcome = document.outcome.map(|found| Said::Service(Box::new(found)));
-            Document { line: document.line, id, outcome, unclear: None }
+            Document { line: document.line, id, outcome, unclear: None, warnings: Vec::new() }
         }
         Some(kind) => {
             let id = id_of(kind, &root);
             let outcome = read_resource(kind, &root, trust_domain, problems);
             let is_policy = kind == Kind::AuthorizationPolicy;
             let unclear = is_policy.then(|| unclear_policy::read(&root, trust_domain)).flatten();
-            Document { line: node.line, id, outcome: outcome.map(Said::Resources), unclear }
+            let is_profile = kind == Kind::ServiceProfile;
+            let warnings = if is_profile { service_profile::warnings(&root) } else { Vec::new() };
+            Document { line: node.line, id, outcome: outcome.map(Said::Resources), unclear, warnings }
         }
         None => Document::bad(node.line, problems),
     }
@@ -275,10 +279,18 @@ fn understand(
     }
 }
 
-pub(super) fn resource(kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
+fn resource(kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
     check_expressions(spec)?;
     let object = json!({ "kind": kind.name(), "metadata": metadata, "spec": spec });
     serde_json::from_value(object).map_err(|error| error.to_string())
+}
+
+/// What an import becomes. It has a name that no document can have, so that it takes the place of none.
+pub(super) fn converted(from: Kind, kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
+    let mut metadata = metadata.clone();
+    let name = metadata["name"].as_str().unwrap_or_default();
+    metadata["name"] = format!("{}/{name}", from.lower()).into();
+    resource(kind, &metadata, spec)
 }
 
 /// Each takes memory and time of every host, whoever writes it.

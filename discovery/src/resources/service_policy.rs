@@ -255,7 +255,7 @@ fn balancing() -> Object {
 
 fn retry_budget() -> Object {
     Object::new()
-        .may("percent", Shape::integer(0, 100), "of requests; 20 by default")
+        .may("percent", Shape::integer(0, 1000), "of requests; 20 by default")
         .may("minPerSecond", Shape::integer(0, 1000), "retries a second that are free; 10 by default")
         .may("window", &BUDGET_WINDOW, "requests of so long ago still count, 1s to 60s; 10s by default")
 }

@@ -4,8 +4,9 @@
 use serde_json::{Value as Json, json};
 
 use super::forms::WORD;
-use super::read::resource;
-use super::service_profile::{service_of, weights_of};
+use super::quantities::weights_of;
+use super::read::converted;
+use super::service_profile::service_of;
 use super::shape::{Object, Shape};
 use super::{Kind, Resource};
 use crate::ServiceName;
@@ -57,11 +58,12 @@ pub(super) fn convert(root: &Field<'_>, json: &Json) -> Result<Vec<Resource>, Ve
         }
     }
     let Some(service) = service.filter(|_| problems.is_empty()) else { return Err(problems) };
-    let converted = json!({
+    let spec = json!({
         "parentRefs": [{ "kind": "Service", "name": service.name() }],
         "rules": [{ "backendRefs": backends }],
     });
-    let made = [Kind::HTTPRoute, Kind::TCPRoute].map(|kind| resource(kind, &json["metadata"], &converted));
+    let made =
+        [Kind::HTTPRoute, Kind::TCPRoute].map(|kind| converted(Kind::TrafficSplit, kind, &json["metadata"], &spec));
     made.into_iter().collect::<Result<_, _>>().map_err(|reason| {
         vec![Problem {
             line: root.node.line,

@@ -61,6 +61,9 @@ pub fn validate(texts: &[Text], trust_domain: &TrustDomain) -> (Vec<Finding>, us
         }
         for document in found {
             let place = Place { file, line: document.line };
+            for Problem { line, field, reason } in document.warnings {
+                check.say(&Place { file, line }, Severity::Warning, &field, reason);
+            }
             match document.outcome {
                 Ok(said) => check.take(&place, document.id, said),
                 Err(problems) => {
