@@ -1,6 +1,8 @@
-//! How long a source waits before it tries a backend again. Pure.
+//! How long a source waits before it tries a backend again.
 
 use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
 
 const FIRST: Duration = Duration::from_millis(100);
 /// A backend that comes back is noticed within this, and a thousand hosts ask it 200 times a second meanwhile.
@@ -8,19 +10,33 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// Who was served for so long is not what keeps the backend from working.
 const WELL_AFTER: Duration = Duration::from_secs(10);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Backoff {
-    failures: u32,
+    full: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Backoff {
+        Backoff { full: FIRST }
+    }
 }
 
 impl Backoff {
     /// After an attempt that ended in failure. `chance` is drawn from 0..1: half of the pause is jitter, so that hosts
     /// which lost a backend together do not come back together.
     pub(crate) fn pause(&mut self, lasted: Duration, chance: f64) -> Duration {
-        self.failures = if lasted >= WELL_AFTER { 0 } else { self.failures.saturating_add(1) };
-        let full = FIRST.saturating_mul(1 << self.failures.min(10)).min(LONGEST);
-        full.mul_f64(0.5 + chance / 2.0)
+        self.full = if lasted >= WELL_AFTER { FIRST } else { doubled(self.full, LONGEST) };
+        self.full.mul_f64(0.5 + chance / 2.0)
     }
+
+    /// Waits so long after an attempt that began then.
+    pub(crate) async fn rest(&mut self, began: Instant) {
+        sleep(self.pause(began.elapsed(), fastrand::f64())).await;
+    }
+}
+
+pub(crate) fn doubled(pause: Duration, longest: Duration) -> Duration {
+    (pause * 2).min(longest)
 }
 
 /// `period`, up to a fifth shorter or longer. `chance` is drawn from 0..1.

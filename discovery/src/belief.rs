@@ -3,7 +3,7 @@
 //! Sources lose things by accident: a store that was put back or emptied, a cluster that answers before it has read
 //! itself, an operator's slip. What is *there* is always believed. What is *gone* is believed at once only where the
 //! store went on from where it was, and most of what it said is still said; else it stays, marked stale, until a list made
-//! [`REPEATED_FOR`] later still lacks it, or an operator accepts the loss.
+//! [`REPEATED_FOR`] later still lacks it, without a break in between, or an operator accepts the loss.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -37,6 +37,25 @@ impl Belief {
     pub(crate) fn accepts(self, loss: Loss, peak: usize) -> bool {
         let most_is_left = if loss.empties_a_service { loss.left * 2 > peak } else { loss.left * 2 >= peak };
         self == Belief::Always || (loss.same_epoch && most_is_left)
+    }
+}
+
+/// Since when a source was there without a break, in one life of its store: only that can repeat a loss.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Unbroken {
+    since: Option<Instant>,
+}
+
+impl Unbroken {
+    /// It was away, or is of another store now.
+    pub(crate) fn breaks(&mut self, now: Instant) {
+        self.since = Some(now);
+    }
+
+    /// Whether what was lost then has been so for long enough.
+    pub(crate) fn repeats(&self, lost: Instant, now: Instant) -> bool {
+        let since = self.since.map_or(lost, |unbroken| unbroken.max(lost));
+        now.saturating_duration_since(since) >= REPEATED_FOR
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
+use crate::belief::{Belief, Loss, Peak, Unbroken};
 use crate::shared::Shared;
 use crate::{Change, Definition, Epoch, Listing, Place, Record, Refused, Scope, ServiceName, SourceEvent, Wanted};
 
@@ -26,6 +26,7 @@ pub(crate) struct Held {
     live: usize,
     stale: usize,
     peak: Peak,
+    unbroken: Unbroken,
 }
 
 #[derive(Debug, Clone)]
@@ -82,6 +83,7 @@ impl Held {
             live: 0,
             stale: 0,
             peak: Peak::default(),
+            unbroken: Unbroken::default(),
         }
     }
 
@@ -89,10 +91,15 @@ impl Held {
         let doubted = self.stale > 0;
         let touched = match event {
             SourceEvent::Listed(listing) => self.list(listing, now),
+            SourceEvent::Reread { within, listing } => self.list_part(&within, listing, now),
             SourceEvent::Changed { scope, position, changes } => self.change(&scope, position, changes, now),
             SourceEvent::Narrowed(wanted) => self.narrow(&wanted),
+            SourceEvent::Unavailable { .. } => {
+                self.unbroken.breaks(now);
+                Touched::new()
+            }
             // `resources/held.rs`
-            SourceEvent::Resources(_) | SourceEvent::InSync | SourceEvent::Unavailable { .. } => Touched::new(),
+            SourceEvent::Resources(_) | SourceEvent::InSync => Touched::new(),
         };
         if doubted && self.stale == 0 {
             self.settled.clone_from(&self.epochs);
@@ -156,21 +163,43 @@ impl Held {
     }
 
     fn list(&mut self, listing: Listing, now: Instant) -> Touched {
-        let Listing { scope, epoch, records, refused } = listing;
-        let same_epoch = self.goes_on(&scope, &epoch);
+        let same_epoch = self.goes_on(&listing.scope, &listing.epoch);
+        self.refused.retain(|_, (listed, _)| *listed != listing.scope);
+        let within = listing.scope.clone();
+        self.take_list(&within, listing, same_epoch, now)
+    }
+
+    /// A part of a scope. Which keys it refuses is known of the scope as a whole.
+    fn list_part(&mut self, within: &Scope, listing: Listing, now: Instant) -> Touched {
+        let Some(known) = self.epochs.get_mut(within) else { return Touched::new() };
+        let same_epoch = known.continues_in(&listing.epoch);
+        if same_epoch {
+            known.position = listing.epoch.position;
+        }
+        for record in &listing.records {
+            self.refused.remove(&record.key);
+        }
+        self.take_list(within, listing, same_epoch, now)
+    }
+
+    fn take_list(&mut self, within: &Scope, listing: Listing, same_epoch: bool, now: Instant) -> Touched {
+        let Listing { scope, records, refused, .. } = listing;
+        if !same_epoch {
+            self.unbroken.breaks(now);
+        }
         let said: HashSet<&Arc<str>> =
             records.iter().map(|record| &record.key).chain(refused.iter().map(|refused| &refused.key)).collect();
         let gone =
             self.keys_in(&scope).into_iter().filter(|key| !said.contains(key)).map(Next::Gone).collect::<Vec<_>>();
-        self.refused.retain(|_, (listed, _)| *listed != scope);
         let mut touched = Touched::new();
         for refused in refused {
-            touched.extend(self.refuse(&scope, refused));
+            touched.extend(self.refuse(within, refused));
         }
         touched.extend(self.take(gone.into_iter().chain(records.into_iter().map(Next::Is)), same_epoch, now));
         // What was doubted a minute before this list has been repeated by it.
-        touched.extend(self.settle(self.keys_in(&scope), |since| now.saturating_duration_since(since) >= REPEATED_FOR));
-        self.note_settled(&scope);
+        let unbroken = self.unbroken;
+        touched.extend(self.settle(self.keys_in(&scope), |since| unbroken.repeats(since, now)));
+        self.note_settled(within);
         touched
     }
 
@@ -246,10 +275,12 @@ impl Held {
 
     /// Whether a list continues what this source said before of the same services.
     fn goes_on(&mut self, scope: &Scope, epoch: &Epoch) -> bool {
-        let continues = |before: &Epoch| before.store == epoch.store && before.position <= epoch.position;
         let goes_on = match self.epochs.get(scope) {
-            Some(before) => continues(before),
-            None => self.epochs.iter().filter(|(other, _)| other.overlaps(scope)).all(|(_, before)| continues(before)),
+            Some(before) => before.continues_in(epoch),
+            None => {
+                let mut others = self.epochs.iter().filter(|(other, _)| other.overlaps(scope));
+                others.all(|(_, before)| before.continues_in(epoch))
+            }
         };
         self.epochs.insert(scope.clone(), epoch.clone());
         goes_on

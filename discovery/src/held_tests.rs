@@ -3,6 +3,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::belief::REPEATED_FOR;
 use crate::fake;
 
 fn held() -> Held {
@@ -52,6 +53,62 @@ fn a_list_that_is_empty_takes_nothing_away_until_it_was_so_for_a_minute() {
     assert_eq!(counts(&held), (0, 4));
     assert_eq!(held.apply(listing(4, vec![]), start + REPEATED_FOR).len(), 4);
     assert_eq!((counts(&held), held.entries().count()), ((0, 0), 0));
+}
+
+#[test]
+fn a_minute_in_which_the_source_was_away_or_its_store_another_one_repeats_nothing() {
+    let away = || SourceEvent::Unavailable { error: "away".into() };
+    for broken_by in [away(), of_store("three", 1, vec![])] {
+        let (mut held, start) = (held(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        held.apply(listing(1, services(4)), start);
+        held.apply(of_store("two", 1, vec![]), start);
+        held.apply(broken_by.clone(), at(50));
+        let SourceEvent::Listed(broken) = broken_by else {
+            held.apply(of_store("two", 2, vec![]), at(109));
+            assert_eq!(counts(&held), (0, 4));
+            assert_eq!(held.apply(of_store("two", 3, vec![]), at(110)).len(), 4);
+            continue;
+        };
+        held.apply(SourceEvent::Listed(broken.clone()), at(109));
+        assert_eq!(counts(&held), (0, 4));
+        assert_eq!(held.apply(SourceEvent::Listed(broken), at(110)).len(), 4);
+    }
+}
+
+/// One service of what is followed, read again.
+fn reread(store: &str, position: u64, service: &str, records: Vec<Record>) -> SourceEvent {
+    let (scope, epoch) = (Scope::Service(service.parse().unwrap()), Epoch { store: store.into(), position });
+    SourceEvent::Reread { within: Scope::Everything, listing: Listing { scope, epoch, records, refused: vec![] } }
+}
+
+#[test]
+fn a_service_that_is_read_again_is_compared_with_the_whole_it_is_of_and_says_nothing_of_the_rest() {
+    let (mut held, now) = (held(), Instant::now());
+    held.apply(listing(10, services(4)), now);
+    let moved = fake::record("a.shop", &["10.0.9.9"]);
+    held.apply(reread("one", 20, "a.shop", vec![moved]), now);
+    assert_eq!(counts(&held), (4, 0));
+    held.apply(reread("one", 21, "b.shop", vec![]), now);
+    assert_eq!((counts(&held), held.entries().count()), ((3, 0), 3));
+    // Of the past, or of another store: nothing of it is taken away.
+    for old in [reread("one", 19, "c.shop", vec![]), reread("two", 30, "d.shop", vec![])] {
+        held.apply(old, now);
+    }
+    assert_eq!(counts(&held), (1, 2));
+    held.apply(listing(22, services(4)), now);
+    assert_eq!(counts(&held), (4, 0));
+    assert_eq!(
+        held.settled().map(|(scope, epoch)| (scope, epoch.position)).collect::<Vec<_>>(),
+        [(&Scope::Everything, 22)]
+    );
+}
+
+#[test]
+fn what_is_read_again_of_what_was_never_listed_says_nothing() {
+    let mut held = held();
+    assert!(held.apply(reread("one", 5, "a.shop", services(1)), Instant::now()).is_empty());
+    assert_eq!(held.entries().count(), 0);
 }
 
 #[test]

@@ -35,6 +35,7 @@ mod source;
 mod stored;
 mod suspicion;
 mod types;
+mod unix_time;
 mod watch;
 mod watched;
 pub mod write;

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -58,8 +58,11 @@ pub struct Wanted {
     pub services: BTreeSet<ServiceName>,
     /// Looked up here. As with a pattern, what does not take part in the mesh is not meant.
     pub looked_up: BTreeSet<ServiceName>,
-    /// Grows with every request to read all again, for instance because an endpoint cannot be reached.
+    /// Grows with every request to read all again.
     pub resync: u64,
+    /// Services to be read again because an endpoint of theirs cannot be reached, each with the number of its request: what
+    /// was answered before is not asked for any more.
+    pub reread: BTreeMap<ServiceName, u64>,
 }
 
 impl Wanted {
@@ -68,6 +71,11 @@ impl Wanted {
             || self.namespaces.contains(service.namespace())
             || self.services.contains(service)
             || self.looked_up.contains(service)
+    }
+
+    /// Whether the same is meant, whatever is to be read again.
+    pub(crate) fn is_same_as(&self, other: &Wanted) -> bool {
+        *self == Wanted { resync: self.resync, reread: self.reread.clone(), ..other.clone() }
     }
 
     /// The same, as lists that do not overlap.
@@ -116,6 +124,12 @@ pub struct Epoch {
     pub position: u64,
 }
 
+impl Epoch {
+    pub(crate) fn continues_in(&self, later: &Epoch) -> bool {
+        self.store == later.store && self.position <= later.position
+    }
+}
+
 /// All there is of one scope.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listing {
@@ -154,7 +168,9 @@ pub enum SourceEvent {
     Listed(Listing),
     /// What happened since the list of this scope, up to a position.
     Changed { scope: Scope, position: u64, changes: Vec<Change> },
-    /// The same of routes and policies.
+    /// All there is of one service, read again beside what is followed: a part of that scope.
+    Reread { within: Scope, listing: Listing },
+    /// What happened of routes and policies, or all there is of them.
     Resources(ResourceNews),
     /// Nothing else is followed from now on: what was said of other services is forgotten.
     Narrowed(Wanted),

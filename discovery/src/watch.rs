@@ -6,7 +6,7 @@ use std::time::Duration;
 use meshd_identity::TrustDomain;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::backoff::Backoff;
 use crate::belief::REPEATED_FOR;
@@ -18,7 +18,7 @@ use crate::merge::{Layer, merge};
 use crate::resources::{ResourceLayer, TouchedResources};
 use crate::saved::{self, Keep, SAVE_EVERY};
 use crate::watched::{SourceHealth, Watched, log_difference};
-use crate::{Directory, ServiceName, Sink, Source, SourceEvent, Wanted};
+use crate::{Directory, Endpoint, ServiceName, Sink, Source, SourceEvent, Wanted};
 
 /// Sources wait when the watcher is this many events behind.
 const INBOX: usize = 64;
@@ -31,7 +31,7 @@ pub struct Watcher {
     layers: Vec<Watched>,
     keep: Option<Arc<dyn Keep>>,
     losses: (mpsc::Sender<Acceptance>, mpsc::Receiver<Acceptance>),
-    suspects: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
+    suspects: (mpsc::Sender<Suspect>, mpsc::Receiver<Suspect>),
     /// What is wanted in any case.
     declared: Wanted,
     /// Where names that are asked for are followed, too.
@@ -63,7 +63,13 @@ impl Losses {
 
 /// Where is told that an endpoint of a source cannot be reached. Never waits.
 #[derive(Debug, Clone)]
-pub struct Suspects(mpsc::Sender<Arc<str>>);
+pub struct Suspects(mpsc::Sender<Suspect>);
+
+#[derive(Debug)]
+struct Suspect {
+    source: Arc<str>,
+    service: ServiceName,
+}
 
 impl Suspects {
     /// Nobody listens.
@@ -71,9 +77,9 @@ impl Suspects {
         Suspects(mpsc::channel(1).0)
     }
 
-    pub fn tell(&self, source: &Arc<str>) {
-        // One of so many that the rest adds nothing.
-        let _ = self.0.try_send(source.clone());
+    pub fn tell(&self, endpoint: &Endpoint) {
+        // With so many waiting, all of the source is about to be read.
+        let _ = self.0.try_send(Suspect { source: endpoint.source.clone(), service: endpoint.service.clone() });
     }
 }
 
@@ -181,7 +187,8 @@ impl Watcher {
                 Some((index, event)) = inbox.recv() => {
                     touched.extend(self.note(index, event));
                     // One merge for everything that is already waiting.
-                    while let Ok((index, event)) = inbox.try_recv() {
+                    for _ in 0..INBOX {
+                        let Ok((index, event)) = inbox.try_recv() else { break };
                         touched.extend(self.note(index, event));
                     }
                 }
@@ -195,9 +202,9 @@ impl Watcher {
                     self.layers.iter().filter(|layer| layer.may_settle_a_doubt()).for_each(Watched::ask_again);
                     continue;
                 }
-                Some(source) = self.suspects.1.recv() => {
+                Some(Suspect { source, service }) = self.suspects.1.recv() => {
                     if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == source) {
-                        layer.suspicion.raise(Instant::now(), fastrand::f64());
+                        layer.suspicion.raise(service, Instant::now(), fastrand::f64());
                     }
                     continue;
                 }
@@ -261,9 +268,9 @@ impl Watcher {
         looked_up.extend(routed);
         for layer in &self.layers {
             layer.wanted.send_if_modified(|wanted| {
-                let now = Wanted { looked_up: looked_up.clone(), resync: wanted.resync, ..self.declared.clone() };
-                let changed = *wanted != now;
-                *wanted = now;
+                let now = Wanted { looked_up: looked_up.clone(), ..self.declared.clone() };
+                let changed = !wanted.is_same_as(&now);
+                *wanted = Wanted { resync: wanted.resync, reread: std::mem::take(&mut wanted.reread), ..now };
                 changed
             });
         }
@@ -435,7 +442,7 @@ async fn keep_watching(source: Box<dyn Source>, wanted: watch::Receiver<Wanted>,
         };
         let error = format!("{reason}; what it said last stays in force, and it is started again; report this");
         sink.send(SourceEvent::Unavailable { error }).await;
-        sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+        backoff.rest(started).await;
     }
 }
 

@@ -1,9 +1,12 @@
 use std::collections::HashMap;
 use std::time::UNIX_EPOCH;
 
+use tokio::time::sleep;
+
 use super::*;
 use crate::resources::ResourceNews;
-use crate::{Belief, Epoch, Listing, Looked, Namespaces, Scope, Why, fake};
+use crate::suspicion::MOST_SERVICES;
+use crate::{Belief, Change, Epoch, Listing, Looked, Namespaces, Scope, Why, fake};
 
 struct Running {
     directory: watch::Receiver<Arc<Directory>>,
@@ -374,8 +377,12 @@ async fn a_service_that_waited_for_a_source_appears_when_that_does_not_define_it
     running.directory_with(|directory| directory.find("a.shop").is_some()).await;
 }
 
+fn endpoint(service: &str, source: &str) -> Arc<Endpoint> {
+    fake::service(service, source, &["10.0.0.1"]).endpoints[0].clone()
+}
+
 #[tokio::test(start_paused = true)]
-async fn an_endpoint_that_cannot_be_reached_has_its_source_read_again_and_no_other() {
+async fn of_an_endpoint_that_cannot_be_reached_its_service_is_read_again_at_its_source_and_nothing_else() {
     let ((one, first), (two, second)) = (fake::source("one"), fake::source("two"));
     let watcher = Watcher::new(vec![first, second], fake::trust_domain());
     let (suspects, health) = (watcher.suspects(), watcher.health());
@@ -385,15 +392,58 @@ async fn an_endpoint_that_cannot_be_reached_has_its_source_read_again_and_no_oth
     asked.mark_unchanged();
     let began = Instant::now();
     for _ in 0..1000 {
-        suspects.tell(&"one".into());
+        suspects.tell(&endpoint("a.shop", "one"));
     }
     asked.changed().await.unwrap();
-    assert_eq!(asked.borrow_and_update().resync, 1);
-    assert!(began.elapsed().as_secs() < 2 && health.borrow()[0].suspected == 1);
-    suspects.tell(&"one".into());
+    let reread = asked.borrow_and_update().reread.clone();
+    assert_eq!(reread.into_iter().collect::<Vec<_>>(), [("a.shop".parse().unwrap(), 1)]);
+    assert!(began.elapsed().as_secs() <= 5 && health.borrow()[0].suspected == 1);
+    suspects.tell(&endpoint("a.shop", "one"));
     asked.changed().await.unwrap();
-    assert!((5..7).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
-    assert_eq!(untouched.borrow().resync, 0);
+    assert_eq!(asked.borrow_and_update().reread.get("a.shop"), Some(&2));
+    assert!((5..=15).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    assert!(asked.borrow().resync == 0 && *untouched.borrow() == Wanted::default());
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_endpoints_of_many_services_all_of_the_source_is_read_again_once() {
+    let (one, source) = fake::source("one");
+    let watcher = Watcher::new(vec![source], fake::trust_domain());
+    let suspects = watcher.suspects();
+    let mut task = JoinSet::new();
+    task.spawn(watcher.run());
+    let mut asked = one.wanted().await;
+    let mut most = 0;
+    for n in 0..40 {
+        suspects.tell(&endpoint(&format!("s{n}.shop"), "one"));
+    }
+    while asked.borrow_and_update().resync == 0 {
+        asked.changed().await.unwrap();
+        most = most.max(asked.borrow().reread.len());
+    }
+    assert!(most <= MOST_SERVICES, "{most}");
+    tokio::time::advance(Duration::from_secs(4)).await;
+    assert_eq!(asked.borrow().resync, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_source_tells_anew_of_a_service_after_the_failure_spares_the_question() {
+    let (one, source) = fake::source("one");
+    let watcher = Watcher::new(vec![source], fake::trust_domain());
+    let suspects = watcher.suspects();
+    let mut running = started(watcher);
+    one.publish([fake::record("a.shop", &["10.0.0.1"]), fake::record("b.shop", &["10.0.0.2"])]).await;
+    running.directory_with(|directory| directory.len() == 2).await;
+    let mut asked = one.wanted().await;
+    asked.mark_unchanged();
+    for name in ["a.shop", "b.shop"] {
+        suspects.tell(&endpoint(name, "one"));
+    }
+    let moved = Change::Set(fake::record("a.shop", &["10.0.0.9"]));
+    one.send(SourceEvent::Changed { scope: Scope::Everything, position: 1, changes: vec![moved] }).await;
+    asked.changed().await.unwrap();
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(asked.borrow().reread.keys().map(ServiceName::as_str).collect::<Vec<_>>(), ["b.shop"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,10 +1,10 @@
 //! One source as the watcher sees it: what it said, what came of that, and how it is doing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -12,8 +12,8 @@ use crate::config::Configured;
 use crate::held::{Held, Touched};
 use crate::merge::{Layer, Part};
 use crate::resources::{HeldResources, ResourceLayer, TouchedResources};
-use crate::suspicion::Suspicion;
-use crate::{Belief, FilesSource, Namespaces, Scope, ServiceName, SourceEvent, Wanted};
+use crate::suspicion::{Again, MOST_SERVICES, Suspicion};
+use crate::{Belief, FilesSource, Namespaces, Scope, ServiceName, SourceEvent, Wanted, unix_time};
 
 /// More messages than this tell an operator nothing; the rest is counted.
 const MOST_ERRORS: usize = 50;
@@ -38,15 +38,15 @@ pub struct SourceHealth {
     /// Services another source of higher precedence defines as well.
     pub shadowed: Vec<ServiceName>,
     /// When what it offers changed.
-    #[serde(serialize_with = "unix_seconds")]
+    #[serde(serialize_with = "unix_time::serialize")]
     pub last_change: Option<SystemTime>,
     /// When it was last known to be current.
-    #[serde(serialize_with = "unix_seconds")]
+    #[serde(serialize_with = "unix_time::serialize")]
     pub last_ok: Option<SystemTime>,
     /// When the oldest of the complete lists was read that hold now; changes were told since.
-    #[serde(serialize_with = "unix_seconds")]
+    #[serde(serialize_with = "unix_time::serialize")]
     pub last_listed: Option<SystemTime>,
-    /// How often it was to be read again because an endpoint it names could not be reached.
+    /// How often a service of it, or all of it, was to be read again because endpoints could not be reached.
     pub suspected: u64,
     /// All that is wrong now; empty when healthy. Each says where and what to do.
     pub errors: Vec<String>,
@@ -54,10 +54,6 @@ pub struct SourceHealth {
     /// an earlier life: what it lacks, it does not know.
     #[serde(skip)]
     pub has_answered: bool,
-}
-
-fn unix_seconds<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
-    time.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs()).serialize(serializer)
 }
 
 /// One source, as the watcher sees it.
@@ -146,6 +142,7 @@ impl Watched {
         let touched = match event {
             SourceEvent::Resources(news) => self.resources.apply(std::mem::take(news), Instant::now()),
             SourceEvent::Narrowed(wanted) => self.resources.narrow(wanted),
+            SourceEvent::Unavailable { .. } => return self.resources.is_away(Instant::now()),
             _ => return,
         };
         if touched.is_empty() {
@@ -171,7 +168,11 @@ impl Watched {
         self.note_lists(&event);
         let listed = matches!(event, SourceEvent::Listed(_));
         self.from_disk &= !listed;
+        if let SourceEvent::Listed(listing) | SourceEvent::Reread { listing, .. } = &event {
+            self.suspicion.read(&listing.scope);
+        }
         let touched = self.held.apply(event, Instant::now());
+        touched.iter().for_each(|service| self.suspicion.told(service));
         if !touched.is_empty() || (listed && self.last_change.is_none()) {
             (self.last_change, self.unsaved) = (Some(SystemTime::now()), true);
         }
@@ -212,10 +213,27 @@ impl Watched {
     }
 
     pub(crate) fn ask_if_suspected(&mut self) {
-        if self.suspicion.take(Instant::now()) {
-            self.suspected += 1;
-            self.ask_again();
+        match self.suspicion.take(Instant::now()) {
+            None => {}
+            Some(Again::Everything) => {
+                self.suspected += 1;
+                self.ask_again();
+            }
+            Some(Again::Services(services)) => self.ask_again_for(services),
         }
+    }
+
+    /// What was asked for longest ago makes room: suspicion sees to it that that was long ago.
+    fn ask_again_for(&mut self, services: BTreeSet<ServiceName>) {
+        self.suspected += services.len() as u64;
+        let number = self.suspected;
+        self.wanted.send_modify(|Wanted { reread, .. }| {
+            reread.extend(services.into_iter().map(|service| (service, number)));
+            while reread.len() > MOST_SERVICES {
+                let oldest = reread.iter().min_by_key(|(_, number)| **number).map(|(service, _)| service.clone());
+                oldest.map(|service| reread.remove(&service));
+            }
+        });
     }
 
     /// Another list could settle what is doubted.

@@ -178,7 +178,8 @@ impl Client {
         loop {
             let revision = listed.header.revision;
             let range_end = prefix.end.clone();
-            let request = RangeRequest { key: from, range_end, limit: PAGE, revision, ..RangeRequest::default() };
+            let request =
+                RangeRequest { key: from.clone(), range_end, limit: PAGE, revision, ..RangeRequest::default() };
             let answer = self.range(request).await?;
             if listed.header.revision == 0 {
                 listed.header = answer.header.unwrap_or_default();
@@ -186,6 +187,7 @@ impl Client {
             let last = answer.kvs.last().map(|pair| pair.key.clone());
             listed.keys.extend(answer.kvs);
             match last.filter(|_| answer.more) {
+                Some(last) if last < from => return Err(Error::gone("a list goes on with what was asked for already")),
                 Some(last) => from = [last, vec![0]].concat(),
                 None => return Ok(listed),
             }

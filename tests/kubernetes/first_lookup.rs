@@ -135,19 +135,37 @@ fn a_connection_to_an_address_from_before_has_its_service_asked_for() -> Result<
 }
 
 #[test]
-fn an_endpoint_that_cannot_be_reached_has_its_source_read_again() -> Result<()> {
+fn an_endpoint_that_cannot_be_reached_has_its_service_read_again_and_no_other() -> Result<()> {
     let bed = Bed::make()?;
+    for name in ["ledger", "orders"] {
+        define(&bed, name)?;
+        until(DEADLINE, "the name is known", || {
+            ask(&bed, &format!("{name}.shop.mesh")).is_ok_and(|answer| answer.code == dns::NO_ERROR)
+        })?;
+    }
     bed.register("api-2")?;
     bed.answers("api-2")?;
     let suspected = || -> Result<f64> {
         Ok(bed.mesh.daemon("web").metrics()?.sum("meshd_source_suspected_total", &[("source", "etcd")]))
     };
     ensure!(suspected()? < 1.0, "{:?}", suspected());
+    let web = bed.mesh.host("web").address();
+    let before = bed.etcd.read_by(web);
+    let all = ["payments", "ledger", "orders"].map(|name| format!("/meshd-discovery/v1/shop/{name}/"));
+    ensure!(all.iter().all(|service| before.contains(service)), "{before:?}");
     bed.mesh.daemon("api-2").kill()?;
-    until(DEADLINE, "the source is suspected", || {
+    until(DEADLINE, "the service is suspected", || {
         let asked = bed.mesh.curl("web", "checkout", &["-sS", "--max-time", "5", "http://payments.shop.mesh/"]);
         asked.is_ok() && suspected().is_ok_and(|times| times >= 1.0)
     })?;
+    let count = |reads: &[String], service: &str| reads.iter().filter(|key| *key == service).count();
+    let payments = count(&before, &all[0]);
+    until(DEADLINE, "it is read again", || count(&bed.etcd.read_by(web), &all[0]) > payments)?;
+    let after = bed.etcd.read_by(web);
+    // The others are probes.
+    let other = |key: &&String| **key != all[0] && *key != "/meshd-discovery/v1/";
+    let (before, after) = (before.iter().filter(other), after.iter().filter(other));
+    ensure!(before.clone().eq(after.clone()), "{before:?} {after:?}");
     let status: Value = bed.mesh.daemon("web").json("status")?;
     ensure!(status["sources"][0]["errors"] == Value::Array(vec![]), "{status}");
     bed.answers("api-1")

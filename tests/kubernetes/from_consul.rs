@@ -302,6 +302,31 @@ fn a_host_that_restarts_while_consul_is_away_serves_from_what_it_knew() -> Resul
 }
 
 #[test]
+fn a_consul_that_is_restarted_with_what_it_had_takes_nothing_away_and_is_followed_on() -> Result<()> {
+    let mut bed = Bed::make()?;
+    let both = [("api-1", "healthy"), ("api-2", "healthy")];
+    bed.register("api-2")?;
+    bed.waits_for("both", &both)?;
+    let load = Load::start_with(&bed.mesh, 2, &["--rate", "50"])?;
+    for _ in 0..2 {
+        bed.consul.kill()?;
+        bed.waits_for_error("cannot be reached")?;
+        ensure!(bed.has(&both), "{:?}", bed.endpoints());
+        bed.consul.resume()?;
+        bed.waits_for_peace()?;
+        ensure!(bed.has(&both), "{:?}", bed.endpoints());
+        bed.unregister("api-2")?;
+        bed.waits_for("a removal is known", &both[..1])?;
+        bed.register("api-2")?;
+        bed.waits_for("a registration is known", &both)?;
+        load.reaches("api-2", 5)?;
+    }
+    let report = load.end()?;
+    ensure!(report.failed == 0, "{report:?}");
+    Ok(())
+}
+
+#[test]
 fn a_consul_that_stands_still_or_is_cut_off_is_named_and_followed_again() -> Result<()> {
     let bed = Bed::make()?;
     let load = Load::start_with(&bed.mesh, 2, &["--rate", "50"])?;

@@ -30,7 +30,7 @@ impl Bed {
         let plan = Plan::shop();
         let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
         let mut mesh = Mesh::prepare(lab.clone(), plan)?;
-        let etcd = Etcd::start(&lab.host("store"), 3)?;
+        let etcd = Etcd::start_telling(&lab.host("store"), 3)?;
         let (cert, key) = etcd.add_user("reader", "/meshd-discovery/")?;
         for file in [&cert, &key, &etcd.authority()] {
             chown(file, Some(UID), Some(UID))?;
@@ -170,6 +170,34 @@ fn an_etcd_that_comes_back_empty_takes_nothing_away_and_an_operator_may_say_othe
     ensure!(report.failed == 0, "{report:?}");
     bed.mesh.daemon("web").run(&["endpoints", "--accept", "etcd"])?.expect_success("the loss is accepted")?;
     ensure!(bed.endpoints()?.is_empty(), "{:?}", bed.endpoints());
+    Ok(())
+}
+
+#[test]
+fn an_etcd_that_is_restarted_with_what_it_had_takes_nothing_away_and_is_followed_on() -> Result<()> {
+    let mut bed = Bed::make()?;
+    bed.register("api-2")?;
+    bed.answers("api-2")?;
+    let load = Load::start_with(&bed.mesh, 2, &["--rate", "50"])?;
+    // One after the other, as for an upgrade; then all of them, as after a power cut.
+    for members in [0..1, 1..2, 2..3, 0..3] {
+        for member in members.clone() {
+            bed.etcd.kill_member(member)?;
+        }
+        for member in members {
+            bed.etcd.start_member(member)?;
+        }
+        bed.unregister("api-2")?;
+        until(DEADLINE, "a removal is known", || bed.endpoints().is_ok_and(|rows| rows.len() == 1))?;
+        bed.register("api-2")?;
+        until(DEADLINE, "a registration is known", || bed.endpoints().is_ok_and(|rows| rows.len() == 2))?;
+        until(DEADLINE, "all is well", || bed.errors().is_ok_and(|errors| errors == "[]"))?;
+        let rows = bed.endpoints()?;
+        ensure!(rows.iter().all(|(_, state)| state == "believed"), "{rows:?}");
+        load.reaches("api-1", 5)?;
+    }
+    let report = load.end()?;
+    ensure!(report.failed == 0, "{report:?}");
     Ok(())
 }
 

@@ -287,8 +287,9 @@ fn more_services_are_followed_than_one_connection_takes_watches() -> Result<()> 
     bed.is_well()?;
     // One for calls, the others with at most a hundred streams.
     let server = bed.mesh.lab().host("store").address().to_string();
-    let connections = bed.mesh.host("web").command("ss", &["-Htn", "state", "established", "dst", &server])?;
-    ensure!(connections.lines().count() == 3, "{connections}");
+    let connections = || bed.mesh.host("web").command("ss", &["-Htn", "state", "established", "dst", &server]);
+    until(DEADLINE, "three connections", || connections().is_ok_and(|them| them.lines().count() == 3))
+        .with_context(|| format!("{:?}", connections()))?;
     bed.cluster.create("/api/v1/namespaces", &json!({ "metadata": { "name": "team-9" } }))?;
     let place = [("meshd.dev/transport", "meshd"), ("meshd.dev/identity", "ns/team-9/sa/s59")];
     let service = json!({ "metadata": { "name": "s59" }, "spec": { "ports": [{ "port": 80 }] } });

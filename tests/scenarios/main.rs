@@ -6,6 +6,7 @@ mod any_tcp;
 mod bad_config;
 mod black_hole;
 mod by_name;
+mod by_zone;
 mod bypass;
 mod certificates;
 mod check;
@@ -37,7 +38,6 @@ mod targets;
 mod tun;
 mod wire;
 mod workload_api;
-mod zones;
 
 use std::time::Duration;
 

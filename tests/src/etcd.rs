@@ -1,6 +1,7 @@
 //! An etcd cluster on one host: TLS with client certificates, and roles by their names.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,16 +23,27 @@ pub struct Etcd {
     authority: Authority,
     program: PathBuf,
     host: Host,
+    /// Members tell of each request.
+    tells: bool,
 }
 
 impl Etcd {
     /// So many members, healthy, with auth on: `root` may everything, and nobody else anything yet.
     pub fn start(host: &Host, members: u16) -> Result<Self> {
+        Self::begun(host, members, false)
+    }
+
+    /// The same, which can say what it was asked.
+    pub fn start_telling(host: &Host, members: u16) -> Result<Self> {
+        Self::begun(host, members, true)
+    }
+
+    fn begun(host: &Host, members: u16, tells: bool) -> Result<Self> {
         let authority = Authority::create(host, &host.directory().join("etcd"))?;
         authority.issue("server", "/CN=server")?;
         authority.issue("root", "/CN=root")?;
         let members = (0..members).map(|_| None).collect();
-        let mut etcd = Self { members, authority, program: servers::etcd()?, host: host.clone() };
+        let mut etcd = Self { members, authority, program: servers::etcd()?, host: host.clone(), tells };
         etcd.begin()?;
         Ok(etcd)
     }
@@ -88,8 +100,17 @@ impl Etcd {
             let file = self.authority.file(file);
             program.arg(format!("--{option}={}", file.display())).arg(format!("--peer-{option}={}", file.display()))
         });
+        let program = program.args(["--log-level", if self.tells { "debug" } else { "info" }]);
         self.members[member] = Some(self.host.spawn(&program)?);
         Ok(())
+    }
+
+    /// The keys, or the beginnings of keys, that somebody at an address asked the running members for.
+    pub fn read_by(&self, address: Ipv4Addr) -> Vec<String> {
+        let (by, asked) = (format!("\"remote\":\"{address}:"), "\"request content\":\"key:\\\"");
+        let output = self.output();
+        let reads = output.lines().filter(|line| line.contains("KV/Range") && line.contains(&by));
+        reads.filter_map(|line| Some(line.split_once(asked)?.1.split_once('\\')?.0.to_owned())).collect()
     }
 
     /// Everything in it is lost, revisions included; the same addresses and certificates, and again only `root`.

@@ -1,23 +1,38 @@
 //! What needs no test to be seen.
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
 
 use crate::built::{cargo, cargo_command};
 use crate::summary::{Outcome, Summary};
 
+/// Of what others leave of the machine: tests mostly wait.
+const NICE: [&str; 2] = ["-n", "19"];
+
 pub(crate) fn run() -> Result<bool> {
-    let mut summary = Summary::default();
-    check(&mut summary)?;
-    Ok(summary.print())
+    Ok(check()?.print())
 }
 
-pub(crate) fn check(summary: &mut Summary) -> Result<()> {
+/// A check that runs beside something else.
+pub(crate) struct Lint(JoinHandle<Result<Summary>>);
+
+impl Lint {
+    pub(crate) fn start() -> Self {
+        Self(std::thread::spawn(check))
+    }
+
+    pub(crate) fn finish(self) -> Result<Summary> {
+        self.0.join().map_err(|_| anyhow!("the check panicked"))?
+    }
+}
+
+fn check() -> Result<Summary> {
+    let mut summary = Summary::default();
     summary.add("format", Outcome::of(cargo(&["fmt", "--all", "--check"])?));
-    let clippy = |what: &[&str]| cargo(&[&["clippy", "--quiet"], what, &["--", "-D", "warnings"]].concat());
-    // A target with `test = false` is not among all targets.
-    let clean = clippy(&["--workspace", "--all-targets"])? && clippy(&["-p", "meshd-tests", "--test", "scenarios"])?;
+    // A target with `test = false` is not among all targets. Of the whole workspace, for the features it was checked with.
+    let clean = clippy(&["--all-targets"])? && clippy(&["--test", "*"])?;
     summary.add("clippy", Outcome::of(clean));
     if deny_is_installed()? {
         summary.add(
@@ -29,7 +44,15 @@ pub(crate) fn check(summary: &mut Summary) -> Result<()> {
         let reason = "cargo-deny is not installed; get it with `cargo install --locked cargo-deny`";
         summary.add("dependencies (cargo deny)", Outcome::Skipped(reason.to_owned()));
     }
-    Ok(())
+    Ok(summary)
+}
+
+fn clippy(what: &[&str]) -> Result<bool> {
+    let cargo = cargo_command(&[&["clippy", "--quiet", "--workspace"], what, &["--", "-D", "warnings"]].concat());
+    let mut command = Command::new("nice");
+    command.args(NICE).arg(cargo.get_program()).args(cargo.get_args()).stdin(Stdio::null());
+    cargo.get_current_dir().into_iter().for_each(|directory| _ = command.current_dir(directory));
+    Ok(command.status().context("cannot run cargo")?.success())
 }
 
 fn deny_is_installed() -> Result<bool> {

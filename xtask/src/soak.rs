@@ -27,11 +27,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         command.env(SOAK, "1");
         summary.add(name, run_tests(command)?);
     }
-    build()?;
-    summary.add(RELIABILITY.name, as_root(&RELIABILITY, args.only.as_deref(), true)?);
+    let programs = build(&[&RELIABILITY, &KUBERNETES])?;
+    summary.add(RELIABILITY.name, as_root(&RELIABILITY, &programs, args.only.as_deref(), true)?);
     // What is measured there is what is shipped.
     ensure!(cargo(&["build", "--release", "-p", "meshd-scale"])?, "the build failed");
     let followed = args.only.as_deref().unwrap_or("scale::");
-    summary.add("many hosts that follow one backend", as_root(&KUBERNETES, Some(followed), true)?);
+    summary.add("many hosts that follow one backend", as_root(&KUBERNETES, &programs, Some(followed), true)?);
     Ok(summary.print())
 }

@@ -1,4 +1,6 @@
-//! What ran, what failed and what was left out, for the end of the output.
+//! What ran, what failed, what was left out and how long it took, for the end of the output.
+
+use std::time::{Duration, Instant};
 
 /// A line that begins like this tells why a tier did not run.
 pub(crate) const RESULT: &str = "not run: ";
@@ -55,42 +57,70 @@ impl Outcome {
     }
 }
 
+struct Tier {
+    name: &'static str,
+    outcome: Outcome,
+    took: Duration,
+}
+
 /// What ran, for the end of the output.
-#[derive(Default)]
 pub(crate) struct Summary {
-    tiers: Vec<(&'static str, Outcome)>,
+    tiers: Vec<Tier>,
+    started: Instant,
+    last: Instant,
+}
+
+impl Default for Summary {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self { tiers: Vec::new(), started: now, last: now }
+    }
 }
 
 impl Summary {
-    pub(crate) fn add(&mut self, tier: &'static str, outcome: Outcome) {
-        self.tiers.push((tier, outcome));
+    /// It began when the one before it was added.
+    pub(crate) fn add(&mut self, name: &'static str, outcome: Outcome) {
+        let now = Instant::now();
+        self.tiers.push(Tier { name, outcome, took: now - self.last });
+        self.last = now;
+    }
+
+    /// What ran beside, at the end.
+    pub(crate) fn append(&mut self, other: Self) {
+        self.tiers.extend(other.tiers);
     }
 
     /// Whether everything was counted, and nothing ran.
     pub(crate) fn is_empty(&self) -> bool {
-        self.tiers.iter().all(|(_, outcome)| matches!(outcome, Outcome::Counted(counts) if counts.ran() == 0))
+        self.tiers.iter().all(|tier| matches!(&tier.outcome, Outcome::Counted(counts) if counts.ran() == 0))
     }
 
     /// Whether nothing failed.
     pub(crate) fn print(&self) -> bool {
         println!("\nSummary");
-        for (tier, outcome) in &self.tiers {
-            println!("  {tier:<30} {}", describe(outcome));
+        for Tier { name, outcome, took } in &self.tiers {
+            println!("  {:>6} {name:<30} {}", minutes(*took), describe(outcome));
             if let Outcome::Counted(counts) = outcome {
                 counts.left_out.iter().for_each(|line| println!("    {line}"));
             }
         }
         let counted = |count: fn(&Counts) -> usize| -> usize {
-            let tiers = self.tiers.iter().filter_map(|(_, outcome)| match outcome {
+            let tiers = self.tiers.iter().filter_map(|tier| match &tier.outcome {
                 Outcome::Counted(counts) => Some(counts),
                 Outcome::Skipped(_) => None,
             });
             tiers.map(count).sum()
         };
         let failed = counted(|counts| counts.failed);
+        println!("  {:>6} in all", minutes(self.started.elapsed()));
         println!("{} passed, {failed} failed", counted(|counts| counts.passed));
         failed == 0
     }
+}
+
+/// `12:34`
+fn minutes(took: Duration) -> String {
+    format!("{}:{:02}", took.as_secs() / 60, took.as_secs() % 60)
 }
 
 fn describe(outcome: &Outcome) -> String {
@@ -115,6 +145,12 @@ mod tests {
         counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
         counts.add("test a::b ... ok");
         assert_eq!(counts, Counts { passed: 4, failed: 2, ignored: 1, ..Counts::default() });
+    }
+
+    #[test]
+    fn how_long_it_took_is_told_in_minutes_and_seconds() {
+        assert_eq!(minutes(Duration::from_millis(61_999)), "1:01");
+        assert_eq!(minutes(Duration::from_secs(3600)), "60:00");
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! `cargo xtask test`: format, clippy, unit and property tests, scenarios on namespace hosts and on systemd machines.
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::packages::Package;
 use meshd_tests::{backend, machine, packages, python, root, servers};
+use serde_json::Value;
 
-use crate::built::{self, cargo, cargo_command};
-use crate::lint;
+use crate::built::{self, cargo_command};
+use crate::lint::Lint;
 use crate::summary::{Counts, LEFT_OUT, Outcome, RESULT, Summary};
 
 /// The part that runs as root, after everything was built: which tier, and its program.
@@ -42,7 +44,7 @@ const SCENARIOS: Tier = Tier {
     test: "scenarios",
     name: "scenarios on namespace hosts",
     packages: &[packages::FOR_LABS],
-    threads: 4,
+    threads: 6,
     backends: &BACKENDS,
     once: &ONCE,
     preflight: || Ok(()),
@@ -65,7 +67,7 @@ const MACHINES: Tier = Tier {
     test: "machines",
     name: "scenarios on systemd machines",
     packages: &[packages::FOR_LABS, packages::FOR_MACHINES],
-    threads: 3,
+    threads: 4,
     // What differs between backends is shown on namespace hosts.
     backends: &[("auto", &[])],
     once: &[],
@@ -77,7 +79,7 @@ const CLIENTS: Tier = Tier {
     test: "clients",
     name: "clients others wrote",
     packages: &[packages::FOR_LABS, packages::FOR_CLIENTS],
-    threads: 2,
+    threads: 4,
     // Capture has no part in it.
     backends: &[("auto", &[])],
     once: &[],
@@ -89,7 +91,7 @@ pub(crate) const KUBERNETES: Tier = Tier {
     test: "kubernetes",
     name: "tests with Kubernetes' API server, etcd and Consul",
     packages: &[packages::FOR_LABS, packages::FOR_TESTS],
-    threads: 2,
+    threads: 4,
     backends: &[("auto", &[])],
     once: &[],
     preflight: servers::all,
@@ -131,9 +133,9 @@ const BACKENDS: [(&str, &[&str]); 5] = [
     ),
 ];
 
-/// What happens at the socket of the Workload API, at the PKI, between meshds and in files; and `hasty::`, where each test
-/// brings its own backend.
-const ONCE: [&str; 11] = [
+/// Where how connections are captured has no part in what is shown, so that one backend shows it.
+const ONCE: [&str; 15] = [
+    // At the socket of the Workload API, at the PKI, between meshds, in files and commands.
     "workload_api::",
     "deny::",
     "federation::",
@@ -144,7 +146,14 @@ const ONCE: [&str; 11] = [
     "targets::",
     "black_hole::",
     "lab::",
+    "independence::",
+    // Which endpoint is chosen.
+    "by_zone::",
+    // Each of its tests brings a backend of its own.
     "hasty::",
+    // Nothing is captured: the unit stands still, or is refused its identity.
+    "probe::a_probe_of_a_frozen_unit_ends_and_says_so",
+    "selectors::a_claim_the_pki_does_not_agree_with_is_shown_with_its_remedy",
 ];
 
 /// The kernel tells who changed nft's rules, and nobody else's.
@@ -172,19 +181,16 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     // Whose tests are the last but one: meanwhile there is time to build them. What is in the way, their tier tells.
     let _servers = (args.only.is_none() && root::is_root()).then(|| std::thread::spawn(servers::all));
     let mut summary = Summary::default();
+    let programs = build(&TIERS.each_ref())?;
+    let mut lint = None;
     if args.only.is_none() {
-        if args.no_lint {
-            summary.add("lint", Outcome::Skipped("--no-lint".to_owned()));
-        } else {
-            lint::check(&mut summary)?;
-        }
-        let unit = run_tests(cargo_command(&["test", "--workspace", "--no-fail-fast"]))?;
-        summary.add("unit and property tests", unit);
+        summary.add("build", Outcome::of(true));
+        lint = test_units(&mut summary, args.no_lint)?;
     }
-    build()?;
-    for tier in TIERS {
-        summary.add(tier.name, as_root(&tier, args.only.as_deref(), false)?);
+    for tier in &TIERS {
+        summary.add(tier.name, as_root(tier, &programs, args.only.as_deref(), false)?);
     }
+    lint.map(Lint::finish).transpose()?.into_iter().for_each(|lint| summary.append(lint));
     if let Some(only) = &args.only
         && summary.is_empty()
     {
@@ -193,17 +199,62 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(summary.print())
 }
 
-/// The programs of a lab.
-pub(crate) fn build() -> Result<()> {
-    let wanted = ["meshd", "meshd-pki", "meshd-tests", "meshd-workload-client", "meshd-scale"];
-    let wanted: Vec<&str> = std::iter::once("build").chain(wanted.iter().flat_map(|package| ["-p", package])).collect();
-    ensure!(cargo(&wanted)?, "the build failed");
-    Ok(())
+/// What runs without root; and what needs no test to be seen, for its end.
+fn test_units(summary: &mut Summary, no_lint: bool) -> Result<Option<Lint>> {
+    let command = cargo_command(&["test", "--workspace", "--no-fail-fast"]);
+    if no_lint {
+        summary.add("unit and property tests", run_tests(command)?);
+        summary.add("lint", Outcome::Skipped("--no-lint".to_owned()));
+        return Ok(None);
+    }
+    let mut lint = None;
+    // Not earlier: cargo does one thing at a time. From here on nothing is built any more.
+    let unit = run_tests_and(command, || lint = Some(Lint::start()))?;
+    summary.add("unit and property tests", unit);
+    Ok(Some(lint.unwrap_or_else(Lint::start)))
 }
 
-pub(crate) fn as_root(tier: &Tier, only: Option<&str>, long: bool) -> Result<Outcome> {
+const IN_LABS: [&str; 5] = ["meshd", "meshd-pki", "testkit", "workload-client", "scale"];
+
+/// What was built for the tiers: by the name of its `[[test]]`, the program of each.
+pub(crate) struct Programs(HashMap<String, PathBuf>);
+
+impl Programs {
+    /// What cargo says of executables as it builds them, a JSON object a line.
+    fn told_by(messages: &str) -> Self {
+        let told = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let tests = told.filter(|message| message["target"]["kind"][0] == "test");
+        Self(
+            tests
+                .filter_map(|test| Some((text(&test["target"]["name"])?, text(&test["executable"])?.into())))
+                .collect(),
+        )
+    }
+
+    fn of(&self, tier: &Tier) -> Result<&Path> {
+        let program = self.0.get(tier.test).map(PathBuf::as_path);
+        program.with_context(|| format!("cargo did not say where the program of the {} is", tier.name))
+    }
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
+}
+
+/// The programs of a lab, and those of these tiers.
+pub(crate) fn build(tiers: &[&Tier]) -> Result<Programs> {
+    // Of the whole workspace, as the unit tests are: other features of what both use would build it anew.
+    let mut command = cargo_command(&["build", "--workspace", "--message-format=json-render-diagnostics"]);
+    command.args(IN_LABS.iter().flat_map(|program| ["--bin", program]));
+    command.args(tiers.iter().flat_map(|tier| ["--test", tier.test]));
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "the build failed");
+    Ok(Programs::told_by(&String::from_utf8_lossy(&output.stdout)))
+}
+
+pub(crate) fn as_root(tier: &Tier, programs: &Programs, only: Option<&str>, long: bool) -> Result<Outcome> {
     let built = built::describe()?;
-    let program = test_program(tier)?;
+    let program = programs.of(tier)?;
     if let Some(reason) = cannot_have_root() {
         return Ok(skip_unless_ci(reason));
     }
@@ -297,27 +348,24 @@ fn left_out(tests: &[String], skipped: &[&str], only: Option<&str>) -> Result<Op
     Ok((!told.is_empty()).then(|| told.join(", ")))
 }
 
-fn test_program(tier: &Tier) -> Result<PathBuf> {
-    // Of the whole workspace, as the unit tests were: other features of what both use would build it anew.
-    let args = ["test", "--workspace", "--test", tier.test, "--no-run", "--message-format=json"];
-    let output = cargo_command(&args).stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "the {} do not build", tier.name);
-    let text = String::from_utf8_lossy(&output.stdout);
-    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let mut programs = messages.filter(|message| message["target"]["name"] == tier.test);
-    let program = programs.find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    program.with_context(|| format!("cargo did not say where the program of the {} is", tier.name))
+/// Runs tests with their output shown, and counts what libtest says in the end.
+pub(crate) fn run_tests(command: Command) -> Result<Outcome> {
+    run_tests_and(command, || ())
 }
 
-/// Runs tests with their output shown, and counts what libtest says in the end.
-pub(crate) fn run_tests(mut command: Command) -> Result<Outcome> {
+/// `begun` is called when all of them are built and the first ones run.
+fn run_tests_and(mut command: Command, begun: impl FnOnce()) -> Result<Outcome> {
     let mut child = command.stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn()?;
     let output = child.stdout.take().context("no stdout")?;
     let mut counts = Counts::default();
     let mut skipped = None;
+    let mut begun = Some(begun);
     for line in BufReader::new(output).lines() {
         let line = line?;
         println!("{line}");
+        if line.starts_with("running ") {
+            begun.take().into_iter().for_each(|begun| begun());
+        }
         counts.add(&line);
         skipped = line.strip_prefix(SKIPPED).map(str::to_owned).or(skipped);
     }
@@ -348,6 +396,18 @@ mod tests {
         command.args(["-c", "echo 'left out with tun: a:: (2)'; echo 'test result: ok. 1 passed'"]);
         let run = run_tests(command).unwrap();
         assert!(matches!(run, Outcome::Counted(counts) if counts.left_out == ["left out with tun: a:: (2)"]));
+    }
+
+    #[test]
+    fn of_what_cargo_says_the_program_of_each_test_is_taken_and_none_of_another_kind() {
+        let said = |kind, name, executable| {
+            serde_json::json!({ "target": { "kind": [kind], "name": name }, "executable": executable }).to_string()
+        };
+        let other = said("bin", "machines", "/target/machines");
+        let messages = [said("test", "scenarios", "/target/scenarios-1"), other, "a warning".to_owned()].join("\n");
+        let programs = Programs::told_by(&messages);
+        assert_eq!(programs.of(&SCENARIOS).unwrap(), Path::new("/target/scenarios-1"));
+        assert!(programs.of(&MACHINES).unwrap_err().to_string().contains("systemd machines"));
     }
 
     #[test]

@@ -52,8 +52,7 @@ async fn follow<R: Remote>(
 ) -> Result<(), Error> {
     known.meets(&remote.cluster().await?, Instant::now());
     let asked = wanted.borrow_and_update().clone();
-    resync.heed(&asked);
-    adjust(known, &asked, sink).await;
+    adjust(known, resync, &asked, sink).await;
     let (send, mut inbox) = mpsc::channel(INBOX);
     let mut watches = Watches::new(remote.another(), send.clone());
     watches.adjust(known);
@@ -90,8 +89,7 @@ async fn follow<R: Remote>(
             }
             Ok(()) = wanted.changed() => {
                 let asked = wanted.borrow_and_update().clone();
-                resync.heed(&asked);
-                adjust(known, &asked, sink).await;
+                adjust(known, resync, &asked, sink).await;
                 watches.adjust(known);
                 troubles.of.retain(|query, _| watches.handles.contains_key(query));
                 rereads.begin(remote, known);
@@ -101,14 +99,15 @@ async fn follow<R: Remote>(
                 resync.begins();
                 rereads.begin(remote, known);
             }
-            () = sleep_until(rereads.again_at.unwrap_or(resync_at)), if rereads.again_at.is_some() => {
+            // Not before what was answered is taken.
+            () = sleep_until(rereads.again_at.unwrap_or(resync_at)), if rereads.again_at.is_some() && inbox.is_empty() => {
                 rereads.begin(remote, known);
             }
             Some(ended) = rereads.tasks.join_next() => match ended {
                 // What came meanwhile may ask for more.
                 Ok(Failures(0)) => {
                     rereads.backoff = Backoff::default();
-                    rereads.begin(remote, known);
+                    rereads.again_at = Some(Instant::now());
                 }
                 // Watches and probes say what is wrong. What failed is asked again, ever less often.
                 _ => rereads.rest(),
@@ -122,7 +121,10 @@ async fn follow<R: Remote>(
     }
 }
 
-async fn adjust(known: &mut Known, wanted: &Wanted, sink: &Sink) {
+async fn adjust(known: &mut Known, resync: &mut Resync, wanted: &Wanted, sink: &Sink) {
+    for suspect in resync.heed(wanted) {
+        known.suspect(&suspect, Instant::now());
+    }
     if known.adjust(wanted, Instant::now()) {
         sink.send(SourceEvent::Narrowed(wanted.clone())).await;
     }

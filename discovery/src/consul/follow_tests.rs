@@ -323,8 +323,10 @@ async fn a_query_that_fails_is_named_while_the_others_go_on_and_its_end_is_told(
     running.consul.hold("b", 15, &[2, 3]);
     assert_eq!(running.changed().await, (shop("b"), 15, 1));
     assert_eq!(running.trouble().await, "forbidden", "news of one service do not make the other one well");
+    let well_at = Instant::now();
     running.consul.fail("a", None);
     running.in_sync().await;
+    assert!(well_at.elapsed() <= Duration::from_secs(6), "{:?}", well_at.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -393,6 +395,23 @@ async fn all_is_asked_once_more_every_few_minutes_and_when_somebody_asks() {
     running.listed().await;
     running.listed().await;
     assert!(asked_at.elapsed() <= RESYNC_AT_MOST, "{:?}", asked_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_is_asked_for_once_more_by_itself_and_beside_its_watch() {
+    for wanted in [everything(), wanting(&["a.shop", "b.shop"])] {
+        let mut running = start(wanted);
+        running.listed().await;
+        running.in_sync().await;
+        running.consul.asked();
+        running.wanted.send_modify(|wanted| wanted.reread = [("b.shop".parse().unwrap(), 1)].into());
+        running.in_sync().await;
+        let asked: Vec<_> = running.consul.asked().into_iter().filter(|asked| asked != "cluster").collect();
+        assert_eq!(asked, ["service `b` from 0"]);
+        // Its watch goes on.
+        running.consul.hold("b", 15, &[2, 3]);
+        assert_eq!(running.changed().await.1, 15);
+    }
 }
 
 #[tokio::test(start_paused = true)]

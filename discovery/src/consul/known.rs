@@ -27,6 +27,8 @@ pub(super) struct Known {
     documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
     instances: BTreeMap<Arc<str>, Vec<Instance>>,
     resources: Option<Resources>,
+    /// To be read once more, as it is from then on.
+    suspects: BTreeMap<Query, Instant>,
 }
 
 /// How a scope is told.
@@ -66,6 +68,7 @@ impl Known {
             looked_up: BTreeSet::new(),
             documents: BTreeMap::new(),
             instances: BTreeMap::new(),
+            suspects: BTreeMap::new(),
         }
     }
 
@@ -117,6 +120,7 @@ impl Known {
         self.resources.iter_mut().for_each(|resources| resources.adjust(wanted));
         let queries = self.queries();
         self.parts.retain(|query, _| queries.contains(query));
+        self.suspects.retain(|query, _| queries.contains(query));
         self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
         let scopes = &self.scopes;
         self.documents.retain(|_, documents| {
@@ -134,6 +138,22 @@ impl Known {
         }
     }
 
+    /// A service is to be read again: its instances, and documents where one says where it runs.
+    pub(super) fn suspect(&mut self, service: &ServiceName, now: Instant) {
+        let documents = self.documents.get(service.name()).into_iter().flat_map(BTreeMap::values);
+        let has_places = |said: &Change| matches!(said, Change::Set(record) if !record.places.is_empty());
+        let described = documents.filter(|document| document.service == *service).any(|it| has_places(&it.said));
+        let of_it = |query: &Query| match query {
+            Query::Instances(name) => **name == *service.name(),
+            Query::Names | Query::Resources(_) => false,
+            _ => described,
+        };
+        let holding = self.scopes.keys().filter(|scope| scope.holds(service));
+        let queries = holding.flat_map(|scope| self.needed(scope)).filter(of_it);
+        let suspects: Vec<_> = queries.map(|query| (query, now)).collect();
+        self.suspects.extend(suspects);
+    }
+
     /// What is followed.
     pub(super) fn queries(&self) -> BTreeSet<Query> {
         let mut queries: BTreeSet<Query> = self.scopes.keys().flat_map(|scope| self.needed(scope)).collect();
@@ -142,12 +162,14 @@ impl Known {
         queries
     }
 
-    /// What was read before a list that is due, and has to be read again for it.
+    /// What was read before a list that is due, and has to be read again for it; and what is suspected since it was read.
     pub(super) fn overdue(&self) -> BTreeSet<Query> {
         let due = self.scopes.iter().filter_map(|(scope, state)| Some((scope, state.list_from?)));
         let late = |from: Instant| move |query: &Query| self.parts.get(query).is_some_and(|part| part.as_of < from);
         let resources = self.resources.iter().filter(|resources| resources.is_due()).map(Resources::query);
-        due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from))).chain(resources).collect()
+        let suspects = self.suspects.iter().filter(|(query, from)| late(**from)(query)).map(|(query, _)| query.clone());
+        let due = due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from)));
+        due.chain(suspects).chain(resources).collect()
     }
 
     /// How far a query was read.
@@ -166,6 +188,7 @@ impl Known {
         }
         let part = self.parts.entry(query.clone()).or_insert(Part { index: 0, as_of: now });
         part.as_of = now;
+        self.suspects.remove(query);
         if let (Content::Resources(pairs), Some(resources)) = (&answer.content, &mut self.resources) {
             // Of two questions under way together the earlier answer may come last.
             let is_newer = answer.index >= part.index;

@@ -10,7 +10,7 @@
 //!
 //!   a watch:  ask from 0 ---> answer ---> ask from its index, for up to a minute ---> answer ...
 //!                 ^                                   |
-//!                 +------- index went back -----------+     error: back off, from the same index
+//!                 +------- index went back -----------+     error: back off, then from 0 again
 //! ```
 //! Queries: the documents in the store, the instances of each service that is wanted and, where all services or those of
 //! a namespace are, their names. A scope is listed once all its queries were answered; then answers are told as changes.

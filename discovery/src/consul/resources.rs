@@ -50,8 +50,7 @@ impl Resources {
     }
 
     pub(super) fn adjust(&mut self, wanted: &Wanted) {
-        let as_before = Wanted { resync: wanted.resync, ..self.wanted.clone() };
-        if as_before == *wanted {
+        if wanted.is_same_as(&self.wanted) {
             return;
         }
         // What is passed over now may have been read, and the other way round.

@@ -112,7 +112,11 @@ pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<
                 index = if said.went_back || said.fell_from.is_some() { 0 } else { answer.index };
                 before = answer.index;
             }
-            Err(_) => next = Instant::now() + backoff.pause(started.elapsed(), fastrand::f64()),
+            Err(_) => {
+                // One that blocks would tell only when something changes that all is well again.
+                index = 0;
+                next = Instant::now() + backoff.pause(started.elapsed(), fastrand::f64());
+            }
         }
         if news.send(said).await.is_err() {
             return;

@@ -2,10 +2,11 @@ use std::sync::Mutex;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use super::*;
 use crate::resync::RESYNC_EVERY;
-use crate::{Change, Epoch, Listing, Record, Scope, fake};
+use crate::{Record, fake};
 
 /// An etcd in words: what it holds, how it fails, and what it was asked.
 #[derive(Default)]
@@ -17,6 +18,10 @@ struct Script {
     with_resources: bool,
     forbidden: bool,
     documents: Vec<ResourceChange>,
+    /// How long lists take.
+    slow: Duration,
+    /// How many of them come to nothing from now on.
+    failing_lists: usize,
     asked: Vec<String>,
     watches: Vec<mpsc::Sender<Result<News, Error>>>,
 }
@@ -49,6 +54,21 @@ impl Fake {
         if script.down { Err(Error::gone("scripted")) } else { Ok(()) }
     }
 
+    fn listed(&self, part: &Part) -> Result<Listed, Error> {
+        let mut script = self.0.lock().unwrap();
+        if script.failing_lists > 0 {
+            script.failing_lists -= 1;
+            return Err(Error::gone("scripted"));
+        }
+        let epoch = Epoch { store: script.store.into(), position: script.revision };
+        let Part::Services(scope) = part else {
+            let told = script.documents.iter().cloned().map(Told::Resource).collect();
+            return if script.forbidden { Err(Error::forbidden("scripted")) } else { Ok(Listed { epoch, told }) };
+        };
+        let records = script.records.iter().filter(|record| scope.holds(&record.service)).cloned();
+        Ok(Listed { epoch, told: records.map(|record| Told::Service(Change::Set(record))).collect() })
+    }
+
     async fn tell(&self, news: News) {
         let watch = self.0.lock().unwrap().watches.last().unwrap().clone();
         watch.send(Ok(news)).await.unwrap();
@@ -64,20 +84,21 @@ impl Fake {
 impl Remote for Fake {
     type Watches = FakeWatches;
 
-    async fn list(&mut self, part: &Part) -> Result<(SourceEvent, u64), Error> {
+    fn another(&self) -> Fake {
+        self.clone()
+    }
+
+    async fn list(&mut self, part: &Part) -> Result<Listed, Error> {
         self.up(format!("list {part:?}"))?;
-        let script = self.0.lock().unwrap();
-        let epoch = Epoch { store: script.store.into(), position: script.revision };
-        let Part::Services(scope) = part else {
-            if script.forbidden {
-                return Err(Error::forbidden("scripted"));
-            }
-            let news = ResourceNews::listed("resources".into(), epoch, script.documents.clone().into_iter());
-            return Ok((SourceEvent::Resources(news), script.revision));
-        };
-        let records = script.records.iter().filter(|record| scope.holds(&record.service)).cloned().collect();
-        let listing = Listing { scope: scope.clone(), epoch, records, refused: vec![] };
-        Ok((SourceEvent::Listed(listing), script.revision))
+        let listed = self.listed(part);
+        let slow = self.0.lock().unwrap().slow;
+        sleep(slow).await;
+        listed
+    }
+
+    /// Keys are names of services here.
+    fn service_of(&self, key: &str) -> Option<ServiceName> {
+        key.parse().ok()
     }
 
     async fn probe(&mut self) -> Result<Epoch, Error> {
@@ -201,6 +222,19 @@ async fn after_a_broken_watch_it_goes_on_where_it_was_on_another_member_without_
 }
 
 #[tokio::test(start_paused = true)]
+async fn within_a_minute_after_a_break_all_is_read_again_for_the_sake_of_what_no_watch_tells() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    // Put back, and further on than it was.
+    running.etcd.change(|script| (script.revision, script.records) = (20, vec![]));
+    running.etcd.break_off().await;
+    let broken_at = Instant::now();
+    assert!(matches!(running.next().await, SourceEvent::Unavailable { .. }));
+    assert_eq!(running.listed().await, (shop("a"), 20, 0));
+    assert!(broken_at.elapsed() < Duration::from_secs(62), "{:?}", broken_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_was_compacted_is_listed_again_and_nobody_is_told_of_trouble() {
     let mut running = start(wanting(&["a.shop"]));
     running.listed().await;
@@ -230,6 +264,108 @@ async fn old_news_after_a_list_is_passed_over() {
     running.etcd.tell(news(1, &[15, 20, 21])).await;
     let SourceEvent::Changed { position, changes, .. } = running.next().await else { panic!("no change") };
     assert_eq!((position, changes.len()), (21, 1));
+}
+
+fn everything() -> Wanted {
+    Wanted { everything: true, ..Wanted::default() }
+}
+
+impl Running {
+    fn suspect(&self, service: &str) {
+        self.wanted.send_modify(|wanted| {
+            let number = wanted.reread.values().max().map_or(1, |last| last + 1);
+            wanted.reread.insert(service.parse().unwrap(), number);
+        });
+    }
+
+    /// What was asked for beside probes since the last time, until the next sign of life but one.
+    async fn asked(&mut self) -> Vec<String> {
+        for _ in 0..2 {
+            while self.events.recv().await.unwrap().1 != SourceEvent::InSync {}
+        }
+        self.etcd.asked().into_iter().filter(|call| call != "probe").collect()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_is_read_again_by_itself_and_nothing_else() {
+    let mut running = start(wanting(&["a.shop", "b.shop"]));
+    running.listed().await;
+    running.listed().await;
+    running.asked().await;
+    running.suspect("b.shop");
+    assert_eq!(running.listed().await, (shop("b"), 10, 1));
+    // Nobody follows that one any more.
+    running.suspect("c.shop");
+    assert_eq!(running.asked().await, [format!("list {:?}", shop("b"))]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_of_a_pattern_is_read_again_without_the_rest_of_it() {
+    let mut running = start(everything());
+    assert_eq!(running.listed().await, (Scope::Everything, 10, 2));
+    running.asked().await;
+    running.etcd.change(|script| script.revision = 20);
+    running.suspect("a.shop");
+    let SourceEvent::Reread { within, listing } = running.next().await else { panic!("not read again") };
+    assert_eq!((within, listing.scope, listing.epoch.position), (Scope::Everything, shop("a"), 20));
+    assert_eq!(listing.records.len(), 1);
+    assert_eq!(running.asked().await, [format!("list {:?}", shop("a"))]);
+    // Of this service that is old news, and of no other.
+    let change = |revision, name| (revision, Told::Service(Change::Set(fake::record(name, &["10.0.0.9"]))));
+    let changes = vec![change(15, "a.shop"), change(16, "b.shop"), change(21, "a.shop")];
+    running.etcd.tell(News { id: 1, changes, ..News::default() }).await;
+    let SourceEvent::Changed { position, changes, .. } = running.next().await else { panic!("no change") };
+    assert_eq!((position, changes.len()), (21, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_happens_during_a_list_is_told_first_and_holds() {
+    for (wanted, again) in
+        [(everything(), None), (everything(), Some("a.shop")), (wanting(&["a.shop"]), Some("a.shop"))]
+    {
+        let mut running = start(wanted);
+        running.listed().await;
+        running.asked().await;
+        running.etcd.change(|script| script.slow = Duration::from_millis(500));
+        match again {
+            Some(service) => running.suspect(service),
+            None => running.wanted.send_modify(|wanted| wanted.resync += 1),
+        }
+        sleep(Duration::from_millis(100)).await;
+        let began = Instant::now();
+        running.etcd.tell(news(1, &[11])).await;
+        assert!(matches!(running.next().await, SourceEvent::Changed { position: 11, .. }));
+        assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
+        let (SourceEvent::Listed(listing) | SourceEvent::Reread { listing, .. }) = running.next().await else {
+            panic!("no list")
+        };
+        let moved = listing.records.iter().find(|record| record.service.as_str() == "a.shop").unwrap();
+        assert_eq!((listing.epoch.position, &moved.places), (11, &fake::record("a.shop", &["10.0.0.9"]).places));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_comes_to_nothing_costs_no_watch_and_is_made_again() {
+    for wanted in [everything(), wanting(&["a.shop"])] {
+        let mut running = start(wanted);
+        running.listed().await;
+        running.asked().await;
+        running.etcd.change(|script| script.failing_lists = 2);
+        running.suspect("a.shop");
+        assert!(matches!(running.next().await, SourceEvent::Listed(_) | SourceEvent::Reread { .. }));
+        let asked = running.asked().await;
+        assert!(asked.len() == 3 && asked.iter().all(|call| *call == format!("list {:?}", shop("a"))), "{asked:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_of_another_store_than_that_of_the_watches_begins_all_anew() {
+    let mut running = start(everything());
+    running.listed().await;
+    running.etcd.change(|script| (script.store, script.slow) = ("two", Duration::ZERO));
+    running.suspect("a.shop");
+    assert_eq!(running.listed().await, (Scope::Everything, 10, 2));
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,9 +7,13 @@
 //!            ^                        |                               |
 //!            +---- compacted ---------+      every few minutes, or when asked: list again, beside the watch
 //! ```
+//! Where an endpoint cannot be reached, its service alone is listed again. What the watches tell while a list is under way is
+//! told at once, and the list is brought up to it.
+//!
 //! A list says which cluster it is of and at what revision (its epoch). Events at or below the revision of a list that came
 //! after they were sent are old news. A probe asks the majority, so a member cut off from it is left.
 
+mod beside;
 mod follow;
 pub(crate) mod keys;
 mod remote;

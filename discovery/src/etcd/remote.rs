@@ -8,8 +8,12 @@ use meshd_etcd::{Client, Error, Prefix, Watches};
 use meshd_identity::TrustDomain;
 
 use super::keys;
-use crate::resources::{self, ResourceChange, ResourceNews, StoredKey};
-use crate::{Change, Epoch, Listing, Provides, Scope, SourceEvent};
+use crate::resources::{self, ResourceChange, StoredKey};
+use crate::stored::{self, Meaning};
+use crate::{Change, Epoch, Provides, Scope, ServiceName};
+
+/// Before the watches are looked at again: a millisecond or two.
+const READ_AT_ONCE: usize = 128;
 
 /// What is followed by a watch of its own. Policies come before what they are about.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,18 +32,28 @@ impl std::fmt::Debug for Part {
 }
 
 /// Something that was written.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Told {
     Service(Change),
     Resource(ResourceChange),
+}
+
+/// All there is of a part, each with a key of its own.
+#[derive(Debug)]
+pub(super) struct Listed {
+    pub(super) epoch: Epoch,
+    pub(super) told: Vec<Told>,
 }
 
 /// What `follow` needs; scripted in its tests.
 pub(super) trait Remote: Send {
     type Watches: Stream + Send;
 
-    /// All there is, and as of which revision.
-    fn list(&mut self, part: &Part) -> impl Future<Output = Result<(SourceEvent, u64), Error>> + Send;
+    /// The same, to be asked at the same time.
+    fn another(&self) -> Self;
+    fn list(&mut self, part: &Part) -> impl Future<Output = Result<Listed, Error>> + Send;
+    /// Of which service a key says something.
+    fn service_of(&self, key: &str) -> Option<ServiceName>;
     /// Below which key resources lie, if they are to be read.
     fn resources(&self) -> Option<Arc<str>>;
     /// Which cluster it is and how far, as the majority knows it.
@@ -77,6 +91,7 @@ pub(super) struct News {
     pub(super) ended: Option<String>,
 }
 
+#[derive(Clone)]
 pub(super) struct Etcd {
     pub(super) client: Arc<Client>,
     pub(super) keys: Keys,
@@ -139,6 +154,20 @@ fn revision(position: u64) -> i64 {
 }
 
 impl Told {
+    pub(super) fn key(&self) -> &Arc<str> {
+        match self {
+            Told::Service(Change::Set(record)) => &record.key,
+            Told::Resource(ResourceChange::Set(record)) => &record.key,
+            Told::Service(Change::Removed(key)) | Told::Resource(ResourceChange::Removed(key)) => key,
+            Told::Service(Change::Refused(refused)) => &refused.key,
+            Told::Resource(ResourceChange::Refused(refused)) => &refused.key,
+        }
+    }
+
+    pub(super) fn is_removal(&self) -> bool {
+        matches!(self, Told::Service(Change::Removed(_)) | Told::Resource(ResourceChange::Removed(_)))
+    }
+
     pub(super) fn service(self) -> Option<Change> {
         match self {
             Told::Service(change) => Some(change),
@@ -154,37 +183,30 @@ impl Told {
     }
 }
 
-fn listing(scope: Scope, epoch: Epoch, told: impl Iterator<Item = Told>) -> Listing {
-    let mut listing = Listing::empty(scope, epoch);
-    for change in told.filter_map(Told::service) {
-        match change {
-            Change::Set(record) => listing.records.push(record),
-            Change::Refused(refused) => listing.refused.push(refused),
-            Change::Removed(_) => {}
-        }
-    }
-    listing
-}
-
 impl Remote for Etcd {
     type Watches = EtcdWatches;
 
-    async fn list(&mut self, part: &Part) -> Result<(SourceEvent, u64), Error> {
+    fn another(&self) -> Etcd {
+        self.clone()
+    }
+
+    async fn list(&mut self, part: &Part) -> Result<Listed, Error> {
         let listed = self.client.list(&self.keys.prefix(part)).await?;
         if listed.header.cluster_id == 0 {
             return Err(Error::gone("an answer did not say of which cluster it is"));
         }
-        let epoch = epoch(&listed.header);
-        let position = epoch.position;
-        let told = listed.keys.iter().filter_map(|pair| self.keys.read(pair));
-        let event = match part {
-            Part::Services(scope) => SourceEvent::Listed(listing(scope.clone(), epoch, told)),
-            Part::Resources => {
-                let prefix = self.keys.resources.clone().unwrap_or_default();
-                SourceEvent::Resources(ResourceNews::listed(prefix, epoch, told.filter_map(Told::resource)))
-            }
-        };
-        Ok((event, position))
+        let mut told = Vec::with_capacity(listed.keys.len());
+        for pairs in listed.keys.chunks(READ_AT_ONCE) {
+            told.extend(pairs.iter().filter_map(|pair| self.keys.read(pair)));
+            tokio::task::yield_now().await;
+        }
+        Ok(Listed { epoch: epoch(&listed.header), told })
+    }
+
+    fn service_of(&self, key: &str) -> Option<ServiceName> {
+        match stored::meaning(&self.keys.base, key)? {
+            Meaning::Service(service) | Meaning::Endpoint(service) => Some(service),
+        }
     }
 
     fn resources(&self) -> Option<Arc<str>> {

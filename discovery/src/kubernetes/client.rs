@@ -1,17 +1,19 @@
 //! HTTP/2 to the API server, many requests at once on few connections.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
@@ -33,18 +35,31 @@ const LONGEST_LINE: usize = 16 * 1024 * 1024;
 /// A page of a list has 500 objects at most, unless the server answers from its cache.
 const LARGEST_ANSWER: usize = 256 * 1024 * 1024;
 const LARGEST_REFUSAL: usize = 64 * 1024;
+/// What a watch may send unread, and all of a connection together: one that is not read takes nothing from the others,
+/// nor from the probe between them.
+const WATCH_WINDOW: u32 = 256 * 1024;
+const WATCHES_WINDOW: u32 = (MOST_STREAMS as u32 + 4) * WATCH_WINDOW;
 
+/// Its clones share connections.
+#[derive(Clone)]
 pub(super) struct Client {
     settings: Settings,
-    /// Of lists and probes alone: who must be answered before watches are read on must not wait for them.
-    calls: Option<SendRequest<Full<Bytes>>>,
-    watches: Vec<Connection>,
+    opened: Arc<Mutex<Opened>>,
+}
+
+type Sender = SendRequest<Full<Bytes>>;
+
+#[derive(Default)]
+struct Opened {
     /// Of the present connections.
     access: Option<Access>,
+    /// Of what is not a watch: a long list takes nothing from watches, nor they from it.
+    calls: Option<Sender>,
+    watches: Vec<Connection>,
 }
 
 struct Connection {
-    sender: SendRequest<Full<Bytes>>,
+    sender: Sender,
     /// Held by every answer that is being read.
     streams: Arc<()>,
 }
@@ -52,6 +67,8 @@ struct Connection {
 /// An answer that is read line by line.
 pub(super) struct Lines {
     body: Incoming,
+    /// For messages.
+    label: String,
     buffer: BytesMut,
     /// So much of it has no end of a line.
     searched: usize,
@@ -59,9 +76,16 @@ pub(super) struct Lines {
 }
 
 /// What is asked, for messages.
+#[derive(Debug, Clone)]
 pub(super) struct Asked {
     pub(super) verb: &'static str,
     pub(super) resource: String,
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.verb, self.resource)
+    }
 }
 
 /// A request: its path without the server, and of which media type its body is, if it has one.
@@ -80,89 +104,114 @@ impl<'a> Call<'a> {
 
 /// A connection for calls, also for many at once.
 pub(super) struct Caller {
-    sender: SendRequest<Full<Bytes>>,
+    sender: Sender,
     access: Access,
 }
 
 impl Caller {
-    pub(super) async fn call(self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
-        let response = request(self.sender, &self.access, call, asked).await?;
-        read_all(response.into_body(), LARGEST_ANSWER).await
+    /// `https://10.0.0.1:6443`
+    pub(super) fn server(&self) -> &str {
+        &self.access.server
+    }
+
+    pub(super) async fn get(&self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
+        self.call(Call::get(path), asked).await
+    }
+
+    pub(super) async fn call(&self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
+        let response = request(self.sender.clone(), &self.access, call, asked).await?;
+        let label = label(&self.access, asked);
+        read_all(response.into_body(), LARGEST_ANSWER, &label).await
     }
 }
 
 impl Client {
     pub(super) fn new(settings: Settings) -> Client {
-        Client { settings, calls: None, watches: Vec::new(), access: None }
+        Client { settings, opened: Arc::default() }
     }
 
     /// The next request goes by a new connection, with what the files say then.
     pub(super) fn leave(&mut self) {
-        self.calls = None;
-        self.watches.clear();
-        self.access = None;
+        self.opened = Arc::default();
     }
 
-    /// `https://10.0.0.1:6443`, as far as it is known.
-    pub(super) fn server(&self) -> &str {
-        self.access.as_ref().map_or("", |access| &access.server)
-    }
-
-    pub(super) async fn caller(&mut self) -> Result<Caller, Error> {
-        let access = self.access()?;
-        let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
+    pub(super) async fn caller(&self) -> Result<Caller, Error> {
+        let mut opened = self.opened.lock().await;
+        let access = opened.access(&self.settings)?;
+        let sender = match opened.calls.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
-            None => open(&access).await?,
+            None => open(&access, &http2::Builder::new(TokioExecutor::new())).await?,
         };
-        self.calls = Some(sender.clone());
+        opened.calls = Some(sender.clone());
         Ok(Caller { sender, access })
     }
 
-    pub(super) async fn get(&mut self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
+    /// By every connection that carries watches: each may lead to another server. That of calls if there is none.
+    pub(super) async fn callers(&self) -> Result<Vec<Caller>, Error> {
+        let carrying: Vec<Caller> = {
+            let mut opened = self.opened.lock().await;
+            let access = opened.access(&self.settings)?;
+            let carrying = opened.watches.iter().filter(|connection| Arc::strong_count(&connection.streams) > 1);
+            carrying.map(|it| Caller { sender: it.sender.clone(), access: access.clone() }).collect()
+        };
+        if carrying.is_empty() { Ok(vec![self.caller().await?]) } else { Ok(carrying) }
+    }
+
+    pub(super) async fn get(&self, path: &str, asked: &Asked) -> Result<Bytes, Error> {
         self.call(Call::get(path), asked).await
     }
 
-    pub(super) async fn call(&mut self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
-        let access = self.access()?;
-        let sender = match self.calls.take().filter(|sender| !sender.is_closed()) {
-            Some(sender) => sender,
-            None => open(&access).await?,
-        };
-        let response = request(sender.clone(), &access, call, asked).await;
+    pub(super) async fn call(&self, call: Call<'_>, asked: &Asked) -> Result<Bytes, Error> {
+        let answer = self.caller().await?.call(call, asked).await;
         // A refusal is an answer as well.
-        if !matches!(response, Err(Error::Broken(_) | Error::Deadline)) {
-            self.calls = Some(sender);
+        if matches!(answer, Err(Error::Broken(_) | Error::Deadline(_))) {
+            self.opened.lock().await.calls = None;
         }
-        read_all(response?.into_body(), LARGEST_ANSWER).await
+        answer
     }
 
-    pub(super) async fn lines(&mut self, path: &str, asked: &Asked) -> Result<Lines, Error> {
-        let access = self.access()?;
-        self.watches.retain(|connection| !connection.sender.is_closed());
-        let free = |connection: &&Connection| Arc::strong_count(&connection.streams) <= MOST_STREAMS;
-        let (sender, stream) = match self.watches.iter().find(free) {
-            Some(connection) => (connection.sender.clone(), connection.streams.clone()),
-            None => {
-                let connection = Connection { sender: open(&access).await?, streams: Arc::new(()) };
-                let opened = (connection.sender.clone(), connection.streams.clone());
-                self.watches.push(connection);
-                opened
-            }
+    pub(super) async fn lines(&self, path: &str, asked: &Asked) -> Result<Lines, Error> {
+        let (sender, access, stream) = {
+            let mut opened = self.opened.lock().await;
+            let access = opened.access(&self.settings)?;
+            let (sender, stream) = opened.for_a_watch(&access).await?;
+            (sender, access, stream)
         };
         let response = request(sender, &access, Call::get(path), asked).await?;
-        Ok(Lines { body: response.into_body(), buffer: BytesMut::new(), searched: 0, _stream: stream })
-    }
-
-    fn access(&mut self) -> Result<Access, Error> {
-        match &self.access {
-            Some(access) => Ok(access.clone()),
-            None => Ok(self.access.insert(self.settings.access()?).clone()),
-        }
+        let label = label(&access, asked);
+        Ok(Lines { body: response.into_body(), label, buffer: BytesMut::new(), searched: 0, _stream: stream })
     }
 }
 
+impl Opened {
+    fn access(&mut self, settings: &Settings) -> Result<Access, Error> {
+        match &self.access {
+            Some(access) => Ok(access.clone()),
+            None => Ok(self.access.insert(settings.access()?).clone()),
+        }
+    }
+
+    async fn for_a_watch(&mut self, access: &Access) -> Result<(Sender, Arc<()>), Error> {
+        self.watches.retain(|connection| !connection.sender.is_closed());
+        let free = |connection: &&Connection| Arc::strong_count(&connection.streams) <= MOST_STREAMS;
+        if let Some(connection) = self.watches.iter().find(free) {
+            return Ok((connection.sender.clone(), connection.streams.clone()));
+        }
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder.initial_stream_window_size(WATCH_WINDOW).initial_connection_window_size(WATCHES_WINDOW);
+        let connection = Connection { sender: open(access, &builder).await?, streams: Arc::new(()) };
+        let opened = (connection.sender.clone(), connection.streams.clone());
+        self.watches.push(connection);
+        Ok(opened)
+    }
+}
+
+fn label(access: &Access, asked: &Asked) -> String {
+    format!("{}, {asked}", access.server)
+}
+
 async fn request(
-    mut sender: SendRequest<Full<Bytes>>,
+    mut sender: Sender,
     access: &Access,
     call: Call<'_>,
     asked: &Asked,
@@ -184,29 +233,36 @@ async fn request(
         bearer.set_sensitive(true);
         request.headers_mut().insert(AUTHORIZATION, bearer);
     }
-    let answer = timeout(CALL_DEADLINE, sender.send_request(request)).await.map_err(|_| Error::Deadline)?;
-    let response = answer.map_err(|error| Error::Broken(said(&error)))?;
+    let late =
+        |_| Error::Deadline(format!("{} did not answer within {} s: {asked}", access.server, CALL_DEADLINE.as_secs()));
+    let answer = timeout(CALL_DEADLINE, sender.send_request(request)).await.map_err(late)?;
+    let response = answer.map_err(|error| Error::Broken(format!("{}: {}", label(access, asked), said(&error))))?;
     if response.status().is_success() {
         return Ok(response);
     }
-    let status = response.status();
-    let reason = objects::read_refusal(&read_all(response.into_body(), LARGEST_REFUSAL).await?);
+    let (status, after) = (response.status(), retry_after(response.headers()));
+    let refusal = read_all(response.into_body(), LARGEST_REFUSAL, &label(access, asked)).await?;
+    let (asked, reason) = (asked.clone(), objects::read_refusal(&refusal));
     Err(match status {
         StatusCode::UNAUTHORIZED => Error::Unauthorized { by: access.credential(), reason },
-        StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource.clone(), reason },
+        StatusCode::FORBIDDEN => Error::Forbidden { verb: asked.verb, resource: asked.resource, reason },
         StatusCode::GONE => Error::Expired,
-        StatusCode::TOO_MANY_REQUESTS => Error::Busy(reason),
-        status => Error::Refused { status: status.as_u16(), reason },
+        StatusCode::TOO_MANY_REQUESTS => Error::Busy { asked: asked.to_string(), reason, after },
+        status => Error::Refused { status: status.as_u16(), asked: asked.to_string(), reason },
     })
 }
 
-async fn open(access: &Access) -> Result<SendRequest<Full<Bytes>>, Error> {
-    let reason = || format!("no connection within {} s", CONNECT_DEADLINE.as_secs());
-    let late = |_| Err(Error::Unreachable { server: access.server.clone(), reason: reason() });
-    timeout(CONNECT_DEADLINE, connect(access)).await.unwrap_or_else(late)
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    Some(Duration::from_secs(headers.get(RETRY_AFTER)?.to_str().ok()?.parse().ok()?))
 }
 
-async fn connect(access: &Access) -> Result<SendRequest<Full<Bytes>>, Error> {
+async fn open(access: &Access, builder: &http2::Builder<TokioExecutor>) -> Result<Sender, Error> {
+    let reason = || format!("no connection within {} s", CONNECT_DEADLINE.as_secs());
+    let late = |_| Err(Error::Unreachable { server: access.server.clone(), reason: reason() });
+    timeout(CONNECT_DEADLINE, connect(access, builder.clone())).await.unwrap_or_else(late)
+}
+
+async fn connect(access: &Access, mut builder: http2::Builder<TokioExecutor>) -> Result<Sender, Error> {
     let server = || access.server.clone();
     let unreachable = |reason: String| Error::Unreachable { server: server(), reason };
     let tcp = TcpStream::connect(&access.address).await.map_err(|error| unreachable(error.to_string()))?;
@@ -219,7 +275,7 @@ async fn connect(access: &Access) -> Result<SendRequest<Full<Bytes>>, Error> {
         let reason = "it does not speak HTTP/2; name the API server itself, or a proxy that does".to_owned();
         return Err(unreachable(reason));
     }
-    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+    let (sender, connection) = builder
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_ANSWER)
@@ -243,11 +299,11 @@ fn said(error: &hyper::Error) -> String {
     }
 }
 
-async fn piece(body: &mut Incoming) -> Result<Option<Bytes>, Error> {
+async fn piece(body: &mut Incoming, label: &str) -> Result<Option<Bytes>, Error> {
     loop {
         match body.frame().await {
             None => return Ok(None),
-            Some(Err(error)) => return Err(Error::Broken(said(&error))),
+            Some(Err(error)) => return Err(Error::Broken(format!("{label}: {}", said(&error)))),
             Some(Ok(frame)) => {
                 if let Ok(data) = frame.into_data() {
                     return Ok(Some(data));
@@ -257,12 +313,13 @@ async fn piece(body: &mut Incoming) -> Result<Option<Bytes>, Error> {
     }
 }
 
-async fn read_all(mut body: Incoming, most: usize) -> Result<Bytes, Error> {
+async fn read_all(mut body: Incoming, most: usize, label: &str) -> Result<Bytes, Error> {
     let expected = body.size_hint().exact().unwrap_or(0);
     let mut all = BytesMut::with_capacity(usize::try_from(expected).unwrap_or(0).min(LARGEST_REFUSAL));
-    while let Some(data) = timeout(STALL_DEADLINE, piece(&mut body)).await.map_err(|_| Error::Deadline)?? {
+    let stalled = |_| Error::Deadline(format!("stopped in an answer for {} s: {label}", STALL_DEADLINE.as_secs()));
+    while let Some(data) = timeout(STALL_DEADLINE, piece(&mut body, label)).await.map_err(stalled)?? {
         if all.len() + data.len() > most {
-            return Err(Error::Garbled(format!("it has more than {most} bytes")));
+            return Err(Error::Garbled(format!("{label}: it has more than {most} bytes")));
         }
         all.extend_from_slice(&data);
     }
@@ -281,9 +338,9 @@ impl Lines {
             }
             self.searched = self.buffer.len();
             if self.searched > LONGEST_LINE {
-                return Err(Error::Garbled(format!("a line has more than {LONGEST_LINE} bytes")));
+                return Err(Error::Garbled(format!("{}: a line has more than {LONGEST_LINE} bytes", self.label)));
             }
-            let Some(data) = piece(&mut self.body).await? else { return Ok(None) };
+            let Some(data) = piece(&mut self.body, &self.label).await? else { return Ok(None) };
             self.buffer.extend_from_slice(&data);
         }
     }

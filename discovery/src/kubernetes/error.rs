@@ -18,8 +18,9 @@ pub(super) enum Error {
          the name in its address one of its certificate's?"
     )]
     Tls { server: String, reason: String },
-    #[error("the API server did not answer within {} s", CALL_DEADLINE.as_secs())]
-    Deadline,
+    /// Which server was how slow with what.
+    #[error("the API server {0}; is it overloaded, or a proxy before it?")]
+    Deadline(String),
     #[error("the API server is not ready: {0}")]
     NotReady(String),
     #[error("the API server does not accept {by} (401: {reason}); give a credential that is valid and not over")]
@@ -32,11 +33,11 @@ pub(super) enum Error {
     /// What was asked for is older than what the server keeps.
     #[error("the API server no longer keeps what a list or a watch needs; it is read again")]
     Expired,
-    /// Watches under way go on.
-    #[error("the API server has too much to do (429: {0})")]
-    Busy(String),
-    #[error("the API server refused (status {status}): {reason}")]
-    Refused { status: u16, reason: String },
+    /// Watches under way go on. `after`: when the server wants to be asked again.
+    #[error("the API server has too much to do for a {asked} (429: {reason})")]
+    Busy { asked: String, reason: String, after: Option<Duration> },
+    #[error("the API server refused a {asked} (status {status}): {reason}")]
+    Refused { status: u16, asked: String, reason: String },
     #[error("an answer of the API server cannot be read: {0}")]
     Garbled(String),
     /// The kind is not there, which for ours is no trouble.
@@ -52,8 +53,10 @@ fn role(verb: &str) -> &'static str {
 }
 
 impl Error {
-    /// The server answered, and what it says of something else may be well. Whether it is well itself the probe tells.
+    /// What the server says of something else may be well. Whether it is well itself the probe tells.
     pub(super) fn is_of_one_area(&self) -> bool {
-        matches!(self, Error::Forbidden { .. } | Error::Refused { .. } | Error::Garbled(_) | Error::Expired)
+        let answered =
+            matches!(self, Error::Forbidden { .. } | Error::Refused { .. } | Error::Garbled(_) | Error::Expired);
+        answered || matches!(self, Error::Deadline(_))
     }
 }

@@ -1,233 +1,10 @@
-use std::sync::Mutex;
-
-use serde_json::Value;
-
-use super::super::objects::Listed;
-use super::super::remote::Collection;
-use super::super::samples::{self, mesh, object, pod, service, slice};
+use super::super::catch_up::PUT_OFF;
+use super::super::fake_server::{Fake, Running, Script, addresses, payments, running, start};
+use super::super::objects::{Event, Kind};
+use super::super::samples::{mesh, object, pod, service, slice};
 use super::*;
+use crate::Change;
 use crate::resync::RESYNC_EVERY;
-use crate::{Change, Namespaces, fake};
-
-type Told = mpsc::Sender<Result<Option<Event>, Error>>;
-
-/// An API server in words: what it holds, how it fails, and what it was asked.
-#[derive(Default)]
-struct Script {
-    store: &'static str,
-    position: u64,
-    objects: BTreeMap<Kind, Vec<Value>>,
-    down: bool,
-    /// Too much to do for probes, or for lists.
-    busy: bool,
-    busy_lists: bool,
-    /// Whose lists fail for another reason than the connection.
-    sick: Option<Scope>,
-    /// How far the etcd of pods has come, if they have one of their own.
-    pods_position: Option<u64>,
-    /// Which kind may not be read.
-    forbidden: Option<Kind>,
-    /// How many watches from now on are refused because their history is gone.
-    expired: usize,
-    asked: Vec<String>,
-    watches: Vec<(Collection, Told)>,
-}
-
-#[derive(Clone)]
-struct Fake(Arc<Mutex<Script>>);
-
-struct FakeWatch(mpsc::Receiver<Result<Option<Event>, Error>>);
-
-impl Fake {
-    /// `payments`, with one pod behind it.
-    fn new() -> Fake {
-        let objects = [
-            (Kind::Service, vec![service("payments", &[])]),
-            (Kind::Slice, vec![slice("payments-x", &["10.0.0.1"])]),
-            (Kind::Pod, vec![pod("payments-0", "payer", true)]),
-        ];
-        Fake(Arc::new(Mutex::new(Script { store: "one", position: 10, objects: objects.into(), ..Script::default() })))
-    }
-
-    fn change<T>(&self, change: impl FnOnce(&mut Script) -> T) -> T {
-        change(&mut self.0.lock().unwrap())
-    }
-
-    fn asked(&self) -> Vec<String> {
-        self.change(|script| std::mem::take(&mut script.asked))
-    }
-
-    fn up(&self, call: String) -> Result<(), Error> {
-        self.change(|script| {
-            script.asked.push(call);
-            if script.down { Err(Error::Broken("scripted".to_owned())) } else { Ok(()) }
-        })
-    }
-
-    /// By the latest watch of a kind.
-    async fn tell(&self, kind: Kind, event: Result<Option<Event>, Error>) {
-        let latest =
-            |script: &mut Script| script.watches.iter().rev().find(|(what, _)| what.kind == kind).unwrap().1.clone();
-        let told = self.change(latest);
-        told.send(event).await.unwrap();
-    }
-
-    async fn set(&self, kind: Kind, sample: Value, position: &str) {
-        self.tell(kind, Ok(Some(Event::Set(object(kind, sample), position.to_owned())))).await;
-    }
-}
-
-impl Remote for Fake {
-    type Watch = FakeWatch;
-
-    async fn probe(&mut self) -> Result<Epoch, Error> {
-        self.up("probe".to_owned())?;
-        if self.change(|script| script.busy) {
-            return Err(Error::Busy("scripted".to_owned()));
-        }
-        Ok(self.change(|script| Epoch { store: script.store.into(), position: script.position }))
-    }
-
-    async fn list(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
-        if what.kind == Kind::Mesh && self.change(|script| !script.objects.contains_key(&Kind::Mesh)) {
-            return Err(Error::NotServed);
-        }
-        self.up(format!("list {:?} [{}] known {known:?}", what.kind, what.labels))?;
-        self.change(|script| {
-            if script.busy_lists {
-                return Err(Error::Busy("scripted".to_owned()));
-            }
-            if script.sick.as_ref() == Some(&what.area) {
-                return Err(Error::Refused { status: 500, reason: "scripted".to_owned() });
-            }
-            if script.forbidden == Some(what.kind) {
-                let resource = format!("{:?}", what.kind);
-                return Err(Error::Forbidden { verb: "list", resource, reason: "scripted".to_owned() });
-            }
-            let samples = script.objects.get(&what.kind).cloned().unwrap_or_default();
-            let objects = samples::objects(what.kind, &samples);
-            let own = script.pods_position.filter(|_| what.kind == Kind::Pod);
-            Ok(Listed { objects, position: own.unwrap_or(script.position).to_string(), more: None })
-        })
-    }
-
-    async fn watch(&mut self, what: &Collection, from: &str) -> Result<FakeWatch, Error> {
-        self.up(format!("watch {:?} [{}] from {from}", what.kind, what.labels))?;
-        self.change(|script| {
-            if script.expired > 0 {
-                script.expired -= 1;
-                return Err(Error::Expired);
-            }
-            let (send, told) = mpsc::channel(8);
-            script.watches.push((what.clone(), send));
-            Ok(FakeWatch(told))
-        })
-    }
-
-    fn leave(&mut self) {
-        self.change(|script| script.asked.push("leave".to_owned()));
-    }
-}
-
-impl Watch for FakeWatch {
-    async fn next(&mut self) -> Result<Option<Event>, Error> {
-        self.0.recv().await.unwrap_or_else(|| Err(Error::Broken("dropped".to_owned())))
-    }
-}
-
-struct Running {
-    started_with: Wanted,
-    server: Fake,
-    wanted: watch::Sender<Wanted>,
-    events: mpsc::Receiver<(usize, SourceEvent)>,
-    _task: JoinSet<()>,
-}
-
-fn payments() -> Wanted {
-    Wanted { services: ["payments.shop".parse().unwrap()].into(), ..Wanted::default() }
-}
-
-fn start(wanted: Wanted, server: Fake) -> Running {
-    let started_with = wanted.clone();
-    let wanted = watch::Sender::new(wanted);
-    let (send, events) = mpsc::channel(64);
-    let mut task = JoinSet::new();
-    let reader =
-        Reader { trust_domain: fake::trust_domain(), authority: Namespaces::everything(), dead: BTreeSet::new() };
-    task.spawn(run(
-        server.clone(),
-        reader,
-        Leases::new("meshd-system".to_owned()),
-        wanted.subscribe(),
-        Sink::new(0, send),
-        watch::Sender::default(),
-    ));
-    Running { started_with, server, wanted, events, _task: task }
-}
-
-/// Listed once, and watched.
-async fn running() -> Running {
-    let mut running = start(payments(), Fake::new());
-    assert_eq!(running.listed().await, (10, vec!["10.0.0.1".to_owned()]));
-    running.watched().await;
-    running.server.asked();
-    running
-}
-
-fn addresses<'a>(records: impl IntoIterator<Item = &'a crate::Record>) -> Vec<String> {
-    records.into_iter().flat_map(|record| &record.places).map(|place| place.address.to_string()).collect()
-}
-
-impl Running {
-    /// The next event that is more than a sign of life.
-    async fn next(&mut self) -> SourceEvent {
-        loop {
-            match self.events.recv().await.unwrap().1 {
-                SourceEvent::InSync => {}
-                SourceEvent::Narrowed(to) if to == self.started_with => {}
-                event => return event,
-            }
-        }
-    }
-
-    async fn listed(&mut self) -> (u64, Vec<String>) {
-        match self.next().await {
-            SourceEvent::Listed(listing) => (listing.epoch.position, addresses(&listing.records)),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    async fn changed(&mut self) -> Vec<String> {
-        match self.next().await {
-            SourceEvent::Changed { changes, .. } => addresses(changes.iter().filter_map(|change| match change {
-                Change::Set(record) => Some(record),
-                _ => None,
-            })),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    async fn unavailable(&mut self) -> String {
-        match self.next().await {
-            SourceEvent::Unavailable { error } => error,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// Once all is caught up with.
-    async fn watched(&mut self) {
-        assert_eq!(self.events.recv().await.unwrap().1, SourceEvent::InSync);
-    }
-
-    /// What was asked until the server was probed for so many times.
-    async fn asked_until_probed(&mut self, times: usize) -> Vec<String> {
-        let mut probed = 0;
-        while probed < times {
-            probed += usize::from(self.events.recv().await.unwrap().1 == SourceEvent::InSync);
-        }
-        self.server.asked()
-    }
-}
 
 #[tokio::test(start_paused = true)]
 async fn a_service_its_slices_and_its_pods_are_listed_and_watched_from_there() {
@@ -348,9 +125,12 @@ async fn watches_that_end_for_their_age_are_listed_anew_without_leaving_the_conn
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_is_too_old_from_its_list_on_does_not_spin() {
-    let mut running = running().await;
-    running.server.tell(Kind::Slice, Ok(Some(Event::Expired))).await;
+async fn watches_that_are_too_old_from_every_list_on_do_not_spin() {
+    let server = Fake::new();
+    server.change(|script| script.expired = 6);
+    let mut running = start(payments(), server);
+    running.listed().await;
+    running.listed().await;
     let begun = Instant::now();
     running.listed().await;
     assert!(begun.elapsed() >= PUT_OFF, "{:?}", begun.elapsed());
@@ -501,7 +281,9 @@ async fn a_server_with_too_much_to_do_keeps_its_watches() {
     running.wanted.send_modify(|wanted| wanted.resync += 1);
     assert!(running.unavailable().await.contains("too much to do"));
     running.server.change(|script| script.busy_lists = false);
+    let refused = Instant::now();
     assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    assert!(refused.elapsed() >= Duration::from_secs(40), "sooner than it asked for: {:?}", refused.elapsed());
     assert!(!running.server.asked().contains(&"leave".to_owned()));
 }
 
@@ -516,57 +298,6 @@ async fn a_watch_that_ends_as_it_begins_does_not_spin() {
 async fn a_host_that_wants_nothing_asks_for_nothing_but_a_sign_of_life() {
     let mut running = start(Wanted::default(), Fake::new());
     assert!(running.asked_until_probed(3).await.iter().all(|call| call == "probe"));
-}
-
-/// A host's own, renewed at that moment.
-fn lease(renewed: &str) -> Value {
-    serde_json::json!({
-        "metadata": { "name": "api-1", "namespace": "meshd-system" },
-        "spec": { "holderIdentity": "api-1/7", "leaseDurationSeconds": 9, "renewTime": renewed },
-    })
-}
-
-impl Running {
-    async fn health(&mut self) -> crate::Health {
-        loop {
-            match self.next().await {
-                SourceEvent::Changed { changes, .. } => match &changes[0] {
-                    Change::Set(record) => return record.places[0].health,
-                    other => panic!("{other:?}"),
-                },
-                SourceEvent::Unavailable { .. } => {}
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_host_that_renews_its_lease_no_longer_is_dead_when_the_server_says_so_again_and_alive_when_it_does() {
-    let server = Fake::new();
-    let notes = [("transport", "meshd"), ("lease", "api-1"), ("lease-holder", "api-1/7")];
-    server.change(|script| {
-        script.objects.insert(Kind::Slice, vec![samples::own_slice("payments-x", "10.0.0.7", &notes)]);
-        script.objects.insert(Kind::Lease, vec![lease("1")]);
-    });
-    let began = Instant::now();
-    let mut running = start(payments(), server.clone());
-    assert_eq!(running.listed().await.1, ["10.0.0.7"]);
-    assert_eq!(running.health().await, crate::Health::Unhealthy);
-    assert_eq!(began.elapsed().as_secs(), 9);
-    server.set(Kind::Lease, lease("2"), "11").await;
-    assert_eq!(running.health().await, crate::Health::Healthy);
-    // A server that cannot be asked ends nobody; and when it is back, hosts have their time anew.
-    server.change(|script| {
-        script.objects.insert(Kind::Lease, vec![lease("2")]);
-        script.down = true;
-    });
-    running.unavailable().await;
-    sleep(Duration::from_secs(60)).await;
-    server.change(|script| script.down = false);
-    let back = Instant::now();
-    assert_eq!(running.health().await, crate::Health::Unhealthy);
-    assert!(back.elapsed() >= Duration::from_secs(9), "{:?}", back.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -602,4 +333,74 @@ async fn documents_that_may_not_be_read_are_named_and_services_go_on() {
     running.watched().await;
     running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.6"]), "11").await;
     assert_eq!(running.changed().await, ["10.0.0.6"]);
+}
+
+/// Two services of a namespace, followed as a whole.
+async fn following_a_namespace() -> Running {
+    let server = Fake::new();
+    server.change(|script| {
+        script.objects.get_mut(&Kind::Service).unwrap().push(service("ledger", &[]));
+        script.objects.get_mut(&Kind::Slice).unwrap().push(slice("ledger-x", &["10.0.0.5"]));
+        script.objects.get_mut(&Kind::Pod).unwrap().push(pod("ledger-0", "ledger", true));
+    });
+    let mut running = start(Wanted { namespaces: ["shop".to_owned()].into(), ..Wanted::default() }, server);
+    assert_eq!(running.listed().await.1.len(), 2);
+    running.watched().await;
+    running.server.asked();
+    running
+}
+
+fn suspect(running: &Running, service: &str) {
+    running.wanted.send_modify(|wanted| wanted.reread = [(service.parse().unwrap(), 1)].into());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_of_a_namespace_is_read_again_without_the_rest_of_it_and_beside_the_watches() {
+    let mut running = following_a_namespace().await;
+    // The watch of slices is deaf to that: one has moved, and one has gone.
+    running.server.change(|script| {
+        script.position = 20;
+        let slices = vec![slice("payments-y", &["10.0.0.9"]), slice("ledger-x", &["10.0.0.6"])];
+        script.objects.insert(Kind::Slice, slices);
+    });
+    suspect(&running, "payments.shop");
+    let SourceEvent::Changed { changes, .. } = running.next().await else { panic!("no change") };
+    let told = |change: &Change| matches!(change, Change::Set(record) if addresses([record]) == ["10.0.0.9"]);
+    assert!(
+        changes.iter().any(told) && changes.contains(&Change::Removed("slice/shop/payments-x".into())),
+        "{changes:?}"
+    );
+    let asked = running.asked_until_probed(1).await;
+    let expected = [
+        "list Service [] known Some(\"10\")",
+        "list Slice [] known Some(\"10\")",
+        "list Pod [app=payments] known Some(\"10\")",
+        "probe",
+    ];
+    assert_eq!(asked, expected);
+    running.server.set(Kind::Slice, slice("ledger-x", &["10.0.0.7"]), "21").await;
+    assert_eq!(running.changed().await, ["10.0.0.7"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_watch_tells_while_a_service_is_read_again_is_told_first_and_holds() {
+    let mut running = following_a_namespace().await;
+    running.server.change(|script| script.stands_still.send_replace(true));
+    suspect(&running, "payments.shop");
+    running.server.asks("list Service").await;
+    running.server.set(Kind::Slice, slice("payments-x", &["10.0.0.8"]), "11").await;
+    assert_eq!(running.changed().await, ["10.0.0.8"]);
+    running.server.change(|script| script.stands_still.send_replace(false));
+    running.asked_until_probed(2).await;
+    running.server.set(Kind::Slice, slice("ledger-x", &["10.0.0.7"]), "21").await;
+    assert_eq!(running.changed().await, ["10.0.0.7"], "the older list of the first took nothing back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_that_is_followed_by_itself_is_listed_again() {
+    let mut running = running().await;
+    suspect(&running, "payments.shop");
+    assert_eq!(running.listed().await.1, ["10.0.0.1"]);
+    let asked = running.asked_until_probed(1).await;
+    assert_eq!(asked.iter().filter(|call| call.starts_with("list")).count(), 3, "{asked:?}");
 }

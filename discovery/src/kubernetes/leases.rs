@@ -10,15 +10,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::known::Feed;
+use super::area::Feed;
 use super::objects::{Kind, LEASE, Lease, NOTES};
+use super::pick::MOST_NAMED;
 use super::remote::Collection;
+use super::work::Task;
 use crate::Scope;
 use crate::register::TTL;
-
-/// More hosts than this are followed with all others: a selector is a part of an address, and the server matches it against
-/// every renewal.
-const MOST_NAMED: usize = 64;
 
 /// A Lease by name, and who must hold it for a slice to live.
 pub(super) type Keeper = (String, String);
@@ -33,6 +31,7 @@ pub(super) struct Leases {
     over: BTreeSet<Keeper>,
     pub(super) feed: Feed,
     pub(super) due: bool,
+    pub(super) listing: Option<Task>,
     /// Until when it may not be read, or not now.
     pub(super) put_off: Option<Instant>,
     /// Why, as it was told.
@@ -56,6 +55,7 @@ impl Leases {
             over: BTreeSet::new(),
             feed: Feed::default(),
             due: false,
+            listing: None,
             put_off: None,
             trouble: None,
         }
@@ -74,7 +74,7 @@ impl Leases {
         self.seen.retain(|name, _| now.contains(name));
         self.used = used;
         if before != now {
-            (self.feed, self.due) = (Feed::default(), !now.is_empty());
+            (self.feed, self.due, self.listing) = (Feed::default(), !now.is_empty(), None);
         }
     }
 
@@ -89,12 +89,13 @@ impl Leases {
             true => format!("{label} in ({})", names.into_iter().collect::<Vec<_>>().join(",")),
             false => label,
         };
-        Some(Collection { kind: Kind::Lease, area: Scope::Namespace(self.namespace.clone()), labels })
+        let area = Scope::Namespace(self.namespace.clone());
+        Some(Collection { kind: Kind::Lease, area, labels, is_little: false })
     }
 
     /// Hosts may have been unable to renew for as long as nothing was heard here.
     pub(super) fn begin_anew(&mut self, now: Instant) {
-        (self.feed, self.due, self.put_off) = (Feed::default(), true, None);
+        (self.feed, self.due, self.listing, self.put_off) = (Feed::default(), true, None, None);
         for seen in self.seen.values_mut() {
             (seen.since, seen.held_since) = (now, now);
         }
@@ -138,8 +139,11 @@ impl Leases {
         Some(since + seen.lease.lasts)
     }
 
-    /// When to ask next whether somebody is dead.
+    /// When to ask next whether somebody is dead, unless that is asked already.
     pub(super) fn look_at(&self) -> Option<Instant> {
+        if self.due || self.listing.is_some() {
+            return self.put_off.filter(|_| self.listing.is_none());
+        }
         let alive = self.used.iter().filter(|keeper| !self.over.contains(*keeper));
         let next = alive.filter_map(|keeper| self.ends(keeper)).min()?;
         Some(self.put_off.map_or(next, |until| next.max(until)))

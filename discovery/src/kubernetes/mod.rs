@@ -5,35 +5,48 @@
 //!              v                                                                           |
 //!   probe ---> list what is due ---> watch each kind from where its list was ---> events, probes every 5 s
 //!              ^     (Service, slices, its pods)      ^                                |   |   |
-//!              |                                      +--- came to its end (5 min) ----+   |   |
+//!              |                                      +--- its end (5 min), or 150 s of silence
 //!              +--- 410 Gone; other selector; every few minutes, or when asked ------------+   |
 //!              +--- forgotten how far it was: another kube-system, or a resourceVersion that went back
 //! ```
 //! What is read together is an area: a service imported by name (a watch for each kind, which select at the server), or a
-//! namespace or the cluster for patterns, and for more than 8 services of a namespace (a watch for each kind in all). All
-//! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there. A pod that
-//! a slice names and that is not known yet is left out until its own watch tells of it, milliseconds later.
+//! namespace or the cluster for patterns, and for more than 8 services of a namespace (a watch for each kind; slices and pods
+//! are selected by the names of the services and by a label their selectors share, as far as that goes: `pick.rs`). All
+//! kinds of an area are listed before anything is told of it; afterwards an event is told as soon as it is there, also while
+//! the area is listed again: its watches go on, and what they told meanwhile is not taken back. A pod that a slice names and
+//! that is not known yet is left out until its own watch tells of it, milliseconds later. Of an endpoint that cannot be
+//! reached, its service alone is read again (`reread.rs`).
 //!
 //! How far the store is comes from the probe, a consistent read of one namespace, and not from the objects: kinds may lie in
-//! different etcds. What may not be read (403) is trouble of its area alone and keeps what it said. Nothing that is not read
-//! here is kept of an object: a pod is its name, uid, account and whether it takes HBONE.
+//! different etcds. It goes by every connection that carries watches: each may lead to another server. What may not be read
+//! (403), or is refused for another reason, is trouble of its area alone and keeps what it said. Nothing that is not read
+//! here is kept of an object: a pod is its name, uid, account, marks of its labels and whether it takes HBONE.
 //!
 //! Why no client crate: docs/adr/0013.
 
+mod area;
+mod catch_up;
 mod client;
 mod error;
+#[cfg(test)]
+mod fake_server;
 mod follow;
-mod known;
+mod hosts;
+mod kept;
 mod leases;
+mod lists;
 mod objects;
+mod pick;
 mod read;
 mod registrar;
 mod remote;
+mod reread;
 mod resources;
 #[cfg(test)]
 mod samples;
 mod settings;
 mod store;
+mod work;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

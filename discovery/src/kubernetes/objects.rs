@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -70,7 +71,7 @@ pub(super) struct Port {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Slice {
     /// `shop/payments-x2v4f`
-    pub(super) key: String,
+    pub(super) key: Arc<str>,
     pub(super) service: ServiceName,
     /// Each name with the port of the programs.
     pub(super) ports: Vec<(String, u16)>,
@@ -85,9 +86,9 @@ pub(super) struct SliceEndpoint {
     /// Its first: all of them lead to the same program.
     pub(super) address: Option<IpAddr>,
     pub(super) state: State,
-    pub(super) zone: String,
+    pub(super) zone: Arc<str>,
     /// `shop/payments-7d9f`, and which of that name.
-    pub(super) pod: Option<(String, Life)>,
+    pub(super) pod: Option<(Arc<str>, Life)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,9 +103,8 @@ pub(super) enum State {
 pub(super) struct Pod {
     pub(super) life: Life,
     /// Its service account.
-    pub(super) account: String,
-    /// Which Services select it.
-    pub(super) labels: BTreeMap<String, String>,
+    pub(super) account: Arc<str>,
+    pub(super) labels: Labels,
     /// It takes HBONE, by Istio's own rule.
     pub(super) takes_hbone: bool,
 }
@@ -126,6 +126,27 @@ impl Life {
     }
 }
 
+/// Of labels, as much as tells whether a selector names them: there are many pods, and each has ten of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Labels(Box<[u64]>);
+
+impl Labels {
+    fn of<'a>(labels: impl IntoIterator<Item = (&'a String, &'a String)>) -> Labels {
+        Labels(labels.into_iter().map(Self::mark).collect())
+    }
+
+    /// Who chooses a label of the same mark could have chosen that label.
+    fn mark(label: (&String, &String)) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        label.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    pub(super) fn are_selected(&self, selector: &BTreeMap<String, String>) -> bool {
+        !selector.is_empty() && selector.iter().all(|label| self.0.contains(&Self::mark(label)))
+    }
+}
+
 /// A MeshService, as text: what it means the reader of documents knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mesh {
@@ -138,7 +159,7 @@ pub(super) enum Object {
     Service(Service),
     Slice(Slice),
     /// By its key, `shop/payments-7d9f`.
-    Pod(String, Pod),
+    Pod(Arc<str>, Pod),
     Lease(Lease),
     Mesh(Mesh),
 }
@@ -177,22 +198,33 @@ pub(super) fn read_list(kind: Kind, text: &[u8]) -> Result<Listed, Error> {
 }
 
 pub(super) fn read_event(kind: Kind, line: &[u8]) -> Result<Event, Error> {
-    let head: RawEvent<Head> = parse(line)?;
-    let position = head.object.metadata.resource_version;
-    match head.r#type.as_str() {
-        "BOOKMARK" => return Ok(Event::Bookmark(position)),
-        "ERROR" if head.object.code == 410 => return Ok(Event::Expired),
-        "ERROR" => return Ok(Event::Failed(head.object.message)),
-        _ => {}
+    match kind {
+        Kind::Service => read_event_of::<RawService>(line),
+        Kind::Slice => read_event_of::<RawSlice>(line),
+        Kind::Pod => read_event_of::<RawPod>(line),
+        Kind::Lease => read_event_of::<RawLease>(line),
+        Kind::Mesh => read_event_of::<RawMesh>(line),
     }
-    let object = match kind {
-        Kind::Service => parse::<RawEvent<RawService>>(line)?.object.reduce(),
-        Kind::Slice => parse::<RawEvent<RawSlice>>(line)?.object.reduce(),
-        Kind::Pod => parse::<RawEvent<RawPod>>(line)?.object.reduce(),
-        Kind::Lease => parse::<RawEvent<RawLease>>(line)?.object.reduce(),
-        Kind::Mesh => parse::<RawEvent<RawMesh>>(line)?.object.reduce(),
+}
+
+fn read_event_of<T: Reduce>(line: &[u8]) -> Result<Event, Error> {
+    let mut event = match parse::<RawEvent<T>>(line) {
+        Ok(event) if event.r#type != "ERROR" => event,
+        // A Status, which is an object of another kind.
+        other => {
+            let head: RawEvent<Head> = parse(line)?;
+            return match (head.r#type.as_str(), head.object.code) {
+                ("ERROR", 410) => Ok(Event::Expired),
+                ("ERROR", _) => Ok(Event::Failed(head.object.message)),
+                _ => Err(other.err().unwrap_or_else(|| Error::Garbled("an event of no kind".to_owned()))),
+            };
+        }
     };
-    Ok(match (object, head.r#type.as_str()) {
+    let position = std::mem::take(&mut event.object.metadata().resource_version);
+    if event.r#type == "BOOKMARK" {
+        return Ok(Event::Bookmark(position));
+    }
+    Ok(match (event.object.reduce(), event.r#type.as_str()) {
         (Some(object), "ADDED" | "MODIFIED") => Event::Set(object, position),
         (Some(object), "DELETED") => Event::Gone(object, position),
         _ => Event::Other(position),
@@ -250,11 +282,10 @@ struct RawEvent<T> {
     object: T,
 }
 
-/// What a bookmark and a Status have.
+/// What a Status has.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Head {
-    metadata: ListMeta,
     code: u16,
     message: String,
 }
@@ -270,13 +301,14 @@ struct Meta {
     name: String,
     namespace: String,
     uid: String,
+    resource_version: String,
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<BTreeMap<String, String>>,
 }
 
 impl Meta {
-    fn key(&self) -> String {
-        format!("{}/{}", self.namespace, self.name)
+    fn key(&self) -> Arc<str> {
+        format!("{}/{}", self.namespace, self.name).into()
     }
 
     fn label(&self, name: &str) -> Option<&str> {
@@ -290,6 +322,7 @@ impl Meta {
 }
 
 trait Reduce: DeserializeOwned {
+    fn metadata(&mut self) -> &mut Meta;
     fn reduce(self) -> Option<Object>;
 }
 
@@ -339,6 +372,10 @@ impl RawPort {
 }
 
 impl Reduce for RawService {
+    fn metadata(&mut self) -> &mut Meta {
+        &mut self.metadata
+    }
+
     fn reduce(self) -> Option<Object> {
         let ports = self.spec.ports.iter().flatten().filter(|port| port.is_tcp()).filter_map(|raw| {
             let name = raw.name.clone().unwrap_or_default();
@@ -406,18 +443,22 @@ impl RawEndpoint {
     fn reduce(self, namespace: &str) -> SliceEndpoint {
         let pod = self.target_ref.filter(|target| target.kind.as_deref() == Some("Pod")).and_then(|target| {
             let namespace = target.namespace.as_deref().unwrap_or(namespace);
-            Some((format!("{namespace}/{}", target.name?), Life::of(&target.uid.unwrap_or_default())))
+            Some((format!("{namespace}/{}", target.name?).into(), Life::of(&target.uid.unwrap_or_default())))
         });
         SliceEndpoint {
             address: self.addresses.iter().flatten().next().and_then(|text| text.parse::<IpAddr>().ok()),
             state: self.conditions.unwrap_or_default().state(),
-            zone: self.zone.unwrap_or_default(),
+            zone: self.zone.unwrap_or_default().into(),
             pod,
         }
     }
 }
 
 impl Reduce for RawSlice {
+    fn metadata(&mut self) -> &mut Meta {
+        &mut self.metadata
+    }
+
     fn reduce(self) -> Option<Object> {
         let namespace = &self.metadata.namespace;
         let service = ServiceName::new(self.metadata.label(SERVICE_NAME)?, namespace).ok()?;
@@ -449,6 +490,10 @@ struct LeaseSpec {
 }
 
 impl Reduce for RawLease {
+    fn metadata(&mut self) -> &mut Meta {
+        &mut self.metadata
+    }
+
     fn reduce(self) -> Option<Object> {
         Some(Object::Lease(Lease {
             name: self.metadata.name,
@@ -473,16 +518,20 @@ struct PodSpec {
 }
 
 impl Reduce for RawPod {
+    fn metadata(&mut self) -> &mut Meta {
+        &mut self.metadata
+    }
+
     fn reduce(self) -> Option<Object> {
         let redirected = |annotations: &BTreeMap<String, String>| {
             annotations.get("ambient.istio.io/redirection").is_some_and(|value| value == "enabled")
         };
         let takes_hbone = self.metadata.annotations.as_ref().is_some_and(redirected)
             || self.metadata.label("networking.istio.io/tunnel") == Some("http");
-        let account = self.spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or("default".to_owned());
+        let account = self.spec.service_account_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("default");
         let (key, life) = (self.metadata.key(), Life::of(&self.metadata.uid));
-        let labels = self.metadata.labels.unwrap_or_default();
-        Some(Object::Pod(key, Pod { life, account, labels, takes_hbone }))
+        let labels = Labels::of(self.metadata.labels.iter().flatten());
+        Some(Object::Pod(key, Pod { life, account: account.into(), labels, takes_hbone }))
     }
 }
 
@@ -494,6 +543,10 @@ struct RawMesh {
 }
 
 impl Reduce for RawMesh {
+    fn metadata(&mut self) -> &mut Meta {
+        &mut self.metadata
+    }
+
     fn reduce(self) -> Option<Object> {
         let Meta { name, namespace, .. } = self.metadata;
         let document = serde_json::json!({

@@ -62,9 +62,9 @@ fn a_pod_takes_hbone_by_istios_own_rule() {
         Object::Pod(_, pod) => (pod.takes_hbone, pod.account),
         _ => panic!("no pod"),
     };
-    assert_eq!(takes(pod("payments-0", "payer", true)), (true, "payer".to_owned()));
+    assert_eq!(takes(pod("payments-0", "payer", true)), (true, "payer".into()));
     let mut sample = pod("payments-0", "", false);
-    assert_eq!(takes(sample.clone()), (false, "default".to_owned()));
+    assert_eq!(takes(sample.clone()), (false, "default".into()));
     sample["metadata"]["labels"] = json!({ "networking.istio.io/tunnel": "http" });
     assert!(takes(sample).0);
 }

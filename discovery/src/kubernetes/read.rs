@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use meshd_identity::{SYSTEM_NAMESPACE, SpiffeId, TrustDomain};
 
-use super::known::keeper;
+use super::kept::keeper;
 use super::leases::Keeper;
 use super::objects::{Mesh, NOTES, Notes, Pod, Service, Slice, SliceEndpoint, State};
 use crate::documents::{self, DEFAULT_MESH_PORT, DEFAULT_WEIGHT, is_plain_word};
@@ -40,7 +40,7 @@ pub(super) struct Learned {
 pub(super) struct Known<'a> {
     pub(super) service: &'a Service,
     pub(super) slices: Vec<&'a Slice>,
-    pub(super) pods: &'a HashMap<String, Pod>,
+    pub(super) pods: &'a HashMap<Arc<str>, Pod>,
     /// Imported by its name, not by a pattern.
     pub(super) is_named: bool,
     /// There is a MeshService of its name.
@@ -219,7 +219,7 @@ impl Known<'_> {
         let (key, life) = endpoint.pod.as_ref()?;
         let namespace = key.split_once('/')?.0;
         let pod = self.pods.get(key).filter(|pod| pod.life.may_be(*life))?;
-        (namespace == self.service.name.namespace() && self.service.selects(pod)).then_some(pod)
+        (namespace == self.service.name.namespace() && pod.labels.are_selected(&self.service.selector)).then_some(pod)
     }
 
     fn any_is_ready(&self, is_alive: impl Fn(&Slice) -> bool) -> bool {
@@ -254,7 +254,7 @@ impl Known<'_> {
             identity,
             transport,
             network: notes.network.clone(),
-            zone: if is_plain_word(&endpoint.zone) { endpoint.zone.clone() } else { String::new() },
+            zone: if is_plain_word(&endpoint.zone) { endpoint.zone.to_string() } else { String::new() },
             weight,
             health: if endpoint.state == State::Away || notes.is_dead { Health::Unhealthy } else { Health::Healthy },
             epoch: notes.epoch,
@@ -267,10 +267,6 @@ impl Service {
     /// It says nothing of itself, and is there for others to put slices on.
     fn is_a_place_to_register(&self) -> bool {
         self.selector.is_empty() && self.notes.is_empty()
-    }
-
-    fn selects(&self, pod: &Pod) -> bool {
-        !self.selector.is_empty() && self.selector.iter().all(|(key, value)| pod.labels.get(key) == Some(value))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::client::{Asked, Client, Lines};
+use super::client::{Asked, Caller, Client, Lines};
 use super::error::Error;
 use super::objects::{self, Event, Kind, Listed, SERVICE_NAME};
 use crate::backoff::jittered;
@@ -19,19 +19,21 @@ const PAGE: usize = 500;
 pub(super) struct Collection {
     pub(super) kind: Kind,
     pub(super) area: Scope,
-    /// Of pods and Leases, which labels they have: `app=payments,tier=web`. Empty: all.
+    /// Which labels they have: `app=payments,tier=web`. Empty: any, but of a service by name its own.
     pub(super) labels: String,
+    /// The server's cache may answer, all at once.
+    pub(super) is_little: bool,
 }
 
 /// What `follow` needs; scripted in its tests.
-pub(super) trait Remote: Send {
+pub(super) trait Remote: Clone + Send + Sync + 'static {
     type Watch: Watch + Send + 'static;
 
     /// Which cluster it is, and how far it has come, as the majority of its etcd knows.
-    fn probe(&mut self) -> impl Future<Output = Result<Epoch, Error>> + Send;
+    fn probe(&self) -> impl Future<Output = Result<Epoch, Error>> + Send;
     /// No older than what is known already; `None`: the other life of a store may be younger.
-    fn list(&mut self, what: &Collection, known: Option<&str>) -> impl Future<Output = Result<Listed, Error>> + Send;
-    fn watch(&mut self, what: &Collection, from: &str) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
+    fn list(&self, what: &Collection, known: Option<&str>) -> impl Future<Output = Result<Listed, Error>> + Send;
+    fn watch(&self, what: &Collection, from: &str) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
     /// The next call goes by a new connection.
     fn leave(&mut self);
 }
@@ -41,6 +43,7 @@ pub(super) trait Watch {
     fn next(&mut self) -> impl Future<Output = Result<Option<Event>, Error>> + Send;
 }
 
+#[derive(Clone)]
 pub(super) struct ApiServer(pub(super) Client);
 
 pub(super) struct ServerWatch {
@@ -56,25 +59,20 @@ const OURS: &str = "/apis/meshd.dev/v1alpha1";
 impl Remote for ApiServer {
     type Watch = ServerWatch;
 
-    async fn probe(&mut self) -> Result<Epoch, Error> {
-        let asked = Asked { verb: "list", resource: "namespaces (kube-system)".to_owned() };
-        match self.0.get(LIFE, &asked).await {
-            Ok(answer) => {
-                let (uid, position) = objects::read_life(&answer)?;
-                Ok(Epoch { store: uid.into(), position })
-            }
-            // Who may not know that knows the server by its address, and how far it is by its lists.
-            Err(Error::Forbidden { .. }) => {
-                let asked = Asked { verb: "get", resource: READY.to_owned() };
-                self.0.get(READY, &asked).await?;
-                Ok(Epoch { store: self.0.server().into(), position: 0 })
-            }
-            Err(Error::Refused { status: 500..=599, reason }) => Err(Error::NotReady(reason)),
-            Err(error) => Err(error),
+    async fn probe(&self) -> Result<Epoch, Error> {
+        let mut furthest_back: Option<Epoch> = None;
+        for caller in self.0.callers().await? {
+            let life = life_by(&caller).await?;
+            furthest_back = match furthest_back {
+                None => Some(life),
+                Some(other) if other.store != life.store => return Err(of_two_clusters(&other, &life)),
+                Some(other) => Some(if other.position <= life.position { other } else { life }),
+            };
         }
+        Ok(furthest_back.unwrap_or_default())
     }
 
-    async fn list(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
+    async fn list(&self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
         match self.list_once_or_in_pages(what, known).await {
             Err(Error::Refused { status: 404, .. }) if what.kind == Kind::Mesh => Err(Error::NotServed),
             // Who may not read what is not there has no trouble.
@@ -89,7 +87,7 @@ impl Remote for ApiServer {
         }
     }
 
-    async fn watch(&mut self, what: &Collection, from: &str) -> Result<ServerWatch, Error> {
+    async fn watch(&self, what: &Collection, from: &str) -> Result<ServerWatch, Error> {
         let seconds = jittered(WATCH_FOR, fastrand::f64()).as_secs();
         let options =
             format!("&watch=1&allowWatchBookmarks=true&timeoutSeconds={seconds}&resourceVersion={}", encode(from));
@@ -102,26 +100,60 @@ impl Remote for ApiServer {
     }
 }
 
+/// What the majority of its etcd knows, by way of that connection.
+async fn life_by(caller: &Caller) -> Result<Epoch, Error> {
+    let asked = Asked { verb: "list", resource: "namespaces (kube-system)".to_owned() };
+    match caller.get(LIFE, &asked).await {
+        Ok(answer) => {
+            let (uid, position) = objects::read_life(&answer)?;
+            Ok(Epoch { store: uid.into(), position })
+        }
+        // Who may not know that knows the server by its address, and how far it is by its lists.
+        Err(Error::Forbidden { .. }) => {
+            let asked = Asked { verb: "get", resource: READY.to_owned() };
+            caller.get(READY, &asked).await?;
+            Ok(Epoch { store: caller.server().into(), position: 0 })
+        }
+        Err(Error::Refused { status: 500..=599, reason, .. }) => Err(Error::NotReady(reason)),
+        Err(error) => Err(error),
+    }
+}
+
+fn of_two_clusters(one: &Epoch, other: &Epoch) -> Error {
+    Error::NotReady(format!(
+        "servers of two clusters answer at its address ({} and {}); name one of them, or take the strange one out of the \
+         load balancer",
+        one.store, other.store
+    ))
+}
+
 impl ApiServer {
-    async fn list_once_or_in_pages(&mut self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
-        let asked = what.asked("list");
-        // Of one service the server's cache answers: cheap, and never older than what is known. Of more, in pages, which
-        // read etcd: rare, and little at a time.
-        if let Scope::Service(_) = what.area {
+    async fn list_once_or_in_pages(&self, what: &Collection, known: Option<&str>) -> Result<Listed, Error> {
+        // What is little the server's cache tells: cheap, and never older than what is known. What is more comes in pages,
+        // which read etcd: rare, and little at a time.
+        if what.is_little {
             let from = known.map_or("&resourceVersion=0".to_owned(), |known| {
                 format!("&resourceVersion={}&resourceVersionMatch=NotOlderThan", encode(known))
             });
-            match self.0.get(&what.path(&from), &asked).await {
+            match self.0.get(&what.path(&from), &what.asked("list")).await {
                 // A cache that has not come so far, or a store put back: etcd itself knows.
                 Err(Error::Refused { status: 504, .. }) if known.is_some() => {}
-                answer => return objects::read_list(what.kind, &answer?),
+                answer => return what.read(&answer?),
             }
         }
+        match self.list_in_pages(what).await {
+            // It took longer than the server keeps where a page begins.
+            Err(Error::Expired) => self.list_in_pages(what).await,
+            listed => listed,
+        }
+    }
+
+    async fn list_in_pages(&self, what: &Collection) -> Result<Listed, Error> {
         let mut listed = Listed::default();
         let mut next = String::new();
         loop {
-            let answer = self.0.get(&what.path(&format!("&limit={PAGE}{next}")), &asked).await?;
-            let page = objects::read_list(what.kind, &answer)?;
+            let answer = self.0.get(&what.path(&format!("&limit={PAGE}{next}")), &what.asked("list")).await?;
+            let page = what.read(&answer)?;
             listed.objects.extend(page.objects);
             listed.position = page.position;
             match page.more {
@@ -142,6 +174,18 @@ impl Watch for ServerWatch {
 }
 
 impl Collection {
+    fn read(&self, answer: &[u8]) -> Result<Listed, Error> {
+        let unreadable = |error| match error {
+            Error::Garbled(reason) => Error::Garbled(format!("{}: {reason}", self.asked("list"))),
+            error => error,
+        };
+        let listed = objects::read_list(self.kind, answer).map_err(unreadable)?;
+        if listed.position.is_empty() {
+            return Err(Error::Garbled(format!("{}: `metadata.resourceVersion` is missing", self.asked("list"))));
+        }
+        Ok(listed)
+    }
+
     fn asked(&self, verb: &'static str) -> Asked {
         let kind = match self.kind {
             Kind::Service => "services",
@@ -179,10 +223,8 @@ impl Collection {
             (Kind::Slice, Scope::Service(service)) => {
                 format!("&labelSelector={}", encode(&format!("{SERVICE_NAME}={}", service.name())))
             }
+            _ if !self.labels.is_empty() => format!("&labelSelector={}", encode(&self.labels)),
             (Kind::Slice, _) => format!("&labelSelector={}", encode(SERVICE_NAME)),
-            (Kind::Pod | Kind::Lease, _) if !self.labels.is_empty() => {
-                format!("&labelSelector={}", encode(&self.labels))
-            }
             _ => String::new(),
         };
         let query = format!("{selector}{options}");
@@ -207,7 +249,7 @@ mod tests {
     use super::*;
 
     fn path(kind: Kind, area: Scope, labels: &str) -> String {
-        Collection { kind, area, labels: labels.to_owned() }.path("&watch=1")
+        Collection { kind, area, labels: labels.to_owned(), is_little: false }.path("&watch=1")
     }
 
     #[test]

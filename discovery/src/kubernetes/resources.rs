@@ -125,7 +125,7 @@ impl Follower {
                 Err(error) => self.tell_trouble(&error).await,
             }
             server.leave();
-            sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+            backoff.rest(started).await;
         }
     }
 
@@ -162,11 +162,13 @@ impl Follower {
                 }
                 Ok(()) = self.wanted.changed() => {
                     let now = self.wanted.borrow_and_update().clone();
-                    if (Wanted { resync: wanted.resync, ..now }) != wanted {
+                    if !now.is_same_as(&wanted) {
                         return Ok(());
                     }
                     // Somebody wants to know it anew, of what are objects of the whole cluster.
-                    again_at = again_at.min(started + AGAIN_AT_MOST);
+                    if now.resync != wanted.resync {
+                        again_at = again_at.min(started + AGAIN_AT_MOST);
+                    }
                 }
                 () = sleep_until(again_at) => return Ok(()),
             }
@@ -310,7 +312,7 @@ async fn list_version(client: &mut Client, kind: Kind, version: &str) -> Result<
             // Who may not read what is not there has no trouble.
             Err(Error::Forbidden { verb, resource, reason }) if is_absent(client, kind, version).await => {
                 tracing::debug!(verb, resource, reason, "a kind that the cluster does not have");
-                return Err(Error::Refused { status: 404, reason });
+                return Err(Error::Refused { status: 404, asked: asked("list", kind).to_string(), reason });
             }
             page => read_page(&page?)?,
         };

@@ -61,14 +61,14 @@ impl KubernetesStore {
                  `meshd-editor` of deploy/kubernetes/editor.yaml to it, or name another --kubeconfig"
             )),
             Error::Unauthorized { .. } => StoreError::Denied(format!("source {source}: {error}")),
-            Error::Refused { status: 409, reason } => StoreError::Conflict(format!(
+            Error::Refused { status: 409, reason, .. } => StoreError::Conflict(format!(
                 "the cluster of source {source} does not {verb} {what}: {reason}; `meshd get` it again and make your change \
                  there, or write over it with `--force`"
             )),
-            Error::Refused { status: 404, reason } if reason.contains("namespaces") => StoreError::Absent(format!(
+            Error::Refused { status: 404, reason, .. } if reason.contains("namespaces") => StoreError::Absent(format!(
                 "the cluster of source {source} has no such namespace for {what}: {reason}; `kubectl create namespace` makes it"
             )),
-            Error::Refused { status: 404, reason } => StoreError::Absent(format!(
+            Error::Refused { status: 404, reason, .. } => StoreError::Absent(format!(
                 "the cluster of source {source} does not know {what}: {reason}; `kubectl apply -f deploy/kubernetes/crds.yaml` \
                  teaches it our kinds"
             )),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -13,6 +13,7 @@ use super::life::{Aim, Phase};
 use super::live::{Shown, Wish, live};
 use super::{Key, Offer, Registrar};
 use crate::Health;
+use crate::unix_time::unix_seconds;
 
 /// A commit takes milliseconds. A backend that does not answer must not keep a host from ending: the lease does it then.
 const TELL_DEADLINE: Duration = Duration::from_secs(2);
@@ -139,10 +140,6 @@ impl Registrations {
     fn lock(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn unix_seconds(time: SystemTime) -> Option<u64> {
-    time.duration_since(SystemTime::UNIX_EPOCH).ok().map(|since| since.as_secs())
 }
 
 impl Shown {

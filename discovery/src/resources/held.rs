@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::news::{Change, News, Record, Refusal, is_wanted};
 use super::{Id, Kind, Resource, Target};
-use crate::belief::{Belief, Loss, Peak, REPEATED_FOR};
+use crate::belief::{Belief, Loss, Peak, Unbroken};
 use crate::{Epoch, Wanted};
 
 #[derive(Debug)]
@@ -28,6 +28,7 @@ pub(crate) struct HeldResources {
     unclear: BTreeSet<Arc<str>>,
     /// Prefixes of which something was said, good or bad.
     heard: BTreeSet<Arc<str>>,
+    unbroken: Unbroken,
 }
 
 /// What a loss is measured against: all below a prefix, and a kind alone, so that much of one does not hide that all of
@@ -84,6 +85,7 @@ impl HeldResources {
             peaks: BTreeMap::new(),
             unclear: BTreeSet::new(),
             heard: BTreeSet::new(),
+            unbroken: Unbroken::default(),
         }
     }
 
@@ -98,6 +100,11 @@ impl HeldResources {
             self.settled.clone_from(&self.epochs);
         }
         touched
+    }
+
+    /// The source cannot be read now: what it does not say repeats nothing.
+    pub(crate) fn is_away(&mut self, now: Instant) {
+        self.unbroken.breaks(now);
     }
 
     /// What is no concern of this host is forgotten, and nobody doubts that.
@@ -192,10 +199,11 @@ impl HeldResources {
         now: Instant,
     ) -> Touched {
         let before = self.epochs.insert(prefix.clone(), epoch.clone());
+        if !before.as_ref().is_some_and(|before| before.continues_in(&epoch)) {
+            self.unbroken.breaks(now);
+        }
         // Without an earlier list there is nothing that the store could have gone on from.
-        let same_epoch = before.is_some_and(|before| {
-            !epoch.store.is_empty() && before.store == epoch.store && before.position <= epoch.position
-        });
+        let same_epoch = before.is_some_and(|before| !epoch.store.is_empty() && before.continues_in(&epoch));
         let said: HashSet<Arc<str>> = records
             .iter()
             .map(|record| &record.key)
@@ -214,8 +222,7 @@ impl HeldResources {
             now,
             &mut touched,
         );
-        let repeated =
-            |entry: &&Entry| entry.gone.is_some_and(|since| now.saturating_duration_since(since) >= REPEATED_FOR);
+        let repeated = |entry: &&Entry| entry.gone.is_some_and(|since| self.unbroken.repeats(since, now));
         let settled: Vec<_> = self.records.values().filter(repeated).map(|entry| entry.record.key.clone()).collect();
         let settled: Vec<_> =
             settled.into_iter().filter(|key| key.starts_with(&**prefix) && !said.contains(key)).collect();

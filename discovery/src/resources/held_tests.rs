@@ -57,6 +57,25 @@ impl Fixture {
 }
 
 #[test]
+fn a_minute_in_which_the_source_was_away_or_its_store_another_one_repeats_nothing() {
+    for is_away in [true, false] {
+        let mut fixture = Fixture::new(&["a", "b"]);
+        fixture.after(1, listed("two", 1, &[]));
+        let store = if is_away { "two" } else { "three" };
+        if is_away {
+            fixture.held.is_away(fixture.now + Duration::from_secs(50));
+            fixture.now += Duration::from_secs(50);
+        } else {
+            fixture.after(50, listed(store, 1, &[]));
+        }
+        fixture.after(59, listed(store, 1, &[]));
+        assert_eq!(fixture.names(), ["a", "b"]);
+        fixture.after(1, listed(store, 1, &[]));
+        assert!(fixture.names().is_empty());
+    }
+}
+
+#[test]
 fn a_store_that_answers_empty_or_was_put_back_takes_no_policy_away_until_it_has_said_so_for_a_minute() {
     for answer in [listed("one", 20, &[]), listed("two", 20, &["a"]), listed("one", 5, &["a"])] {
         let mut fixture = Fixture::new(&["a", "b", "c"]);

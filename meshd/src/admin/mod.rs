@@ -11,7 +11,7 @@ mod probe;
 mod registrations;
 mod server;
 mod show;
-mod sources;
+pub(crate) mod sources;
 mod tasks;
 mod view;
 mod withheld;

@@ -63,7 +63,7 @@ pub(super) fn imports(imports: &[Import]) -> String {
     }
 }
 
-pub(super) fn metrics(sources: &[SourceHealth]) -> Vec<Exposition> {
+pub(crate) fn metrics(sources: &[SourceHealth]) -> Vec<Exposition> {
     let now = SystemTime::now();
     let each = |value: &dyn Fn(&SourceHealth) -> Option<f64>| {
         let rows =
@@ -115,7 +115,7 @@ pub(super) fn metrics(sources: &[SourceHealth]) -> Vec<Exposition> {
         ),
         Exposition::counter(
             "meshd_source_suspected",
-            "Times a source was to be read again because an endpoint it names could not be reached",
+            "Times a service of a source, or all of it, was to be read again because endpoints could not be reached",
             each(&|health| Some(health.suspected as f64)),
         ),
     ]

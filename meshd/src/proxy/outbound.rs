@@ -175,7 +175,7 @@ async fn connect(env: &Rc<Env>, who: &Workload, place: &Place, app: &mut TcpStre
     let connector = Connector { pool: &env.pool, dialer: &env.dialer, tls: &tls };
     let probe = |failed: Failed| {
         if let Some(endpoint) = failed.endpoint() {
-            env.shared.suspects.tell(&endpoint.source);
+            env.shared.suspects.tell(&endpoint);
         }
         probe::start(env, &who.identity, failed);
     };

@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use meshd_discovery::SourceHealth;
 use meshd_identity::SpiffeId;
 use serde_json::{Value, json};
 
 use super::{AccessLog, Exposition, Telemetry, encode};
+use crate::admin::sources;
 
 /// Rules are evaluated this often, in seconds.
 const STEP: u64 = 60;
@@ -28,9 +31,36 @@ fn promtool(arguments: &[&str]) -> (bool, String) {
 
 /// A host whose certificate ends so many seconds after the end of the test.
 fn page(telemetry: &Arc<Telemetry>, left: u64) -> String {
+    page_with(telemetry, left, &source())
+}
+
+fn page_with(telemetry: &Arc<Telemetry>, left: u64, source: &SourceHealth) -> String {
     let series = vec![(vec![("id", "spiffe://mesh.example/ns/shop/sa/web".into())], (END + left) as f64)];
     let ends = Exposition::gauge("identity_cert_expiration_timestamp_seconds", "End", series);
-    encode(telemetry, vec![ends]).unwrap()
+    let sources = sources::metrics(std::slice::from_ref(source));
+    encode(telemetry, std::iter::once(ends).chain(sources).collect()).unwrap()
+}
+
+/// Heard of and read just now.
+fn source() -> SourceHealth {
+    let now = Some(SystemTime::now());
+    SourceHealth {
+        name: "etcd".into(),
+        kind: "etcd",
+        services: 50,
+        endpoints: 500,
+        resources: 0,
+        refused_resources: 0,
+        stale: 0,
+        from_disk: false,
+        shadowed: vec![],
+        last_change: now,
+        last_ok: now,
+        last_listed: now,
+        suspected: 0,
+        errors: vec![],
+        has_answered: true,
+    }
 }
 
 /// The values of one page, then those of another.
@@ -119,4 +149,36 @@ fn a_host_that_would_not_believe_itself_is_told() {
     let before = page(&telemetry, 13 * 3600);
     telemetry.self_handshakes.note(&id(), Err("expired".to_owned()));
     count(&before, &page(&telemetry, 13 * 3600), "MeshdBelievesNotItself", 1);
+}
+
+/// What a host alarms with whose source was well until it was as this makes it.
+fn count_with(change: impl FnOnce(&mut SourceHealth), alert: &str) {
+    let (telemetry, mut now) = (healthy(), source());
+    let before = page(&telemetry, 13 * 3600);
+    change(&mut now);
+    let after = page_with(&telemetry, 13 * 3600, &now);
+    count(&before, &after, alert, 1);
+    count(&before, &after, "MeshdSource.*", 1);
+}
+
+#[test]
+fn a_source_that_was_not_heard_of_is_told_also_if_it_never_was() {
+    count_with(|source| source.last_ok = None, "MeshdSourceStale");
+    // By the clock of promtool, which begins in 1970.
+    let heard = UNIX_EPOCH + Duration::from_secs(END - 2 * SECOND);
+    count_with(|source| source.last_ok = Some(heard), "MeshdSourceStale");
+}
+
+#[test]
+fn a_source_of_which_something_cannot_be_read_is_told() {
+    count_with(|source| source.last_listed = Some(SystemTime::now() - Duration::from_secs(2000)), "MeshdSourceListOld");
+}
+
+#[test]
+fn losses_that_nobody_believes_are_told_when_they_last() {
+    let (telemetry, lost) = (healthy(), SourceHealth { stale: 7, ..source() });
+    let page = page_with(&telemetry, 13 * 3600, &lost);
+    count(&page, &page, "MeshdSourceDoubted", 1);
+    // A source that settles it within the minute alarms nobody.
+    count(&self::page(&telemetry, 13 * 3600), &page, "MeshdSourceDoubted", 0);
 }

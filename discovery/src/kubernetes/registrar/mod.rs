@@ -147,7 +147,7 @@ impl KubernetesRegistrar {
         let caller = self.client.lock().await.caller().await?;
         let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
         let answer = caller.call(Call { method, path, content: JSON, body }, asked).await;
-        if matches!(answer, Err(Error::Broken(_) | Error::Deadline | Error::Unauthorized { .. })) {
+        if matches!(answer, Err(Error::Broken(_) | Error::Deadline(_) | Error::Unauthorized { .. })) {
             self.client.lock().await.leave();
         }
         serde_json::from_slice(&answer?).map_err(|error| Error::Garbled(error.to_string()))
@@ -302,7 +302,9 @@ impl KubernetesRegistrar {
                 let version = there.map(|(_, version)| number(&version));
                 let object = written::workload_entry(key, said, names, keeper, version);
                 let written = self.put(&at, &object).await?;
-                written.map(drop).ok_or_else(|| Error::Busy("somebody else wrote it just now".to_owned()))
+                let reason = || "somebody else wrote it just now".to_owned();
+                let asked = at.asked("update").to_string();
+                written.map(drop).ok_or_else(|| Error::Refused { status: 409, asked, reason: reason() })
             }
             (false, Some((_, version))) => self.delete(&at, &version).await,
             (false, None) => Ok(()),
