@@ -3,6 +3,7 @@
 //! Typed deserialisation stops at the first error and says "invalid u16"; an operator needs all errors of a document
 //! at once, with the path of each and what would be right.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::RangeInclusive;
 
@@ -127,6 +128,12 @@ impl Node {
         Some(entries.remove(at).node)
     }
 
+    /// What is below a key of a mapping.
+    pub(crate) fn get_mut(&mut self, key: &str) -> Option<&mut Node> {
+        let Value::Map(entries) = &mut self.value else { return None };
+        entries.iter_mut().find(|entry| entry.key == key).map(|entry| &mut entry.node)
+    }
+
     fn shift(&mut self, lines: u64) {
         self.line += lines;
         match &mut self.value {
@@ -211,9 +218,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-        let mut map: Vec<Entry> = Vec::new();
+        let (mut map, mut keys) = (Vec::new(), HashSet::new());
         while let Some((key, node)) = entries.next_entry::<Spanned<String>, Node>()? {
-            if map.iter().any(|entry| entry.key == key.value) {
+            if !keys.insert(key.value.clone()) {
                 return Err(de::Error::custom(format!("duplicate key `{}`", key.value)));
             }
             map.push(Entry { key: key.value, key_line: key.referenced.line(), node });
@@ -290,6 +297,19 @@ impl<'n> Field<'n> {
     /// The entry of that name of a mapping.
     pub(crate) fn entry(&self, name: &str) -> Option<Field<'n>> {
         self.entries()?.find(|(key, ..)| *key == name).map(|(.., field)| field)
+    }
+
+    /// The text of the entry of that name, if that is what it is.
+    pub(crate) fn word(&self, name: &str) -> Option<&'n str> {
+        match &self.entry(name)?.node.value {
+            Value::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The elements of the list of that name, if that is what it is.
+    pub(crate) fn items(&self, name: &str) -> Vec<Field<'n>> {
+        self.entry(name).and_then(|list| list.list(&mut Vec::new())).unwrap_or_default()
     }
 
     pub(crate) fn list(&self, problems: &mut Vec<Problem>) -> Option<Vec<Field<'n>>> {

@@ -51,8 +51,8 @@ fn a_real_api_server_takes_our_definitions_and_refuses_what_they_do_not_allow() 
     for (path, spec, expected) in [
         (
             POLICIES,
-            json!({ "targetRef": { "kind": "Service", "name": "x" }, "retryBudget": { "percent": 101 } }),
-            "100",
+            json!({ "targetRef": { "kind": "Service", "name": "x" }, "retryBudget": { "percent": 1001 } }),
+            "1000",
         ),
         (POLICIES, json!({ "targetRef": { "kind": "Service", "name": "x" }, "timeouts": {} }), "timeouts"),
         (POLICIES, json!({ "targetRef": { "kind": "Gateway", "name": "x" } }), "Unsupported value"),

@@ -189,6 +189,21 @@ fn every_endpoint_is_replaced_under_load_and_nobody_notices() -> Result<()> {
 }
 
 #[test]
+fn by_tls_all_questions_of_a_host_share_a_connection() -> Result<()> {
+    let bed = Bed::make_with("imports = [\"*\"]\n")?;
+    for service in 0..20 {
+        let node =
+            json!({ "Node": "elsewhere", "Address": "10.9.9.9", "Service": { "Service": format!("s{service}") } });
+        bed.consul.manage("PUT", "/v1/catalog/register", Some(&node))?;
+    }
+    bed.register("api-2")?;
+    bed.waits_for("both", &[("api-1", "healthy"), ("api-2", "healthy")])?;
+    let open = bed.mesh.host("web").command("ss", &["-Htn", "state", "established", "dport", "=", ":8501"])?;
+    ensure!(open.lines().count() == 1, "{open}");
+    Ok(())
+}
+
+#[test]
 fn a_critical_check_takes_the_traffic_away_and_back() -> Result<()> {
     let bed = Bed::make_with("imports = [\"*\"]\n")?;
     bed.register("api-2")?;

@@ -4,6 +4,7 @@
 mod applies;
 mod bridge;
 mod consul;
+mod consul_agents;
 mod controllers;
 mod definitions;
 mod etcd;

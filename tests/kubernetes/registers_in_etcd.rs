@@ -3,21 +3,18 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::daemon::UID;
 use meshd_tests::etcd::Etcd;
-use meshd_tests::lab::Lab;
 use meshd_tests::load::Load;
 use meshd_tests::mesh::Mesh;
-use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::DEADLINE;
-use crate::registering::{Registering, document};
+use crate::registering::{Registering, document, prepare};
 
 const PAYMENTS: &str = "/meshd-discovery/v1/shop/payments";
 
@@ -31,26 +28,46 @@ impl Registering for Bed {
     fn mesh(&self) -> &Mesh {
         &self.mesh
     }
+
+    fn mesh_mut(&mut self) -> &mut Mesh {
+        &mut self.mesh
+    }
+
+    fn is_registered(&self, host: &str) -> Result<()> {
+        let address = self.mesh.host(host).address().to_string();
+        let is_there = || self.registered(host).is_some_and(|it| it["address"] == address && it["health"] == "healthy");
+        let waited = until(DEADLINE, &format!("{host} to be registered, and healthy"), is_there);
+        waited.with_context(|| format!("{:?}\n{}", self.registered(host), self.mesh.daemon(host).log()))
+    }
+
+    fn is_gone(&self, host: &str) -> Result<()> {
+        let key = format!("{PAYMENTS}/endpoints/{host}");
+        // An etcd that does not answer says nothing.
+        let is_gone = || self.etcd.ctl("root", &["get", &key]).is_ok_and(|got| got.success() && got.stdout.is_empty());
+        until(DEADLINE, &format!("no registration of {host}"), is_gone)
+    }
+
+    fn write_copy(&self, epoch: u64) -> Result<()> {
+        let address = self.mesh.host("api-2").address();
+        let copy = format!(r#"{{"address":"{address}","ports":[{{"port":80,"target":8080}}],"epoch":{epoch}}}"#);
+        self.write(&["put", &format!("{PAYMENTS}/endpoints/api-1"), &copy])
+    }
+
+    fn epoch(&self, host: &str) -> Result<u64> {
+        self.registered(host).and_then(|it| it["epoch"].as_u64()).context("not registered")
+    }
 }
 
 impl Bed {
     fn make() -> Result<Self> {
-        let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
-        let mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
+        let (lab, mesh) = prepare()?;
         let etcd = Etcd::start(&lab.host("store"), 3)?;
-        let mut bed = Self { mesh, etcd };
+        let bed = Self { mesh, etcd };
         bed.admit()?;
         bed.write(&["put", &format!("{PAYMENTS}/service"), &document()?])?;
         let source = bed.source()?;
         ["web", "api-1", "api-2"].iter().try_for_each(|host| bed.configure(host, &source))?;
-        bed.mesh.start_pki()?;
-        bed.mesh.join_all()?;
-        bed.mesh.start_all()?;
-        for host in ["api-1", "api-2"] {
-            bed.is_registered(host)?;
-            bed.answers(host)?;
-        }
-        Ok(bed)
+        bed.start()
     }
 
     /// A user for all hosts.
@@ -80,20 +97,6 @@ impl Bed {
         let got =
             self.etcd.ctl("root", &["get", "--print-value-only", &format!("{PAYMENTS}/endpoints/{host}")]).ok()?;
         serde_json::from_str(&got.stdout).ok()
-    }
-
-    fn is_registered(&self, host: &str) -> Result<()> {
-        let address = self.mesh.host(host).address().to_string();
-        let is_there = || self.registered(host).is_some_and(|it| it["address"] == address && it["health"] == "healthy");
-        let waited = until(DEADLINE, &format!("{host} to be registered, and healthy"), is_there);
-        waited.with_context(|| format!("{:?}\n{}", self.registered(host), self.mesh.daemon(host).log()))
-    }
-
-    fn is_gone(&self, host: &str) -> Result<()> {
-        let key = format!("{PAYMENTS}/endpoints/{host}");
-        // An etcd that does not answer says nothing.
-        let is_gone = || self.etcd.ctl("root", &["get", &key]).is_ok_and(|got| got.success() && got.stdout.is_empty());
-        until(DEADLINE, &format!("no registration of {host}"), is_gone)
     }
 
     /// For how long etcd keeps what nobody keeps alive.
@@ -136,45 +139,12 @@ fn a_host_is_found_by_what_it_serves_and_gone_with_its_lease_when_it_dies() -> R
 
 #[test]
 fn hosts_are_stopped_one_after_the_other_under_load_and_no_request_fails() -> Result<()> {
-    let bed = Bed::make()?;
-    let load = Load::start_with(&bed.mesh, 4, &["--rate", "100"])?;
-    for (stopped, other) in [("api-1", "api-2"), ("api-2", "api-1")] {
-        load.reaches(stopped, 5)?;
-        bed.mesh.daemon(stopped).stop()?;
-        bed.is_gone(stopped)?;
-        load.reaches(other, 10)?;
-        bed.mesh.daemon(stopped).start()?;
-        bed.is_registered(stopped)?;
-    }
-    let report = load.end()?;
-    ensure!(report.failed == 0 && report.ok > 40, "{report:?}");
-    Ok(())
+    Bed::make()?.hosts_stop_one_after_the_other_under_load()
 }
 
 #[test]
 fn an_old_owner_that_goes_on_after_its_lease_leaves_the_later_one_alone() -> Result<()> {
-    let bed = Bed::make()?;
-    let daemon = bed.mesh.daemon("api-1");
-    daemon.stand_still()?;
-    bed.is_gone("api-1")?;
-    let key = format!("{PAYMENTS}/endpoints/api-1");
-    let later = bed.mesh.host("api-2").address();
-    let epoch = u64::MAX / 4;
-    let successor = format!(r#"{{"address":"{later}","ports":[{{"port":80,"target":8080}}],"epoch":{epoch}}}"#);
-    bed.write(&["put", &key, &successor])?;
-    daemon.signal(Signal::SIGCONT)?;
-    until(DEADLINE, "api-1 to see that it is superseded", || bed.phase("api-1").is_ok_and(|it| it == "superseded"))?;
-    let check = daemon.run(&["check"])?;
-    ensure!(check.stdout.contains("another meshd registered it later"), "{}", check.stdout);
-    ensure!(bed.registered("api-1").is_some_and(|it| it["epoch"] == epoch), "{:?}", bed.registered("api-1"));
-    // Nor does it take it away when it ends.
-    daemon.stop()?;
-    ensure!(bed.registered("api-1").is_some_and(|it| it["epoch"] == epoch), "{:?}", bed.registered("api-1"));
-    // A daemon that is started is a new life, and later than all before.
-    daemon.start()?;
-    bed.is_registered("api-1")?;
-    ensure!(bed.registered("api-1").is_some_and(|it| it["epoch"].as_u64() > Some(epoch)));
-    Ok(())
+    Bed::make()?.an_old_owner_goes_on_and_leaves_the_later_one_alone()
 }
 
 #[test]
@@ -183,34 +153,12 @@ fn in_an_etcd_that_comes_back_empty_hosts_are_registered_again_and_traffic_never
     let load = Load::start_with(&bed.mesh, 2, &["--rate", "50"])?;
     bed.etcd.restart_empty()?;
     bed.admit()?;
-    for host in ["api-1", "api-2"] {
-        bed.is_registered(host)?;
-        until(DEADLINE, "it to be held", || bed.phase(host).is_ok_and(|phase| phase == "held"))?;
-        load.reaches(host, 5)?;
-    }
-    let report = load.end()?;
-    ensure!(report.failed == 0, "{report:?}");
-    Ok(())
+    bed.all_are_there_again(load)
 }
 
 #[test]
 fn a_host_whose_program_is_not_there_says_so_and_gets_no_calls() -> Result<()> {
-    let bed = Bed::make()?;
-    let daemon = bed.mesh.daemon("api-1");
-    let good = fs::read_to_string(daemon.etc("enrol.d/harness.toml"))?;
-    daemon.enrol(&good.replace("127.0.0.1:8080", "127.0.0.1:8099"))?;
-    daemon.signal(Signal::SIGHUP)?;
-    until(DEADLINE, "it to be registered as unhealthy", || {
-        bed.registered("api-1").is_some_and(|it| it["health"] == "unhealthy")
-    })?;
-    until(DEADLINE, "web to know", || bed.known().is_ok_and(|rows| rows.iter().any(|row| row["healthy"] == false)))?;
-    for _ in 0..10 {
-        ensure!(bed.asks()?.contains("api-2"));
-    }
-    daemon.enrol(&good)?;
-    daemon.signal(Signal::SIGHUP)?;
-    bed.is_registered("api-1")?;
-    bed.answers("api-1")
+    Bed::make()?.a_host_without_its_program_gets_no_calls()
 }
 
 #[test]

@@ -4,21 +4,18 @@
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use meshd_tests::daemon::UID;
 use meshd_tests::kubernetes::{Cluster, ISSUER};
-use meshd_tests::lab::Lab;
 use meshd_tests::load::Load;
 use meshd_tests::mesh::Mesh;
-use meshd_tests::plan::Plan;
 use meshd_tests::wait::until;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::DEADLINE;
-use crate::registering::Registering;
+use crate::registering::{Registering, prepare};
 
 const DEPLOY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes");
 const BINDING: &str = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
@@ -37,6 +34,44 @@ impl Registering for Bed {
     fn mesh(&self) -> &Mesh {
         &self.mesh
     }
+
+    fn mesh_mut(&mut self) -> &mut Mesh {
+        &mut self.mesh
+    }
+
+    fn is_registered(&self, host: &str) -> Result<()> {
+        let address = self.mesh.host(host).address().to_string();
+        let is_there = |it: Value| {
+            it["endpoints"][0]["addresses"][0] == address && it["endpoints"][0]["conditions"]["ready"] == true
+        };
+        let waited =
+            until(DEADLINE, &format!("{host} to be registered, and ready"), || self.slice(host).is_ok_and(is_there));
+        waited.with_context(|| format!("{:?}\n{}", self.slice(host), self.mesh.daemon(host).log()))
+    }
+
+    /// Among those that the server lists: one that does not answer says nothing.
+    fn is_gone(&self, host: &str) -> Result<()> {
+        let name = format!("meshd.payments.{host}");
+        let is_gone = |list: Value| {
+            list["items"].as_array().is_some_and(|all| all.iter().all(|it| it["metadata"]["name"] != name))
+        };
+        until(DEADLINE, &format!("no registration of {host}"), || self.object(SLICES).is_ok_and(is_gone))?;
+        ensure!(self.lease(host).is_err(), "its Lease is left: {:?}", self.lease(host));
+        Ok(())
+    }
+
+    fn write_copy(&self, epoch: u64) -> Result<()> {
+        let address = self.mesh.host("api-2").address().to_string();
+        let copy = json!({
+            "metadata": { "annotations": { "meshd.dev/epoch": epoch.to_string(), "meshd.dev/lease-holder": "copy" } },
+            "endpoints": [{ "addresses": [address], "conditions": { "ready": true } }],
+        });
+        self.cluster.change("PATCH", &format!("{SLICES}/meshd.payments.api-1"), &copy).map(drop)
+    }
+
+    fn epoch(&self, host: &str) -> Result<u64> {
+        Ok(note(&self.slice(host)?, "epoch").parse()?)
+    }
 }
 
 impl Bed {
@@ -44,29 +79,18 @@ impl Bed {
         Self::make_in(|_| Ok(()))
     }
 
-    fn make_in(prepare: impl FnOnce(&Cluster) -> Result<()>) -> Result<Self> {
-        let lab = Arc::new(Lab::new(&["pki", "web", "api-1", "api-2", "store"])?);
-        let mesh = Mesh::prepare(lab.clone(), Plan::shop())?;
+    fn make_in(before: impl FnOnce(&Cluster) -> Result<()>) -> Result<Self> {
+        let (lab, mesh) = prepare()?;
         let cluster = Cluster::start(&lab.host("store"))?;
-        prepare(&cluster)?;
-        let mut bed = Self { mesh, cluster };
+        before(&cluster)?;
+        let bed = Self { mesh, cluster };
         bed.populate()?;
         for (host, account) in [("web", "meshd-reader"), ("api-1", "meshd-registrar"), ("api-2", "meshd-registrar")] {
             let kubeconfig = bed.write_kubeconfig(host, account)?;
             let source = format!("kind = \"kubernetes\"\nkubeconfig = {kubeconfig:?}\nauthority = [\"shop\"]\n");
             bed.configure(host, &source)?;
-            let config = bed.mesh.daemon(host).config();
-            let text = fs::read_to_string(&config)?;
-            fs::write(config, format!("imports = [\"payments.shop\"]\n{text}"))?;
         }
-        bed.mesh.start_pki()?;
-        bed.mesh.join_all()?;
-        bed.mesh.start_all()?;
-        for host in ["api-1", "api-2"] {
-            bed.is_registered(host)?;
-            bed.answers(host)?;
-        }
-        Ok(bed)
+        bed.start()
     }
 
     /// What an operator applies: the roles, and a Service that selects nobody.
@@ -111,25 +135,6 @@ impl Bed {
     fn lease(&self, host: &str) -> Result<Value> {
         self.object(&format!("{LEASES}/{host}"))
     }
-
-    fn is_registered(&self, host: &str) -> Result<()> {
-        let address = self.mesh.host(host).address().to_string();
-        let is_there = |it: Value| {
-            it["endpoints"][0]["addresses"][0] == address && it["endpoints"][0]["conditions"]["ready"] == true
-        };
-        let waited =
-            until(DEADLINE, &format!("{host} to be registered, and ready"), || self.slice(host).is_ok_and(is_there));
-        waited.with_context(|| format!("{:?}\n{}", self.slice(host), self.mesh.daemon(host).log()))
-    }
-
-    /// Among those that the server lists: one that does not answer says nothing.
-    fn is_gone(&self, host: &str) -> Result<()> {
-        let name = format!("meshd.payments.{host}");
-        let is_gone = |list: Value| {
-            list["items"].as_array().is_some_and(|all| all.iter().all(|it| it["metadata"]["name"] != name))
-        };
-        until(DEADLINE, &format!("no registration of {host}"), || self.object(SLICES).is_ok_and(is_gone))
-    }
 }
 
 fn note<'a>(object: &'a Value, name: &str) -> &'a str {
@@ -166,48 +171,13 @@ fn a_host_is_found_by_what_it_serves_and_dead_for_readers_with_its_lease() -> Re
 
 #[test]
 fn hosts_are_stopped_one_after_the_other_under_load_and_no_request_fails() -> Result<()> {
-    let bed = Bed::make()?;
-    let load = Load::start_with(&bed.mesh, 4, &["--rate", "100"])?;
-    for (stopped, other) in [("api-1", "api-2"), ("api-2", "api-1")] {
-        load.reaches(stopped, 5)?;
-        bed.mesh.daemon(stopped).stop()?;
-        bed.is_gone(stopped)?;
-        ensure!(bed.lease(stopped).is_err(), "its Lease is left: {:?}", bed.lease(stopped));
-        load.reaches(other, 10)?;
-        bed.mesh.daemon(stopped).start()?;
-        bed.is_registered(stopped)?;
-    }
-    let report = load.end()?;
-    ensure!(report.failed == 0 && report.ok > 40, "{report:?}");
-    Ok(())
+    Bed::make()?.hosts_stop_one_after_the_other_under_load()
 }
 
 #[test]
 fn an_old_owner_that_goes_on_leaves_slice_and_lease_of_the_later_one_alone() -> Result<()> {
     let bed = Bed::make()?;
-    let daemon = bed.mesh.daemon("api-1");
-    daemon.stand_still()?;
-    bed.is_used_by_web("api-1", false)?;
-    // What a copy of the machine would write.
-    let (later, address) = (u64::MAX / 4, bed.mesh.host("api-2").address().to_string());
-    let copy = json!({
-        "metadata": { "annotations": { "meshd.dev/epoch": later.to_string(), "meshd.dev/lease-holder": "copy" } },
-        "endpoints": [{ "addresses": [address], "conditions": { "ready": true } }],
-    });
-    bed.cluster.change("PATCH", &format!("{SLICES}/meshd.payments.api-1"), &copy)?;
-    daemon.signal(Signal::SIGCONT)?;
-    bed.comes_to("api-1", "superseded")?;
-    bed.checks("api-1", "another meshd registered it later")?;
-    let is_the_copy = || bed.slice("api-1").is_ok_and(|it| note(&it, "epoch") == later.to_string());
-    ensure!(is_the_copy(), "{:?}", bed.slice("api-1"));
-    // Nor does it take it away when it ends.
-    daemon.stop()?;
-    ensure!(is_the_copy(), "{:?}", bed.slice("api-1"));
-    // A daemon that is started is a new life, and later than all before.
-    daemon.start()?;
-    let own = bed.mesh.host("api-1").address().to_string();
-    until(DEADLINE, "its own slice", || bed.slice("api-1").is_ok_and(|it| it["endpoints"][0]["addresses"][0] == own))?;
-    ensure!(note(&bed.slice("api-1")?, "epoch").parse::<u64>()? > later);
+    bed.an_old_owner_goes_on_and_leaves_the_later_one_alone()?;
     // A copy that goes on renewing the Lease of the name: this host says so, and leaves it alone.
     let taken = json!({ "spec": { "holderIdentity": format!("api-1/{}", u64::MAX / 2), "renewTime": "2030-01-01T00:00:00.000000Z" } });
     bed.cluster.change("PATCH", &format!("{LEASES}/api-1"), &taken)?;
@@ -235,28 +205,13 @@ fn while_the_api_server_is_away_nobody_is_dead_and_an_empty_one_is_filled_again(
     for (host, account) in [("web", "meshd-reader"), ("api-1", "meshd-registrar"), ("api-2", "meshd-registrar")] {
         bed.write_kubeconfig(host, account)?;
     }
-    for host in ["api-1", "api-2"] {
-        bed.is_registered(host)?;
-        bed.is_used_by_web(host, true)?;
-        load.reaches(host, 5)?;
-    }
-    let report = load.end()?;
-    ensure!(report.failed == 0, "{report:?}");
-    Ok(())
+    bed.all_are_there_again(load)
 }
 
 #[test]
 fn a_host_whose_program_is_not_there_gets_no_calls_and_what_is_forbidden_or_missing_is_named() -> Result<()> {
     let bed = Bed::make()?;
-    bed.has_program("api-1", false)?;
-    bed.is_used_by_web("api-1", false)?;
-    bed.comes_to("api-1", "held")?;
-    for _ in 0..10 {
-        ensure!(bed.asks()?.contains("api-2"));
-    }
-    bed.has_program("api-1", true)?;
-    bed.is_registered("api-1")?;
-    bed.answers("api-1")?;
+    bed.a_host_without_its_program_gets_no_calls()?;
     // smtp is served there, too.
     bed.checks("api-1", "there is no Service shop/smtp in the cluster")?;
     let binding = bed.object(&format!("{BINDING}/meshd-registrar"))?;

@@ -6,19 +6,17 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::known::Known;
+use super::probe::{Probe, Sign};
 use super::read::Reading;
 use super::remote::{Error, Query, Remote};
-use super::watch::{Failures, News, Turns, ask_once, watch};
+use super::watch::{Failures, News, Turns, ask_once, takes_turns, watch};
 use crate::backoff::Backoff;
 use crate::resync::Resync;
 use crate::{Sink, SourceEvent, Wanted};
 
-/// How soon an agent that stands still, or a cluster without a leader, is noticed: this and a call's deadline (5 s). A
-/// thousand hosts ask 100 times a second.
-const PROBE_EVERY: Duration = Duration::from_secs(10);
 /// What a resync could not read is asked again after this.
 const REREAD_AGAIN: Duration = Duration::from_secs(10);
 /// Answers that wait to be told.
@@ -50,7 +48,7 @@ async fn follow<R: Remote>(
     resync: &mut Resync,
     sink: &Sink,
 ) -> Result<(), Error> {
-    known.meets(&remote.cluster().await?, Instant::now());
+    known.meets(remote.cluster().await?.as_ref(), Instant::now());
     let asked = wanted.borrow_and_update().clone();
     adjust(known, resync, &asked, sink).await;
     let (send, mut inbox) = mpsc::channel(INBOX);
@@ -61,8 +59,8 @@ async fn follow<R: Remote>(
     if known.is_whole() {
         sink.send(SourceEvent::InSync).await;
     }
-    let mut probes = interval_at(Instant::now() + PROBE_EVERY, PROBE_EVERY);
-    probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let answering = remote.another();
+    let mut probe = Probe::new(std::mem::replace(remote, answering));
     loop {
         let resync_at = resync.at();
         tokio::select! {
@@ -79,13 +77,14 @@ async fn follow<R: Remote>(
                     troubles.of.retain(|query, _| watches.handles.contains_key(query));
                 }
             }
-            _ = probes.tick() => {
-                if !known.meets(&remote.cluster().await?, Instant::now()) {
-                    return Ok(());
-                }
-                if known.is_whole() && troubles.of.is_empty() {
-                    sink.send(SourceEvent::InSync).await;
-                }
+            sign = probe.sign() => {
+                let trouble = match sign {
+                    Sign::Well(cluster) if !known.meets(cluster.as_ref(), Instant::now()) => return Ok(()),
+                    Sign::Well(_) => None,
+                    Sign::Trouble(error) => Some(error.to_string()),
+                    Sign::Lost(error) => return Err(error),
+                };
+                troubles.probed(trouble, known.is_whole(), sink).await;
             }
             Ok(()) = wanted.changed() => {
                 let asked = wanted.borrow_and_update().clone();
@@ -131,19 +130,18 @@ async fn adjust(known: &mut Known, resync: &mut Resync, wanted: &Wanted, sink: &
 }
 
 async fn take(news: News, known: &mut Known, troubles: &mut Troubles, sink: &Sink) {
-    let events = match news.answer {
-        Ok(answer) => {
-            troubles.of.remove(&news.query);
-            if let Some(index) = news.fell_from {
-                known.falls(&news.query, index);
-            }
-            known.take(&news.query, answer, Instant::now())
+    let News { query, answer, fell_from, .. } = news;
+    let events = answer.and_then(|answer| {
+        if let Some(index) = fell_from {
+            known.falls(&query, index);
         }
-        Err(error) => {
-            troubles.of.insert(news.query, error.to_string());
-            Vec::new()
-        }
-    };
+        known.take(&query, answer, Instant::now())
+    });
+    match &events {
+        Ok(_) => drop(troubles.of.remove(&query)),
+        Err(error) => drop(troubles.of.insert(query, error.to_string())),
+    }
+    let events = events.unwrap_or_default();
     let told = !events.is_empty();
     for event in events {
         sink.send(event).await;
@@ -155,6 +153,7 @@ async fn take(news: News, known: &mut Known, troubles: &mut Troubles, sink: &Sin
 #[derive(Default)]
 struct Troubles {
     of: BTreeMap<Query, String>,
+    of_probe: Option<String>,
     said: Option<String>,
 }
 
@@ -174,9 +173,19 @@ impl Troubles {
         }
     }
 
+    /// A sign of life is told each time, as long as nothing is wrong.
+    async fn probed(&mut self, trouble: Option<String>, is_whole: bool, sink: &Sink) {
+        self.of_probe = trouble;
+        let was_well = self.said.is_none();
+        self.tell(false, is_whole, sink).await;
+        if was_well && self.said.is_none() && is_whole {
+            sink.send(SourceEvent::InSync).await;
+        }
+    }
+
     /// Most fail for the same reason.
     fn named(&self) -> Option<String> {
-        let different: BTreeSet<&str> = self.of.values().map(String::as_str).collect();
+        let different: BTreeSet<&str> = self.of.values().chain(&self.of_probe).map(String::as_str).collect();
         let some: Vec<&str> = different.into_iter().take(MOST_TROUBLES).collect();
         (!some.is_empty()).then(|| some.join("; "))
     }
@@ -204,8 +213,7 @@ impl<R: Remote> Watches<R> {
             }
             stays
         });
-        let instances = |query: &&Query| matches!(query, Query::Instances(_));
-        self.turns.are_for(queries.iter().filter(instances).count());
+        self.turns.are_for(queries.iter().filter(|query| takes_turns(query)).count());
         for query in queries {
             if !self.handles.contains_key(&query) {
                 let index = known.index(&query);

@@ -5,6 +5,7 @@ use serde_json::json;
 use tokio::sync::watch as channel;
 use tokio::time::timeout_at;
 
+use super::super::probe::PROBE_EVERY;
 use super::super::read::BASE;
 use super::super::remote::{Answer, Content, Pair};
 use super::super::watch::TURNS;
@@ -16,6 +17,9 @@ use crate::{Scope, fake};
 struct Script {
     cluster: &'static str,
     down: bool,
+    /// How often, and by what, the question which cluster it is fails yet; and how long each takes.
+    slow: (usize, fn() -> Error),
+    takes: Duration,
     /// Index and content.
     holds: BTreeMap<Query, (u64, Content)>,
     fails: BTreeMap<Query, &'static str>,
@@ -47,6 +51,10 @@ fn instances(name: &str) -> Query {
     Query::Instances(name.into())
 }
 
+fn documents() -> Query {
+    Query::Documents(Some("shop".into()))
+}
+
 fn content(service: &str, ids: &[u8]) -> Content {
     let entry = |id: &u8| {
         let meta = json!({ "meshd-transport": "meshd" });
@@ -55,13 +63,14 @@ fn content(service: &str, ids: &[u8]) -> Content {
             "Service": { "ID": format!("{service}-{id}"), "Service": service, "Port": 80, "Meta": meta },
         })
     };
-    Content::Instances(ids.iter().map(|id| serde_json::from_value(entry(id)).unwrap()).collect())
+    Content::Instances(ids.iter().map(|id| entry(id).to_string().into()).collect())
 }
 
 impl Fake {
     fn new() -> Fake {
         let holds = BTreeMap::from([
-            (Query::Documents, (5, Content::Documents(vec![]))),
+            (Query::Documents(None), (5, Content::Documents(vec![]))),
+            (documents(), (5, Content::Documents(vec![]))),
             (Query::Names, (12, Content::Names(vec!["a".into(), "b".into()]))),
             (instances("a"), (11, content("a", &[1]))),
             (instances("b"), (12, content("b", &[2]))),
@@ -69,6 +78,8 @@ impl Fake {
         let script = Script {
             cluster: "one",
             down: false,
+            slow: (0, || Error::Scripted("slow")),
+            takes: Duration::ZERO,
             holds,
             fails: BTreeMap::new(),
             asked: vec![],
@@ -132,11 +143,19 @@ impl Remote for Fake {
         Fake { script: self.script.clone(), changed: self.changed.clone(), connection: None }
     }
 
-    async fn cluster(&mut self) -> Result<Arc<str>, Error> {
+    async fn cluster(&mut self) -> Result<Option<Arc<str>>, Error> {
         self.open();
+        let takes = self.script.lock().unwrap().takes;
+        sleep(takes).await;
         let mut script = self.script.lock().unwrap();
         script.asked.push("cluster".to_owned());
-        if script.down { Err(Error::Scripted("down")) } else { Ok(script.cluster.into()) }
+        let (left, error) = script.slow;
+        script.slow.0 = left.saturating_sub(1);
+        match (script.down, left) {
+            (true, _) => Err(Error::Scripted("down")),
+            (_, 0) => Ok(Some(script.cluster.into())),
+            _ => Err(error()),
+        }
     }
 
     async fn ask(&mut self, query: &Query, index: u64, wait: Duration) -> Result<Answer, Error> {
@@ -247,10 +266,15 @@ async fn each_service_wanted_is_listed_and_its_changes_are_told_at_once() {
     assert_eq!(running.changed().await, (shop("a"), 13, 1));
     assert!(changed_at.elapsed() <= Duration::from_millis(100), "{:?}", changed_at.elapsed());
     let asked = running.consul.asked();
-    for question in ["cluster", "service `a` from 0", "the documents in its store from 0", "service `a` from 11"] {
+    for question in [
+        "cluster",
+        "service `a` from 0",
+        "the documents of namespace `shop` in its store from 0",
+        "service `a` from 11",
+    ] {
         assert!(asked.iter().any(|asked| asked == question), "{question}: {asked:?}");
     }
-    assert!(!asked.iter().any(|asked| asked.contains("`b`") || asked.contains("names")), "{asked:?}");
+    assert!(!asked.iter().any(|asked| asked.contains("`b`") || asked.contains("names of")), "{asked:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -270,7 +294,7 @@ async fn a_catalog_whose_index_went_back_is_read_whole_before_it_is_told_as_anot
     running.listed().await;
     running.consul.change(|script| {
         script.holds.insert(instances("a"), (3, content("a", &[])));
-        script.holds.insert(Query::Documents, (1, Content::Documents(vec![])));
+        script.holds.insert(documents(), (1, Content::Documents(vec![])));
     });
     // A blocking query from beyond the index waits for its time.
     assert_eq!(running.listed().await, (shop("a"), "one".into(), 0, 0));
@@ -510,14 +534,55 @@ async fn one_index_that_went_back_is_another_life_though_others_went_on() {
 async fn an_index_of_the_documents_that_falls_is_no_other_life_and_they_are_followed_on() {
     let document = |modified| Pair { key: format!("{BASE}/shop/a/service"), modified, value: b"kind: [".to_vec() };
     let consul = Fake::new();
-    consul.change(|script| drop(script.holds.insert(Query::Documents, (50, Content::Documents(vec![])))));
+    consul.change(|script| drop(script.holds.insert(documents(), (50, Content::Documents(vec![])))));
     let mut running = start_with(consul, wanting(&["a.shop"]));
     assert_eq!(running.listed().await, (shop("a"), "one".into(), 11, 1));
-    running.consul.change(|script| drop(script.holds.insert(Query::Documents, (20, Content::Documents(vec![])))));
+    running.consul.change(|script| drop(script.holds.insert(documents(), (20, Content::Documents(vec![])))));
     sleep(Duration::from_secs(120)).await;
     assert_eq!(running.consul.asked().iter().filter(|asked| *asked == "service `a` from 0").count(), 1);
     running
         .consul
-        .change(|script| drop(script.holds.insert(Query::Documents, (30, Content::Documents(vec![document(30)])))));
+        .change(|script| drop(script.holds.insert(documents(), (30, Content::Documents(vec![document(30)])))));
     assert_eq!(running.changed().await, (shop("a"), 11, 1));
+}
+
+/// The questions that all is read anew by.
+fn from_zero(asked: &[String]) -> usize {
+    asked.iter().filter(|asked| asked.ends_with("from 0")).count()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_takes_long_holds_up_no_news_and_one_that_fails_takes_no_watch_down() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.consul.asked();
+    running.consul.change(|script| (script.takes, script.slow.0) = (Duration::from_secs(5), 1));
+    sleep(PROBE_EVERY).await;
+    let changed_at = Instant::now();
+    running.consul.hold("a", 13, &[1, 3]);
+    assert_eq!(running.changed().await, (shop("a"), 13, 1));
+    assert!(changed_at.elapsed() <= Duration::from_millis(200), "{:?}", changed_at.elapsed());
+    assert_eq!(running.trouble().await, "slow");
+    running.in_sync().await;
+    let asked = running.consul.asked();
+    assert_eq!(from_zero(&asked), 0, "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_probes_that_fail_the_second_has_all_begun_anew_unless_consul_is_busy() {
+    let mut running = start(wanting(&["a.shop"]));
+    running.listed().await;
+    running.consul.asked();
+    running.consul.change(|script| script.slow = (5, || Error::TooMany("later".to_owned())));
+    assert!(running.trouble().await.contains("takes no more requests"));
+    running.in_sync().await;
+    let asked = running.consul.asked();
+    assert!(asked.iter().filter(|asked| *asked == "cluster").count() >= 5 && from_zero(&asked) == 0, "{asked:?}");
+    running.consul.change(|script| script.slow = (2, || Error::Scripted("slow")));
+    assert_eq!(running.trouble().await, "slow");
+    assert_eq!(running.trouble().await, "slow");
+    running.in_sync().await;
+    running.consul.hold("a", 13, &[1, 3]);
+    assert_eq!(running.changed().await.0, shop("a"));
+    assert!(from_zero(&running.consul.asked()) >= 2);
 }

@@ -4,13 +4,15 @@
 //! one, the names of all services. From then on each answer is told as what it changes. Of a wide one what is there is told
 //! before that: one query that fails for good would keep the others from being used.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
+use hyper::body::Bytes;
 use tokio::time::Instant;
 
-use super::read::{Document, Entry, Instance, Reading};
-use super::remote::{Answer, Content, Pair, Query};
+use super::read::{Document, Instance, Reading};
+use super::remote::{Answer, Content, Error, Pair, Query};
 use super::resources::Resources;
 use crate::{Change, Epoch, Listing, Scope, ServiceName, SourceEvent, Wanted};
 
@@ -25,10 +27,20 @@ pub(super) struct Known {
     looked_up: BTreeSet<ServiceName>,
     /// By the name of the service, then by key: those of services that are wanted.
     documents: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Document>>,
-    instances: BTreeMap<Arc<str>, Vec<Instance>>,
+    instances: BTreeMap<Arc<str>, Vec<Understood>>,
+    hashing: RandomState,
+    /// Whose last answer was not to be understood: nobody but its watch asks before there is another.
+    garbled: BTreeSet<Query>,
     resources: Option<Resources>,
     /// To be read once more, as it is from then on.
     suspects: BTreeMap<Query, Instant>,
+}
+
+/// An instance, and the hash of what Consul said of it: of those of a service, most are as they were.
+#[derive(Debug, Clone)]
+struct Understood {
+    hash: u64,
+    instance: Instance,
 }
 
 /// How a scope is told.
@@ -51,8 +63,8 @@ struct Part {
     as_of: Instant,
 }
 
-/// What is said of one name in each scope, by key.
-type Said = BTreeMap<(Scope, Arc<str>), Change>;
+/// What is said of some names in each of some scopes, by key.
+type Said = BTreeMap<(usize, Arc<str>), Arc<Change>>;
 
 impl Known {
     pub(super) fn new(reading: Reading) -> Known {
@@ -68,15 +80,19 @@ impl Known {
             looked_up: BTreeSet::new(),
             documents: BTreeMap::new(),
             instances: BTreeMap::new(),
+            hashing: RandomState::new(),
+            garbled: BTreeSet::new(),
             suspects: BTreeMap::new(),
         }
     }
 
-    /// False when it was another cluster that was read: then all of that is to be read anew.
-    pub(super) fn meets(&mut self, cluster: &Arc<str>, now: Instant) -> bool {
-        let same = self.cluster.as_ref() == Some(cluster);
+    /// False when it was another cluster that was read: then all of that is to be read anew. One that cannot say which it
+    /// is may be the same: its indexes have to tell.
+    pub(super) fn meets(&mut self, cluster: Option<&Arc<str>>, now: Instant) -> bool {
+        let met = cluster.or(self.cluster.as_ref()).cloned().unwrap_or_default();
+        let same = self.cluster.as_ref() == Some(&met);
         if !same {
-            self.cluster = Some(cluster.clone());
+            self.cluster = Some(met);
             self.begin_anew(now);
         }
         same
@@ -121,6 +137,7 @@ impl Known {
         let queries = self.queries();
         self.parts.retain(|query, _| queries.contains(query));
         self.suspects.retain(|query, _| queries.contains(query));
+        self.garbled.retain(|query| queries.contains(query));
         self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
         let scopes = &self.scopes;
         self.documents.retain(|_, documents| {
@@ -142,7 +159,8 @@ impl Known {
     pub(super) fn suspect(&mut self, service: &ServiceName, now: Instant) {
         let documents = self.documents.get(service.name()).into_iter().flat_map(BTreeMap::values);
         let has_places = |said: &Change| matches!(said, Change::Set(record) if !record.places.is_empty());
-        let described = documents.filter(|document| document.service == *service).any(|it| has_places(&it.said));
+        let described =
+            documents.filter(|document| document.service == *service).any(|it| has_places(it.said.as_ref()));
         let of_it = |query: &Query| match query {
             Query::Instances(name) => **name == *service.name(),
             Query::Names | Query::Resources(_) => false,
@@ -157,7 +175,6 @@ impl Known {
     /// What is followed.
     pub(super) fn queries(&self) -> BTreeSet<Query> {
         let mut queries: BTreeSet<Query> = self.scopes.keys().flat_map(|scope| self.needed(scope)).collect();
-        queries.extend((!self.scopes.is_empty()).then_some(Query::Documents));
         queries.extend(self.resources.as_ref().map(Resources::query));
         queries
     }
@@ -169,7 +186,7 @@ impl Known {
         let resources = self.resources.iter().filter(|resources| resources.is_due()).map(Resources::query);
         let suspects = self.suspects.iter().filter(|(query, from)| late(**from)(query)).map(|(query, _)| query.clone());
         let due = due.flat_map(|(scope, from)| self.needed(scope).into_iter().filter(late(from)));
-        due.chain(suspects).chain(resources).collect()
+        due.chain(suspects).chain(resources).filter(|query| !self.garbled.contains(query)).collect()
     }
 
     /// How far a query was read.
@@ -182,38 +199,48 @@ impl Known {
         self.scopes.values().all(|state| state.listed)
     }
 
-    pub(super) fn take(&mut self, query: &Query, answer: Answer, now: Instant) -> Vec<SourceEvent> {
+    /// An error where an answer is not to be understood at all: then it changes nothing.
+    pub(super) fn take(&mut self, query: &Query, answer: Answer, now: Instant) -> Result<Vec<SourceEvent>, Error> {
         if !self.follows(query) {
-            return Vec::new();
+            return Ok(Vec::new());
         }
-        let part = self.parts.entry(query.clone()).or_insert(Part { index: 0, as_of: now });
-        part.as_of = now;
+        let known = self.index(query);
+        // Of two questions under way together the earlier answer may come last.
+        let is_newer = answer.index >= known;
+        let understood = match &answer.content {
+            Content::Instances(texts) if is_newer => self.understand(query, texts),
+            _ => Ok(Vec::new()),
+        };
+        if understood.is_err() {
+            self.garbled.insert(query.clone());
+        } else {
+            self.garbled.remove(query);
+        }
+        let understood = understood?;
+        self.parts.insert(query.clone(), Part { index: known.max(answer.index), as_of: now });
         self.suspects.remove(query);
         if let (Content::Resources(pairs), Some(resources)) = (&answer.content, &mut self.resources) {
-            // Of two questions under way together the earlier answer may come last.
-            let is_newer = answer.index >= part.index;
-            part.index = part.index.max(answer.index);
             let pairs = is_newer.then_some(pairs);
-            return pairs.map_or_else(Vec::new, |pairs| resources.take(pairs, answer.index, self.cluster.as_ref()));
+            return Ok(pairs.map_or_else(Vec::new, |pairs| resources.take(pairs, answer.index, self.cluster.as_ref())));
         }
         let mut changes: BTreeMap<Scope, Vec<Change>> = BTreeMap::new();
-        // Of two questions under way together the earlier answer may come last.
-        if answer.index >= part.index {
-            part.index = answer.index;
+        if is_newer {
             self.advance(query, answer.index);
+            let scopes: Vec<Scope> = self.scopes.keys().filter(|scope| needs(scope, query)).cloned().collect();
             let touched = self.touched(query, &answer.content);
-            let before = self.said_of(&touched);
-            self.replace(query, answer.content);
-            let mut after = self.said_of(&touched);
-            for (at, _) in before.iter().filter(|(at, _)| !after.contains_key(*at)) {
-                changes.entry(at.0.clone()).or_default().push(Change::Removed(at.1.clone()));
+            let before = self.said_of(&touched, &scopes);
+            self.replace(query, answer.content, understood);
+            let after = self.said_of(&touched, &scopes);
+            for (scope, key) in before.keys().filter(|at| !after.contains_key(*at)) {
+                changes.entry(scopes[*scope].clone()).or_default().push(Change::Removed(key.clone()));
             }
-            after.retain(|at, change| before.get(at) != Some(change));
-            for ((scope, _), change) in after {
-                changes.entry(scope).or_default().push(change);
+            for (at, change) in after {
+                if before.get(&at).is_none_or(|before| !Arc::ptr_eq(before, &change) && *before != change) {
+                    changes.entry(scopes[at.0].clone()).or_default().push(Arc::unwrap_or_clone(change));
+                }
             }
         }
-        self.tell(changes)
+        Ok(self.tell(changes))
     }
 
     /// What to tell of each scope: its list if that is due and possible, else what changed since it was listed.
@@ -257,7 +284,7 @@ impl Known {
     /// What a scope is made of was read this far. That does not fall when a service and its index go.
     fn advance(&mut self, query: &Query, index: u64) {
         for (scope, state) in &mut self.scopes {
-            if needs(scope, query) && *query != Query::Documents {
+            if needs(scope, query) && !matches!(query, Query::Documents(_)) {
                 state.position = state.position.max(index);
             }
         }
@@ -273,10 +300,10 @@ impl Known {
         for name in names {
             self.say(name, &listing.scope, &mut said);
         }
-        for change in said.into_values() {
+        for change in said.values().map(|change: &Arc<Change>| &**change) {
             match change {
-                Change::Set(record) => listing.records.push(record),
-                Change::Refused(refused) => listing.refused.push(refused),
+                Change::Set(record) => listing.records.push(record.clone()),
+                Change::Refused(refused) => listing.refused.push(refused.clone()),
                 Change::Removed(_) => {}
             }
         }
@@ -296,7 +323,7 @@ impl Known {
 
     fn needed(&self, scope: &Scope) -> Vec<Query> {
         let instances = |name: &Arc<str>| Query::Instances(name.clone());
-        let mut needed = vec![Query::Documents];
+        let mut needed = vec![documents_of(scope)];
         match scope {
             Scope::Service(service) => needed.push(instances(&service.name().into())),
             Scope::Namespace(_) | Scope::Everything => {
@@ -315,10 +342,11 @@ impl Known {
                 let now: BTreeSet<&Arc<str>> = names.iter().collect();
                 self.names.iter().filter(|name| !now.contains(name)).cloned().collect()
             }
-            (_, Content::Documents(pairs)) => {
+            (Query::Documents(of), Content::Documents(pairs)) => {
                 let now: BTreeMap<&str, u64> = pairs.iter().map(|pair| (&*pair.key, pair.modified)).collect();
                 let gone = self.documents.iter().filter(|(_, documents)| {
-                    documents.iter().any(|(key, document)| now.get(&**key) != Some(&document.modified))
+                    let mut asked = documents.iter().filter(|(_, document)| document.is_of(of.as_deref()));
+                    asked.any(|(key, document)| now.get(&**key) != Some(&document.modified))
                 });
                 let new = pairs.iter().filter_map(|pair| {
                     let name: Arc<str> = self.wanted_service(&pair.key)?.name().into();
@@ -335,46 +363,58 @@ impl Known {
         self.reading.service_of(key).filter(|service| self.scopes.keys().any(|scope| scope.holds(service)))
     }
 
-    fn replace(&mut self, query: &Query, content: Content) {
+    fn replace(&mut self, query: &Query, content: Content, understood: Vec<Understood>) {
         match (query, content) {
-            (Query::Instances(name), Content::Instances(entries)) => self.replace_instances(name, entries),
+            (Query::Instances(name), _) if understood.is_empty() => drop(self.instances.remove(name)),
+            (Query::Instances(name), _) => drop(self.instances.insert(name.clone(), understood)),
             (_, Content::Names(names)) => {
                 self.names = names.into_iter().collect();
                 let queries = self.queries();
                 self.parts.retain(|query, _| queries.contains(query));
                 self.instances.retain(|name, _| queries.contains(&Query::Instances(name.clone())));
             }
-            (_, Content::Documents(pairs)) => self.replace_documents(&pairs),
+            (Query::Documents(of), Content::Documents(pairs)) => self.replace_documents(of.as_deref(), &pairs),
             // A remote answers what it was asked.
             _ => {}
         }
     }
 
-    fn replace_instances(&mut self, name: &Arc<str>, entries: Vec<Entry>) {
+    /// Of the instances of a service, those it was not said of before in the same words.
+    fn understand(&self, query: &Query, texts: &[Bytes]) -> Result<Vec<Understood>, Error> {
+        let Query::Instances(name) = query else { return Ok(Vec::new()) };
         let before = self.instances.get(name).map(Vec::as_slice).unwrap_or_default();
-        let last = |at: &str| before.iter().find(|instance| instance.at == at)?.service.as_ref();
-        let read = |entry| {
-            let instance = self.reading.instance(entry);
-            match last(&instance.at) {
-                Some(service) if instance.service.is_none() => instance.stays_with(service),
-                _ => instance,
+        let by_hash: HashMap<u64, &Understood> = before.iter().map(|known| (known.hash, known)).collect();
+        let last = |at: &str| before.iter().find(|known| known.instance.at() == at)?.instance.service.as_ref();
+        let mut understood = Vec::with_capacity(texts.len());
+        for text in texts {
+            let hash = self.hashing.hash_one(&text[..]);
+            if let Some(known) = by_hash.get(&hash) {
+                understood.push((*known).clone());
+                continue;
             }
-        };
-        let instances: Vec<Instance> = entries.into_iter().map(read).collect();
-        if instances.is_empty() {
-            self.instances.remove(name);
-        } else {
-            self.instances.insert(name.clone(), instances);
+            let read = self.reading.instance(name, text).map_err(|error| Error::garbage(query, &error))?;
+            let Some(mut instance) = read else { continue };
+            if instance.service.is_none()
+                && let Some(service) = last(instance.at())
+            {
+                instance = instance.stays_with(service);
+            }
+            understood.push(Understood { hash, instance });
         }
+        Ok(understood)
     }
 
     /// Only what was written since is read.
-    fn replace_documents(&mut self, pairs: &[Pair]) {
-        let mut before = std::mem::take(&mut self.documents);
+    fn replace_documents(&mut self, of: Option<&str>, pairs: &[Pair]) {
+        let mut before = BTreeMap::new();
+        self.documents.retain(|_, documents| {
+            before.extend(documents.extract_if(.., |_, document| document.is_of(of)));
+            !documents.is_empty()
+        });
         for pair in pairs {
             let Some(service) = self.wanted_service(&pair.key) else { continue };
             let name: Arc<str> = service.name().into();
-            let known = before.get_mut(&name).and_then(|known| known.remove_entry(&*pair.key));
+            let known = before.remove_entry(&*pair.key);
             let known = known.filter(|(_, document)| document.modified == pair.modified);
             let (key, document) =
                 known.unwrap_or_else(|| (pair.key.as_str().into(), self.reading.document(service, pair)));
@@ -382,22 +422,22 @@ impl Known {
         }
     }
 
-    fn said_of(&self, names: &BTreeSet<Arc<str>>) -> Said {
+    fn said_of(&self, names: &BTreeSet<Arc<str>>, scopes: &[Scope]) -> Said {
         let mut said = Said::new();
-        for scope in self.scopes.keys() {
+        for (at, scope) in scopes.iter().enumerate() {
             let mut here = BTreeMap::new();
             names.iter().for_each(|name| self.say(name, scope, &mut here));
-            said.extend(here.into_iter().map(|(key, change)| ((scope.clone(), key), change)));
+            said.extend(here.into_iter().map(|(key, change)| ((at, key), change)));
         }
         said
     }
 
     /// What is said of a name within a scope.
-    fn say(&self, name: &Arc<str>, scope: &Scope, said: &mut BTreeMap<Arc<str>, Change>) {
+    fn say(&self, name: &Arc<str>, scope: &Scope, said: &mut BTreeMap<Arc<str>, Arc<Change>>) {
         let documents = self.documents.get(name).into_iter().flatten();
         let of_scope = documents.filter(|(_, document)| scope.holds(&document.service));
         said.extend(of_scope.map(|(key, document)| (key.clone(), document.said.clone())));
-        for instance in self.instances.get(name).into_iter().flatten() {
+        for Understood { instance, .. } in self.instances.get(name).into_iter().flatten() {
             // Where its service cannot be told, everybody who uses the name is told why.
             let concerns = instance.service.as_ref().is_none_or(|service| scope.holds(service));
             if concerns && self.is_meant(instance, name, scope) {
@@ -423,10 +463,19 @@ fn is_wide(scope: &Scope) -> bool {
     !matches!(scope, Scope::Service(_))
 }
 
+/// No others than may concern it: each is sent whole whenever one of them changes.
+fn documents_of(scope: &Scope) -> Query {
+    Query::Documents(match scope {
+        Scope::Everything => None,
+        Scope::Namespace(namespace) => Some(namespace.as_str().into()),
+        Scope::Service(service) => Some(service.namespace().into()),
+    })
+}
+
 /// Whether a query tells of a scope; of instances in a wide one, if such a name exists.
 fn needs(scope: &Scope, query: &Query) -> bool {
     match (scope, query) {
-        (_, Query::Documents) => true,
+        (_, Query::Documents(_)) => documents_of(scope) == *query,
         (_, Query::Resources(_)) => false,
         (Scope::Service(service), Query::Instances(name)) => service.name() == &**name,
         (scope, Query::Names | Query::Instances(_)) => is_wide(scope),

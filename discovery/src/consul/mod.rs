@@ -1,7 +1,7 @@
 //! `kind = "consul"`: services of a Consul catalog, and documents in its store.
 //!
 //! ```text
-//!            +--- no answer, no leader: back off (the probe alone asks then) <---+
+//!            +--- no answer twice: back off (the probe alone asks then) <---------+
 //!            v                                                                   |
 //!   which cluster is it? ---> a watch for each query ---> answers, a probe every 10 s
 //!            ^                                                 |         |
@@ -23,6 +23,7 @@ mod client;
 mod fake_agent;
 mod follow;
 mod known;
+mod probe;
 mod read;
 mod registrar;
 mod remote;

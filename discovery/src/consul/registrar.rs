@@ -15,6 +15,7 @@ use hyper::{Method, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::client::{Call, CallError, Client, Reply};
 use super::settings::Settings;
@@ -35,20 +36,32 @@ const OF_THE_NODE: &str = "serfHealth";
 const HEAVIEST: u32 = 65535;
 /// Connections kept for the next beat.
 const MOST_IDLE: usize = 8;
+/// For a later life of the same registration. Servers look through all instances of a service for that, so that each beat of
+/// a thousand hosts would be a million of them.
+const LOOK_EVERY: Duration = TTL;
+/// An agent has another address only after it was started anew.
+const ADDRESS_FOR: Duration = Duration::from_secs(60);
 const MOST_SAID: usize = 300;
 
 pub(crate) struct ConsulRegistrar {
     name: String,
     settings: Arc<Settings>,
+    /// Shares its connection, where one is enough.
+    client: Client,
     nonce: u32,
+    look_every: Duration,
     idle: Mutex<Vec<Client>>,
     written: Mutex<BTreeMap<Key, Written>>,
+    /// What the agent said its address is, and when.
+    address: Mutex<Option<(Instant, IpAddr)>>,
 }
 
 /// The last of a registration. An agent tells the catalog of it by the token shown then, whoever keeps it since.
 struct Written {
     said: Registration,
     token: Option<HeaderValue>,
+    /// For later ones.
+    looked_at: Instant,
 }
 
 impl From<CallError> for RegistrarError {
@@ -159,10 +172,16 @@ fn found(entries: &[Entry], key: &Key, nonce: u32) -> Option<Found> {
     Some(Found { epoch, version: epoch, owner })
 }
 
+/// Without marks that would have to be escaped in what is shown of it.
 fn said(reply: &Reply) -> String {
-    let start = String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]);
-    let plain = |c: char| if c == '"' { vec!['`'] } else { c.escape_debug().collect() };
-    start.trim().replace('\'', "`").chars().flat_map(plain).collect()
+    let marks = |c: char| if matches!(c, '"' | '\'') { '`' } else { c };
+    String::from_utf8_lossy(&reply.body)
+        .trim()
+        .chars()
+        .take(MOST_SAID)
+        .map(marks)
+        .flat_map(char::escape_debug)
+        .collect()
 }
 
 fn refused(reply: &Reply, what: &str, rule: &str) -> RegistrarError {
@@ -191,7 +210,10 @@ fn may_write(service: &ServiceName) -> String {
 
 impl ConsulRegistrar {
     pub(super) fn new(name: String, settings: Arc<Settings>) -> ConsulRegistrar {
-        ConsulRegistrar { name, settings, nonce: fastrand::u32(..), idle: Mutex::default(), written: Mutex::default() }
+        let (nonce, look_every) = (fastrand::u32(..), LOOK_EVERY);
+        let client = Client::new(settings.clone());
+        let (idle, written, address) = (Mutex::default(), Mutex::default(), Mutex::default());
+        ConsulRegistrar { name, settings, client, nonce, look_every, idle, written, address }
     }
 
     fn stamp(&self, epoch: u64) -> Stamp {
@@ -208,7 +230,7 @@ impl ConsulRegistrar {
 
     async fn call(&self, method: Method, path: &str, body: Option<Value>) -> Result<Reply, RegistrarError> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut client = idle.unwrap_or_else(|| Client::new(self.settings.clone()));
+        let mut client = idle.unwrap_or_else(|| self.client.another());
         let token = client.token()?;
         let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
         let reply = client.call(&Call { method, path, body }, token.as_ref(), DEADLINE).await?;
@@ -221,7 +243,6 @@ impl ConsulRegistrar {
 
     /// As the catalog has it, whatever agent it is written through.
     async fn look(&self, key: &Key) -> Result<Option<Found>, RegistrarError> {
-        const HIDDEN: &str = "x-consul-results-filtered-by-acls";
         // `near` as in `remote.rs`. The names are plain words.
         let (name, instance) = (key.service.name(), &key.instance);
         let path = format!(
@@ -229,9 +250,8 @@ impl ConsulRegistrar {
         );
         let reply = self.call(Method::GET, &path, None).await?;
         let rule = format!("service \"{name}\" {{ policy = \"write\" }} node_prefix \"\" {{ policy = \"read\" }}");
-        let hides = || reply.headers.get(HIDDEN).is_some_and(|value| value == "true");
         match reply.status {
-            StatusCode::OK if hides() => Err(RegistrarError(format!(
+            StatusCode::OK if reply.is_filtered() => Err(RegistrarError(format!(
                 "Consul hides from this token who registered `{name}`; add `{rule}` to its policy"
             ))),
             StatusCode::OK => Ok(found(&read::<Vec<Entry>>(&reply)?, key, self.nonce)),
@@ -253,7 +273,7 @@ impl ConsulRegistrar {
         if !self.update(&well(&id), status, output, key).await? {
             return Err(RegistrarError("Consul's agent lost what was just registered".to_owned()));
         }
-        self.written().insert(key.clone(), Written { said: said.clone(), token });
+        self.written().insert(key.clone(), Written { said: said.clone(), token, looked_at: Instant::now() });
         Ok(())
     }
 
@@ -266,6 +286,25 @@ impl ConsulRegistrar {
         };
         tracing::info!(source = self.name, %key, "there is another token; registered anew with it");
         self.register(key, &said).await
+    }
+
+    /// False if a later life was found, now that it is time to look for one. Who stood still looks at once.
+    async fn is_last(&self, key: &Key, hold: Hold) -> bool {
+        let is_due = |written: &Written| written.looked_at.elapsed() >= self.look_every;
+        if !self.written().get(key).is_none_or(is_due) {
+            return true;
+        }
+        match self.look(key).await {
+            Ok(found) => {
+                self.written().entry(key.clone()).and_modify(|written| written.looked_at = Instant::now());
+                !found.is_some_and(|found| found.is_later_than(hold.version))
+            }
+            // The agent keeps it, also without its servers; to register anew would change nothing.
+            Err(error) => {
+                tracing::debug!(%key, %error, "whether it is superseded is not known now");
+                true
+            }
+        }
     }
 
     /// False if the agent does not know the check.
@@ -305,7 +344,20 @@ impl ConsulRegistrar {
         Ok(())
     }
 
+    /// With all of the agent's configuration, so not with each beat.
     async fn agents_address(&self) -> Result<IpAddr, RegistrarError> {
+        let said = *self.address.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, address)) = said
+            && at.elapsed() < ADDRESS_FOR
+        {
+            return Ok(address);
+        }
+        let address = self.ask_address().await?;
+        *self.address.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), address));
+        Ok(address)
+    }
+
+    async fn ask_address(&self) -> Result<IpAddr, RegistrarError> {
         let reply = self.call(Method::GET, "/v1/agent/self", None).await?;
         if reply.status != StatusCode::OK {
             return Err(refused(&reply, "tell its agent's address", "agent_prefix \"\" { policy = \"read\" }"));
@@ -325,10 +377,6 @@ fn says_unknown(reply: &Reply) -> bool {
 impl Registrar for ConsulRegistrar {
     fn name(&self) -> &str {
         &self.name
-    }
-
-    fn ttl(&self) -> Duration {
-        TTL
     }
 
     /// That of the agent where it runs on this host, as Consul would have it.
@@ -371,14 +419,9 @@ impl Registrar for ConsulRegistrar {
             if !self.update(&alive(&id), "passing", "", key).await? {
                 return Ok(false);
             }
-            match self.look(key).await {
-                Ok(Some(found)) if found.is_later_than(hold.version) => {
-                    self.remove(&id, &key.service).await?;
-                    return Ok(false);
-                }
-                Ok(_) => {}
-                // The agent keeps it, also without its servers; to register anew would change nothing.
-                Err(error) => tracing::debug!(%key, %error, "whether it is superseded is not known now"),
+            if !self.is_last(key, hold).await {
+                self.remove(&id, &key.service).await?;
+                return Ok(false);
             }
             self.change_token(key, hold).await?;
             Ok(true)

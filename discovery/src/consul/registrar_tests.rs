@@ -52,8 +52,8 @@ fn what_is_registered_is_read_as_the_same_place() {
     let shown = shown(&life(7, NONCE), ["passing", "passing"]);
     let reading =
         Reading { trust_domain: trust_domain(), namespace: "default".into(), base: BASE.into(), resources: None };
-    let instance = reading.instance(serde_json::from_value(shown).unwrap());
-    let Change::Set(record) = instance.said else { panic!("{:?}", instance.said) };
+    let instance = reading.instance("payments", shown.to_string().as_bytes()).unwrap().unwrap();
+    let Change::Set(record) = &*instance.said else { panic!("{:?}", instance.said) };
     assert_eq!(record.service, key.service);
     assert_eq!(*record.places[0], said().place(&trust_domain()).unwrap());
 }
@@ -109,7 +109,7 @@ impl Bed {
         let address = Some(agent.url());
         let settings = Settings { address, token_file: Some(token_file.clone()), ..Settings::default() };
         let mut registrar = ConsulRegistrar::new("consul".to_owned(), Arc::new(settings));
-        registrar.nonce = NONCE;
+        (registrar.nonce, registrar.look_every) = (NONCE, Duration::ZERO);
         Bed { agent, registrar, token_file, _directory: directory }
     }
 
@@ -167,6 +167,20 @@ async fn two_processes_of_one_epoch_write_two_ids_and_the_lesser_takes_its_own_a
     assert!(!bed.keep(hold).await);
     assert!(!bed.agent.ids().contains(&bed.own()) && bed.agent.ids().len() == 2, "{:?}", bed.agent.ids());
     assert_eq!(bed.write(Over::Own(hold)).await, None);
+}
+
+#[tokio::test]
+async fn the_catalog_is_looked_through_for_a_later_life_less_often_than_beats_are() {
+    let mut bed = Bed::make().await;
+    bed.registrar.look_every = Duration::from_secs(3600);
+    let hold = bed.write(Over::Version(0)).await.unwrap();
+    let looked = |bed: &Bed| bed.agent.asked().iter().filter(|it| it.path.starts_with("/v1/health/")).count();
+    let before = looked(&bed);
+    assert!(bed.keep(hold).await && bed.keep(hold).await);
+    assert_eq!(looked(&bed), before);
+    bed.registrar.look_every = Duration::ZERO;
+    assert!(bed.keep(hold).await);
+    assert_eq!(looked(&bed), before + 1);
 }
 
 #[tokio::test]

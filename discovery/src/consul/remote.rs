@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use data_encoding::BASE64;
 use hyper::StatusCode;
+use hyper::body::Bytes;
 use hyper::header::{HeaderMap, HeaderValue};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use super::client::{CallError, Client, Reply};
-use super::read::Entry;
 use crate::name::check_label;
 use crate::yaml::printable;
 
@@ -20,13 +20,17 @@ use crate::yaml::printable;
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
 /// What a blocking query may take beyond what it was asked to wait and the sixteenth of that which Consul adds.
 const GRACE: Duration = Duration::from_secs(10);
-/// Of words that Consul says.
-const MOST_SAID: usize = 200;
+const CLUSTER: &str = "which cluster it is";
+/// They are services of their own catalog. `leader`: as below.
+const SERVERS: &str = "/v1/catalog/service/consul?leader";
+/// The first version that says so where it hides something from a token.
+const OLDEST: (u32, u32) = (1, 11);
 
 /// Something that is followed by blocking queries.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Query {
-    Documents,
+    /// Of the services of a namespace, or of all.
+    Documents(Option<Arc<str>>),
     /// Routes and policies, below this key.
     Resources(Arc<str>),
     /// Of all services.
@@ -46,7 +50,8 @@ pub(super) enum Content {
     Documents(Vec<Pair>),
     Resources(Vec<Pair>),
     Names(Vec<Arc<str>>),
-    Instances(Vec<Entry>),
+    /// The JSON of each: most of them were read before.
+    Instances(Vec<Bytes>),
 }
 
 /// A key of Consul's store.
@@ -61,8 +66,8 @@ pub(super) struct Pair {
 pub(super) trait Remote: Send + 'static {
     /// The same Consul over a connection of its own.
     fn another(&self) -> Self;
-    /// Which cluster it is, if it has a leader and does not hide things without saying so.
-    fn cluster(&mut self) -> impl Future<Output = Result<Arc<str>, Error>> + Send;
+    /// Which cluster it is, if it knows; and that it has a leader and does not hide things without saying so.
+    fn cluster(&mut self) -> impl Future<Output = Result<Option<Arc<str>>, Error>> + Send;
     /// All there is, as soon as its index is beyond `index` and after `wait` at the latest; from 0: now.
     fn ask(&mut self, query: &Query, index: u64, wait: Duration) -> impl Future<Output = Result<Answer, Error>> + Send;
 }
@@ -87,10 +92,16 @@ pub(super) enum Error {
          default) or limits.request_limits of its servers, or import fewer services"
     )]
     TooMany(String),
+    #[error(
+        "Consul {0} does not say what it hides from a token, so that an empty answer of it means nothing; upgrade its servers \
+         and agents to {major}.{minor} or later",
+        major = OLDEST.0, minor = OLDEST.1
+    )]
+    TooOld(String),
     #[error("Consul answers {what} with {status}: {said}")]
-    Status { what: Query, status: u16, said: String },
+    Status { what: String, status: u16, said: String },
     #[error("Consul's answer about {what} cannot be understood: {reason}")]
-    Garbage { what: Query, reason: String },
+    Garbage { what: String, reason: String },
     #[error("a watch of Consul failed inside; all are started again; report this")]
     Inside,
     #[cfg(test)]
@@ -98,10 +109,27 @@ pub(super) enum Error {
     Scripted(&'static str),
 }
 
+impl Error {
+    pub(super) fn garbage(what: &impl fmt::Display, error: &serde_json::Error) -> Error {
+        Error::Garbage { what: what.to_string(), reason: printable(&error.to_string()) }
+    }
+
+    /// It has too much to do, and is there.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(self, Error::TooMany(_))
+    }
+
+    /// Nobody is there.
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self, Error::Call(CallError::Unreachable { .. }))
+    }
+}
+
 impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Query::Documents => f.write_str("the documents in its store"),
+            Query::Documents(None) => f.write_str("the documents in its store"),
+            Query::Documents(Some(namespace)) => write!(f, "the documents of namespace `{namespace}` in its store"),
             Query::Resources(_) => f.write_str("the routes and policies in its store"),
             Query::Names => f.write_str("the names of services"),
             Query::Instances(name) => write!(f, "service `{name}`"),
@@ -112,7 +140,7 @@ impl fmt::Display for Query {
 impl Query {
     fn path(&self, base: &str) -> String {
         match self {
-            Query::Documents => format!("/v1/kv/{base}/?recurse=true"),
+            Query::Documents(_) => format!("/v1/kv/{}?recurse=true", self.documents(base)),
             Query::Resources(base) => format!("/v1/kv/{base}/?recurse=true"),
             // `leader`: agents with `discovery_max_stale` would ask any server, and those differ in how far they are.
             Query::Names => "/v1/catalog/services?leader".to_owned(),
@@ -122,13 +150,21 @@ impl Query {
         }
     }
 
+    /// The prefix of their keys.
+    fn documents(&self, base: &str) -> String {
+        match self {
+            Query::Documents(Some(namespace)) => format!("{base}/{namespace}/"),
+            _ => format!("{base}/"),
+        }
+    }
+
     fn hidden(&self, base: &str) -> Error {
         let by_name = "; or list what this host uses in `imports`";
         let services = "service_prefix \"\" { policy = \"read\" } node_prefix \"\" { policy = \"read\" }";
         match self {
-            Query::Documents => Error::Hidden {
+            Query::Documents(_) => Error::Hidden {
                 what: "documents in its store",
-                rule: format!("key_prefix \"{base}/\" {{ policy = \"read\" }}"),
+                rule: format!("key_prefix \"{}\" {{ policy = \"read\" }}", self.documents(base)),
                 instead: "",
             },
             Query::Resources(base) => Error::Hidden {
@@ -145,11 +181,13 @@ impl Query {
 pub(super) struct Consul {
     client: Client,
     base: Arc<str>,
+    /// As every one does since `OLDEST`.
+    says_what_it_hides: bool,
 }
 
 impl Consul {
     pub(super) fn new(client: Client, base: Arc<str>) -> Consul {
-        Consul { client, base }
+        Consul { client, base, says_what_it_hides: false }
     }
 
     async fn call(&mut self, path: &str, deadline: Duration) -> Result<(Reply, Option<HeaderValue>), Error> {
@@ -166,35 +204,39 @@ impl Consul {
 
 impl Remote for Consul {
     fn another(&self) -> Consul {
-        Consul { client: self.client.another(), base: self.base.clone() }
+        let Consul { base, says_what_it_hides, .. } = self;
+        Consul { client: self.client.another(), base: base.clone(), says_what_it_hides: *says_what_it_hides }
     }
 
     /// The authority for service-to-service certificates is drawn with the cluster and lies in its snapshots.
-    async fn cluster(&mut self) -> Result<Arc<str>, Error> {
+    async fn cluster(&mut self) -> Result<Option<Arc<str>>, Error> {
         let (reply, token) = self.call("/v1/connect/ca/roots", CALL_DEADLINE).await?;
         let cluster = match reply.status {
             StatusCode::OK => {
-                let roots: Roots = json(&reply, &Query::Names)?;
+                let roots: Roots = json(&reply, &CLUSTER)?;
                 if !knows_leader(&reply.headers) {
                     return Err(Error::NoLeader);
                 }
-                roots.trust_domain.into()
+                Some(roots.trust_domain.into())
             }
-            // Then nothing tells one cluster from another; its indexes have to.
-            StatusCode::INTERNAL_SERVER_ERROR if said(&reply).contains("Connect must be enabled") => {
+            StatusCode::INTERNAL_SERVER_ERROR if has_no_authority(&reply.said()) => {
                 let (leader, _) = self.call("/v1/status/leader", CALL_DEADLINE).await?;
                 if leader.status != StatusCode::OK || leader.body.len() <= r#""""#.len() {
                     return Err(Error::NoLeader);
                 }
-                "".into()
+                None
             }
-            _ => return Err(refused(&reply, &Query::Names, &self.base)),
+            _ => return Err(refused(&reply, &CLUSTER, hidden_cluster)),
         };
         if token.is_none() && text(&reply.headers, "x-consul-default-acl-policy") == Some("deny") {
             let (reply, _) = self.call("/v1/acl/token/self", CALL_DEADLINE).await?;
             if !is_somebody(&reply) {
                 return Err(Error::Anonymous);
             }
+        }
+        if !self.says_what_it_hides {
+            let (reply, _) = self.call(SERVERS, CALL_DEADLINE).await?;
+            self.says_what_it_hides = check_version(&reply)?;
         }
         Ok(cluster)
     }
@@ -213,29 +255,31 @@ impl Remote for Consul {
 /// What a reply says, if it says all there is.
 fn answer(query: &Query, reply: &Reply, base: &str) -> Result<Answer, Error> {
     let is_empty_store =
-        matches!(query, Query::Documents | Query::Resources(_)) && reply.status == StatusCode::NOT_FOUND;
+        matches!(query, Query::Documents(_) | Query::Resources(_)) && reply.status == StatusCode::NOT_FOUND;
     if reply.status != StatusCode::OK && !is_empty_store {
-        return Err(refused(reply, query, base));
+        return Err(refused(reply, query, || query.hidden(base)));
     }
     if !knows_leader(&reply.headers) {
         return Err(Error::NoLeader);
     }
-    if text(&reply.headers, "x-consul-results-filtered-by-acls") == Some("true") {
+    if reply.is_filtered() {
         return Err(query.hidden(base));
     }
-    let garbage = |reason: &str| Error::Garbage { what: query.clone(), reason: reason.to_owned() };
+    let garbage = |reason: &str| Error::Garbage { what: query.to_string(), reason: reason.to_owned() };
     let index = text(&reply.headers, "x-consul-index").and_then(|index| index.parse().ok());
     let index = index.ok_or_else(|| garbage("it has no index"))?;
     let content = match query {
-        Query::Documents => Content::Documents(if is_empty_store { Vec::new() } else { pairs(reply, query)? }),
+        Query::Documents(_) => Content::Documents(if is_empty_store { Vec::new() } else { pairs(reply, query)? }),
         Query::Resources(_) => Content::Resources(if is_empty_store { Vec::new() } else { pairs(reply, query)? }),
         Query::Names => {
-            let names: BTreeMap<String, serde::de::IgnoredAny> = json(reply, query)?;
+            let names: BTreeMap<String, IgnoredAny> = json(reply, query)?;
             // Others cannot be names of the mesh.
             let names = names.into_keys().filter(|name| check_label("name", name).is_ok());
             Content::Names(names.map(Arc::from).collect())
         }
-        Query::Instances(_) => Content::Instances(json(reply, query)?),
+        Query::Instances(_) => {
+            Content::Instances(elements(&reply.body).ok_or_else(|| garbage("it is no list of instances"))?)
+        }
     };
     // An index of 0 would make the next query return at once, and the one after it.
     Ok(Answer { index: u64::max(index, 1), content })
@@ -244,18 +288,53 @@ fn answer(query: &Query, reply: &Reply, base: &str) -> Result<Answer, Error> {
 fn pairs(reply: &Reply, query: &Query) -> Result<Vec<Pair>, Error> {
     let pairs: Vec<StoredPair> = json(reply, query)?;
     let pairs = pairs.into_iter().map(StoredPair::decode).collect::<Option<_>>();
-    pairs.ok_or_else(|| Error::Garbage { what: query.clone(), reason: "a value is no base64".to_owned() })
+    pairs.ok_or_else(|| Error::Garbage { what: query.to_string(), reason: "a value is no base64".to_owned() })
 }
 
-fn refused(reply: &Reply, query: &Query, base: &str) -> Error {
-    let said = said(reply);
+fn refused(reply: &Reply, what: &impl fmt::Display, hidden: impl FnOnce() -> Error) -> Error {
+    let said = reply.said();
     match reply.status {
         StatusCode::FORBIDDEN if said.contains("ACL not found") => Error::Token(said),
-        StatusCode::FORBIDDEN => query.hidden(base),
-        StatusCode::TOO_MANY_REQUESTS => Error::TooMany(said),
+        StatusCode::FORBIDDEN => hidden(),
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Error::TooMany(said),
         StatusCode::INTERNAL_SERVER_ERROR if said.contains("No cluster leader") => Error::NoLeader,
-        status => Error::Status { what: query.clone(), status: status.as_u16(), said },
+        status => Error::Status { what: what.to_string(), status: status.as_u16(), said },
     }
+}
+
+fn hidden_cluster() -> Error {
+    Error::Hidden { what: CLUSTER, rule: "operator = \"read\"".to_owned(), instead: "" }
+}
+
+/// Then nothing tells one cluster from another; its indexes have to. Services are followed all the same.
+fn has_no_authority(said: &str) -> bool {
+    ["Connect must be enabled", "CA has not finished initializing"].iter().any(|words| said.contains(words))
+}
+
+/// Whether it says what it hides. No cluster is without servers, so who shows none has hidden them without a word, or its
+/// servers have not come that far.
+fn check_version(reply: &Reply) -> Result<bool, Error> {
+    if reply.status != StatusCode::OK {
+        return Err(refused(reply, &"its servers", hidden_cluster));
+    }
+    if reply.is_filtered() {
+        return Ok(true);
+    }
+    let servers: Vec<Server> = json(reply, &"its servers")?;
+    if servers.is_empty() {
+        return Err(Error::TooOld("hides its own servers and".to_owned()));
+    }
+    let versions = servers.iter().filter_map(|server| server.service_meta.as_ref()?.get("version"));
+    match versions.filter(|version| parsed(version).is_some_and(|version| version < OLDEST)).min() {
+        Some(old) => Err(Error::TooOld(printable(old))),
+        None => Ok(true),
+    }
+}
+
+/// Major and minor.
+fn parsed(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// ACLs are off, or the agent shows a token of its own for who shows none.
@@ -263,7 +342,7 @@ fn is_somebody(reply: &Reply) -> bool {
     const ANONYMOUS: &str = "00000000-0000-0000-0000-000000000002";
     let somebody = |token: OwnToken| token.accessor_id != ANONYMOUS;
     match reply.status {
-        StatusCode::UNAUTHORIZED => said(reply).contains("ACL support disabled"),
+        StatusCode::UNAUTHORIZED => reply.said().contains("ACL support disabled"),
         StatusCode::OK => serde_json::from_slice(&reply.body).is_ok_and(somebody),
         _ => false,
     }
@@ -277,21 +356,35 @@ fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name)?.to_str().ok()
 }
 
-fn said(reply: &Reply) -> String {
-    let start = String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]);
-    printable(start.trim())
+fn json<T: DeserializeOwned>(reply: &Reply, what: &impl fmt::Display) -> Result<T, Error> {
+    serde_json::from_slice(&reply.body).map_err(|error| Error::garbage(what, &error))
 }
 
-fn json<T: DeserializeOwned>(reply: &Reply, what: &Query) -> Result<T, Error> {
-    let garbage =
-        |error: serde_json::Error| Error::Garbage { what: what.clone(), reason: printable(&error.to_string()) };
-    serde_json::from_slice(&reply.body).map_err(garbage)
+/// Of an array of objects, which are not looked into.
+fn elements(array: &Bytes) -> Option<Vec<Bytes>> {
+    let mut elements = Vec::new();
+    let mut rest = array.trim_ascii().strip_prefix(b"[")?.trim_ascii_start();
+    while rest.first() == Some(&b'{') {
+        let mut objects = serde_json::Deserializer::from_slice(rest).into_iter::<IgnoredAny>();
+        objects.next()?.ok()?;
+        let (element, after) = rest.split_at(objects.byte_offset());
+        elements.push(array.slice_ref(element));
+        let after = after.trim_ascii_start();
+        rest = after.strip_prefix(b",").unwrap_or(after).trim_ascii_start();
+    }
+    (rest == b"]").then_some(elements)
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Roots {
     trust_domain: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Server {
+    service_meta: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Deserialize)]

@@ -1,5 +1,6 @@
 //! Where Consul is and how to be admitted. Files are read anew for each use, so that renewed ones count.
 
+use std::hash::BuildHasher;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,6 +83,12 @@ impl Settings {
         Ok(Address { tls, host, authority: authority.to_owned() })
     }
 
+    /// Of what it takes for TLS.
+    pub(super) fn hash_of_files(&self, hashing: &impl BuildHasher) -> u64 {
+        let files = [&self.ca, &self.cert, &self.key].map(|path| std::fs::read(path.as_ref()?).ok());
+        hashing.hash_one(files)
+    }
+
     pub(super) fn tls(&self) -> Result<Arc<ClientConfig>, SettingsError> {
         let read = |field, path: &Path| tls::certificates_of(path).map_err(|error| pem(field, path, &error));
         let roots = read("ca", self.ca.as_deref().ok_or(SettingsError::NoAuthority)?)?;
@@ -93,7 +100,7 @@ impl Settings {
             }
             _ => return Err(SettingsError::HalfCertificate),
         };
-        Ok(tls::client(roots, identity, &[])?)
+        Ok(tls::client(roots, identity, &[b"h2".as_slice(), b"http/1.1"])?)
     }
 
     /// What to show; `None`: nothing, so that the agent shows its own.

@@ -14,8 +14,6 @@ use crate::write::{Answer, Keys, Kind, Over, ResourceName, Store, StoreError, St
 use crate::yaml::printable;
 
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Of words that Consul says.
-const MOST_SAID: usize = 300;
 
 pub(crate) struct ConsulStore {
     name: String,
@@ -48,7 +46,7 @@ impl ConsulStore {
     async fn pairs(&self, kind: Kind, key: &str, options: &str) -> Result<Vec<Pair>, StoreError> {
         let reply = self.call(Method::GET, &format!("/v1/kv/{key}{options}"), Bytes::new()).await?;
         match reply.status {
-            StatusCode::NOT_FOUND | StatusCode::OK if is_filtered(&reply) => {
+            StatusCode::NOT_FOUND | StatusCode::OK if reply.is_filtered() => {
                 Err(self.denied("read", kind, key, "it hides it"))
             }
             StatusCode::NOT_FOUND => Ok(Vec::new()),
@@ -84,7 +82,7 @@ impl ConsulStore {
     }
 
     fn refused(&self, verb: &str, kind: Kind, key: &str, reply: &Reply) -> StoreError {
-        let said = printable(String::from_utf8_lossy(&reply.body[..reply.body.len().min(MOST_SAID)]).trim());
+        let said = reply.said();
         match reply.status {
             StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => self.denied(verb, kind, key, &said),
             status if status.is_server_error() => StoreError::Unreachable(format!(
@@ -105,11 +103,6 @@ impl ConsulStore {
             self.keys.prefix(kind, None)
         ))
     }
-}
-
-/// Consul leaves out what a token may not see, and says so here only.
-fn is_filtered(reply: &Reply) -> bool {
-    reply.headers.get("x-consul-results-filtered-by-acls").is_some_and(|value| value == "true")
 }
 
 impl Store for ConsulStore {

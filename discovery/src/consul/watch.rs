@@ -18,7 +18,7 @@ const SHORT_WAIT: Duration = Duration::from_secs(5);
 const EARLY: Duration = Duration::from_secs(1);
 /// An index that changes in a storm, as every heartbeat of a check can do, is followed ten times a second.
 const PACE: Duration = Duration::from_millis(100);
-/// Instances that are followed at once, with a connection each: Consul's agents allow 200 for each address, and this host
+/// Services and namespaces that are followed at once, with a connection each: Consul's agents allow 200 for each address, and this host
 /// may have other users of its agent.
 pub(super) const TURNS: usize = 128;
 
@@ -90,7 +90,7 @@ impl News {
     fn new(query: Query, answer: Result<Answer, Error>, known: u64) -> News {
         let fell = answer.as_ref().is_ok_and(|answer| answer.index < known);
         // That of the store falls by itself: a quarter of an hour after a delete, Consul forgets the delete.
-        let went_back = fell && !matches!(query, Query::Documents | Query::Resources(_));
+        let went_back = fell && !matches!(query, Query::Documents(_) | Query::Resources(_));
         News { query, answer, went_back, fell_from: fell.then_some(known) }
     }
 }
@@ -125,8 +125,13 @@ pub(super) async fn watch<R: Remote>(query: Query, known: u64, turns: Arc<Turns<
     }
 }
 
+/// Of what there may be many.
+pub(super) fn takes_turns(query: &Query) -> bool {
+    matches!(query, Query::Instances(_) | Query::Documents(Some(_)))
+}
+
 async fn ask<R: Remote>(query: &Query, index: u64, turns: &Turns<R>) -> (Result<Answer, Error>, Instant, Duration) {
-    let takes_turns = matches!(query, Query::Instances(_));
+    let takes_turns = takes_turns(query);
     let queue = if index == 0 { &turns.first } else { &turns.semaphore };
     // They are never closed, so there is always a turn.
     let _turn = if takes_turns { queue.acquire().await.ok() } else { None };

@@ -3,7 +3,6 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use meshd_etcd::api::response_op::Response;
 use meshd_etcd::api::{KeyValue, TxnRequest};
@@ -60,10 +59,6 @@ fn found(pair: &KeyValue) -> Found {
 impl Registrar for EtcdRegistrar {
     fn name(&self) -> &str {
         &self.name
-    }
-
-    fn ttl(&self) -> Duration {
-        TTL
     }
 
     fn address_here(&self) -> Answer<'_, IpAddr> {

@@ -53,7 +53,9 @@ pub trait Registrar: Send + Sync {
     fn name(&self) -> &str;
 
     /// How long the backend keeps a registration that it does not hear of.
-    fn ttl(&self) -> Duration;
+    fn ttl(&self) -> Duration {
+        TTL
+    }
 
     /// The address this host has on the way to the backend.
     fn address_here(&self) -> Answer<'_, IpAddr>;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use rpds::RedBlackTreeMapSync;
 
 use super::{
-    AuthorizationPolicy, GrpcRoute, HeldResources, HttpRoute, Id, Resource, ResourceRecord, ServicePolicy, Target,
-    TcpRoute, UnclearPolicy,
+    AuthorizationPolicy, Carried, GrpcRoute, HeldResources, HttpRoute, Id, PortRoutes, Resource, ResourceRecord,
+    ServicePolicy, Target, TcpRoute, UnclearPolicy,
 };
 use crate::{Namespaces, ServiceName, Wanted};
 
@@ -31,8 +31,6 @@ struct Policies {
     unclear: Vec<Arc<UnclearPolicy>>,
 }
 
-/// On one port of a service the first kind of which there is a route counts: gRPC, HTTP, TCP. A port that is carried as
-/// bytes has TCP routes only.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Routes {
     pub grpc: Vec<Arc<GrpcRoute>>,
@@ -41,11 +39,6 @@ pub struct Routes {
 }
 
 impl Attached {
-    /// The routes for a client of a namespace: its consumer routes where there are any, else the producer's.
-    pub fn routes_for(&self, namespace: &str) -> &Routes {
-        self.consumers.get(namespace).unwrap_or(&self.producers)
-    }
-
     pub fn routes(&self) -> usize {
         let count = |routes: &Routes| routes.grpc.len() + routes.http.len() + routes.tcp.len();
         count(&self.producers) + self.consumers.values().map(count).sum::<usize>()
@@ -75,6 +68,23 @@ pub struct Attachments {
 impl Attachments {
     pub fn of(&self, service: &ServiceName) -> Option<&Arc<Attached>> {
         self.services.get(service)
+    }
+
+    /// The routes that count for clients of a namespace on a port of a service: where there is a consumer route of theirs, those,
+    /// else the producer's (GEP-1426). To be asked when something changed, not for each request.
+    pub fn routes_for<'a>(
+        &'a self,
+        service: &ServiceName,
+        namespace: &str,
+        port: u16,
+        carried: Carried,
+    ) -> PortRoutes<'a> {
+        let Some(attached) = self.of(service) else { return PortRoutes::None };
+        let of_consumer = attached.consumers.get(namespace).map(|routes| routes.on(service, port, carried));
+        match of_consumer {
+            None | Some(PortRoutes::None) => attached.producers.on(service, port, carried),
+            Some(own) => own,
+        }
     }
 
     /// In the order of their names.

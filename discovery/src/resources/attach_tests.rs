@@ -72,18 +72,6 @@ fn all(layers: &[Layer<'_>]) -> Attachments {
 }
 
 #[test]
-fn clients_of_a_namespace_with_routes_of_its_own_have_those_and_nobody_else_has() {
-    let texts = [route("producer", "shop", ""), route("consumer", "web", "")];
-    let source = Granted::everything("files", &texts.each_ref().map(String::as_str));
-    let attached = all(&[source.layer()]);
-    let payments = attached.of(&"payments.shop".parse().unwrap()).unwrap();
-    let names =
-        |namespace| payments.routes_for(namespace).http.iter().map(|route| &*route.metadata.name).collect::<Vec<_>>();
-    assert_eq!((names("web"), names("shop"), names("other")), (vec!["consumer"], vec!["producer"], vec!["producer"]));
-    assert_eq!(payments.routes(), 2);
-}
-
-#[test]
 fn a_service_obeys_its_own_policies_those_of_its_namespace_and_those_for_everybody() {
     let own = fake::allowing("payments.shop", "web");
     let source = Granted::everything("files", &[&own, EVERYBODY, NAMESPACE]);

@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::forms::{HEADER, HEADER_VALUE, IDENTITY, LABEL, METHOD, NETWORK, PATH_PATTERN};
-use super::http_route::{items, word};
 use super::references::{check_policy_target, policy_target};
 use super::shape::{Object, Rule, Shape};
 use super::{Network, PathPattern, Peer, PolicyTarget};
@@ -198,7 +197,7 @@ pub(super) fn check(
             "is empty, and without it everybody or everything may be meant; give it a value or remove it",
         );
     }
-    if word(spec, "action") == Some("deny") && items(spec, "rules").is_empty() {
+    if spec.word("action") == Some("deny") && spec.items("rules").is_empty() {
         spec.refuse(problems, "denies nothing; say what in `rules`, or write `rules: [ {} ]` to deny everything");
     }
 }
@@ -206,7 +205,7 @@ pub(super) fn check(
 /// It can only be ours: others have policies of their own.
 fn check_trust_domain(spec: &Field<'_>, ours: &TrustDomain, problems: &mut Vec<Problem>) {
     let Some(target) = spec.entry("targetRef") else { return };
-    let (kind, name) = (word(&target, "kind"), word(&target, "name"));
+    let (kind, name) = (target.word("kind"), target.word("name"));
     if kind == Some("TrustDomain") && name.is_some_and(|name| name != ours.as_str()) {
         target
             .refuse(problems, format!("names another trust domain than {ours}, where it would hold; leave `name` out"));

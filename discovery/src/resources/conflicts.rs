@@ -1,9 +1,10 @@
 //! Which of several resources holds where they contradict each other. Pure; the Gateway API's rules (GEP-1426, GEP-713).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use super::{GrpcRoute, HttpRoute, Id, Kind, Resource, Target};
+use super::precedence::KINDS;
+use super::{GrpcRoute, GrpcRule, HttpRoute, HttpRule, Id, Kind, Resource, Target};
 use crate::ServiceName;
 
 /// Two resources that say something about the same, of which one holds.
@@ -15,54 +16,55 @@ pub struct Conflict {
     pub about: String,
 }
 
-/// For whom a route is: everybody, or clients of a namespace; and of which port of the service.
-type Concern = (ServiceName, Option<Arc<str>>, Option<u16>);
+/// For whom a route of a service is: everybody, or clients of a namespace.
+type Concern = (ServiceName, Option<Arc<str>>);
 
 /// All contradictions, each pair once.
 pub fn conflicts(resources: &[Resource]) -> Vec<Conflict> {
-    let mut found = Vec::new();
-    let routes = concerns(resources);
-    for (n, (concern, one)) in routes.iter().enumerate() {
-        for (other_concern, other) in &routes[..n] {
-            if meet(concern, other_concern) {
-                found.extend(between_routes(&concern.0, one, other));
-            }
-        }
-    }
-    let policies: Vec<&Resource> = resources.iter().filter(|found| found.kind() == Kind::ServicePolicy).collect();
-    for (n, one) in policies.iter().enumerate() {
-        for other in &policies[..n] {
-            if let Some(Target::Service(service)) =
-                one.targets().into_iter().find(|target| other.targets().contains(target))
-            {
-                let about = format!("both are for {service}; the older holds, then the first by name");
-                found.push(decide(one, other, about));
-            }
-        }
-    }
+    let routes = concerns(resources).into_iter().flat_map(|((service, _), routes)| {
+        let of_service = move |((port, one), (other_port, other)): (&OnPort<'_>, &OnPort<'_>)| {
+            let same_port = port.is_none() || other_port.is_none() || port == other_port;
+            same_port.then(|| between_routes(&service, one, other)).flatten()
+        };
+        pairs(&routes).filter_map(of_service).collect::<Vec<_>>()
+    });
+    let policies = policies(resources).into_iter().flat_map(|(target, policies)| {
+        let about = format!("both are for {target}; the older holds, then the first by name");
+        pairs(&policies).map(|(one, other)| decide(one, other, about.clone())).collect::<Vec<_>>()
+    });
     let mut once: BTreeMap<(Id, Id), Conflict> = BTreeMap::new();
-    for conflict in found.into_iter().filter(|conflict| conflict.winner != conflict.loser) {
+    for conflict in routes.chain(policies).filter(|conflict| conflict.winner != conflict.loser) {
         once.entry((conflict.winner.clone(), conflict.loser.clone())).or_insert(conflict);
     }
     once.into_values().collect()
 }
 
-fn concerns(resources: &[Resource]) -> Vec<(Concern, &Resource)> {
-    let concern = |resource| {
-        move |parent: &super::Parent| {
-            let resource: &Resource = resource;
-            let namespace = &resource.meta().namespace;
-            let service = parent.service(namespace)?;
+/// A route, and of which port only.
+type OnPort<'r> = (Option<u16>, &'r Resource);
+
+fn concerns(resources: &[Resource]) -> HashMap<Concern, Vec<OnPort<'_>>> {
+    let mut concerns: HashMap<Concern, Vec<OnPort<'_>>> = HashMap::new();
+    for resource in resources {
+        let namespace = &resource.meta().namespace;
+        for parent in resource.parents() {
+            let Some(service) = parent.service(namespace) else { continue };
             let consumer = (service.namespace() != &**namespace).then(|| namespace.clone());
-            Some(((service, consumer, parent.port), resource))
+            concerns.entry((service, consumer)).or_default().push((parent.port, resource));
         }
-    };
-    resources.iter().flat_map(|resource| resource.parents().iter().filter_map(concern(resource))).collect()
+    }
+    concerns
 }
 
-fn meet(one: &Concern, other: &Concern) -> bool {
-    let same_port = one.2.is_none() || other.2.is_none() || one.2 == other.2;
-    one.0 == other.0 && one.1 == other.1 && same_port
+fn policies(resources: &[Resource]) -> BTreeMap<Target, Vec<&Resource>> {
+    let mut policies: BTreeMap<Target, Vec<&Resource>> = BTreeMap::new();
+    for policy in resources.iter().filter(|resource| resource.kind() == Kind::ServicePolicy) {
+        policy.targets().into_iter().for_each(|target| policies.entry(target).or_default().push(policy));
+    }
+    policies
+}
+
+fn pairs<T>(all: &[T]) -> impl Iterator<Item = (&T, &T)> {
+    all.iter().enumerate().flat_map(|(n, one)| all[..n].iter().map(move |other| (one, other)))
 }
 
 fn between_routes(service: &ServiceName, one: &Resource, other: &Resource) -> Option<Conflict> {
@@ -71,9 +73,7 @@ fn between_routes(service: &ServiceName, one: &Resource, other: &Resource) -> Op
         if one.meta() == other.meta() {
             return None;
         }
-        let rank = |resource: &Resource| {
-            [Kind::GRPCRoute, Kind::HTTPRoute, Kind::TCPRoute].iter().position(|kind| *kind == resource.kind())
-        };
+        let rank = |resource: &Resource| KINDS.iter().position(|kind| *kind == resource.kind());
         let (winner, loser) = if rank(one) < rank(other) { (one, other) } else { (other, one) };
         let about = format!("both are for {service}; a {} goes before a {}", winner.kind(), loser.kind());
         return Some(Conflict { winner: winner.id(), loser: loser.id(), about });
@@ -94,25 +94,12 @@ fn decide(one: &Resource, other: &Resource, about: String) -> Conflict {
     Conflict { winner: winner.id(), loser: loser.id(), about }
 }
 
-/// No matches are one that matches everything.
 fn same_http_match(one: &HttpRoute, other: &HttpRoute) -> bool {
-    let all = |route: &HttpRoute| {
-        let of = |rule: &super::HttpRule| {
-            if rule.matches.is_empty() { vec![super::HttpMatch::default()] } else { rule.matches.clone() }
-        };
-        route.spec.rules.iter().flat_map(of).collect::<Vec<_>>()
-    };
-    let others = all(other);
-    all(one).iter().any(|found| others.contains(found))
+    let mut found = one.spec.rules.iter().flat_map(HttpRule::alternatives);
+    found.any(|found| other.spec.rules.iter().flat_map(HttpRule::alternatives).any(|other| found == other))
 }
 
 fn same_grpc_match(one: &GrpcRoute, other: &GrpcRoute) -> bool {
-    let all = |route: &GrpcRoute| {
-        let of = |rule: &super::GrpcRule| {
-            if rule.matches.is_empty() { vec![super::GrpcMatch::default()] } else { rule.matches.clone() }
-        };
-        route.spec.rules.iter().flat_map(of).collect::<Vec<_>>()
-    };
-    let others = all(other);
-    all(one).iter().any(|found| others.contains(found))
+    let mut found = one.spec.rules.iter().flat_map(GrpcRule::alternatives);
+    found.any(|found| other.spec.rules.iter().flat_map(GrpcRule::alternatives).any(|other| found == other))
 }

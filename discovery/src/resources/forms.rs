@@ -75,12 +75,12 @@ pub(crate) static RATE_WINDOW: Form = time(
 /// RFC 9110 5.6.2, as the Gateway API has it.
 pub(crate) static HEADER: Form = form("^[A-Za-z0-9!#$%&'*+\\-.^_\\x60|~]+$", 256, header);
 pub(crate) static HEADER_VALUE: Form = form("", 4096, header_value);
-/// What a header is set to may be empty only where it is matched by presence, which has a field of its own.
 pub(crate) static QUERY_VALUE: Form = form("", 1024, anything);
 pub(crate) static PATH: Form = Form { pattern: "", least: 0, most: 1024, cel: None, check: anything };
 pub(crate) static HOSTNAME: Form =
     form(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", 253, hostname);
-pub(crate) static GRPC_NAME: Form = form("", 1024, anything);
+/// Empty is any.
+pub(crate) static GRPC_NAME: Form = Form { pattern: "", least: 0, most: 1024, cel: None, check: anything };
 /// A method of HTTP: a token, upper case by custom.
 pub(crate) static METHOD: Form = form("^[A-Z]+$", 32, method);
 /// A path of an AuthorizationPolicy: exact, or all below with `*` at its end.

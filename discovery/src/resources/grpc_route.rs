@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::filters::{self, check_filters, grpc_filters};
 use super::forms::{GRPC_NAME, HEADER, HEADER_VALUE};
-use super::http_route::{SESSIONS, check_matches, check_values, items, route, word};
+use super::http_route::{SESSIONS, check_matches, check_values, route};
 use super::references::{backend, backends, check_backend, check_parents};
 use super::shape::{Object, Rule, Shape};
 use super::values::pattern_of;
@@ -19,8 +19,12 @@ pub type GrpcRoute = super::Object<GrpcSpec>;
 #[serde(rename_all = "camelCase")]
 pub struct GrpcSpec {
     pub parent_refs: Vec<Parent>,
-    #[serde(default)]
+    #[serde(default = "one_rule")]
     pub rules: Vec<GrpcRule>,
+}
+
+fn one_rule() -> Vec<GrpcRule> {
+    vec![GrpcRule::default()]
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -36,6 +40,14 @@ pub struct GrpcRule {
     /// Empty: the parent itself.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub backend_refs: Vec<Backend>,
+}
+
+impl GrpcRule {
+    /// What it matches: any of them.
+    pub fn alternatives(&self) -> &[GrpcMatch] {
+        const EVERY_CALL: &[GrpcMatch] = &[GrpcMatch { method: None, headers: Vec::new() }];
+        if self.matches.is_empty() { EVERY_CALL } else { &self.matches }
+    }
 }
 
 /// All of it.
@@ -66,6 +78,25 @@ pub enum GrpcMethod {
     },
 }
 
+impl GrpcMatch {
+    /// More is matched first, as the Gateway API has it: more letters of the service, then of the method, then more headers. What
+    /// is exact goes before expressions, and those before nothing.
+    pub fn specificity(&self) -> impl Ord + Copy + use<> {
+        let (service, method) = match &self.method {
+            None => ((0, 0), (0, 0)),
+            Some(GrpcMethod::Exact { service, method }) => {
+                let letters = |name: &Option<Arc<str>>| name.as_ref().map_or((0_u8, 0), |name| (2, name.len()));
+                (letters(service), letters(method))
+            }
+            Some(GrpcMethod::RegularExpression { service, method }) => {
+                let given = |pattern: &Option<Pattern>| (u8::from(pattern.is_some()), 0);
+                (given(service), given(method))
+            }
+        };
+        (service, method, self.headers.len())
+    }
+}
+
 pub(super) fn spec() -> Object {
     let method = Object::new()
         .may("type", Shape::words(&["Exact", "RegularExpression"]), "Exact by default")
@@ -90,37 +121,42 @@ pub(super) fn spec() -> Object {
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {
     check_parents(spec, problems);
-    let rules = items(spec, "rules");
-    check_matches(spec, rules.iter().map(|rule| items(rule, "matches").len()).sum(), problems);
+    let rules = spec.items("rules");
+    check_matches(spec, rules.iter().map(|rule| rule.items("matches").len()).sum(), problems);
     for rule in rules {
-        for found in items(&rule, "matches") {
+        for found in rule.items("matches") {
             check_values(&found, "headers", problems);
             if let Some(method) = found.entry("method") {
                 check_method(&method, problems);
             }
         }
         check_filters(&rule, false, false, problems);
-        for backend in items(&rule, "backendRefs") {
+        for backend in rule.items("backendRefs") {
             check_backend(&backend, problems);
-            check_filters(&backend, false, false, problems);
+            check_filters(&backend, false, true, problems);
         }
     }
 }
 
 fn check_method(method: &Field<'_>, problems: &mut Vec<Problem>) {
-    let expression = word(method, "type") == Some("RegularExpression");
+    let expression = method.word("type") == Some("RegularExpression");
     for name in ["service", "method"] {
-        let (Some(field), Some(text)) = (method.entry(name), word(method, name)) else { continue };
+        let (Some(field), Some(text)) = (method.entry(name), method.word(name)) else { continue };
         if expression {
             if let Err(reason) = pattern_of(text) {
                 field.refuse(problems, reason);
             }
             continue;
         }
-        let dots = name == "service";
-        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || (dots && c == '.');
-        if !text.chars().all(allowed) {
+        // Empty is any.
+        let mut parts = if name == "service" { text.split('.').collect() } else { vec![text] }.into_iter();
+        if !text.is_empty() && !parts.all(is_word_of_grpc) {
             field.refuse(problems, "is not a name of gRPC; write shop.Payments and Charge, without slashes");
         }
     }
+}
+
+fn is_word_of_grpc(part: &str) -> bool {
+    let is_letter = |c: char| c.is_ascii_alphabetic() || c == '_';
+    part.starts_with(is_letter) && part.chars().all(|c| is_letter(c) || c.is_ascii_digit())
 }

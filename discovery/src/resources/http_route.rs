@@ -1,6 +1,6 @@
 //! `HTTPRoute` (gateway.networking.k8s.io/v1) with services as parents: GEP-1426.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::filters::{self, check_filters, http_filters};
 use super::forms::{DURATION, HEADER, HEADER_VALUE, PATH, QUERY_VALUE};
 use super::references::{backend, backends, check_backend, check_parents, parents};
-use super::shape::{Object, Shape};
+use super::shape::{Object, Shape, Unique};
 use super::values::{never_in_a_path, pattern_of, span_of};
 use super::{Backend, Filter, Parent, Pattern, Span};
 use crate::yaml::{Field, Problem, Value};
@@ -44,6 +44,14 @@ pub struct HttpRule {
     pub timeouts: RouteTimeouts,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry: Option<Retry>,
+}
+
+impl HttpRule {
+    /// What it matches: any of them.
+    pub fn alternatives(&self) -> &[HttpMatch] {
+        static EVERYTHING: LazyLock<[HttpMatch; 1]> = LazyLock::new(|| [HttpMatch::default()]);
+        if self.matches.is_empty() { &*EVERYTHING } else { &self.matches }
+    }
 }
 
 fn one_rule() -> Vec<HttpRule> {
@@ -211,25 +219,31 @@ pub(super) fn route(rule: Object, about: &'static str) -> Object {
             "parentRefs: [ { group: \"\", kind: Service, name: payments } ]",
             "of which services",
         )
-        .may("rules", Shape::list(rule, 16), about)
+        .may("rules", Shape::list(rule, 16).unique(Unique::By("name")), about)
         .may("hostnames", Shape::Anything, "of Gateways only")
         .may("useDefaultGateways", Shape::Anything, "of Gateways only")
 }
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {
     check_parents(spec, problems);
-    let rules = items(spec, "rules");
+    let rules = spec.items("rules");
+    if let Some(none) = spec.entry("rules").filter(|_| rules.is_empty()) {
+        none.refuse(
+            problems,
+            "is empty, so that nothing would be answered; leave it out for everything, or add a rule",
+        );
+    }
     let mut all = 0;
     for rule in &rules {
-        let matches = items(rule, "matches");
+        let matches = rule.items("matches");
         all += matches.len();
         matches.iter().for_each(|found| check_match(found, problems));
-        let backends = items(rule, "backendRefs");
+        let backends = rule.items("backendRefs");
         let prefix = is_one_prefix(&matches);
         check_filters(rule, prefix, !backends.is_empty(), problems);
         for backend in &backends {
             check_backend(backend, problems);
-            check_filters(backend, prefix, false, problems);
+            check_filters(backend, prefix, true, problems);
         }
         check_timeouts(rule, problems);
     }
@@ -247,6 +261,9 @@ pub(super) fn check_matches(spec: &Field<'_>, all: usize, problems: &mut Vec<Pro
 
 /// What is left out and has a default that tells variants apart.
 pub(super) fn complete(spec: &mut Json) {
+    if let Some(spec) = spec.as_object_mut() {
+        spec.retain(|name, value| name != "rules" || value.as_array().is_none_or(|rules| !rules.is_empty()));
+    }
     let rules = spec.get_mut("rules").and_then(Json::as_array_mut).into_iter().flatten();
     for found in rules.filter_map(|rule| rule.get_mut("matches")?.as_array_mut()).flatten() {
         if let Some(path) = found.get_mut("path").and_then(Json::as_object_mut) {
@@ -254,6 +271,8 @@ pub(super) fn complete(spec: &mut Json) {
             path.entry("value").or_insert_with(|| "/".into());
         }
         if let Some(method) = found.get_mut("method").and_then(Json::as_object_mut) {
+            // Of gRPC: empty is any.
+            method.retain(|_, value| value != "");
             method.entry("type").or_insert_with(|| "Exact".into());
         }
         for list in ["headers", "queryParams"] {
@@ -265,29 +284,17 @@ pub(super) fn complete(spec: &mut Json) {
     }
 }
 
-/// The elements of a list, if that is what it is.
-pub(super) fn items<'n>(field: &Field<'n>, name: &str) -> Vec<Field<'n>> {
-    field.entry(name).and_then(|list| list.list(&mut Vec::new())).unwrap_or_default()
-}
-
-pub(super) fn word<'n>(field: &Field<'n>, name: &str) -> Option<&'n str> {
-    match &field.entry(name)?.node.value {
-        Value::Text(text) => Some(text),
-        _ => None,
-    }
-}
-
 /// No match at all is the prefix `/`.
 fn is_one_prefix(matches: &[Field<'_>]) -> bool {
     let is_prefix = |found: &Field<'_>| {
-        found.entry("path").is_none_or(|path| word(&path, "type").is_none_or(|kind| kind == "PathPrefix"))
+        found.entry("path").is_none_or(|path| path.word("type").is_none_or(|kind| kind == "PathPrefix"))
     };
     matches.len() <= 1 && matches.iter().all(is_prefix)
 }
 
 fn check_match(found: &Field<'_>, problems: &mut Vec<Problem>) {
     if let Some(path) = found.entry("path") {
-        match word(&path, "type").unwrap_or("PathPrefix") {
+        match path.word("type").unwrap_or("PathPrefix") {
             "RegularExpression" => check_expression(&path, problems),
             _ => check_path(&path, problems),
         }
@@ -299,11 +306,11 @@ fn check_match(found: &Field<'_>, problems: &mut Vec<Problem>) {
 /// Names once each, and expressions that compile.
 pub(super) fn check_values(found: &Field<'_>, list: &str, problems: &mut Vec<Problem>) {
     let mut names: Vec<String> = Vec::new();
-    for value in items(found, list) {
-        if word(&value, "type") == Some("RegularExpression") {
+    for value in found.items(list) {
+        if value.word("type") == Some("RegularExpression") {
             check_expression(&value, problems);
         }
-        let Some(name) = word(&value, "name") else { continue };
+        let Some(name) = value.word("name") else { continue };
         let name = if list == "headers" { name.to_ascii_lowercase() } else { name.to_owned() };
         if names.contains(&name) {
             value.refuse(problems, format!("`{name}` is matched twice; say it in one expression"));
@@ -323,7 +330,7 @@ pub(super) fn check_expression(holder: &Field<'_>, problems: &mut Vec<Problem>) 
 
 /// What a normalised path cannot be would never match.
 fn check_path(path: &Field<'_>, problems: &mut Vec<Problem>) {
-    let (Some(value), Some(text)) = (path.entry("value"), word(path, "value")) else { return };
+    let (Some(value), Some(text)) = (path.entry("value"), path.word("value")) else { return };
     if !text.starts_with('/') {
         return value.refuse(problems, "must begin with `/`");
     }
@@ -334,7 +341,7 @@ fn check_path(path: &Field<'_>, problems: &mut Vec<Problem>) {
 
 fn check_timeouts(rule: &Field<'_>, problems: &mut Vec<Problem>) {
     let Some(timeouts) = rule.entry("timeouts") else { return };
-    let span = |name| word(&timeouts, name).and_then(|text| span_of(text).ok());
+    let span = |name| timeouts.word(name).and_then(|text| span_of(text).ok());
     if let (Some(request), Some(each)) = (span("request"), span("backendRequest"))
         && !request.is_zero()
         && each > request

@@ -6,6 +6,7 @@
 //! text --yaml.rs--> tree with lines --shape.rs--> checked --serde--> Resource --held.rs, attach.rs--> Directory
 //! ```
 
+mod alternatives;
 mod attach;
 mod authorization_policy;
 mod conflicts;
@@ -16,6 +17,8 @@ mod held;
 mod http_route;
 mod mesh_service;
 mod news;
+mod precedence;
+mod quantities;
 mod read;
 mod references;
 mod schema;
@@ -35,6 +38,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::ServiceName;
+use precedence::RouteSpec;
 
 pub(crate) use attach::Layer as ResourceLayer;
 pub use attach::{Attached, Attachments, Routes};
@@ -47,6 +51,7 @@ pub use grpc_route::{GrpcMatch, GrpcMethod, GrpcRoute, GrpcRule, GrpcSpec};
 pub(crate) use held::{HeldResources, Touched as TouchedResources};
 pub use http_route::{HttpMatch, HttpRoute, HttpRule, HttpSpec, PathMatch, Retry, RouteTimeouts, ValueMatch};
 pub use news::{Change as ResourceChange, News as ResourceNews, Record as ResourceRecord, Refusal as ResourceRefusal};
+pub use precedence::{Candidate, Carried, GrpcCandidate, HttpCandidate, PortRoutes, grpc_order, http_order};
 pub use read::{Document, read, read_json};
 pub(crate) use read::{Said, WRITTEN_BY_KUBERNETES, is_between_services, mesh_service_shape, read_one};
 pub use references::{Backend, Parent, PolicyTarget, ServiceKind};
@@ -275,11 +280,15 @@ impl Resource {
     }
 
     pub fn parents(&self) -> &[Parent] {
+        self.route().map(RouteSpec::parents).unwrap_or_default()
+    }
+
+    fn route(&self) -> Option<&dyn RouteSpec> {
         match self {
-            Resource::Http(route) => &route.spec.parent_refs,
-            Resource::Grpc(route) => &route.spec.parent_refs,
-            Resource::Tcp(route) => &route.spec.parent_refs,
-            Resource::Service(_) | Resource::Authorization(_) | Resource::Unclear(_) => &[],
+            Resource::Http(route) => Some(&route.spec),
+            Resource::Grpc(route) => Some(&route.spec),
+            Resource::Tcp(route) => Some(&route.spec),
+            Resource::Service(_) | Resource::Authorization(_) | Resource::Unclear(_) => None,
         }
     }
 
@@ -303,26 +312,18 @@ impl Resource {
     /// The services it sends to, besides those it is attached to.
     pub fn backends(&self) -> Vec<ServiceName> {
         let namespace = &self.meta().namespace;
-        let of =
-            |backends: &[Backend]| backends.iter().filter_map(|backend| backend.service(namespace)).collect::<Vec<_>>();
-        match self {
-            Resource::Http(route) => {
-                let rules = route.spec.rules.iter();
-                rules
-                    .flat_map(|rule| [of(&rule.backend_refs), filters::mirrors(&rule.filters, namespace)].concat())
-                    .collect()
-            }
-            Resource::Grpc(route) => {
-                let rules = route.spec.rules.iter();
-                rules
-                    .flat_map(|rule| [of(&rule.backend_refs), filters::mirrors(&rule.filters, namespace)].concat())
-                    .collect()
-            }
-            Resource::Tcp(route) => route.spec.rules.iter().flat_map(|rule| of(&rule.backend_refs)).collect(),
-            Resource::Service(policy) => {
+        let of = |backends: &[Backend]| backends.iter().filter_map(|backend| backend.service(namespace)).collect();
+        match (self, self.route()) {
+            (Resource::Service(policy), _) => {
                 policy.spec.failover.as_ref().map_or_else(Vec::new, |failover| of(&failover.backend_refs))
             }
-            Resource::Authorization(_) | Resource::Unclear(_) => Vec::new(),
+            (_, Some(route)) => {
+                let sends = route.sends().into_iter();
+                sends
+                    .flat_map(|(backends, filters)| [of(backends), filters::mirrors(filters, namespace)].concat())
+                    .collect()
+            }
+            _ => Vec::new(),
         }
     }
 }

@@ -16,9 +16,10 @@ use crate::documents;
 use crate::yaml::{self, Field, Node, Problem, Value};
 
 const MOST_EXPRESSIONS: usize = 64;
+const CREATED: &str = "creationTimestamp";
 /// Into `metadata`, besides what people write.
 pub(crate) const WRITTEN_BY_KUBERNETES: [&str; 11] = [
-    "creationTimestamp",
+    CREATED,
     "deletionGracePeriodSeconds",
     "deletionTimestamp",
     "finalizers",
@@ -39,11 +40,13 @@ pub struct Document {
     pub(crate) outcome: Result<Said, Vec<Problem>>,
     /// Of an AuthorizationPolicy that decides something: what of it can be read also where it is bad.
     unclear: Option<UnclearSpec>,
+    /// What does not mean what it may be meant to.
+    pub(crate) warnings: Vec<Problem>,
 }
 
 impl Document {
     fn bad(line: u64, problems: Vec<Problem>) -> Document {
-        Document { line, id: None, outcome: Err(problems), unclear: None }
+        Document { line, id: None, outcome: Err(problems), unclear: None, warnings: Vec::new() }
     }
 
     /// As what it counts, if it is bad and its key was never good.
@@ -81,15 +84,15 @@ fn read_chunk(text: &str, line: u64, trust_domain: &TrustDomain) -> Vec<Document
         Err(problem) => return vec![Document::bad(problem.line, vec![problem])],
     };
     match items_of_list(node) {
-        Ok(items) => items.iter().map(|item| read_node(item, trust_domain)).collect(),
-        Err(node) => vec![read_node(&node, trust_domain)],
+        Ok(items) => items.into_iter().map(|item| read_written(item, trust_domain)).collect(),
+        Err(node) => vec![read_written(node, trust_domain)],
     }
 }
 
 /// A text that is one document.
 pub(crate) fn read_one(text: &str, line: u64, trust_domain: &TrustDomain) -> Document {
     match yaml::parse(text, line) {
-        Ok(node) => read_node(&node, trust_domain),
+        Ok(node) => read_written(node, trust_domain),
         Err(problem) => Document::bad(problem.line, vec![problem]),
     }
 }
@@ -99,10 +102,16 @@ fn items_of_list(mut node: Node) -> Result<Vec<Node>, Node> {
     let is_list = Field::root(&node)
         .entry("kind")
         .is_some_and(|kind| matches!(&kind.node.value, Value::Text(text) if text == "List"));
-    match (is_list, node.take("items")) {
-        (true, Some(Node { value: Value::List(items), .. })) => Ok(items),
+    match is_list.then(|| node.take("items")).flatten() {
+        Some(Node { value: Value::List(items), .. }) => Ok(items),
         _ => Err(node),
     }
+}
+
+/// When it was made only a server knows: what somebody wrote would put it before others.
+fn read_written(mut node: Node, trust_domain: &TrustDomain) -> Document {
+    let _ = node.get_mut("metadata").and_then(|metadata| metadata.take(CREATED));
+    read_node(&node, trust_domain)
 }
 
 /// An object of Kubernetes.
@@ -123,14 +132,16 @@ pub(crate) fn read_node(node: &Node, trust_domain: &TrustDomain) -> Document {
                 name: name.name().into(),
             });
             let outcome = document.outcome.map(|found| Said::Service(Box::new(found)));
-            Document { line: document.line, id, outcome, unclear: None }
+            Document { line: document.line, id, outcome, unclear: None, warnings: Vec::new() }
         }
         Some(kind) => {
             let id = id_of(kind, &root);
             let outcome = read_resource(kind, &root, trust_domain, problems);
             let is_policy = kind == Kind::AuthorizationPolicy;
             let unclear = is_policy.then(|| unclear_policy::read(&root, trust_domain)).flatten();
-            Document { line: node.line, id, outcome: outcome.map(Said::Resources), unclear }
+            let is_profile = kind == Kind::ServiceProfile;
+            let warnings = if is_profile { service_profile::warnings(&root) } else { Vec::new() };
+            Document { line: node.line, id, outcome: outcome.map(Said::Resources), unclear, warnings }
         }
         None => Document::bad(node.line, problems),
     }
@@ -156,7 +167,7 @@ fn kind_of(root: &Field<'_>, problems: &mut Vec<Problem>) -> Option<Kind> {
 
 fn id_of(kind: Kind, root: &Field<'_>) -> Option<Id> {
     let metadata = root.entry("metadata")?;
-    let text = |name: &str| http_route::word(&metadata, name).map(Arc::from);
+    let text = |name: &str| metadata.word(name).map(Arc::from);
     Some(Id { kind, namespace: text("namespace")?, name: text("name")? })
 }
 
@@ -236,8 +247,7 @@ fn read_resource(
 fn check_namespace(kind: Kind, root: &Field<'_>, spec: &Field<'_>, problems: &mut Vec<Problem>) {
     let Some(namespace) = root.entry("metadata").and_then(|metadata| metadata.entry("namespace")) else { return };
     let is_system = matches!(&namespace.node.value, Value::Text(text) if text == SYSTEM_NAMESPACE);
-    let is_for_all =
-        spec.entry("targetRef").is_some_and(|target| http_route::word(&target, "kind") == Some("TrustDomain"));
+    let is_for_all = spec.entry("targetRef").is_some_and(|target| target.word("kind") == Some("TrustDomain"));
     if is_system && !(kind == Kind::AuthorizationPolicy && is_for_all) {
         namespace.refuse(problems, format!("`{SYSTEM_NAMESPACE}` is reserved for hosts, and for policies of the whole trust domain; choose another namespace"));
     }
@@ -269,10 +279,18 @@ fn understand(
     }
 }
 
-pub(super) fn resource(kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
+fn resource(kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
     check_expressions(spec)?;
     let object = json!({ "kind": kind.name(), "metadata": metadata, "spec": spec });
     serde_json::from_value(object).map_err(|error| error.to_string())
+}
+
+/// What an import becomes. It has a name that no document can have, so that it takes the place of none.
+pub(super) fn converted(from: Kind, kind: Kind, metadata: &Json, spec: &Json) -> Result<Resource, String> {
+    let mut metadata = metadata.clone();
+    let name = metadata["name"].as_str().unwrap_or_default();
+    metadata["name"] = format!("{}/{name}", from.lower()).into();
+    resource(kind, &metadata, spec)
 }
 
 /// Each takes memory and time of every host, whoever writes it.
@@ -302,8 +320,7 @@ fn expressions(value: &Json) -> usize {
 /// Whether a route of a cluster is any concern of ours: most are of Gateways.
 pub(crate) fn is_between_services(object: &Json) -> bool {
     let node = Node::from(object);
-    let parents =
-        Field::root(&node).entry("spec").map(|spec| http_route::items(&spec, "parentRefs")).unwrap_or_default();
+    let parents = Field::root(&node).entry("spec").map(|spec| spec.items("parentRefs")).unwrap_or_default();
     parents.iter().any(is_service_parent)
 }
 

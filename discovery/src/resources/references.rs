@@ -168,16 +168,9 @@ fn group_of(kind: &str) -> Option<&'static str> {
     }
 }
 
-fn text<'n>(field: &Field<'n>, name: &str) -> Option<&'n str> {
-    match &field.entry(name)?.node.value {
-        Value::Text(text) => Some(text),
-        _ => None,
-    }
-}
-
 /// Group and kind fit together; `without` is the group where none is given.
 fn check_group(field: &Field<'_>, kind: &str, without: &str, problems: &mut Vec<Problem>) {
-    let group = text(field, "group").unwrap_or(without);
+    let group = field.word("group").unwrap_or(without);
     let group = if group == "core" { "" } else { group };
     let Some(expected) = group_of(kind) else { return };
     if group != expected {
@@ -190,7 +183,7 @@ fn check_group(field: &Field<'_>, kind: &str, without: &str, problems: &mut Vec<
 
 /// True where a parent is a service.
 pub(super) fn is_service_parent(parent: &Field<'_>) -> bool {
-    names_service(text(parent, "kind"), text(parent, "group"))
+    names_service(parent.word("kind"), parent.word("group"))
 }
 
 /// A kind of that name in a group of somebody else is something else; the Gateway API's own group is a mistake to tell.
@@ -216,8 +209,8 @@ pub(super) fn check_parents(spec: &Field<'_>, problems: &mut Vec<Problem>) {
         if parent.entries().is_none() || is_service_parent(parent) {
             service_parent().check(parent, problems);
         }
-        let Some(kind) = text(parent, "kind").filter(|_| is_service_parent(parent)) else { continue };
-        if let (Some(name), Some(field)) = (text(parent, "name"), parent.entry("name"))
+        let Some(kind) = parent.word("kind").filter(|_| is_service_parent(parent)) else { continue };
+        if let (Some(name), Some(field)) = (parent.word("name"), parent.entry("name"))
             && let Err(reason) = LABEL.check(name)
         {
             field.refuse(problems, reason);
@@ -240,22 +233,21 @@ fn check_fields_of_gateways(spec: &Field<'_>, parents: &[Field<'_>], problems: &
 
 /// Parents of other kinds are left out: others' concern.
 pub(super) fn keep_services(spec: &mut Json) {
-    let word = |parent: &Json, name: &str| parent.get(name).and_then(Json::as_str).map(str::to_owned);
-    let ours = |parent: &Json| names_service(word(parent, "kind").as_deref(), word(parent, "group").as_deref());
+    let ours = |parent: &Json| names_service(parent["kind"].as_str(), parent["group"].as_str());
     if let Some(parents) = spec.get_mut("parentRefs").and_then(Json::as_array_mut) {
         parents.retain(ours);
     }
 }
 
 pub(super) fn check_backend(backend: &Field<'_>, problems: &mut Vec<Problem>) {
-    check_group(backend, text(backend, "kind").unwrap_or("Service"), "", problems);
+    check_group(backend, backend.word("kind").unwrap_or("Service"), "", problems);
 }
 
 pub(super) fn check_policy_target(spec: &Field<'_>, namespace: Option<&str>, problems: &mut Vec<Problem>) {
     let Some(target) = spec.entry("targetRef") else { return };
-    let Some(kind) = text(&target, "kind") else { return };
+    let Some(kind) = target.word("kind") else { return };
     check_group(&target, kind, "", problems);
-    let name = text(&target, "name");
+    let name = target.word("name");
     match kind {
         "Service" | "MeshService" if name.is_none() => {
             target.refuse(problems, "names no service; add `name: NAME`, or use kind Namespace for all of them");

@@ -138,7 +138,7 @@ fn the_parser_and_the_schema_agree() {
     }
     let bad = [
         policy(json!({ "retryBudgets": {} })),
-        policy(json!({ "retryBudget": { "percent": 101 } })),
+        policy(json!({ "retryBudget": { "percent": 1001 } })),
         policy(json!({ "retryBudget": { "percent": "20" } })),
         policy(json!({ "retryBudget": { "window": "1.5s" } })),
         policy(json!({ "balancing": { "algorithm": "random" } })),

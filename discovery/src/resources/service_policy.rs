@@ -5,7 +5,6 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::forms::{BUDGET_WINDOW, DURATION, HEADER, RATE_WINDOW, SOME_TIME};
-use super::http_route::{items, word};
 use super::references::{backend, backends, check_backend, check_policy_target, policy_target};
 use super::shape::{Object, Rule, Shape, Unique};
 use super::values::span_of;
@@ -256,7 +255,7 @@ fn balancing() -> Object {
 
 fn retry_budget() -> Object {
     Object::new()
-        .may("percent", Shape::integer(0, 100), "of requests; 20 by default")
+        .may("percent", Shape::integer(0, 1000), "of requests; 20 by default")
         .may("minPerSecond", Shape::integer(0, 1000), "retries a second that are free; 10 by default")
         .may("window", &BUDGET_WINDOW, "requests of so long ago still count, 1s to 60s; 10s by default")
 }
@@ -335,13 +334,13 @@ pub(super) fn check(spec: &Field<'_>, namespace: Option<&str>, problems: &mut Ve
     check_policy_target(spec, namespace, problems);
     if let Some(balancing) = spec.entry("balancing")
         && let Some(header) = balancing.entry("hashHeader")
-        && word(&balancing, "algorithm") != Some("ringHash")
+        && balancing.word("algorithm") != Some("ringHash")
     {
         header.refuse(problems, "has a meaning with `algorithm: ringHash` only; add that, or remove it");
     }
     if let Some(ejection) = spec.entry("outlierEjection") {
         let span =
-            |name, default: u64| word(&ejection, name).map_or(Ok(std::time::Duration::from_millis(default)), span_of);
+            |name, default: u64| ejection.word(name).map_or(Ok(std::time::Duration::from_millis(default)), span_of);
         if let (Ok(least), Ok(most)) = (span("minTime", 1000), span("maxTime", 60_000))
             && least > most
         {
@@ -363,5 +362,5 @@ fn check_failover(spec: &Field<'_>, problems: &mut Vec<Problem>) {
             "`belowPercent` is more than `abovePercent`, so that traffic would go to and fro; lower it",
         );
     }
-    items(&failover, "backendRefs").iter().for_each(|backend| check_backend(backend, problems));
+    failover.items("backendRefs").iter().for_each(|backend| check_backend(backend, problems));
 }

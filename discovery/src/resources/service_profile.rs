@@ -6,23 +6,21 @@ use std::ops::RangeInclusive;
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
-use super::forms::{EXPRESSION, METHOD, WORD};
-use super::http_route::{items, word};
-use super::read::resource;
-use super::shape::{Object, Rule, Shape};
-use super::values::span_of;
+use super::alternatives::{Alternative, Condition, DEEPEST, MOST_MATCHES, alternatives, condition};
+use super::forms::WORD;
+use super::quantities::{go_duration, weights_of};
+use super::read::converted;
+use super::shape::{Object, Shape};
 use super::{Kind, Resource};
 use crate::ServiceName;
 use crate::yaml::{Field, Problem};
 
-/// A rule of an HTTPRoute has no more.
-const MOST_MATCHES: usize = 64;
 /// Linkerd tries again for as long as its budget and the timeout let it; an HTTPRoute has no more.
 const ATTEMPTS: u32 = 10;
-/// The Gateway API's own limit.
-const MOST_WEIGHT: f64 = 1_000_000.0;
-/// Conditions within conditions.
-const DEEPEST: usize = 4;
+/// Generated ones have a route for each operation of an API. Each has an expression at least, of which there are no more.
+const MOST_ROUTES: usize = 64;
+/// Of Linkerd's proxy, which takes ten retries for each request at most.
+const MOST_RATIO: f64 = 10.0;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -46,15 +44,6 @@ struct Route {
     timeout: Option<String>,
 }
 
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct Condition {
-    all: Vec<Condition>,
-    any: Vec<Condition>,
-    path_regex: Option<String>,
-    method: Option<String>,
-}
-
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Class {
@@ -66,7 +55,9 @@ struct Class {
 impl Class {
     fn statuses(&self) -> RangeInclusive<u16> {
         let Range { min, max } = self.condition.status;
-        min.unwrap_or(100)..=max.unwrap_or(599)
+        // As in Linkerd, 0 is nothing in particular.
+        let given = |bound: Option<u16>| bound.filter(|bound| *bound > 0);
+        given(min).unwrap_or(100)..=given(max).unwrap_or(599)
     }
 }
 
@@ -95,24 +86,11 @@ struct Destination {
     weight: Json,
 }
 
-fn condition(depth: usize) -> Object {
-    let leaf = Object::new()
-        .may("pathRegex", &EXPRESSION, "of the whole path")
-        .may("method", &METHOD, "of the request")
-        .refused("not", "an HTTPRoute cannot say what does not match; put a rule for it before this one");
-    if depth == 0 {
-        return leaf;
-    }
-    leaf.may("all", Shape::list_of_some(condition(depth - 1), 16), "all of them")
-        .may("any", Shape::list_of_some(condition(depth - 1), 64), "any of them")
-        .rule(Rule::AtLeastOne(&["all", "any", "pathRegex", "method"]))
-}
-
 pub(super) fn spec() -> Object {
     const CLASSES: &str = "combined conditions cannot be converted; write a class for each range of statuses";
-    let range = Object::new().may("min", Shape::integer(100, 599), "100 by default").may(
+    let range = Object::new().may("min", Shape::integer(0, 599), "100 by default").may(
         "max",
-        Shape::integer(100, 599),
+        Shape::integer(0, 599),
         "599 by default",
     );
     let statuses = Object::new()
@@ -137,10 +115,19 @@ pub(super) fn spec() -> Object {
         .must("authority", &WORD, "authority: payments-v2.shop.svc.cluster.local:80", "where to")
         .must("weight", Shape::Anything, "weight: 1", "share relative to the others");
     Object::new()
-        .may("routes", Shape::list(route, 15), "the first that matches counts")
+        .may("routes", Shape::list(route, MOST_ROUTES), "the first that matches counts")
         .may("retryBudget", budget, "of the service")
         .may("dstOverrides", Shape::list(destination, 16), "where requests go instead")
-        .refused("opaquePorts", "declare `protocol: tcp` on the service's port instead")
+        .may("opaquePorts", Shape::Anything, "passed over")
+}
+
+/// What is taken and does not do what it does in Linkerd.
+pub(super) fn warnings(root: &Field<'_>) -> Vec<Problem> {
+    let mut found = Vec::new();
+    if let Some(ports) = root.entry("spec").and_then(|spec| spec.entry("opaquePorts")) {
+        ports.refuse(&mut found, "is passed over; declare `protocol: tcp` on these ports of the service instead");
+    }
+    found
 }
 
 pub(super) fn convert(root: &Field<'_>, json: &Json) -> Result<Vec<Resource>, Vec<Problem>> {
@@ -173,14 +160,14 @@ impl Converter<'_, '_> {
             }
         };
         let metadata = root.entry("metadata")?;
-        let namespace = word(&metadata, "namespace")?;
-        let Some(service) = service_of(word(&metadata, "name")?) else {
+        let namespace = metadata.word("namespace")?;
+        let Some(service) = service_of(metadata.word("name")?) else {
             self.refuse(&metadata, "its name is not that of a service, NAME.NAMESPACE.svc.cluster.local; correct it");
             return None;
         };
         let backends = self.backends(&spec, &profile);
         let mut rules = Vec::new();
-        for (route, field) in profile.routes.iter().zip(items(&spec, "routes")) {
+        for (route, field) in profile.routes.iter().zip(spec.items("routes")) {
             rules.push(self.rule(route, &field, &backends));
         }
         // What no route of a profile matches goes on all the same.
@@ -205,7 +192,7 @@ impl Converter<'_, '_> {
     }
 
     fn push(&mut self, resources: &mut Vec<Resource>, kind: Kind, metadata: &Json, spec: &Json) {
-        match resource(kind, metadata, spec) {
+        match converted(Kind::ServiceProfile, kind, metadata, spec) {
             Ok(resource) => resources.push(resource),
             Err(reason) => self.root.refuse(self.problems, format!("cannot be converted: {reason}")),
         }
@@ -233,8 +220,8 @@ impl Converter<'_, '_> {
         let matches: Vec<Json> = matches.into_iter().map(Alternative::json).collect();
         let mut rule = json!({ "name": route.name, "matches": matches, "backendRefs": backends });
         if let Some(timeout) = &route.timeout {
-            match span_of(timeout) {
-                Ok(_) => rule["timeouts"] = json!({ "request": timeout }),
+            match go_duration(timeout) {
+                Ok(timeout) => rule["timeouts"] = json!({ "request": timeout }),
                 Err(reason) => self.refuse(
                     &field.entry("timeout").unwrap_or(Field { path: field.path.clone(), node: field.node }),
                     reason,
@@ -250,7 +237,7 @@ impl Converter<'_, '_> {
     }
 
     fn check_classes(&mut self, route: &Route, field: &Field<'_>) {
-        for (class, field) in route.response_classes.iter().zip(items(field, "responseClasses")) {
+        for (class, field) in route.response_classes.iter().zip(field.items("responseClasses")) {
             let statuses = class.statuses();
             if statuses.is_empty() {
                 self.refuse(&field, "`max` is less than `min`; exchange them");
@@ -262,12 +249,12 @@ impl Converter<'_, '_> {
     }
 
     fn budget(&mut self, field: &Field<'_>, budget: &Budget) -> Option<Json> {
-        if !(0.0..=1.0).contains(&budget.retry_ratio) {
-            self.refuse(field, "`retryRatio` must be from 0 to 1");
+        if !(0.0..=MOST_RATIO).contains(&budget.retry_ratio) {
+            self.refuse(field, format!("`retryRatio` must be from 0 to {MOST_RATIO}"));
             return None;
         }
-        match span_of(&budget.ttl) {
-            Ok(ttl) if (1..=60).contains(&ttl.as_secs()) => {}
+        let window = match go_duration(&budget.ttl) {
+            Ok(ttl) if (1..=60).contains(&ttl.get().as_secs()) => ttl,
             Ok(_) => {
                 self.refuse(field, "`ttl` must be from 1s to 60s");
                 return None;
@@ -276,7 +263,7 @@ impl Converter<'_, '_> {
                 self.refuse(field, format!("`ttl`: {reason}"));
                 return None;
             }
-        }
+        };
         let percent = (budget.retry_ratio * 100.0).round() as u32;
         if percent == 0 && budget.retry_ratio > 0.0 {
             self.refuse(
@@ -285,14 +272,14 @@ impl Converter<'_, '_> {
             );
             return None;
         }
-        Some(json!({ "percent": percent, "minPerSecond": budget.min_retries_per_second, "window": budget.ttl }))
+        Some(json!({ "percent": percent, "minPerSecond": budget.min_retries_per_second, "window": window }))
     }
 
     fn backends(&mut self, spec: &Field<'_>, profile: &Profile) -> Vec<Json> {
         let written: Vec<Json> = profile.dst_overrides.iter().map(|destination| destination.weight.clone()).collect();
         let weights = weights_of(&written);
         let mut backends = Vec::new();
-        for (n, (destination, field)) in profile.dst_overrides.iter().zip(items(spec, "dstOverrides")).enumerate() {
+        for (n, (destination, field)) in profile.dst_overrides.iter().zip(spec.items("dstOverrides")).enumerate() {
             let (host, port) = match destination.authority.rsplit_once(':') {
                 Some((host, port)) => (host, port.parse::<u16>().ok().filter(|port| *port > 0).map(Some)),
                 None => (destination.authority.as_str(), Some(None)),
@@ -319,75 +306,6 @@ pub(super) fn service_of(name: &str) -> Option<ServiceName> {
         None | Some("svc") => ServiceName::new(name, namespace).ok(),
         Some(_) => None,
     }
-}
-
-/// Quantities of Kubernetes (`1`, `0.5`, `500m`) as whole weights: in thousandths, if they are not whole.
-pub(super) fn weights_of(weights: &[Json]) -> Option<Vec<u32>> {
-    let thousandths: Vec<f64> = weights.iter().map(thousandths).collect::<Option<_>>()?;
-    let whole = thousandths.iter().all(|weight| weight % 1000.0 == 0.0);
-    let unit = if whole { 1000.0 } else { 1.0 };
-    let weight = |weight: &f64| (0.0..=MOST_WEIGHT).contains(&(weight / unit)).then(|| (weight / unit).round() as u32);
-    thousandths.iter().map(weight).collect()
-}
-
-fn thousandths(weight: &Json) -> Option<f64> {
-    match weight {
-        Json::Number(number) => Some(number.as_f64()? * 1000.0),
-        Json::String(text) => match text.strip_suffix('m') {
-            Some(thousandths) => thousandths.parse::<u32>().ok().map(f64::from),
-            None => Some(text.parse::<f64>().ok()? * 1000.0),
-        },
-        _ => None,
-    }
-}
-
-#[derive(Clone, Default)]
-struct Alternative {
-    path: Option<String>,
-    method: Option<String>,
-}
-
-impl Alternative {
-    fn json(self) -> Json {
-        let mut found = json!({});
-        // Also where any path will do: among expressions the first rule holds, as in a profile, and a prefix comes later.
-        let path = self.path.unwrap_or_else(|| ".*".to_owned());
-        found["path"] = json!({ "type": "RegularExpression", "value": path });
-        if let Some(method) = self.method {
-            found["method"] = method.into();
-        }
-        found
-    }
-
-    fn and(mut self, other: &Alternative) -> Result<Alternative, &'static str> {
-        for (mine, theirs) in [(&mut self.path, &other.path), (&mut self.method, &other.method)] {
-            if mine.is_some() && theirs.is_some() && mine != theirs {
-                return Err(
-                    "asks one request to match two paths or methods, which an HTTPRoute cannot; write one expression",
-                );
-            }
-            *mine = mine.take().or_else(|| theirs.clone());
-        }
-        Ok(self)
-    }
-}
-
-/// A condition as any of several, each of which is all of its parts.
-fn alternatives(condition: &Condition) -> Result<Vec<Alternative>, &'static str> {
-    let own = Alternative { path: condition.path_regex.clone(), method: condition.method.clone() };
-    let mut found = vec![own];
-    let any: Result<Vec<_>, _> = condition.any.iter().map(alternatives).collect();
-    let any = any?.concat();
-    let parts = condition.all.iter().map(alternatives).chain((!any.is_empty()).then_some(Ok(any)));
-    for part in parts {
-        let part = part?;
-        if found.len() * part.len() > MOST_MATCHES {
-            return Err("its condition becomes too many matches; split the route");
-        }
-        let both = found.iter().flat_map(|one| part.iter().map(|other| one.clone().and(other)));
-        found = both.collect::<Result<_, _>>()?;
-    }
-    Ok(found)
 }
 
 /// The statuses that count as failures: those of 5xx, but where a class says otherwise; the first that matches counts.

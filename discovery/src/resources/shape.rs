@@ -233,9 +233,11 @@ impl Unique {
                 Unique::Elements => Some(item.node.to_json()),
                 Unique::By(name) => item.entry(name).map(|field| field.node.to_json()),
             };
-            let Some(said) = said.map(|json| json.to_string()) else { continue };
-            if !seen.insert(said.clone()) {
-                item.refuse(problems, format!("{} is listed twice; remove one of them", printable(&said)));
+            let Some(said) = said else { continue };
+            let said = said.as_str().map_or_else(|| said.to_string(), str::to_owned);
+            let shown = printable(&said);
+            if !seen.insert(said) {
+                item.refuse(problems, format!("`{shown}` is listed twice; remove one of them"));
             }
         }
     }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::http_route::items;
 use super::references::{backend, check_backend, check_parents, parents};
 use super::shape::{Object, Shape};
 use super::{Backend, Parent, filters};
@@ -48,14 +47,14 @@ pub(super) fn spec() -> Object {
 
 pub(super) fn check(spec: &Field<'_>, problems: &mut Vec<Problem>) {
     check_parents(spec, problems);
-    let rules = items(spec, "rules");
+    let rules = spec.items("rules");
     if let Some(second) = rules.get(1) {
         second.refuse(
             problems,
             "connections have nothing to choose a rule by, so the first would take all; put the backends into one",
         );
     }
-    for backend in rules.iter().flat_map(|rule| items(rule, "backendRefs")) {
+    for backend in rules.iter().flat_map(|rule| rule.items("backendRefs")) {
         check_backend(&backend, problems);
     }
 }

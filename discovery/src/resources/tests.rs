@@ -6,6 +6,9 @@ use super::read::Said;
 use super::*;
 use crate::fake::trust_domain;
 
+#[path = "import_tests.rs"]
+mod imports;
+
 const EXAMPLES: [(&str, &str); 7] = [
     ("http-route.yaml", include_str!("../../../deploy/examples/http-route.yaml")),
     ("grpc-route.yaml", include_str!("../../../deploy/examples/grpc-route.yaml")),
@@ -25,6 +28,15 @@ fn resources_of(text: &str) -> Vec<Resource> {
         }
     }
     all
+}
+
+/// As an API server gives it, with the times it wrote.
+fn of_a_server(text: &str) -> Vec<Resource> {
+    let json = crate::yaml::parse(text, 1).ok().unwrap().to_json();
+    match read_json(&json, &trust_domain()).outcome.unwrap() {
+        Said::Resources(resources) => resources,
+        Said::Service(_) => Vec::new(),
+    }
 }
 
 fn problems_of(text: &str) -> Vec<String> {
@@ -70,68 +82,8 @@ fn an_http_route_says_what_it_says() {
     assert!(resources[0].backends().contains(&"payments-v2.shop".parse().unwrap()));
 }
 
-#[test]
-fn a_profile_becomes_a_route_that_lets_through_what_it_does_not_name_and_a_policy() {
-    let resources = resources_of(EXAMPLES[6].1);
-    let [Resource::Http(route), Resource::Service(policy), Resource::Http(split), Resource::Tcp(bytes)] =
-        &resources[..]
-    else {
-        panic!("{resources:?}")
-    };
-    let rules = &route.spec.rules;
-    assert!(rules[0].matches[0].path.matches("/books/12") && !rules[0].matches[0].path.matches("/books/12/x"));
-    let retry = rules[0].retry.as_ref().unwrap();
-    assert!(retry.non_idempotent && retry.codes == (500..600).collect::<Vec<_>>());
-    assert_eq!(rules[0].timeouts.request, Some(Span::from_millis(300)));
-    assert_eq!(rules[1].matches.len(), 2);
-    assert!(rules[2].matches.is_empty() && rules[2].backend_refs.is_empty());
-    assert_eq!((policy.spec.retry_budget.percent, policy.spec.retry_budget.min_per_second), (20, 10));
-    let weights = |backends: &[Backend]| backends.iter().map(|backend| backend.weight).collect::<Vec<_>>();
-    assert_eq!(weights(&split.spec.rules[0].backend_refs), weights(&bytes.spec.rules[0].backend_refs));
-    assert_eq!(weights(&split.spec.rules[0].backend_refs), [90, 10]);
-}
-
 fn profile(spec: &str) -> String {
     document("linkerd.io/v1alpha2", "ServiceProfile", spec).replace("name: web", "name: web.shop.svc.cluster.local")
-}
-
-/// As in Linkerd, where HTTPRoutes know an order of their own.
-#[test]
-fn the_first_route_of_a_profile_that_matches_comes_first() {
-    let text = profile(
-        "{ routes: [ { name: reads, condition: { method: GET } }, { name: books, condition: { pathRegex: /books } } ] }",
-    );
-    let resources = resources_of(&text);
-    let [Resource::Http(route)] = &resources[..] else { panic!("{resources:?}") };
-    let mut rules: Vec<&HttpRule> = route.spec.rules.iter().filter(|rule| !rule.matches.is_empty()).collect();
-    rules.sort_by_key(|rule| std::cmp::Reverse(rule.matches[0].specificity()));
-    assert_eq!(rules.iter().filter_map(|rule| rule.name.as_deref()).collect::<Vec<_>>(), ["reads", "books"]);
-    assert!(rules[0].matches[0].path.matches("/books"));
-}
-
-#[test]
-fn of_a_profile_what_would_become_something_else_is_refused() {
-    let class = |range: &str| {
-        format!(
-            "routes: [ {{ name: r, isRetryable: true, condition: {{ method: GET }}, responseClasses: [ {{ isFailure: true, condition: \
-             {{ status: {{ {range} }} }} }} ] }} ]"
-        )
-    };
-    let budget =
-        |ratio: &str, ttl: &str| format!("retryBudget: {{ retryRatio: {ratio}, minRetriesPerSecond: 1, ttl: {ttl} }}");
-    for (spec, expected) in [
-        (class("min: 300, max: 599"), "statuses below 400 cannot be retried"),
-        (class("min: 503, max: 500"), "`max` is less than `min`"),
-        (budget("0.004", "10s"), "less than one in a hundred"),
-        (budget("0.2", "0s"), "from 1s to 60s"),
-        (budget("0.2", "99999h"), "from 1s to 60s"),
-    ] {
-        let problems = problems_of(&profile(&format!("{{ {spec} }}")));
-        assert!(problems.len() == 1 && problems[0].contains(expected), "{spec}\n{problems:?}");
-    }
-    for spec in [class("min: 400"), budget("0", "1s"), budget("0.01", "60s")] {
-        assert_eq!(problems_of(&profile(&format!("{{ {spec} }}"))), Vec::<String>::new(), "{spec}");
-    }
 }
 
 #[test]
@@ -173,6 +125,14 @@ fn what_is_wrong_is_told_with_its_line_its_field_and_what_to_do() {
             "a MeshService is of group `meshd.dev`",
         ),
         (http("rules: [ { backendRefs: [ { name: x, weight: 1000001 } ] } ]"), "from 0 to 1000000"),
+        (http("rules: []"), "spec.rules: is empty, so that nothing would be answered"),
+        (http("rules: [ { name: a }, { name: a } ]"), "spec.rules[1]: `a` is listed twice"),
+        (
+            http(
+                "rules: [ { backendRefs: [ { name: x, filters: [ { type: RequestRedirect, requestRedirect: { port: 1 } } ] } ] } ]",
+            ),
+            "a rule that redirects sends nothing",
+        ),
         (
             document("gateway.networking.k8s.io/v1", "HTTPRoute", "{ parentRefs: [ { name: gate } ] }"),
             "none is a Service or MeshService",
@@ -327,7 +287,6 @@ fn what_kubectl_writes_besides_is_taken() {
                 parentRefs:\n    - { group: core, kind: Service, name: payments }\n    - { name: gate }\n  status:\n    parents: []\n";
     let resources = resources_of(text);
     assert_eq!((resources.len(), resources[0].parents().len()), (1, 1));
-    assert_eq!(resources[0].meta().created.as_deref(), Some("2026-01-01T00:00:00Z"));
 }
 
 #[test]
@@ -338,7 +297,7 @@ fn the_older_of_two_that_say_the_same_holds_and_then_the_first_by_name() {
     };
     let rules = "rules: [ { matches: [ { path: { value: /a } } ] } ]";
     let of = |texts: &[String]| {
-        let resources: Vec<Resource> = texts.iter().flat_map(|text| resources_of(text)).collect();
+        let resources: Vec<Resource> = texts.iter().flat_map(|text| of_a_server(text)).collect();
         conflicts(&resources)
             .into_iter()
             .map(|conflict| (conflict.winner.name.to_string(), conflict.loser.name.to_string()))
@@ -356,6 +315,26 @@ fn the_older_of_two_that_say_the_same_holds_and_then_the_first_by_name() {
         "{ parentRefs: [ { group: \"\", kind: Service, name: payments, port: 80 } ], rules: [ { backendRefs: [ { name: x } ] } ] }",
     );
     assert_eq!(of(&[tcp, route("b", "", rules)]), pair("b", "web"));
+}
+
+#[test]
+fn when_a_document_was_made_is_believed_of_servers_only() {
+    let text = http("rules: [ {} ]").replace("name: web,", "name: web, creationTimestamp: \"1970-01-01T00:00:00Z\",");
+    assert_eq!(resources_of(&text)[0].meta().created, None);
+    assert_eq!(of_a_server(&text)[0].meta().created.as_deref(), Some("1970-01-01T00:00:00Z"));
+}
+
+#[test]
+fn a_grpc_route_that_says_nothing_is_for_every_call() {
+    let parent = "parentRefs: [ { group: \"\", kind: Service, name: payments } ]";
+    for rules in ["", ", rules: []", ", rules: [ { matches: [ { method: { service: \"\", method: \"\" } } ] } ]"] {
+        let text = document("gateway.networking.k8s.io/v1", "GRPCRoute", &format!("{{ {parent}{rules} }}"));
+        assert_eq!(problems_of(&text), Vec::<String>::new());
+        let [Resource::Grpc(route)] = &resources_of(&text)[..] else { panic!("{text}") };
+        assert_eq!(route.spec.rules.len(), 1, "{rules}");
+        let [found] = route.spec.rules[0].alternatives() else { panic!("{rules}") };
+        assert!(found.specificity() == GrpcMatch::default().specificity(), "{rules}");
+    }
 }
 
 #[test]

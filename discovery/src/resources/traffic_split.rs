@@ -4,9 +4,9 @@
 use serde_json::{Value as Json, json};
 
 use super::forms::WORD;
-use super::http_route::{items, word};
-use super::read::resource;
-use super::service_profile::{service_of, weights_of};
+use super::quantities::weights_of;
+use super::read::converted;
+use super::service_profile::service_of;
 use super::shape::{Object, Shape};
 use super::{Kind, Resource};
 use crate::ServiceName;
@@ -33,23 +33,23 @@ pub(super) fn spec() -> Object {
 pub(super) fn convert(root: &Field<'_>, json: &Json) -> Result<Vec<Resource>, Vec<Problem>> {
     let mut problems = Vec::new();
     let (Some(spec), Some(metadata)) = (root.entry("spec"), root.entry("metadata")) else { return Ok(Vec::new()) };
-    let namespace = word(&metadata, "namespace").unwrap_or_default();
+    let namespace = metadata.word("namespace").unwrap_or_default();
     // A bare name, or in full.
     let named = |text: &str| match text.contains('.') {
         true => service_of(text).filter(|service| service.namespace() == namespace),
         false => ServiceName::new(text, namespace).ok(),
     };
-    let service = word(&spec, "service").and_then(named);
+    let service = spec.word("service").and_then(named);
     if service.is_none() {
         spec.refuse(&mut problems, "`service` is not the name of a service of this namespace; correct it");
     }
     let mut backends = Vec::new();
-    let fields = items(&spec, "backends");
+    let fields = spec.items("backends");
     let written: Vec<Json> =
         fields.iter().map(|field| field.entry("weight").map_or(Json::Null, |weight| weight.node.to_json())).collect();
     let weights = weights_of(&written);
     for (n, field) in fields.iter().enumerate() {
-        match (word(field, "service").and_then(named), &weights) {
+        match (field.word("service").and_then(named), &weights) {
             (Some(service), Some(weights)) => backends.push(json!({ "name": service.name(), "weight": weights[n] })),
             _ => field.refuse(
                 &mut problems,
@@ -58,11 +58,12 @@ pub(super) fn convert(root: &Field<'_>, json: &Json) -> Result<Vec<Resource>, Ve
         }
     }
     let Some(service) = service.filter(|_| problems.is_empty()) else { return Err(problems) };
-    let converted = json!({
+    let spec = json!({
         "parentRefs": [{ "kind": "Service", "name": service.name() }],
         "rules": [{ "backendRefs": backends }],
     });
-    let made = [Kind::HTTPRoute, Kind::TCPRoute].map(|kind| resource(kind, &json["metadata"], &converted));
+    let made =
+        [Kind::HTTPRoute, Kind::TCPRoute].map(|kind| converted(Kind::TrafficSplit, kind, &json["metadata"], &spec));
     made.into_iter().collect::<Result<_, _>>().map_err(|reason| {
         vec![Problem {
             line: root.node.line,

@@ -7,7 +7,6 @@ use meshd_identity::{SYSTEM_NAMESPACE, TrustDomain};
 use serde::{Deserialize, Serialize};
 
 use super::forms::LABEL;
-use super::http_route::word;
 use super::{Id, Kind, Meta, PolicyTarget, Resource};
 use crate::yaml::{Field, Value};
 
@@ -33,26 +32,26 @@ pub(super) fn stands_for(id: &Id, spec: Option<UnclearSpec>) -> Option<Resource>
 pub(super) fn read(root: &Field<'_>, ours: &TrustDomain) -> Option<UnclearSpec> {
     let Some(spec) = root.entry("spec") else { return Some(UnclearSpec::default()) };
     let is_dry = spec.entry("dryRun").is_some_and(|field| matches!(field.node.value, Value::Boolean(true)));
-    if is_dry || word(&spec, "action") == Some("audit") {
+    if is_dry || spec.word("action") == Some("audit") {
         return None;
     }
     let metadata = root.entry("metadata");
-    let namespace = metadata.as_ref().and_then(|metadata| word(metadata, "namespace"));
+    let namespace = metadata.as_ref().and_then(|metadata| metadata.word("namespace"));
     Some(UnclearSpec { target_ref: namespace.and_then(|namespace| target(&spec, namespace, ours)) })
 }
 
 /// Only of what a policy of that namespace may be for: a bad document closes nothing of others.
 fn target(spec: &Field<'_>, namespace: &str, ours: &TrustDomain) -> Option<PolicyTarget> {
     let target = spec.entry("targetRef")?;
-    let (kind, name) = (word(&target, "kind")?, word(&target, "name"));
+    let (kind, name) = (target.word("kind")?, target.word("name"));
     let is_own = match kind {
         "Service" | "MeshService" => name.is_some_and(|name| LABEL.check(name).is_ok()),
         "Namespace" => name.is_none_or(|name| name == namespace),
         "TrustDomain" => namespace == SYSTEM_NAMESPACE && name.is_none_or(|name| name == ours.as_str()),
         _ => false,
     };
-    let elsewhere = target.entry("namespace").is_some() && word(&target, "namespace") != Some(namespace);
-    let group = word(&target, "group").unwrap_or_default();
+    let elsewhere = target.entry("namespace").is_some() && target.word("namespace") != Some(namespace);
+    let group = target.word("group").unwrap_or_default();
     (is_own && !elsewhere).then(|| PolicyTarget { group: group.into(), kind: kind.into(), name: name.map(Arc::from) })
 }
 

@@ -61,6 +61,9 @@ pub fn validate(texts: &[Text], trust_domain: &TrustDomain) -> (Vec<Finding>, us
         }
         for document in found {
             let place = Place { file, line: document.line };
+            for Problem { line, field, reason } in document.warnings {
+                check.say(&Place { file, line }, Severity::Warning, &field, reason);
+            }
             match document.outcome {
                 Ok(said) => check.take(&place, document.id, said),
                 Err(problems) => {
@@ -186,17 +189,12 @@ fn backends(resource: &Resource) -> Vec<(String, ServiceName, Option<u16>)> {
         };
         backends.iter().enumerate().filter_map(named).collect::<Vec<_>>()
     };
-    match resource {
-        Resource::Http(route) => {
-            route.spec.rules.iter().enumerate().flat_map(|(n, rule)| of(n, &rule.backend_refs)).collect()
+    match resource.route() {
+        Some(route) => {
+            let sends = route.sends().into_iter().enumerate();
+            sends.flat_map(|(n, (backends, _))| of(n, backends)).collect()
         }
-        Resource::Grpc(route) => {
-            route.spec.rules.iter().enumerate().flat_map(|(n, rule)| of(n, &rule.backend_refs)).collect()
-        }
-        Resource::Tcp(route) => {
-            route.spec.rules.iter().enumerate().flat_map(|(n, rule)| of(n, &rule.backend_refs)).collect()
-        }
-        Resource::Service(_) | Resource::Authorization(_) | Resource::Unclear(_) => resource
+        None => resource
             .backends()
             .into_iter()
             .map(|service| ("spec.failover.backendRefs".to_owned(), service, None))

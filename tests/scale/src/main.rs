@@ -90,7 +90,7 @@ fn main() -> Result<()> {
 }
 
 async fn run(args: &Follow, config: Config, writing: runtime::Handle) -> Result<serde_json::Value> {
-    let mut writer = Writer::open(config.writer)?;
+    let mut writer = Writer::open(&config.writer)?;
     if !args.filled {
         let (services, endpoints) = (args.services, args.endpoints);
         let filled = writing.spawn(async move {
@@ -133,13 +133,18 @@ async fn change(
     println!("changing");
     let before = Usage::now()?;
     let changed = writing.spawn(async move {
-        // A change that waits for the one before is late from when it was due.
+        let mut lanes = writer.begin();
+        // A change that waits for one before it is late from when it was due.
         let mut pace = interval(Duration::from_secs(1) / rate);
         pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
         let mut changed = Vec::new();
         for _ in 0..changes {
             let due = pace.tick().await;
-            changed.push(writer.change(due.into_std()).await?);
+            changed.push(writer.change(due.into_std()).await);
+        }
+        drop(writer);
+        while let Some(lane) = lanes.join_next().await {
+            lane??;
         }
         anyhow::Ok(changed)
     });

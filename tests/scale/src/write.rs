@@ -13,6 +13,8 @@ use meshd_etcd::api::TxnRequest;
 use meshd_etcd::{Client as Etcd, Settings, put};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::mpsc::{Sender, channel};
+use tokio::task::JoinSet;
 
 use crate::http::{Access, Client as Http};
 
@@ -20,8 +22,13 @@ const JSON: &str = "application/json";
 const JSON_PATCH: &str = "application/json-patch+json";
 const NAMESPACE: &str = "scale";
 
+/// Changes come from many hosts: one that a backend takes its time for holds up those of the same service only.
+const LANES: usize = 8;
+/// In each lane. Then all wait, and are late from when they were due.
+const MOST_WAITING: usize = 1000;
+
 /// Who may write, which the source is not.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct WriterConfig {
     kind: SourceKind,
@@ -68,8 +75,18 @@ pub(crate) enum Backend {
     Kubernetes(Http),
 }
 
+/// An endpoint's new address.
+struct Change {
+    service: usize,
+    endpoint: usize,
+    address: IpAddr,
+}
+
 pub(crate) struct Writer {
-    backend: Backend,
+    /// Connections.
+    backends: Vec<Backend>,
+    /// To each of them, once changes are written.
+    lanes: Vec<Sender<Change>>,
     board: Arc<Board>,
     random: fastrand::Rng,
     /// How many addresses were given away.
@@ -77,9 +94,10 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    pub(crate) fn open(config: WriterConfig) -> Result<Self> {
-        let backend = Backend::open(config)?;
-        Ok(Self { backend, board: Arc::default(), random: fastrand::Rng::with_seed(7), addresses: 0 })
+    pub(crate) fn open(config: &WriterConfig) -> Result<Self> {
+        let backends = (0..LANES).map(|_| Backend::open(config.clone())).collect::<Result<_>>()?;
+        let random = fastrand::Rng::with_seed(7);
+        Ok(Self { backends, lanes: Vec::new(), board: Arc::default(), random, addresses: 0 })
     }
 
     pub(crate) fn board(&self) -> Arc<Board> {
@@ -87,17 +105,33 @@ impl Writer {
     }
 
     pub(crate) async fn fill(&mut self, services: usize, endpoints: usize) -> Result<()> {
-        self.backend.create_namespace(NAMESPACE).await?;
+        self.backends[0].create_namespace(NAMESPACE).await?;
         for service in 0..services {
             let addresses: Vec<IpAddr> = (0..endpoints).map(|_| self.next_address()).collect();
-            self.backend.create(&service_name(service), &addresses).await?;
+            self.backends[0].create(&service_name(service), &addresses).await?;
             self.board.lock().current.push(addresses);
         }
         Ok(())
     }
 
+    /// From now on changes are written: those of a service one after the other. Done when this is dropped and they are.
+    pub(crate) fn begin(&mut self) -> JoinSet<Result<()>> {
+        let mut writing = JoinSet::new();
+        for mut backend in self.backends.drain(..) {
+            let (lane, mut changes) = channel(MOST_WAITING);
+            self.lanes.push(lane);
+            writing.spawn(async move {
+                while let Some(Change { service, endpoint, address }) = changes.recv().await {
+                    backend.replace(&service_name(service), endpoint, address).await?;
+                }
+                Ok(())
+            });
+        }
+        writing
+    }
+
     /// Replaces an endpoint of some service by a new one; of which.
-    pub(crate) async fn change(&mut self, due: Instant) -> Result<usize> {
+    pub(crate) async fn change(&mut self, due: Instant) -> usize {
         let address = self.next_address();
         let (service, endpoint) = {
             let mut written = self.board.lock();
@@ -108,8 +142,9 @@ impl Writer {
             written.changed_at.insert(address, due);
             (service, endpoint)
         };
-        self.backend.replace(&service_name(service), endpoint, address).await?;
-        Ok(service)
+        // A lane that failed ends the run.
+        let _ = self.lanes[service % LANES].send(Change { service, endpoint, address }).await;
+        service
     }
 
     fn next_address(&mut self) -> IpAddr {

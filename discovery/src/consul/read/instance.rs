@@ -13,28 +13,25 @@ use crate::yaml::printable;
 use crate::{Change, Health, Place, PortTarget, Record, Registration, ServiceName, Transport, stored};
 
 /// As Consul's health endpoint has it.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub(in super::super) struct Entry {
+struct Entry {
     node: Node,
     service: Registered,
     #[serde(default)]
     checks: Option<Vec<Check>>,
 }
 
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Node {
-    node: String,
     #[serde(default)]
     address: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Registered {
-    #[serde(rename = "ID")]
-    id: String,
     service: String,
     #[serde(default)]
     address: String,
@@ -46,7 +43,7 @@ struct Registered {
     weights: Option<Weights>,
 }
 
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 struct Weights {
     passing: u32,
@@ -60,10 +57,32 @@ impl Default for Weights {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Check {
     status: String,
+}
+
+/// As much of an instance as it takes to name it.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Named {
+    node: NamedNode,
+    service: NamedService,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct NamedNode {
+    node: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct NamedService {
+    #[serde(rename = "ID")]
+    id: String,
+    service: String,
 }
 
 /// What an instance says.
@@ -71,27 +90,29 @@ struct Check {
 pub(in super::super) struct Instance {
     /// With the service of the mesh in it, so that one that moves to another is another record.
     pub(in super::super) key: Arc<str>,
-    /// Its node and its ID there.
-    pub(in super::super) at: String,
     /// `None`: it cannot be told.
     pub(in super::super) service: Option<ServiceName>,
     /// It says how the mesh reaches it. One that does not may know nothing of the mesh.
     pub(in super::super) names_transport: bool,
-    pub(in super::super) said: Change,
+    pub(in super::super) said: Arc<Change>,
 }
 
-pub(super) fn read(entry: Entry, reading: &Reading) -> Instance {
-    let Registered { id, service, .. } = &entry.service;
-    let node = &entry.node.node;
-    let origin =
-        format!("Consul service `{}`, instance `{}` on node `{}`", printable(service), printable(id), printable(node));
-    let mut problems = Vec::new();
-    let of_mesh = service_of(&entry, reading, &mut problems);
+/// `None`: of a service whose name differs in case, which Consul answers, too.
+pub(super) fn read(name: &str, text: &[u8], reading: &Reading) -> Result<Option<Instance>, serde_json::Error> {
+    let named: Named = serde_json::from_slice(text)?;
+    if named.service.service != name {
+        return Ok(None);
+    }
+    let Named { node: NamedNode { node }, service: NamedService { id, .. } } = &named;
+    let origin = format!("Consul service `{name}`, instance `{}` on node `{}`", printable(id), printable(node));
     let at = format!("{}/{}", escaped(node), escaped(id));
-    let key = key(of_mesh.as_ref().map_or(service, ServiceName::as_str), &at);
-    let service = of_mesh;
-    let names_transport = entry.meta("meshd-transport").is_some();
-    let place = place(&entry, reading, &mut problems);
+    let mut problems = Vec::new();
+    let entry: Option<Entry> =
+        serde_json::from_slice(text).map_err(|error| problems.push(printable(&error.to_string()))).ok();
+    let service = entry.as_ref().and_then(|entry| service_of(entry, reading, &mut problems));
+    let key = key(service.as_ref().map_or(name, ServiceName::as_str), &at);
+    let names_transport = entry.as_ref().is_none_or(|entry| entry.meta("meshd-transport").is_some());
+    let place = entry.as_ref().and_then(|entry| place(entry, reading, &mut problems));
     let said = match (&service, place) {
         (Some(service), Some(place)) if problems.is_empty() => Change::Set(Record {
             key: key.clone(),
@@ -102,7 +123,7 @@ pub(super) fn read(entry: Entry, reading: &Reading) -> Instance {
         }),
         _ => Change::Refused(stored::refused(&key, &origin, &problems)),
     };
-    Instance { key, at, service, names_transport, said }
+    Ok(Some(Instance { key, service, names_transport, said: Arc::new(said) }))
 }
 
 /// No document has such a key.
@@ -116,10 +137,15 @@ fn escaped(name: &str) -> String {
 }
 
 impl Instance {
+    /// Its node and its ID there.
+    pub(in super::super) fn at(&self) -> &str {
+        self.key.split_once('/').map_or("", |(_, at)| at)
+    }
+
     /// It was of this service, and what it is now cannot be told.
     pub(in super::super) fn stays_with(mut self, service: &ServiceName) -> Instance {
-        self.key = key(service.as_str(), &self.at);
-        if let Change::Refused(refused) = &mut self.said {
+        self.key = key(service.as_str(), self.at());
+        if let Change::Refused(refused) = Arc::make_mut(&mut self.said) {
             refused.key = self.key.clone();
         }
         self.service = Some(service.clone());

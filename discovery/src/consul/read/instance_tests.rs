@@ -9,7 +9,7 @@ fn reading() -> Reading {
 }
 
 /// As Consul 1.20 writes it, with more fields than are read.
-fn entry(meta: Value, more: impl FnOnce(&mut Value)) -> Entry {
+fn entry(meta: Value, more: impl FnOnce(&mut Value)) -> Value {
     let mut entry = json!({
         "Node": { "ID": "", "Node": "web", "Address": "10.0.0.7", "Datacenter": "dc1", "Meta": null },
         "Service": {
@@ -19,18 +19,23 @@ fn entry(meta: Value, more: impl FnOnce(&mut Value)) -> Entry {
         "Checks": [{ "CheckID": "serfHealth", "Status": "passing" }],
     });
     more(&mut entry);
-    serde_json::from_value(entry).unwrap()
+    entry
+}
+
+fn read(entry: Value, reading: &Reading) -> Instance {
+    let name = entry["Service"]["Service"].as_str().unwrap();
+    super::read(name, entry.to_string().as_bytes(), reading).unwrap().unwrap()
 }
 
 fn set(instance: Instance) -> Record {
-    match instance.said {
+    match Arc::unwrap_or_clone(instance.said) {
         Change::Set(record) => record,
         other => panic!("{other:?}"),
     }
 }
 
 fn problems(instance: &Instance) -> &[String] {
-    match &instance.said {
+    match &*instance.said {
         Change::Refused(refused) => &refused.problems,
         other => panic!("{other:?}"),
     }
@@ -150,4 +155,16 @@ fn no_name_makes_a_key_that_is_a_documents_or_another_instances() {
     );
     assert_ne!(named("a", "b", "c/d"), named("a", "b/c", "d"));
     assert_ne!(named("a", "b%2Fc", "d"), named("a", "b/c", "d"));
+}
+
+#[test]
+fn an_entry_of_another_shape_is_refused_by_its_name_and_one_of_another_service_is_none() {
+    let odd = entry(Value::Null, |entry| entry["Service"]["Port"] = json!("http"));
+    let instance = read(odd, &reading());
+    assert_eq!((instance.service.as_ref(), instance.at()), (None, "web/payments-1"));
+    let origin = "Consul service `payments`, instance `payments-1` on node `web`: ";
+    assert!(problems(&instance)[0].starts_with(origin), "{instance:?}");
+    let text = entry(Value::Null, |_| {}).to_string();
+    assert_eq!(super::read("Payments", text.as_bytes(), &reading()).unwrap(), None);
+    assert!(super::read("payments", b"{}", &reading()).is_err());
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use meshd_identity::TrustDomain;
 
-pub(super) use instance::{Entry, Instance};
+pub(super) use instance::Instance;
 
 use super::remote::Pair;
 use crate::stored::{self, Meaning};
@@ -31,7 +31,14 @@ pub(super) struct Reading {
 pub(super) struct Document {
     pub(super) service: ServiceName,
     pub(super) modified: u64,
-    pub(super) said: Change,
+    pub(super) said: Arc<Change>,
+}
+
+impl Document {
+    /// `None`: of any namespace.
+    pub(super) fn is_of(&self, namespace: Option<&str>) -> bool {
+        namespace.is_none_or(|namespace| self.service.namespace() == namespace)
+    }
 }
 
 impl Reading {
@@ -46,10 +53,11 @@ impl Reading {
     pub(super) fn document(&self, service: ServiceName, pair: &Pair) -> Document {
         let meaning = Meaning::Service(service.clone());
         let said = stored::read(&pair.key, meaning, &pair.value, &self.trust_domain);
-        Document { service, modified: pair.modified, said }
+        Document { service, modified: pair.modified, said: Arc::new(said) }
     }
 
-    pub(super) fn instance(&self, entry: Entry) -> Instance {
-        instance::read(entry, self)
+    /// What an entry of the answer about a service says, if it is one of that name. An error where it has no name itself.
+    pub(super) fn instance(&self, name: &str, text: &[u8]) -> Result<Option<Instance>, serde_json::Error> {
+        instance::read(name, text, self)
     }
 }

@@ -23,7 +23,7 @@ use super::client::{Asked, Call, Client};
 use super::error::Error;
 use super::objects::{LEASE_HOLDER, NOTES};
 use super::settings::Settings;
-use crate::register::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError, TTL, address_towards};
+use crate::register::{Answer, Found, Hold, Key, Over, Registrar, RegistrarError, address_towards};
 use crate::yaml::printable;
 use crate::{Health, Registration};
 
@@ -326,10 +326,6 @@ impl KubernetesRegistrar {
 impl Registrar for KubernetesRegistrar {
     fn name(&self) -> &str {
         &self.name
-    }
-
-    fn ttl(&self) -> Duration {
-        TTL
     }
 
     fn address_here(&self) -> Answer<'_, IpAddr> {
