@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::known::Known;
 use super::probe::{Probe, Sign};
@@ -36,7 +36,7 @@ pub(super) async fn run<R: Remote>(mut remote: R, reading: Reading, mut wanted: 
             sink.send(SourceEvent::Unavailable { error: error.to_string() }).await;
             remote = remote.another();
         }
-        sleep(backoff.pause(started.elapsed(), fastrand::f64())).await;
+        backoff.rest(started).await;
     }
 }
 
