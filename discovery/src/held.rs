@@ -99,7 +99,7 @@ impl Held {
                 Touched::new()
             }
             // `resources/held.rs`
-            SourceEvent::Resources(_) | SourceEvent::InSync => Touched::new(),
+            SourceEvent::Resources(_) | SourceEvent::InSync | SourceEvent::Troubled { .. } => Touched::new(),
         };
         if doubted && self.stale == 0 {
             self.settled.clone_from(&self.epochs);

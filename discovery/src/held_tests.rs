@@ -56,6 +56,16 @@ fn a_list_that_is_empty_takes_nothing_away_until_it_was_so_for_a_minute() {
 }
 
 #[test]
+fn a_minute_in_which_some_of_the_source_could_not_be_read_repeats_a_loss_of_the_rest() {
+    let (mut held, start) = (held(), Instant::now());
+    let at = |seconds| start + Duration::from_secs(seconds);
+    held.apply(listing(1, services(4)), start);
+    held.apply(listing(2, vec![]), start);
+    held.apply(SourceEvent::Troubled { error: "forbidden".into() }, at(50));
+    assert_eq!(held.apply(listing(3, vec![]), at(60)).len(), 4);
+}
+
+#[test]
 fn a_minute_in_which_the_source_was_away_or_its_store_another_one_repeats_nothing() {
     let away = || SourceEvent::Unavailable { error: "away".into() };
     for broken_by in [away(), of_store("three", 1, vec![])] {

@@ -178,6 +178,8 @@ pub enum SourceEvent {
     InSync,
     /// Cannot be read now. What it said before stays in force.
     Unavailable { error: String },
+    /// Some of it cannot be read now. What it says of the rest is believed as ever.
+    Troubled { error: String },
 }
 
 /// Where a source reports to.

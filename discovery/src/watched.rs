@@ -159,7 +159,9 @@ impl Watched {
         self.note_resources(&mut event);
         match &event {
             _ if is_trouble => {}
-            SourceEvent::Unavailable { error } => self.unavailable = Some(error.clone()),
+            SourceEvent::Unavailable { error } | SourceEvent::Troubled { error } => {
+                self.unavailable = Some(error.clone());
+            }
             // Said without having asked.
             SourceEvent::Narrowed(_) => {}
             _ => (self.last_ok, self.unavailable) = (Some(SystemTime::now()), None),

@@ -189,9 +189,14 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         lint = test_units(&mut summary, args.no_lint)?;
     }
     for tier in &TIERS {
-        summary.add(tier.name, as_root(tier, &programs, args.only.as_deref(), false)?);
+        // What the others did is told all the same.
+        let outcome = as_root(tier, &programs, args.only.as_deref(), false);
+        summary.add(tier.name, outcome.unwrap_or_else(|error| Outcome::failed(format!("{error:#}"))));
     }
-    lint.map(Lint::finish).transpose()?.into_iter().for_each(|lint| summary.append(lint));
+    match lint.map(Lint::finish).transpose() {
+        Ok(lint) => lint.into_iter().for_each(|lint| summary.append(lint)),
+        Err(error) => summary.add("lint", Outcome::failed(format!("{error:#}"))),
+    }
     if let Some(only) = &args.only
         && summary.is_empty()
     {

@@ -166,7 +166,9 @@ impl Troubles {
         }
         self.said.clone_from(&now);
         match now {
-            Some(error) => sink.send(SourceEvent::Unavailable { error }).await,
+            Some(error) if self.of_probe.is_some() => sink.send(SourceEvent::Unavailable { error }).await,
+            // Whoever answers the others is there.
+            Some(error) => sink.send(SourceEvent::Troubled { error }).await,
             None if is_whole => sink.send(SourceEvent::InSync).await,
             // The list that is still to come says so.
             None => {}

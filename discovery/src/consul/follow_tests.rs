@@ -3,7 +3,7 @@ use std::sync::Mutex;
 use meshd_identity::TrustDomain;
 use serde_json::json;
 use tokio::sync::watch as channel;
-use tokio::time::timeout_at;
+use tokio::time::{sleep, timeout_at};
 
 use super::super::probe::PROBE_EVERY;
 use super::super::read::BASE;
@@ -247,7 +247,7 @@ impl Running {
 
     async fn trouble(&mut self) -> String {
         match self.next().await {
-            SourceEvent::Unavailable { error } => error,
+            SourceEvent::Unavailable { error } | SourceEvent::Troubled { error } => error,
             other => panic!("{other:?}"),
         }
     }
@@ -362,7 +362,7 @@ async fn what_cannot_be_read_at_the_start_is_no_list_without_it_and_what_can_be_
     while told == 0 {
         match running.next().await {
             SourceEvent::Changed { position: 0, changes, .. } => told += changes.len(),
-            SourceEvent::Unavailable { error } => assert_eq!(error, "hidden"),
+            SourceEvent::Troubled { error } => assert_eq!(error, "hidden"),
             other => panic!("{other:?}"),
         }
     }
@@ -370,7 +370,7 @@ async fn what_cannot_be_read_at_the_start_is_no_list_without_it_and_what_can_be_
     loop {
         match running.next().await {
             SourceEvent::Changed { position: 0, changes, .. } if changes.len() >= 2 => break,
-            SourceEvent::Changed { .. } | SourceEvent::Unavailable { .. } => {}
+            SourceEvent::Changed { .. } | SourceEvent::Troubled { .. } => {}
             other => panic!("{other:?}"),
         }
     }
@@ -381,7 +381,7 @@ async fn what_cannot_be_read_at_the_start_is_no_list_without_it_and_what_can_be_
                 assert!(listing.records.len() == 4 && listing.epoch.position == 20, "{listing:?}");
                 return;
             }
-            SourceEvent::Changed { position: 0, .. } | SourceEvent::Unavailable { .. } => {}
+            SourceEvent::Changed { position: 0, .. } | SourceEvent::Troubled { .. } => {}
             other => panic!("{other:?}"),
         }
     }

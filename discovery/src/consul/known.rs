@@ -104,6 +104,7 @@ impl Known {
         self.names.clear();
         self.documents.clear();
         self.instances.clear();
+        self.resources.iter_mut().for_each(Resources::forget);
         for state in self.scopes.values_mut() {
             *state = State::begun(now);
         }

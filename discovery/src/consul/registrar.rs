@@ -243,10 +243,10 @@ impl ConsulRegistrar {
 
     /// As the catalog has it, whatever agent it is written through.
     async fn look(&self, key: &Key) -> Result<Option<Found>, RegistrarError> {
-        // `near` as in `remote.rs`. The names are plain words.
+        // `near` and `leader` as in `remote.rs`. The names are plain words.
         let (name, instance) = (key.service.name(), &key.instance);
         let path = format!(
-            "/v1/health/service/{name}?near=_agent&filter=Service.Meta%5B%22meshd-instance%22%5D%3D%3D%22{instance}%22"
+            "/v1/health/service/{name}?near=_agent&leader&filter=Service.Meta%5B%22meshd-instance%22%5D%3D%3D%22{instance}%22"
         );
         let reply = self.call(Method::GET, &path, None).await?;
         let rule = format!("service \"{name}\" {{ policy = \"write\" }} node_prefix \"\" {{ policy = \"read\" }}");

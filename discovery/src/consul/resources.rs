@@ -59,9 +59,15 @@ impl Resources {
         self.due = true;
     }
 
-    pub(super) fn went_back(&mut self) {
+    /// In another life of the store the same index may be of another text.
+    pub(super) fn forget(&mut self) {
         self.documents.clear();
-        (self.position, self.went_back) = (0, true);
+        self.position = 0;
+    }
+
+    pub(super) fn went_back(&mut self) {
+        self.forget();
+        self.went_back = true;
     }
 
     /// Only what was written since is understood anew.
@@ -124,6 +130,15 @@ mod tests {
         let bad = Pair { value: b"nonsense".to_vec(), ..pair("bad", 2) };
         let events = ours.take(&[pair("web", 1), bad], 5, Some(&"one".into()));
         assert_eq!(listed(&events), (5, vec![], 0));
+    }
+
+    #[test]
+    fn the_same_index_in_another_life_of_the_store_is_of_another_text() {
+        let mut resources = resources();
+        resources.take(&[pair("a", 7)], 8, Some(&"one".into()));
+        resources.forget();
+        let other = Pair { value: b"kind: AuthorizationPolicy".to_vec(), ..pair("a", 7) };
+        assert_eq!(listed(&resources.take(&[other], 8, Some(&"two".into()))).2, 1);
     }
 
     #[test]

@@ -339,8 +339,10 @@ impl Known {
         watches: &mut Option<R::Watches>,
     ) -> Result<(), Error> {
         for (part, followed) in self.parts.iter_mut().filter(|(_, followed)| followed.id == 0) {
+            // What is not listed yet has nothing to be watched from; its list comes.
+            let Some(position) = followed.position else { continue };
             self.last_id += 1;
-            let (id, from) = (self.last_id, followed.position.unwrap_or(0) + 1);
+            let (id, from) = (self.last_id, position + 1);
             match watches {
                 Some(watches) => remote.add(watches, id, part, from).await?,
                 None => *watches = Some(remote.watch(id, part, from).await?),

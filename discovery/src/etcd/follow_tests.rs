@@ -486,6 +486,21 @@ async fn routes_are_read_before_services_and_again_when_a_service_is_new() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn several_new_services_are_listed_before_they_are_watched() {
+    let mut running = start_with(with_a_route(), wanting(&["a.shop"]));
+    assert_eq!(records(running.next().await), 0);
+    assert_eq!(running.listed().await, (shop("a"), 10, 1));
+    running.wanted.send_replace(wanting(&["a.shop", "c.shop", "d.shop", "e.shop"]));
+    assert_eq!(records(running.next().await), 1);
+    for name in ["c", "d", "e"] {
+        assert_eq!(running.listed().await, (shop(name), 10, 0));
+    }
+    tokio::task::yield_now().await;
+    let asked = running.etcd.asked();
+    assert!(!asked.iter().any(|call| call.ends_with("from 1")), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn routes_that_may_not_be_read_are_told_and_cost_no_service() {
     let etcd = with_a_route();
     etcd.change(|script| script.forbidden = true);

@@ -119,8 +119,10 @@ impl Area {
             return false;
         }
         let narrowed = self.told_as.iter().any(|told| told_as.binary_search(told).is_err());
-        let asked = self.listing.as_ref().map_or(&self.pick, |listing| &listing.pick);
-        self.due |= told_as.iter().any(|told| !asked.covers(told));
+        // What was not wanted a moment ago was forgotten, also where it is followed still: only a list tells it.
+        let is_new = |told: &Scope| self.told_as.binary_search(told).is_err();
+        let is_awaited = |told: &Scope| self.listing.as_ref().is_some_and(|listing| listing.pick.covers(told));
+        self.due |= told_as.iter().any(|told| is_new(told) && !is_awaited(told));
         self.told_as = told_as;
         narrowed
     }
@@ -245,6 +247,8 @@ impl Area {
     pub(super) fn take_lists(&mut self, lists: Lists, now: Instant) -> bool {
         let Some(Awaited { pick, known, since, .. }) = self.listing.take() else { return false };
         self.pick = pick;
+        // These were asked for after them, and say more.
+        self.rereads.clear();
         self.held_back.clear();
         self.denied = None;
         let mut was_put_back = false;

@@ -171,6 +171,9 @@ impl<R: Remote> Follower<R> {
                 if error.is_of_one_area() && !matches!(error, Error::Deadline(_)) {
                     feed.give_up();
                     area.read_again();
+                } else if error.is_of_one_area() {
+                    // Else it is trouble for as long as nobody lists.
+                    area.list_again();
                 }
                 return self.trouble(&origin.area, error).await;
             }

@@ -111,6 +111,26 @@ async fn one_more_service_of_a_namespace_is_asked_for_and_the_others_go_on() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_service_that_is_dropped_and_wanted_again_is_told_again() {
+    let mut running = start(nine(), Fake::new());
+    for _ in 0..9 {
+        running.listed().await;
+    }
+    running.watched().await;
+    let last: ServiceName = "s8.shop".parse().unwrap();
+    running.wanted.send_modify(|wanted| assert!(wanted.services.remove(&last)));
+    while !matches!(running.next().await, SourceEvent::Narrowed(_)) {}
+    running.wanted.send_modify(|wanted| assert!(wanted.services.insert(last.clone())));
+    let is_told =
+        |event: SourceEvent| matches!(event, SourceEvent::Listed(told) if told.scope == Scope::Service(last.clone()));
+    // Paused clocks: a minute long, before all is read again by itself.
+    let within_a_minute = Instant::now() + Duration::from_secs(60);
+    while !is_told(running.next().await) {
+        assert!(Instant::now() < within_a_minute);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_more_service_that_is_wanted_while_a_list_is_awaited_is_told_by_the_next() {
     let mut running = start(nine(), Fake::new());
     for _ in 0..9 {

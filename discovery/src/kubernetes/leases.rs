@@ -73,8 +73,10 @@ impl Leases {
         self.over.retain(|keeper| used.contains(keeper));
         self.seen.retain(|name, _| now.contains(name));
         self.used = used;
-        if before != now {
-            (self.feed, self.due, self.listing) = (Feed::default(), !now.is_empty(), None);
+        if now.is_empty() {
+            (self.feed, self.due, self.listing) = (Feed::default(), false, None);
+        } else if !now.is_subset(&before) {
+            (self.feed, self.due, self.listing) = (Feed::default(), true, None);
         }
     }
 

@@ -29,6 +29,8 @@ use crate::{Epoch, Provides, Refused, Sink, SourceEvent, Wanted};
 
 /// Objects per page of a list.
 const PAGE: usize = 500;
+/// A program that scans for names must not have all of a cluster listed without a pause.
+const AGAIN_FOR_NEW_NAMES: Duration = Duration::from_secs(1);
 /// How often all is read again for those who ask.
 const AGAIN_AT_MOST: Duration = Duration::from_secs(15);
 /// A watch that ends sooner ends for another reason than its age.
@@ -147,7 +149,8 @@ impl Follower {
                 event = watch.next() => match event? {
                     Some(event) => {
                         if !self.take(&event).await? {
-                            return Ok(());
+                            // Too old from its list on: it would be so again.
+                            return if started.elapsed() < SHORTEST_WATCH { Err(Error::Expired) } else { Ok(()) };
                         }
                     }
                     None if started.elapsed() < SHORTEST_WATCH => {
@@ -156,14 +159,19 @@ impl Follower {
                     None => return Ok(()),
                 },
                 changed = self.life.changed() => {
-                    if changed.is_err() || !self.life.borrow_and_update().goes_on(&life) {
+                    let now = self.life.borrow_and_update().clone();
+                    if now.connection != life.connection {
+                        // Probes go by the one that services follow.
+                        server.leave();
+                    }
+                    if changed.is_err() || !now.goes_on(&life) {
                         return Ok(());
                     }
                 }
                 Ok(()) = self.wanted.changed() => {
                     let now = self.wanted.borrow_and_update().clone();
                     if !now.is_same_as(&wanted) {
-                        return Ok(());
+                        again_at = again_at.min(started + AGAIN_FOR_NEW_NAMES);
                     }
                     // Somebody wants to know it anew, of what are objects of the whole cluster.
                     if now.resync != wanted.resync {
