@@ -38,7 +38,7 @@ pub(crate) struct Backend {
 pub(crate) enum Server {
     Etcd(Etcd),
     Consul(Consul),
-    Kubernetes(Cluster),
+    Kubernetes(Box<Cluster>),
 }
 
 impl Server {
@@ -138,7 +138,7 @@ pub(crate) fn kubernetes(host: &Host) -> Result<Backend> {
         kubeconfig("meshd-reader")?
     );
     let writer = vec!["--kubeconfig".to_owned(), shown(&kubeconfig("editor")?)];
-    Ok(Backend { name: "kubernetes", source, writer, server: Server::Kubernetes(cluster) })
+    Ok(Backend { name: "kubernetes", source, writer, server: Server::Kubernetes(Box::new(cluster)) })
 }
 
 /// Our kinds, and waits until the server knows them.
