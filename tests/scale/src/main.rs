@@ -49,7 +49,7 @@ pub(crate) struct Follow {
     endpoints: usize,
     #[arg(long, default_value_t = 200)]
     hosts: usize,
-    /// Services that each host imports; 0: all of them by `*`
+    /// Services that each host imports; 0: all of them by a pattern
     #[arg(long, default_value_t = 50)]
     imports: usize,
     /// Changes a second

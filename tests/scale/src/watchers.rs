@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::Follow;
-use crate::write::{Board, service_name};
+use crate::write::{Board, NAMESPACE, service_name};
 
 /// What a failing run is bounded by.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -47,7 +47,7 @@ impl Watchers {
                 some => random.choose_multiple(0..args.services, some),
             };
             let names = match args.imports {
-                0 => vec!["*".to_owned()],
+                0 => vec![format!("*.{NAMESPACE}")],
                 _ => imports.iter().map(|service| service_name(*service).to_string()).collect(),
             };
             let configured = source.open(trust_domain)?;

@@ -20,7 +20,7 @@ use crate::http::{Access, Client as Http};
 
 const JSON: &str = "application/json";
 const JSON_PATCH: &str = "application/json-patch+json";
-const NAMESPACE: &str = "scale";
+pub(crate) const NAMESPACE: &str = "scale";
 
 /// Changes come from many hosts: one that a backend takes its time for holds up those of the same service only.
 const LANES: usize = 8;
